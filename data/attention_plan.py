@@ -1,0 +1,187 @@
+"""Who attends to whom in a pack, without a T x T mask (contracts 3 and 4).
+
+The rule (Bagel's generalized causal attention): causal inside text, full inside image splits, every split
+sees all earlier splits of its sample except noisy targets. So every split is one segment: its queries, and as
+keys the visible earlier rows of its sample followed by its own. Storage order of a pack's T rows:
+
+    [ text splits | <|vision_start|>, <|vision_end|> of each image | latent tokens of each image ]
+
+Shapes: T rows of the pack, S segments of a bucket, Lq and Lk its padded lengths.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Rows = npt.NDArray[np.int64]
+
+# Lengths that share a bucket: steps of 8, or of a quarter of their power of two where that is more.
+MIN_LENGTH_STEP = 8
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split in rows of the storage order; its keys are the visible earlier rows, then its own."""
+
+    rows: Rows
+    keys: Rows
+
+
+@dataclass(frozen=True)
+class VarlenGroup:
+    """Segments of one variable-length attention call; their queries are neighbours in storage order."""
+
+    q_lens: tuple[int, ...]  # queries per segment
+    k_lens: tuple[int, ...]  # keys per segment
+    cu_q: Tensor  # int32 [segments + 1], running sums of q_lens from 0
+    cu_k: Tensor  # int32 [segments + 1]
+    max_q: int  # 0 when there are no segments
+    max_k: int
+    kv_index: Tensor  # int64 [sum k_lens]: rows of K and V to gather
+
+    def to(self, device: torch.device) -> VarlenGroup:
+        """A copy on `device`."""
+        cu_q, cu_k, kv_index = (
+            x.to(device, non_blocking=True) for x in (self.cu_q, self.cu_k, self.kv_index)
+        )
+        return VarlenGroup(self.q_lens, self.k_lens, cu_q, cu_k, self.max_q, self.max_k, kv_index)
+
+
+@dataclass(frozen=True)
+class PaddedBucket:
+    """Segments of similar shape, padded to one size, for backends that take a mask (SDPA).
+
+    Padded queries repeat the segment's first row and attend like its last query, so that no softmax is empty.
+    """
+
+    q_index: Tensor  # int64 [S, Lq] storage rows
+    q_valid: Tensor  # bool [S, Lq], False on padding
+    kv_index: Tensor  # int64 [S, Lk] storage rows
+    num_visible: Tensor  # int64 [S, Lq]: the first so many of the Lk keys are seen by this query
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [S, 1, Lq, Lk], True = attend. Made where it is used, once: a pack's masks are megabytes."""
+        keys = torch.arange(self.kv_index.shape[1], device=self.kv_index.device)
+        return (keys < self.num_visible[..., None])[:, None]
+
+    def to(self, device: torch.device) -> PaddedBucket:
+        """A copy on `device`."""
+        tensors = (self.q_index, self.q_valid, self.kv_index, self.num_visible)
+        return PaddedBucket(*(x.to(device, non_blocking=True) for x in tensors))
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """One pack's attention, twice: as two variable-length calls, and as padded buckets.
+
+    `causal`: queries are rows 0 .. num_causal - 1, one segment per text split, causal aligned at the bottom
+    right (query i of Lq sees keys 0 .. Lk - Lq + i). `full`: queries are the other rows, one segment per
+    image for its two special tokens, then one per image for its latent tokens, non-causal. Keys: see `Split`.
+    """
+
+    num_tokens: int  # T
+    num_causal: int  # rows of text splits
+    causal: VarlenGroup
+    full: VarlenGroup
+    buckets: tuple[PaddedBucket, ...]
+    out_index: Tensor  # int64 [T]: row t is row out_index[t] of the buckets' flattened outputs, concatenated
+
+    def to(self, device: torch.device) -> AttentionPlan:
+        """A copy on `device`."""
+        return AttentionPlan(
+            self.num_tokens,
+            self.num_causal,
+            self.causal.to(device),
+            self.full.to(device),
+            tuple(bucket.to(device) for bucket in self.buckets),
+            self.out_index.to(device, non_blocking=True),
+        )
+
+    @property
+    def attended_area(self) -> int:
+        """Query-key pairs that the rule asks for; what an honest FLOP count uses."""
+        causal = sum(
+            q * k - q * (q - 1) // 2 for q, k in zip(self.causal.q_lens, self.causal.k_lens, strict=True)
+        )
+        return causal + sum(q * k for q, k in zip(self.full.q_lens, self.full.k_lens, strict=True))
+
+
+def build_attention_plan(num_tokens: int, text: Sequence[Split], images: Sequence[Split]) -> AttentionPlan:
+    """Splits come in storage order; an image's rows are its two special tokens, then its latents."""
+    num_causal = sum(len(split.rows) for split in text)
+    buckets, out_index = _build_buckets(num_tokens, text, images)
+    return AttentionPlan(
+        num_tokens=num_tokens,
+        num_causal=num_causal,
+        causal=_build_group([len(split.rows) for split in text], [split.keys for split in text]),
+        full=_build_group(
+            [2] * len(images) + [len(split.rows) - 2 for split in images],
+            [split.keys for split in images] * 2,
+        ),
+        buckets=buckets,
+        out_index=out_index,
+    )
+
+
+def _build_group(q_lens: list[int], keys: list[Rows]) -> VarlenGroup:
+    k_lens = [len(rows) for rows in keys]
+    return VarlenGroup(
+        q_lens=tuple(q_lens),
+        k_lens=tuple(k_lens),
+        cu_q=_running_sums(q_lens),
+        cu_k=_running_sums(k_lens),
+        max_q=max(q_lens, default=0),
+        max_k=max(k_lens, default=0),
+        kv_index=torch.from_numpy(np.concatenate(keys) if keys else np.zeros(0, np.int64)),
+    )
+
+
+def _running_sums(lengths: list[int]) -> Tensor:
+    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+
+
+def _build_buckets(
+    num_tokens: int, text: Sequence[Split], images: Sequence[Split]
+) -> tuple[tuple[PaddedBucket, ...], Tensor]:
+    """One segment per split (here an image's specials and latents go together: they have the same keys)."""
+    groups: dict[tuple[int, int], list[tuple[Split, bool]]] = defaultdict(list)
+    for splits, causal in ((text, True), (images, False)):
+        for split in splits:
+            groups[_length_class(len(split.rows)), _length_class(len(split.keys))].append((split, causal))
+    out_index = np.full(num_tokens, -1, np.int64)
+    buckets = []
+    first_row = 0
+    for shape in sorted(groups):
+        q_lens = np.array([len(split.rows) for split, _ in groups[shape]])[:, None]
+        k_lens = np.array([len(split.keys) for split, _ in groups[shape]])[:, None]
+        is_causal = np.array([flag for _, flag in groups[shape]])[:, None]
+        query = np.arange(q_lens.max())[None]
+        q_valid, k_valid = query < q_lens, np.arange(k_lens.max())[None] < k_lens
+        rows = np.concatenate([split.rows for split, _ in groups[shape]])
+        q_index, kv_index = np.zeros(q_valid.shape, np.int64), np.zeros(k_valid.shape, np.int64)
+        q_index[:] = np.array([split.rows[0] for split, _ in groups[shape]])[:, None]
+        q_index[q_valid] = rows
+        kv_index[k_valid] = np.concatenate([split.keys for split, _ in groups[shape]])
+        num_visible = np.where(is_causal, k_lens - q_lens + np.minimum(query, q_lens - 1) + 1, k_lens)
+        out_index[rows] = first_row + np.flatnonzero(q_valid)
+        first_row += q_index.size
+        buckets.append(
+            PaddedBucket(*(torch.from_numpy(x) for x in (q_index, q_valid, kv_index, num_visible)))
+        )
+    assert (out_index >= 0).all(), "a row belongs to no split"
+    return tuple(buckets), torch.from_numpy(out_index)
+
+
+def _length_class(length: int) -> int:
+    """`length` rounded up to its bucket's step: at most a quarter more, except below 32."""
+    step = max(MIN_LENGTH_STEP, (1 << (length.bit_length() - 1)) // 4)
+    return -(-length // step) * step

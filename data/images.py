@@ -1,0 +1,148 @@
+"""Image files -> pixels: decode, resize, crop; and batches of pixels for the tokenizer.
+
+Shapes: B images, H = W = image_px.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.plan import pack_seed, sample_uniforms
+from data.shards import Sample, ShardDataset
+from engine.config import ConfigError, UserError
+
+IMAGE_PARTS = ("png", "jpg", "jpeg", "webp")
+
+
+@dataclass(frozen=True)
+class PixelBatch:
+    """Images of one micro-batch."""
+
+    pixels: Tensor  # uint8 [B, 3, H, W]
+    sample_ids: tuple[str, ...]
+    seed: int  # 63 bits, of (run seed, global step, stream)
+    meta: tuple[Mapping[str, Any], ...]  # each sample's json, {} without one
+
+    @property
+    def pixels_01(self) -> Tensor:
+        """float32 [B, 3, H, W] in [0, 1]."""
+        return self.pixels.float() / 255
+
+    def to(self, device: torch.device) -> PixelBatch:
+        """A copy with the pixels on `device`."""
+        return replace(self, pixels=self.pixels.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """How image files become batches."""
+
+    images_per_pack: int  # images in one micro-batch of one rank
+    image_px: int  # side of the square the model sees
+    resize_px: int | None = None  # short side before the crop, pixels; None: image_px
+    crop: Literal["center", "random"] = "center"  # random: keyed by (seed, epoch, sample)
+
+    def __post_init__(self) -> None:
+        if self.images_per_pack < 1 or self.image_px < 1:
+            raise ConfigError("images_per_pack and image_px must be positive")
+        if self.resize_px is not None and self.resize_px < self.image_px:
+            raise ConfigError(f"resize_px = {self.resize_px} is smaller than image_px = {self.image_px}")
+
+
+class PixelPacker:
+    """Every sample has length 1: a pack is `images_per_pack` samples in the plan's order."""
+
+    def __init__(self, config: PixelConfig) -> None:
+        self.budget = config.images_per_pack
+        self._config = config
+
+    def lengths(self, dataset: ShardDataset) -> npt.NDArray[np.int64]:
+        """Ones, int64 [len(dataset)]. Raises UserError when the shards hold latents."""
+        if dataset.manifest.latent is not None:
+            raise UserError(
+                f"{dataset.directory}: holds latents, not pixels; give the shards they were made from"
+            )
+        return np.ones(len(dataset), np.int64)
+
+    def collate(
+        self, samples: Sequence[Sample], *, step: int, stream: int, epochs: Sequence[int], seed: int
+    ) -> PixelBatch:
+        """Decodes `samples`, each met in its epoch of `epochs`; `seed` is the run's.
+
+        Raises UserError naming shard and key: no image or several, an image that cannot be decoded.
+        """
+        config = self._config
+        pixels = []
+        for sample, epoch in zip(samples, epochs, strict=True):
+            corner = sample_uniforms(seed, epoch, sample.key)[:2] if config.crop == "random" else None
+            parts = [part for part in sample.parts if part in IMAGE_PARTS]
+            if len(parts) != 1:
+                raise UserError(
+                    f"{sample.where}: {len(parts)} of png, jpg, jpeg, webp; one is needed for training"
+                )
+            image = decode_image(sample, parts[0])
+            pixels.append(fit_image(image, config.image_px, resize_px=config.resize_px, corner=corner))
+        return PixelBatch(
+            pixels=torch.stack(pixels),
+            sample_ids=tuple(sample.key for sample in samples),
+            seed=pack_seed(seed, step, stream),
+            meta=tuple(json.loads(sample.parts.get("json", b"{}")) for sample in samples),
+        )
+
+
+def decode_image(sample: Sample, part: str) -> Image.Image:
+    """RGB image of `sample.parts[part]`; transparency is laid on white.
+
+    Raises UserError naming shard and key.
+    """
+    try:
+        with Image.open(io.BytesIO(sample.parts[part])) as file:
+            image: Image.Image = file
+            image.load()
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, KeyError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{sample.where}: '{part}' is no readable image ({reason}); make this shard again"
+        ) from None
+
+
+def fit_image(
+    image: Image.Image,
+    image_px: int,
+    *,
+    resize_px: int | None = None,
+    corner: tuple[float, float] | None = None,
+) -> Tensor:
+    """uint8 [3, image_px, image_px]: bicubic, short side to `resize_px` (default image_px); square crop.
+
+    `corner`, two numbers in [0, 1), places the crop between left and right, top and bottom; None: in the
+    centre. Halving by boxes before the bicubic step, as in ADM (Dhariwal & Nichol 2021), keeps large
+    photographs free of aliasing.
+    """
+    short_px = image_px if resize_px is None else resize_px
+    while min(image.size) >= 2 * short_px:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = short_px / min(image.size)
+    size = (max(short_px, round(image.width * scale)), max(short_px, round(image.height * scale)))
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    free_x, free_y = image.width - image_px, image.height - image_px
+    if corner is None:
+        left, top = free_x // 2, free_y // 2
+    else:
+        left, top = int(corner[0] * (free_x + 1)), int(corner[1] * (free_y + 1))
+    image = image.crop((left, top, left + image_px, top + image_px))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,76 @@
+"""The order of samples, and every seed of the data layer, as pure functions (contract 2).
+
+numpy may change `Generator.permutation` between versions; raw Philox words and a stable sort it may not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.config import UserError
+
+BLOCK_SAMPLES = 64
+WINDOW_BLOCKS = 32
+
+
+def epoch_order(
+    num_samples: int, fingerprint: str, seed: int, epoch: int, num_streams: int, stream: int
+) -> npt.NDArray[np.int64]:
+    """Sample indices of one stream in one epoch, int64; the streams together hold every sample once.
+
+    Blocks of 64 neighbours (fewer when the data set is too small to give every stream one) are permuted,
+    dealt to the streams in turn, and each stream shuffles its samples inside windows of 32 blocks: reads stay
+    nearly sequential, the order is nearly uniform. Raises UserError when there are fewer samples than
+    streams.
+    """
+    assert 0 <= stream < num_streams
+    block_samples = _block_samples(num_samples, num_streams)
+    num_blocks = -(-num_samples // block_samples)
+    blocks = np.argsort(_words(num_blocks, "blocks", fingerprint, seed, epoch), kind="stable")[
+        stream::num_streams
+    ]
+    indices = blocks[:, None] * block_samples + np.arange(block_samples)
+    window = np.repeat(np.arange(len(blocks)) // WINDOW_BLOCKS, block_samples)
+    indices, window = indices.reshape(-1), window[indices.reshape(-1) < num_samples]
+    indices = indices[indices < num_samples]
+    words = _words(len(indices), "samples", fingerprint, seed, epoch, stream)
+    return np.asarray(indices[np.lexsort((words, window))], np.int64)
+
+
+def window_samples(num_samples: int, num_streams: int) -> int:
+    """Samples in one full shuffle window of `epoch_order`; refuses what it refuses."""
+    return WINDOW_BLOCKS * _block_samples(num_samples, num_streams)
+
+
+def pack_seed(seed: int, step: int, stream: int) -> int:
+    """Seed of the noise and timesteps of the pack that `stream` gives at global step `step`; 63 bits."""
+    return int(_digest_words("pack", seed, step, stream)[0]) & (2**63 - 1)
+
+
+def sample_uniforms(seed: int, epoch: int, key: str) -> tuple[float, float, float, float]:
+    """Four numbers in [0, 1) for the choices about one sample in one epoch: caption, dropouts, crop."""
+    a, b, c, d = (int(word) / 2**64 for word in _digest_words("sample", seed, epoch, key))
+    return a, b, c, d
+
+
+def _block_samples(num_samples: int, num_streams: int) -> int:
+    if num_samples < num_streams:
+        raise UserError(
+            f"{num_samples} samples cannot feed num_streams = {num_streams}; lower data.num_streams"
+        )
+    return min(BLOCK_SAMPLES, num_samples // num_streams)
+
+
+def _words(count: int, *names: object) -> npt.NDArray[np.uint64]:
+    """`count` random 64-bit words, determined by `names`."""
+    low, high = _digest_words(*names)[:2].tolist()
+    words: npt.NDArray[np.uint64] = np.random.Philox(key=low + (high << 64)).random_raw(count)
+    return words
+
+
+def _digest_words(*names: object) -> npt.NDArray[np.uint64]:
+    """SHA-256 of the names as four 64-bit words; Python's own hash() differs from run to run."""
+    return np.frombuffer(hashlib.sha256("/".join(map(str, names)).encode()).digest(), "<u8")

@@ -1,0 +1,148 @@
+"""One shard being written: a tar under a temporary name and its records (contract 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import webdataset
+
+from data.shard_index import (
+    FORMAT_VERSION,
+    KEY_PATTERN,
+    MAX_PART_BYTES,
+    MAX_PARTS,
+    PART_PATTERN,
+    RECORD,
+    TAR_BLOCK_BYTES,
+    Records,
+    Sample,
+    ShardEntry,
+    ShardProgress,
+    extents,
+    index_name,
+    key_hash,
+    progress_name,
+    sample_crc32,
+)
+from engine import files
+from engine.config import UserError
+
+Rejections = tuple[tuple[str, str], ...]
+
+
+class OpenShard:
+    """A tar being written under a temporary name, and its records."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed run
+            stale.unlink()
+        self._file = self._temporary.open("wb")
+        # No user, group or time of this machine: equal samples give equal bytes.
+        self._tar = webdataset.TarWriter(self._file, encoder=False, user="", group="", mode=0o444, mtime=0)
+        self._records: list[tuple[int, list[int], int, int, int]] = []
+        self._keys: set[str] = set()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples added so far."""
+        return len(self._records)
+
+    def add(self, sample: Sample, num_image_tokens: int, num_text_tokens: int) -> None:
+        """Raises UserError: a name that WebDataset cannot carry, an empty part, a repeated key."""
+        _check(sample, self._keys)
+        self._keys.add(sample.key)
+        part_bytes = [len(sample.parts[part]) for part in sorted(sample.parts)]
+        part_bytes += [0] * (MAX_PARTS - len(part_bytes))
+        crc = sample_crc32(sample.key, sample.parts)
+        self._records.append((key_hash(sample.key), part_bytes, num_image_tokens, num_text_tokens, crc))
+        self._tar.write({"__key__": sample.key, **sample.parts})
+
+    def drop(self) -> None:
+        """Removes the temporary file."""
+        self._tar.close()
+        self._file.close()
+        self._temporary.unlink()
+
+    def close(self, source: str, rejected: Rejections) -> ShardEntry:
+        """Makes the shard final. The side file comes last: a stop before it leaves an unfinished shard."""
+        if not self._records:
+            self.drop()
+            raise UserError(f"{self.path}: no samples to write; leave this shard out")
+        records = np.zeros(len(self._records), RECORD)
+        for column, name in enumerate(
+            ("key_hash", "part_bytes", "num_image_tokens", "num_text_tokens", "crc32")
+        ):
+            records[name] = [record[column] for record in self._records]
+        ends = np.cumsum(extents(records))
+        records["offset"][1:] = ends[:-1]
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        _rescan(self._temporary, records)
+        buffer = io.BytesIO()
+        np.save(buffer, records)
+        side = self.path.with_name(progress_name(self.path.name))
+        side.unlink(missing_ok=True)  # of a damaged shard that is now replaced
+        self._temporary.replace(self.path)
+        index = self.path.with_name(index_name(self.path.name))
+        files.write_bytes(index, buffer.getvalue())
+        entry = ShardEntry(
+            name=self.path.name,
+            num_bytes=self.path.stat().st_size,
+            num_samples=len(records),
+            sha256=files.sha256(self.path),
+            index_sha256=files.sha256(index),
+        )
+        files.write_json(side, dataclasses.asdict(ShardProgress(FORMAT_VERSION, source, entry, rejected)))
+        return entry
+
+
+def _check(sample: Sample, keys: set[str]) -> None:
+    if not KEY_PATTERN.fullmatch(sample.key):
+        raise UserError(
+            f"key '{sample.key}': use 1 to 64 of A-Z a-z 0-9 _ -, starting with a letter or digit"
+        )
+    if sample.key in keys:
+        raise UserError(f"key '{sample.key}': used twice; make keys unique")
+    if not 1 <= len(sample.parts) <= MAX_PARTS:
+        raise UserError(f"sample '{sample.key}': {len(sample.parts)} parts; write 1 to {MAX_PARTS}")
+    for part, payload in sample.parts.items():
+        if not PART_PATTERN.fullmatch(part):
+            raise UserError(
+                f"sample '{sample.key}': part name '{part}'; use up to 32 of a-z 0-9 _ joined by dots"
+            )
+        if not 1 <= len(payload) <= MAX_PART_BYTES:
+            raise UserError(
+                f"sample '{sample.key}': part '{part}' has {len(payload)} bytes; reject the sample instead"
+            )
+
+
+def _rescan(path: Path, records: Records) -> None:
+    """Reads the tar back with the standard library, which knows nothing of our index, and compares."""
+    with tarfile.open(path, "r:") as tar:
+        members = tar.getmembers()
+        position = 0
+        for record, end in zip(records, records["offset"].astype(np.int64) + extents(records), strict=True):
+            parts: dict[str, bytes] = {}
+            for num_bytes in record["part_bytes"][record["part_bytes"] > 0]:
+                member = members[position]
+                content = tar.extractfile(member)
+                assert content is not None
+                key, _, part = member.name.partition(".")
+                parts[part] = content.read()
+                assert len(parts[part]) == num_bytes
+                position += 1
+            assert member.offset_data + -(-member.size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES == end
+            if sample_crc32(key, parts) != record["crc32"]:
+                raise UserError(
+                    f"{path}: sample '{key}' does not read back as written; check the disk, run again"
+                )
+        assert position == len(members)

@@ -1,0 +1,205 @@
+"""The shard format (contract 1): names, records and manifest, shared by the writer and the reader.
+
+shard-000000.tar         plain WebDataset tar (USTAR, mtime 0): KEY.part members, parts in sorted order
+shard-000000.index.npy   one RECORD per sample
+shard-000000.json        ShardProgress: written last; a shard without it does not count
+rejected.jsonl           {"key", "reason"} of every input that was not written
+manifest.json            Manifest: written when everything is there
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine import files
+from engine.config import ConfigError, UserError, from_dict
+
+FORMAT_VERSION = 1
+TAR_BLOCK_BYTES = 512
+MAX_PARTS = 4
+MAX_PART_BYTES = (1 << 32) - 1
+MANIFEST_NAME = "manifest.json"
+REJECTED_NAME = "rejected.jsonl"
+LATENT_DTYPES = ("bf16", "fp16", "fp32")
+
+KEY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # WebDataset cuts a name at its first dot
+PART_PATTERN = re.compile(r"(?=.{1,32}$)[a-z0-9_]+(\.[a-z0-9_]+)*")  # KEY.part fits a USTAR name of 100
+
+RECORD = np.dtype(
+    [
+        ("key_hash", "<u8"),  # first 8 bytes of SHA-256 of the key
+        ("offset", "<u8"),  # of the sample's first tar header, bytes
+        ("part_bytes", "<u4", (MAX_PARTS,)),  # payload lengths in file order; 0 = no such part
+        ("num_image_tokens", "<u4"),  # of all images of the sample
+        ("num_text_tokens", "<u4"),  # of its longest caption
+        ("crc32", "<u4"),  # of name and payload of every part, see sample_crc32
+    ]
+)
+Records = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample. `parts` maps a part name without the key ("png", "source.latent", "json") to its bytes."""
+
+    key: str
+    parts: Mapping[str, bytes]
+    shard: str = field(default="", compare=False)  # file it was read from, for messages
+
+    @property
+    def where(self) -> str:
+        """The sample in words, for error messages."""
+        return f"{self.shard}: sample '{self.key}'" if self.shard else f"sample '{self.key}'"
+
+
+@dataclass(frozen=True)
+class LatentInfo:
+    """What the latents of a data set are.
+
+    Latents are stored raw, as [C, Y, X]; training sees (z - mean) / std.
+    """
+
+    dtype: str  # "bf16" | "fp16" | "fp32", little-endian
+    shape: tuple[int, int, int]  # C, Y, X
+    mean: tuple[float, ...]  # per channel, over the whole data set
+    std: tuple[float, ...]  # per channel, > 0
+    tokenizer_fingerprint: str  # of the autoencoder (config and weights)
+    text_tokenizer_fingerprint: str  # of the tokenizer that counted num_text_tokens
+
+    def __post_init__(self) -> None:
+        if self.dtype not in LATENT_DTYPES:
+            raise ConfigError(f"latent dtype '{self.dtype}': choose one of {', '.join(LATENT_DTYPES)}")
+        channels = self.shape[0]
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ConfigError(f"latent statistics: expected {channels} channels, not {len(self.mean)}")
+        if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:
+            raise ConfigError(
+                "latent statistics: mean and std must be finite and std positive in every channel"
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one stored latent."""
+        return int(np.prod(self.shape)) * (4 if self.dtype == "fp32" else 2)
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A finished shard."""
+
+    name: str  # "shard-000000.tar"
+    num_bytes: int
+    num_samples: int
+    sha256: str
+    index_sha256: str
+
+    @property
+    def index_name(self) -> str:
+        """File name of the shard's index."""
+        return index_name(self.name)
+
+
+@dataclass(frozen=True)
+class ShardProgress:
+    """A shard's side file: the entry, and how far the source had been read when it was closed."""
+
+    format_version: int
+    source: str
+    entry: ShardEntry
+    rejected: tuple[tuple[str, str], ...]  # (key, reason) met while this shard was filled
+
+    @property
+    def num_consumed(self) -> int:
+        """Source items this shard stands for."""
+        return self.entry.num_samples + len(self.rejected)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished data set. `fingerprint` is a digest of everything else here."""
+
+    format_version: int
+    source: str  # where the samples come from, free text
+    shards: tuple[ShardEntry, ...]
+    latent: LatentInfo | None  # None for pixels
+    num_samples: int
+    num_rejected: int
+    fingerprint: str = ""
+
+    def digest(self) -> str:
+        """The fingerprint this manifest must have."""
+        return files.digest(dataclasses.asdict(dataclasses.replace(self, fingerprint="")))
+
+    @staticmethod
+    def read(directory: Path) -> Manifest:
+        """Raises UserError: no manifest, damaged or newer manifest, no samples."""
+        path = directory / MANIFEST_NAME
+        if not path.is_file():
+            raise UserError(
+                f"{path}: no such data set; write it first (launch/make_shards.py, encode_latents.py)"
+            )
+        manifest: Manifest = parse(Manifest, path)
+        if manifest.fingerprint != manifest.digest():
+            raise UserError(
+                f"{path}: was changed after it was written; run the writer again, finished shards are kept"
+            )
+        if manifest.num_samples == 0:
+            raise UserError(f"{path}: the data set is empty; see {directory / REJECTED_NAME} for the reasons")
+        return manifest
+
+
+def parse(cls: type[Any], path: Path) -> Any:
+    """Reads `Manifest` or `ShardProgress`.
+
+    Raises UserError: not JSON, another layout, a newer format version.
+    """
+    try:
+        tree = files.read_json(path)
+        version = tree["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not readable; delete it and run the writer again") from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {version}, this program reads {FORMAT_VERSION}; update the program"
+        )
+    return from_dict(cls, tree, where=str(path))
+
+
+def index_name(shard_name: str) -> str:
+    """shard-000000.tar -> shard-000000.index.npy"""
+    return shard_name.removesuffix(".tar") + ".index.npy"
+
+
+def progress_name(shard_name: str) -> str:
+    """shard-000000.tar -> shard-000000.json"""
+    return shard_name.removesuffix(".tar") + ".json"
+
+
+def key_hash(key: str) -> int:
+    """First 8 bytes of SHA-256, little-endian."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+
+
+def sample_crc32(key: str, parts: Mapping[str, bytes]) -> int:
+    """CRC-32 over `KEY.part`, payload, `KEY.part`, payload ... in sorted order of the part names."""
+    crc = 0
+    for part in sorted(parts):
+        crc = zlib.crc32(parts[part], zlib.crc32(f"{key}.{part}".encode(), crc))
+    return crc
+
+
+def extents(records: Records) -> npt.NDArray[np.int64]:
+    """Bytes each sample takes in the tar: headers, payloads and padding. int64 [len(records)]."""
+    part_bytes = records["part_bytes"].astype(np.int64)
+    blocks = np.where(part_bytes > 0, 1 + -(-part_bytes // TAR_BLOCK_BYTES), 0)
+    return np.asarray(blocks.sum(axis=1) * TAR_BLOCK_BYTES, dtype=np.int64)

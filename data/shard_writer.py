@@ -1,0 +1,211 @@
+"""Writes shards that are whole or absent, and continues where a killed run stopped (contract 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from data.shard_file import OpenShard, Rejections
+from data.shard_index import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    LatentInfo,
+    Manifest,
+    Sample,
+    ShardEntry,
+    ShardProgress,
+    index_name,
+    parse,
+    progress_name,
+)
+from engine import files
+from engine.config import UserError
+
+
+def shard_name(number: int) -> str:
+    """7 -> shard-000007.tar"""
+    return f"shard-{number:06d}.tar"
+
+
+class ShardWriter:
+    """Writes samples into numbered shards of a directory, and its manifest at the end.
+
+    A context manager. A run that was killed leaves finished shards only; opened again on the same directory,
+    the writer counts them, and a deterministic source skips its first `num_consumed` items (written or
+    rejected). Leaving the block normally closes the last shard and writes rejected.jsonl and manifest.json;
+    leaving it by an exception drops the unfinished shard. The same items give the same bytes.
+    """
+
+    def __init__(
+        self, directory: Path, *, max_samples_per_shard: int, source: str, latent: LatentInfo | None = None
+    ) -> None:
+        if max_samples_per_shard < 1:
+            raise UserError(f"max_samples_per_shard is {max_samples_per_shard}; give at least 1")
+        self.directory = Path(directory)
+        self.source = source
+        self._latent = latent
+        self._max_samples_per_shard = max_samples_per_shard
+        self._shard: OpenShard | None = None
+        self._rejected: list[tuple[str, str]] = []  # since the last finished shard
+        self.directory.mkdir(parents=True, exist_ok=True)
+        finished = _finished(self.directory, source)
+        for side in _after_gap(self.directory, len(finished)):
+            side.unlink()  # this writer goes in source order: what follows a lost shard is written again
+        self._num_shards = len(finished)
+        self.num_written = sum(shard.entry.num_samples for shard in finished)  # samples in finished shards
+        self.num_rejected = sum(len(shard.rejected) for shard in finished)
+
+    @property
+    def num_consumed(self) -> int:
+        """Source items the directory already accounts for, in source order."""
+        return self.num_written + self.num_rejected
+
+    def write(self, sample: Sample, num_image_tokens: int = 0, num_text_tokens: int = 0) -> None:
+        """Adds one sample. `num_text_tokens`: of its longest caption, without <|im_start|> and <|im_end|>.
+
+        Raises UserError: a key or part name that WebDataset cannot carry, an empty part, a repeated key.
+        """
+        if self._shard is None:
+            self._shard = OpenShard(self.directory / shard_name(self._num_shards))
+        self._shard.add(sample, num_image_tokens, num_text_tokens)
+        self.num_written += 1
+        if self._shard.num_samples == self._max_samples_per_shard:
+            self._close_shard()
+
+    def reject(self, key: str, reason: str) -> None:
+        """Records that the next item of the source was not written, and why."""
+        self._rejected.append((key, reason))
+        self.num_rejected += 1
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        if error is not None:
+            if self._shard is not None:
+                self._shard.drop()
+            return
+        if self._shard is not None:
+            self._close_shard()
+        write_manifest(
+            self.directory, source=self.source, latent=self._latent, rejected=tuple(self._rejected)
+        )
+
+    def _close_shard(self) -> None:
+        assert self._shard is not None
+        self._shard.close(self.source, tuple(self._rejected))
+        self._shard = None
+        self._rejected = []
+        self._num_shards += 1
+
+
+def write_shard(
+    path: Path,
+    samples: Iterable[Sample],
+    token_counts: Iterable[tuple[int, int]],
+    *,
+    source: str,
+    rejected: Rejections = (),
+) -> ShardEntry:
+    """Writes one whole shard: temporary name, fsync, re-scan, rename, then the index and the side file.
+
+    `token_counts` gives (num_image_tokens, num_text_tokens) of each sample, `rejected` the (key, reason) of
+    inputs of this shard that were not written. The caller numbers the shards (`shard_name`) and ends with
+    `write_manifest` and the same `source`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shard = OpenShard(path)
+    try:
+        for sample, (num_image_tokens, num_text_tokens) in zip(samples, token_counts, strict=True):
+            shard.add(sample, num_image_tokens, num_text_tokens)
+    except BaseException:
+        shard.drop()
+        raise
+    return shard.close(source, rejected)
+
+
+def finished_shard(path: Path, *, source: str) -> ShardEntry | None:
+    """The entry of a shard that was finished earlier by the same `source`, else None.
+
+    Raises UserError when the shard there was made from another source.
+    """
+    progress = _progress(path, source)
+    return None if progress is None else progress.entry
+
+
+def write_manifest(
+    directory: Path, *, source: str, latent: LatentInfo | None = None, rejected: Rejections = ()
+) -> Manifest:
+    """Lists every finished shard of `directory`; `rejected` adds to what the shards recorded.
+
+    Raises UserError: no sample at all, a gap in the numbering, a shard of another source, a key used twice.
+    """
+    finished = _finished(directory, source)
+    if _after_gap(directory, len(finished)):
+        raise UserError(
+            f"{directory / shard_name(len(finished))}: missing or cut short; run the writer again"
+        )
+    all_rejected = [*(item for shard in finished for item in shard.rejected), *rejected]
+    lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in all_rejected]
+    files.write_text(directory / REJECTED_NAME, "".join(lines))
+    if not finished:
+        raise UserError(
+            f"{directory}: no sample written, {len(all_rejected)} rejected; see {directory / REJECTED_NAME}"
+        )
+    hashes = np.concatenate(
+        [np.load(directory / index_name(shard.entry.name))["key_hash"] for shard in finished]
+    )
+    if len(np.unique(hashes)) != len(hashes):
+        raise UserError(
+            f"{directory}: {len(hashes) - len(np.unique(hashes))} keys used twice; make keys unique"
+        )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        source=source,
+        shards=tuple(shard.entry for shard in finished),
+        latent=latent,
+        num_samples=len(hashes),
+        num_rejected=len(all_rejected),
+    )
+    manifest = dataclasses.replace(manifest, fingerprint=manifest.digest())
+    files.write_json(directory / MANIFEST_NAME, dataclasses.asdict(manifest))
+    return manifest
+
+
+def _progress(path: Path, source: str) -> ShardProgress | None:
+    """Side file of the shard at `path`, or None when it is not finished (size and index are checked)."""
+    side = path.with_name(progress_name(path.name))
+    if not side.is_file():
+        return None
+    progress: ShardProgress = parse(ShardProgress, side)
+    if progress.source != source:
+        raise UserError(f"{side}: was made from '{progress.source}', not '{source}'; use an empty directory")
+    if not path.is_file() or path.stat().st_size != progress.entry.num_bytes:
+        return None
+    index = path.with_name(index_name(path.name))
+    return progress if index.is_file() and files.sha256(index) == progress.entry.index_sha256 else None
+
+
+def _finished(directory: Path, source: str) -> list[ShardProgress]:
+    """The finished shards 0, 1, ... up to the first that is missing, cut short, or not finished."""
+    finished: list[ShardProgress] = []
+    while (progress := _progress(directory / shard_name(len(finished)), source)) is not None:
+        finished.append(progress)
+    return finished
+
+
+def _after_gap(directory: Path, num_finished: int) -> list[Path]:
+    """Side files of shards that come after the first unfinished one."""
+    gap = progress_name(shard_name(num_finished))
+    return sorted(side for side in directory.glob("shard-*.json") if side.name > gap)

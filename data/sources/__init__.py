@@ -1,0 +1,1 @@
+"""Where samples come from: each source yields `data.shards.Sample`s."""

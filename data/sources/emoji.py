@@ -1,0 +1,179 @@
+"""The embedded real data set: Twemoji drawings composed into captioned scenes, edits, and identities.
+
+OUT/scenes-*       KEY.png, KEY.json {"captions", "kind", "scene"}
+OUT/edits-*        KEY.source.png, KEY.target.png, KEY.json {"instructions", "kind", "source_scene",
+                   "target_scene", "changed"}: the changed boxes, (x0, y0, x1, y1) in pixels
+OUT/identities-*   KEY.png, KEY.json {"label", "name", "background", "box"}
+
+Sample i is a pure function of (seed, data set, i).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from data.shards import Sample
+from data.sources.base import Draws
+from data.sources.emoji_art import attribution, compose, identities, png, render
+from data.sources.emoji_captions import captions, instructions
+from data.sources.emoji_edits import Edit, draw_edit, in_split
+from data.sources.emoji_scenes import (
+    BACKGROUND_NAMES,
+    CANVAS,
+    OBJECT_NAMES,
+    SKIN_TONES,
+    Scene,
+    draw_scene,
+)
+from engine import files
+from engine.config import ConfigError, to_dict
+
+__all__ = [
+    "BACKGROUND_NAMES",
+    "OBJECT_NAMES",
+    "SKIN_TONES",
+    "EmojiConfig",
+    "EmojiSource",
+    "Scene",
+    "edit_at",
+    "emoji_sources",
+    "render",
+    "scene_at",
+]
+
+
+@dataclass(frozen=True)
+class EmojiConfig:
+    """How much of the emoji data set is made."""
+
+    image_px: int = 64
+    """Side of the square images, pixels."""
+    seed: int = 0
+    """Of every draw; the split into training and validation does not depend on it."""
+    train_scenes: int = 16000
+    validation_scenes: int = 600
+    train_edits: int = 10000
+    validation_edits: int = 200
+    num_identities: int = 640
+    """Emoji that the stand-in representation model learns to tell apart."""
+    train_identities: int = 12800
+    """Images of them, spread evenly."""
+    validation_identities: int = 640
+    max_samples_per_shard: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.image_px < CANVAS // 2:
+            raise ConfigError(f"image_px is {self.image_px}; emoji need at least {CANVAS // 2}")
+        for name in ("train_scenes", "validation_scenes", "train_edits", "validation_edits"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
+        for name in ("train_identities", "validation_identities"):
+            if getattr(self, name) < self.num_identities:
+                raise ConfigError(f"{name} is less than num_identities; some would have no image")
+        if not 2 <= self.num_identities <= len(identities()):
+            raise ConfigError(f"num_identities must be in 2 .. {len(identities())}")
+
+
+class EmojiSource:
+    """One of the six data sets; implements data.sources.base.Source."""
+
+    def __init__(self, config: EmojiConfig, name: str, length: int) -> None:
+        self.name = name  # folder, such as "scenes-train"
+        self._config = config
+        self._length = length
+        content, split = name.split("-")
+        self._held_out = split == "validation"
+        self._sample: Callable[[int], Sample] = {
+            "scenes": self._scene,
+            "edits": self._edit,
+            "identities": self._identity,
+        }[content]
+
+    @property
+    def description(self) -> str:
+        """Attribution, and a digest of the config, so that shards of another config are not continued."""
+        return f"{attribution()}; {self.name} of emoji config {files.digest(to_dict(self._config))[:12]}"
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self._length
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`; none is bad."""
+        return self._sample(index)
+
+    def _scene(self, index: int) -> Sample:
+        scene, draws = scene_at(self._config.seed, index, held_out=self._held_out)
+        image_px = self._config.image_px
+        tree = {
+            "captions": captions(scene, draws),
+            "kind": "single" if len(scene.objects) == 1 else "pair",
+            "scene": scene.describe(image_px),
+        }
+        return Sample(f"scene-{index:06d}", {"png": png(render(scene, image_px)), "json": _json(tree)})
+
+    def _edit(self, index: int) -> Sample:
+        edit, draws = edit_at(self._config.seed, index, held_out=self._held_out)
+        image_px = self._config.image_px
+        tree = {
+            "instructions": instructions(edit, draws),
+            "kind": edit.kind,
+            "source_scene": edit.source.describe(image_px),
+            "target_scene": edit.target.describe(image_px),
+            "changed": edit.changed_boxes(image_px),
+        }
+        parts = {
+            "source.png": png(render(edit.source, image_px)),
+            "target.png": png(render(edit.target, image_px)),
+            "json": _json(tree),
+        }
+        return Sample(f"edit-{index:06d}", parts)
+
+    def _identity(self, index: int) -> Sample:
+        draws = Draws(self._config.seed, self.name, index)
+        label = index % self._config.num_identities
+        glyph, name = identities()[label]
+        image_px = self._config.image_px
+        size_px = draws.between(round(0.35 * image_px), round(0.85 * image_px))
+        x0, y0 = draws.between(0, image_px - size_px), draws.between(0, image_px - size_px)
+        box = (x0, y0, x0 + size_px, y0 + size_px)
+        background = draws.choice(BACKGROUND_NAMES)
+        image = compose([(glyph, box)], background, image_px)
+        tree = {"label": label, "name": name, "background": background, "box": box}
+        return Sample(f"identity-{index:06d}", {"png": png(image), "json": _json(tree)})
+
+
+def emoji_sources(config: EmojiConfig) -> tuple[EmojiSource, ...]:
+    """The six data sets, the longest to make first."""
+    lengths = {
+        "edits-train": config.train_edits,
+        "scenes-train": config.train_scenes,
+        "identities-train": config.train_identities,
+        "identities-validation": config.validation_identities,
+        "scenes-validation": config.validation_scenes,
+        "edits-validation": config.validation_edits,
+    }
+    return tuple(EmojiSource(config, name, length) for name, length in lengths.items())
+
+
+def scene_at(seed: int, index: int, *, held_out: bool) -> tuple[Scene, Draws]:
+    """Scene `index` of a split, and the draws from which its captions follow."""
+    draws = Draws(seed, f"scenes held out: {held_out}", index)
+    while (scene := draw_scene(draws)).held_out != held_out:
+        pass
+    return scene, draws
+
+
+def edit_at(seed: int, index: int, *, held_out: bool) -> tuple[Edit, Draws]:
+    """Edit `index` of a split, and the draws from which its instructions follow."""
+    draws = Draws(seed, f"edits held out: {held_out}", index)
+    while not in_split(edit := draw_edit(draws), held_out=held_out):
+        pass
+    return edit, draws
+
+
+def _json(tree: dict[str, Any]) -> bytes:
+    return json.dumps(tree, sort_keys=True).encode()

@@ -1,0 +1,213 @@
+"""Emoji scenes: what can be in them, where, and which combinations are kept for validation.
+
+All lengths are in units of 1/64 of the image side, so pixels at 64 px.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from data.sources.base import Draws, stable_hash
+
+CANVAS = 64
+HELD_OUT_SHARE = 10  # one combination in so many is for validation
+SINGLE_PERCENT = 60  # of scenes; the others show two objects
+
+# Clearly different from each other in colour and shape at 24 px.
+PLAIN_OBJECTS: Mapping[str, str] = {
+    "red apple": "🍎",
+    "bunch of grapes": "🍇",
+    "slice of pizza": "🍕",
+    "hamburger": "🍔",
+    "donut": "🍩",
+    "mushroom": "🍄",
+    "carrot": "🥕",
+    "dog": "🐶",
+    "cat": "🐱",
+    "frog": "🐸",
+    "pig": "🐷",
+    "panda": "🐼",
+    "fox": "🦊",
+    "penguin": "🐧",
+    "octopus": "🐙",
+    "butterfly": "🦋",
+    "fish": "🐟",
+    "elephant": "🐘",
+    "ladybug": "🐞",
+    "robot": "🤖",
+    "red car": "🚗",
+    "rocket": "🚀",
+    "sailboat": "⛵",
+    "tractor": "🚜",
+    "smiling sun": "🌞",
+    "crescent moon": "🌙",
+    "star": "⭐",
+    "rainbow": "🌈",
+    "pine tree": "🌲",
+    "sunflower": "🌻",
+    "tulip": "🌷",
+    "guitar": "🎸",
+    "soccer ball": "⚽",
+    "basketball": "🏀",
+    "umbrella": "☂",
+    "crown": "👑",
+    "top hat": "🎩",
+    "red heart": "❤",
+    "house": "🏠",
+    "diamond": "💎",
+}
+# Unicode provides skin tones for these; without one they are yellow.
+SKIN_OBJECTS: Mapping[str, str] = {
+    "waving hand": "👋",
+    "thumbs up": "👍",
+    "flexed arm": "💪",
+    "ear": "👂",
+    "baby": "👶",
+}
+SKIN_TONES: Mapping[str, str] = {"light": "🏻", "medium": "🏽", "dark": "🏿"}
+# Shades in which no object of the lists disappears (most are darker or lighter than the emoji's own palette).
+BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
+    "red": (152, 14, 30),
+    "green": (18, 80, 46),
+    "teal": (24, 142, 142),
+    "blue": (30, 62, 160),
+    "purple": (78, 34, 120),
+    "pink": (226, 96, 164),
+    "gray": (120, 124, 132),
+    "white": (248, 248, 248),
+}
+Place = Literal["center", "left", "right", "top", "bottom"]
+PLACES: tuple[Place, ...] = ("center", "left", "right", "top", "bottom")
+Relation = Literal["left", "above"]
+SizeWord = Literal["small", "large"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an object is."""
+
+    thing: str  # key of PLAIN_OBJECTS or SKIN_OBJECTS
+    skin: str | None = None  # key of SKIN_TONES
+
+    @property
+    def name(self) -> str:
+        """The class name, "waving hand with dark skin"."""
+        return self.thing if self.skin is None else f"{self.thing} with {self.skin} skin"
+
+    @property
+    def glyph(self) -> str:
+        """Its Unicode characters."""
+        if self.thing in PLAIN_OBJECTS:
+            return PLAIN_OBJECTS[self.thing]
+        return SKIN_OBJECTS[self.thing] + ("" if self.skin is None else SKIN_TONES[self.skin])
+
+
+THINGS: tuple[str, ...] = (*PLAIN_OBJECTS, *SKIN_OBJECTS)
+KINDS: tuple[Kind, ...] = (
+    *(Kind(thing) for thing in THINGS),
+    *(Kind(thing, skin) for thing in SKIN_OBJECTS for skin in SKIN_TONES),
+)
+OBJECT_NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)
+BACKGROUND_NAMES: tuple[str, ...] = tuple(BACKGROUNDS)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An object in its square; x0 and y0 are the upper left corner."""
+
+    kind: Kind
+    x0: int
+    y0: int
+    size: int
+
+    def box(self, image_px: int) -> tuple[int, int, int, int]:
+        """(x0, y0, x1, y1) in pixels, the upper ends excluded."""
+        x0, y0, size = (round(v * image_px / CANVAS) for v in (self.x0, self.y0, self.size))
+        return x0, y0, x0 + size, y0 + size
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two objects on a flat background.
+
+    Of two, the first is to the left of or above the second. `place` and `size_word` are what a caption says
+    about a single object; None where it says nothing.
+    """
+
+    objects: tuple[Placed, ...]
+    background: str
+    relation: Relation | None = None
+    place: Place | None = None
+    size_word: SizeWord | None = None
+
+    @property
+    def combination(self) -> str:
+        """What is shown, apart from where: the unit of the split."""
+        return " + ".join(sorted(placed.kind.name for placed in self.objects)) + " on " + self.background
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the combination belongs to validation; the same for every seed."""
+        return stable_hash(self.combination) % HELD_OUT_SHARE == 0
+
+    def describe(self, image_px: int) -> dict[str, Any]:
+        """The truth for a judge, ready for JSON: names, boxes in pixels, background, relation."""
+        objects = [
+            {
+                "name": placed.kind.name,
+                "thing": placed.kind.thing,
+                "skin": placed.kind.skin,
+                "box": list(placed.box(image_px)),
+            }
+            for placed in self.objects
+        ]
+        return {"objects": objects, "background": self.background, "relation": self.relation}
+
+    def with_kind(self, slot: int, kind: Kind) -> Scene:
+        """The same scene with another object in the place of object `slot`."""
+        objects = list(self.objects)
+        objects[slot] = replace(objects[slot], kind=kind)
+        return replace(self, objects=tuple(objects))
+
+
+def draw_scene(draws: Draws) -> Scene:
+    """Any scene, held out or not."""
+    return draw_single(draws) if draws.chance(SINGLE_PERCENT) else draw_pair(draws)
+
+
+def draw_single(draws: Draws) -> Scene:
+    """One object of 28 to 46: in the centre, or smaller and near the middle of an edge."""
+    spot = "center" if draws.chance(50) else draws.choice(PLACES)
+    words = (None, None, "small", "large") if spot == "center" else (None, None, "small")
+    size_word: SizeWord | None = draws.choice(words)
+    low, high = {"small": (28, 30), "large": (43, 46)}.get(str(size_word), (33, 39))
+    size = draws.between(low, high if spot == "center" else min(high, 36))
+    middle, far = (CANVAS - size) // 2, CANVAS - size
+    x0, y0 = middle + draws.between(-2, 2), middle + draws.between(-2, 2)
+    edge = draws.between(2, 4)
+    x0 = {"left": edge, "right": far - edge}.get(spot, x0)
+    y0 = {"top": edge, "bottom": far - edge}.get(spot, y0)
+    # An edge is mostly said, the centre rarely: what nobody asks for should be in the centre.
+    place = spot if draws.chance(20 if spot == "center" else 80) else None
+    placed = Placed(draw_kind(draws, draws.choice(THINGS)), x0, y0, size)
+    return Scene((placed,), draws.choice(BACKGROUND_NAMES), place=place, size_word=size_word)
+
+
+def draw_pair(draws: Draws) -> Scene:
+    """Two different objects of 24 to 28, one in each half of the image, 4 or more apart."""
+    relation: Relation = draws.choice(("left", "above"))
+    objects = []
+    for half, thing in enumerate(draws.pick(THINGS, 2)):
+        size = draws.between(24, 28)
+        along = half * CANVAS // 2 + draws.between(2, CANVAS // 2 - 2 - size)
+        across = (CANVAS - size) // 2 + draws.between(-3, 3)
+        x0, y0 = (along, across) if relation == "left" else (across, along)
+        objects.append(Placed(draw_kind(draws, thing), x0, y0, size))
+    return Scene(tuple(objects), draws.choice(BACKGROUND_NAMES), relation=relation)
+
+
+def draw_kind(draws: Draws, thing: str) -> Kind:
+    """`thing` as it is, or where Unicode has them in one of the skin tones or none."""
+    return Kind(thing, draws.choice((None, *SKIN_TONES)) if thing in SKIN_OBJECTS else None)

@@ -1,0 +1,148 @@
+"""Strict YAML -> frozen dataclasses (contract 6).
+
+A config is a frozen dataclass beside its owner. A mistyped key is refused with the nearest valid one, a value
+of the wrong type with the place it stands in, and any field can be overridden on the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Bad input from a person: shown as one line (what, where, what to do), without a traceback."""
+
+
+class ConfigError(UserError):
+    """A config that does not fit its dataclass."""
+
+
+def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Reads one YAML into `cls`. `overrides` are `section.key=value`, values in YAML syntax.
+
+    A top-level `extends: other.yaml` (relative to the file) is read first; this file then names only what differs.
+    Raises ConfigError: missing file, bad YAML, unknown key, wrong type, missing key.
+    """
+    tree = _read_tree(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return from_dict(cls, tree, where=str(path))
+
+
+def from_dict(cls: type[T], tree: Mapping[str, Any], where: str = "config") -> T:
+    """Builds the dataclass `cls` from nested mappings. Raises ConfigError naming `where` and the key."""
+    built: T = _build(cls, tree, where, "")
+    return built
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dict of a config, ready for YAML or JSON (tuples become lists)."""
+    plain = _plain(dataclasses.asdict(config))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def dump(config: Any) -> str:
+    """YAML text of the resolved config; `load` reads it back to an equal object."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: 'extends' runs in a circle; remove one of them")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected 'key: value' lines at the top level")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    return _merge(_read_tree(path.parent / str(parent), (*seen, path.resolve())), tree)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, sign, text = override.partition("=")
+    if not sign or not name:
+        raise ConfigError(f"override '{override}': write it as section.key=value")
+    *sections, key = name.split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
+        tree = child
+    tree[key] = yaml.safe_load(text)
+
+
+def _build(hint: Any, value: Any, where: str, path: str) -> Any:
+    """One value of type `hint`; dataclasses recurse, everything else is validated by pydantic."""
+    section = _dataclass_of(hint)
+    if section is None or value is None:
+        try:
+            return TypeAdapter(hint).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise ConfigError(f"{where}: {path or 'top level'}: {reason}, not {value!r}") from None
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {path or 'top level'}: expected a section of keys, not {value!r}")
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    for key in value:
+        if key not in fields:
+            nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
+            hint_text = f"did you mean '{nearest[0]}'?" if nearest else f"valid keys: {', '.join(fields)}"
+            raise ConfigError(f"{where}: unknown key '{_join(path, str(key))}'; {hint_text}")
+    hints = typing.get_type_hints(section)
+    arguments = {key: _build(hints[key], item, where, _join(path, key)) for key, item in value.items()}
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in arguments:
+            raise ConfigError(f"{where}: missing key '{_join(path, name)}'")
+    try:
+        return section(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {path or 'top level'}: {error}") from None
+
+
+def _dataclass_of(hint: Any) -> Any:
+    """The dataclass behind `hint` or `Optional[hint]`, else None."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)]
+        return inner[0] if len(inner) == 1 else None
+    return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

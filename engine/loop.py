@@ -1,0 +1,347 @@
+"""The training loop for everything that learns: one function, composed of an objective and a batch source."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import checkpoint, files, masters
+from engine.config import ConfigError, UserError
+from engine.distributed import Ranks
+from engine.ema import Ema
+from engine.logs import RunLog, WandbMode, seconds_text
+from engine.objective import Batch, BatchSource, LossOutput, Objective
+from engine.schedule import OptimizerConfig, learning_rate
+
+EXPORT = "export"
+SUMMED = ("samples", "tokens")
+"""Entries of a source's ledger that add up over ranks and steps; the others are averaged."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How long, how often, how parallel."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    optimizer: OptimizerConfig
+    adversary_optimizer: OptimizerConfig | None = None
+    """Optimizer of the discriminator; needed by objectives that have one."""
+    precision: masters.Precision = "fp32"
+    """fp32; bf16_autocast: fp32 weights, bf16 matrix products; bf16: bf16 weights with fp32 masters."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage 1, 2 or 3 (0 has no guard against non-finite gradients)."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights that are sampled and exported; 0 keeps the last weights."""
+    seed: int = 0
+    """Seed of the initial weights. The order of the data has its own."""
+    log_every_steps: int = 10
+    checkpoint_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    sample_every_steps: int = 0
+    """Steps between sample grids; 0: only at the end."""
+    max_nonfinite_steps: int = 5
+    """The run stops after this many steps with a non-finite loss or gradient (none of them is applied)."""
+    wandb: WandbMode = "offline"
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (1, 2, 3):
+            raise ConfigError(f"zero_stage is {self.zero_stage}; choose 1, 2 or 3")
+        if self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}; it must be at least 1")
+
+
+def train(
+    objective: Objective,
+    source: BatchSource,
+    config: EngineConfig,
+    *,
+    run_dir: Path,
+    resolved: Mapping[str, Any],
+    ranks: Ranks,
+) -> Path:
+    """Runs or resumes a training and returns the folder of its export (EMA weights).
+
+    `resolved` is the whole run's config, saved as config.json. The same command again continues from the newest
+    checkpoint, bit for bit on the same number of ranks; a finished run only returns.
+    """
+    return _Run(objective, source, config, run_dir, resolved, ranks).train()
+
+
+class _Run:
+    """State of one training. Steps count finished optimizer steps."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        source: BatchSource,
+        config: EngineConfig,
+        run_dir: Path,
+        resolved: Mapping[str, Any],
+        ranks: Ranks,
+    ) -> None:
+        self.objective, self.source, self.config, self.ranks = objective, source, config, ranks
+        self.run_dir = run_dir
+        objective.to(ranks.device)
+        self.accumulation_steps = -(-source.num_streams // ranks.world)
+        self.engines = {"main": self._engine(objective.model, objective.loss, config.optimizer)}
+        if objective.adversary is not None:
+            if config.adversary_optimizer is None:
+                raise ConfigError(f"{objective.name} trains a discriminator: set engine.adversary_optimizer")
+            self.engines["adversary"] = self._engine(
+                objective.adversary, objective.adversary_loss, config.adversary_optimizer
+            )
+        self.ema = Ema(self.engines["main"], config.ema_decay) if config.ema_decay else None
+        self.step = 0
+        self.nonfinite_steps = 0
+        self._resume()
+        self.log: RunLog | None = None
+        if ranks.is_first:
+            files.write_json(run_dir / "config.json", dict(resolved))
+            self.log = RunLog(run_dir, objective.name, resolved, self.step, config.wandb)
+        self._stop_requested = False
+        self._window = _Window(ranks)
+
+    def train(self) -> Path:
+        """Steps until the end or a stop signal; then the export."""
+        for name in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(name, self._request_stop)
+        if self.log and self.step:
+            self.log.line(f"resumed at step {self.step}/{self.config.steps}")
+        start_s, start_step = time.monotonic(), self.step
+        while self.step < self.config.steps:
+            self._train_step()
+            if self.step % self.config.log_every_steps == 0 or self.step == self.config.steps:
+                rate = (self.step - start_step) / (time.monotonic() - start_s)
+                self._write_metrics((self.config.steps - self.step) / rate)
+            if self.config.sample_every_steps and self.step % self.config.sample_every_steps == 0:
+                self._write_samples()
+            stop = self._stop_agreed()
+            if stop or self.step % self.config.checkpoint_every_steps == 0 or self.step == self.config.steps:
+                self._save()
+            if stop and self.step < self.config.steps:
+                raise UserError(
+                    f"stopped by a signal at step {self.step}, saved; run the same command to go on"
+                )
+        export = self._export()
+        if self.log:
+            self.log.line(
+                f"finished {self.step} steps in {seconds_text(time.monotonic() - start_s)}: {export}"
+            )
+            self.log.close()
+        self.source.close()
+        for engine in self.engines.values():
+            engine.destroy()
+        return export
+
+    def _engine(
+        self, module: torch.nn.Module, loss: Callable[[Any, int], LossOutput], optimizer: OptimizerConfig
+    ) -> Any:
+        return masters.build_engine(
+            masters.Forward(module, loss, self.config.precision),
+            optimizer,
+            zero_stage=self.config.zero_stage,
+            precision=self.config.precision,
+            accumulation_steps=self.accumulation_steps,
+        )
+
+    def _train_step(self) -> None:
+        """One global step: one pack of every stream, the loss divided by the global count."""
+        begin_s = time.monotonic()
+        batches: list[Batch] = [batch.to(self.ranks.device) for batch in self.source.next_step()]
+        counts = [self.objective.count(batch) for batch in batches]
+        (count,) = self.ranks.sum([sum(counts)])
+        # A rank with fewer streams than others runs its last pack again at weight 0: collectives must match.
+        weights = [1.0] * len(batches) + [0.0] * (self.accumulation_steps - len(batches))
+        batches += [batches[-1]] * (self.accumulation_steps - len(batches))
+        for name, optimizer in self._optimizers():
+            for group in self.engines[name].optimizer.param_groups:
+                group["lr"] = learning_rate(optimizer, self.step, self.config.steps)
+        scale = self.ranks.world / max(count, 1.0)  # DeepSpeed averages over ranks
+        skipped_before = self._skipped_steps()
+        adversarial = self.objective.adversary_active(self.step)
+        for batch, weight in zip(batches, weights, strict=True):
+            output = self._forward_backward("main", batch, weight * scale)
+            self._window.add("", output, weight)
+            if adversarial:
+                adversary_output = self._forward_backward("adversary", output.adversary_batch, weight * scale)
+                self._window.add("adversary_", adversary_output, weight)
+        self._window.close_step(
+            {"": count, "adversary_": count if adversarial else 0.0},
+            self.source.metrics(),
+            time.monotonic() - begin_s,
+        )
+        if self._skipped_steps() > skipped_before:
+            self._nonfinite(batches)
+        elif self.ema is not None:
+            self.ema.update(self.engines["main"], self.step)
+        self.step += 1
+
+    def _forward_backward(self, name: str, batch: Any, scale: float) -> LossOutput:
+        engine = self.engines[name]
+        output: LossOutput = engine(batch, self.step)
+        engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
+        engine.step()
+        return output
+
+    def _optimizers(self) -> list[tuple[str, OptimizerConfig]]:
+        pairs = [("main", self.config.optimizer), ("adversary", self.config.adversary_optimizer)]
+        return [
+            (name, optimizer) for name, optimizer in pairs if name in self.engines and optimizer is not None
+        ]
+
+    def _skipped_steps(self) -> int:
+        """Steps that DeepSpeed refused for a non-finite gradient: the same number on every rank."""
+        return sum(int(engine.skipped_steps) for engine in self.engines.values())
+
+    def _nonfinite(self, batches: Sequence[Batch]) -> None:
+        """Keeps the batch for a post-mortem, and ends the run after too many."""
+        self.nonfinite_steps += 1
+        folder = self.run_dir / "nonfinite"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step_{self.step:08d}_rank_{self.ranks.rank:05d}.pt"
+        torch.save([batch.__dict__ for batch in batches], path)
+        if self.log:
+            self.log.line(
+                f"step {self.step}: non-finite loss or gradient, step not taken; batch kept in {path}"
+            )
+        if self.nonfinite_steps >= self.config.max_nonfinite_steps:
+            raise UserError(
+                f"{self.nonfinite_steps} steps with a non-finite loss or gradient (last: {self.step}); "
+                f"look at {folder}, lower engine.optimizer.lr, and run again from the last checkpoint"
+            )
+
+    def _write_metrics(self, eta_s: float) -> None:
+        values = self._window.read()
+        norm = self.engines["main"].get_global_grad_norm()
+        values.update(
+            step=self.step,
+            lr=learning_rate(self.config.optimizer, self.step - 1, self.config.steps),
+            grad_norm=float(norm) if norm is not None else 0.0,
+            nonfinite_steps=self.nonfinite_steps,
+        )
+        if self.log:
+            self.log.metrics(values, self.config.steps, eta_s)
+
+    def _averaged(self) -> Any:
+        """Context in which the model holds the EMA weights."""
+        own = masters.shards(self.engines["main"])
+        return masters.swapped(self.engines["main"], self.ema.shadow if self.ema else own)
+
+    def _write_samples(self) -> None:
+        """Every rank computes under ZeRO-3 (forward is collective there), else only the first."""
+        self.objective.model.eval()
+        with self._averaged(), masters.gathered(self.engines["main"]), torch.no_grad():
+            grid = None
+            if self.ranks.is_first or self.config.zero_stage == 3:
+                with masters.autocast(self.config.precision, self.ranks.device):
+                    grid = self.objective.samples()
+            if self.log and grid is not None:
+                self.log.samples(self.step, grid)
+            self.ranks.barrier()
+        self.objective.model.train()
+
+    def _save(self) -> None:
+        sources = self.ranks.gather(self.source.state_dict())
+        merged = {**sources[0], "streams": {k: v for state in sources for k, v in state["streams"].items()}}
+        checkpoint.save(
+            self.run_dir / "checkpoints",
+            step=self.step,
+            engines=self.engines,
+            ema=self.ema,
+            state={
+                "data": merged,
+                "fingerprints": dict(self.objective.fingerprints()),
+                "nonfinite_steps": self.nonfinite_steps,
+            },
+            ranks=self.ranks,
+            keep=self.config.keep_checkpoints,
+        )
+
+    def _resume(self) -> None:
+        state = checkpoint.load(
+            self.run_dir / "checkpoints",
+            engines=self.engines,
+            ema=self.ema,
+            fingerprints=self.objective.fingerprints(),
+            ranks=self.ranks,
+        )
+        if state is not None:
+            self.step = state["step"]
+            self.nonfinite_steps = state["nonfinite_steps"]
+            self.source.load_state_dict(state["data"])
+
+    def _export(self) -> Path:
+        export = self.run_dir / EXPORT
+        self._write_samples()
+        with self._averaged(), masters.gathered(self.engines["main"]):
+            if self.ranks.is_first:
+                with files.directory(export) as temporary:
+                    self.objective.export(temporary)
+            self.ranks.barrier()
+        return export
+
+    def _request_stop(self, _signal: int, _frame: object) -> None:
+        self._stop_requested = True
+
+    def _stop_agreed(self) -> bool:
+        """Launchers signal ranks one after another: save together, at the same step."""
+        return self.ranks.sum([float(self._stop_requested)])[0] > 0
+
+
+class _Window:
+    """Sums of metrics since the last log line. Values stay on the device until `read`."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[tuple[str, str], torch.Tensor] = {}
+        self._counts: dict[str, float] = {}
+        self._source: dict[str, float] = {}
+        self._seconds = 0.0
+        self._num_steps = 0
+
+    def add(self, prefix: str, output: LossOutput, weight: float) -> None:
+        """One micro-batch's sums; `prefix` names the engine they come from."""
+        for name, value in {"loss": output.loss_sum.detach(), **output.metrics}.items():
+            term = value.float() * weight
+            known = self._sums.get((prefix, name))
+            self._sums[prefix, name] = term if known is None else known + term
+
+    def close_step(
+        self, counts: Mapping[str, float], source_metrics: Mapping[str, float], seconds: float
+    ) -> None:
+        """Adds a step's global counts by prefix, the source's ledger and its duration."""
+        self._num_steps += 1
+        self._seconds += seconds
+        for prefix, count in counts.items():
+            self._counts[prefix] = self._counts.get(prefix, 0.0) + count
+        for name, value in source_metrics.items():
+            self._source[name] = self._source.get(name, 0.0) + value
+
+    def read(self) -> dict[str, float]:
+        """Means per unit over the window and over ranks, the ledger, rates; then a new window. Collective."""
+        keys = sorted(self._sums)
+        totals = self._ranks.sum_on_device(torch.stack([self._sums[key] for key in keys])).tolist()
+        values = {
+            prefix + name: total / max(self._counts[prefix], 1.0)
+            for (prefix, name), total in zip(keys, totals, strict=True)
+        }
+        values["step_s"] = self._seconds / self._num_steps
+        ledger = self._ranks.sum(list(self._source.values()))
+        for name, total in zip(self._source, ledger, strict=True):
+            if name in SUMMED:
+                values[name] = total
+                values[f"{name}_per_s"] = total / self._seconds
+            else:
+                values[name] = total / (self._num_steps * self._ranks.world)
+        self._reset()
+        return values

@@ -1,0 +1,1 @@
+"""Classifiers that look at generated images."""

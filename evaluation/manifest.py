@@ -1,0 +1,117 @@
+"""Image sets: a directory of images and manifest.jsonl, the input of every suite.
+
+One line an item: {"key": unique name, "images": {role: file name, ...}, "meta": json of the sample}.
+Roles: `result` is what is judged; `original`, `source` and `target` are truths a suite may ask for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine import files
+from engine.config import UserError
+
+MANIFEST_NAME = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of a manifest."""
+
+    key: str
+    images: Mapping[str, str]  # role -> file name inside the directory
+    meta: Mapping[str, Any]  # the sample's json: caption or instruction, scene or scenes
+
+    def field(self, name: str) -> Any:
+        """meta[name]. Raises UserError when the sample has none."""
+        if name not in self.meta:
+            raise UserError(f"item '{self.key}': its meta has no '{name}', which this suite compares with")
+        return self.meta[name]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A directory of images and what each was made for."""
+
+    directory: Path
+    items: tuple[Item, ...]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> ImageSet:
+        """Reads the manifest. Raises UserError: no manifest, a bad line, a repeated key, no items."""
+        path = Path(directory) / MANIFEST_NAME
+        try:
+            lines = path.read_text().splitlines()
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; an image set needs one line an item there") from None
+        items: dict[str, Item] = {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                item = Item(key=str(row["key"]), images=dict(row["images"]), meta=dict(row["meta"]))
+            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+                raise UserError(
+                    f"{path}:{number}: expected a JSON object with key, images and meta; write the line again"
+                ) from None
+            if item.key in items:
+                raise UserError(f"{path}:{number}: key '{item.key}' stands there twice; keys must be unique")
+            items[item.key] = item
+        if not items:
+            raise UserError(f"{path}: names no items; there is nothing to score")
+        return cls(Path(directory), tuple(items.values()))
+
+    def path(self, item: Item, role: str) -> Path:
+        """File of an item's image. Raises UserError when the manifest names none in this role."""
+        if role not in item.images:
+            raise UserError(f"{self.directory / MANIFEST_NAME}: item '{item.key}' names no '{role}' image")
+        return self.directory / item.images[role]
+
+    def read(self, item: Item, role: str) -> Tensor:
+        """uint8 [3, H, W]. Raises UserError: no such role, or a file that is no readable image."""
+        path = self.path(item, role)
+        try:
+            with Image.open(path) as image:
+                pixels = np.array(image.convert("RGB"))
+        except (OSError, SyntaxError) as error:
+            raise UserError(f"{path}: no readable image ({' '.join(str(error).split())})") from None
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def read_all(self, items: Sequence[Item], role: str) -> Tensor:
+        """uint8 [N, 3, H, W]. Raises UserError as `read` does, and when sizes differ."""
+        images = [self.read(item, role) for item in items]
+        for item, image in zip(items, images, strict=True):
+            if image.shape != images[0].shape:
+                sizes = " and ".join(f"{i.shape[2]} x {i.shape[1]}" for i in (images[0], image))
+                raise UserError(
+                    f"{self.path(item, role)}: images of one set must be of one size, not {sizes}"
+                )
+        return torch.stack(images)
+
+    def missing(self, roles: Iterable[str]) -> list[Item]:
+        """Items of which a named image is not there."""
+        return [item for item in self.items if not all(self.path(item, role).is_file() for role in roles)]
+
+
+def write_manifest(directory: str | Path, items: Iterable[Item]) -> None:
+    """Writes manifest.jsonl beside the images, last, so that a half-written set has none."""
+    rows = [{"key": item.key, "images": dict(item.images), "meta": dict(item.meta)} for item in items]
+    files.write_text(Path(directory) / MANIFEST_NAME, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_image(path: str | Path, pixels: Tensor) -> None:
+    """Saves uint8 [3, H, W] as PNG, whole or not at all."""
+    assert pixels.dtype == torch.uint8 and pixels.ndim == 3 and len(pixels) == 3
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(temporary)
+    temporary.replace(path)

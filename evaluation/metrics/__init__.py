@@ -1,0 +1,1 @@
+"""Numbers from images, and how sure they are."""

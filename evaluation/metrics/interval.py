@@ -1,0 +1,42 @@
+"""Means with 95 % confidence intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` items and its 95 % confidence interval; nan where it is not defined (n = 0)."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def rate(successes: Sequence[bool]) -> Estimate:
+    """Share of True with the Wilson score interval (Wilson 1927), which is sound near 0 and 1 too."""
+    n = len(successes)
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    share = sum(successes) / n
+    scale = 1 + Z_95**2 / n
+    centre = (share + Z_95**2 / (2 * n)) / scale
+    half = Z_95 / scale * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
+    return Estimate(share, max(centre - half, 0.0), min(centre + half, 1.0), n)
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """Mean with the normal interval, mean +- 1.96 s / sqrt(n); a single value has no interval (nan)."""
+    n = len(values)
+    if n == 0:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    centre = math.fsum(values) / n
+    half = Z_95 * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return Estimate(centre, centre - half, centre + half, n)

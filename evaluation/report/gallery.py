@@ -1,0 +1,123 @@
+"""Image sections of the report: the first items of every group in manifest order, never picked by hand."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from PIL import Image
+
+from evaluation.manifest import Item
+from evaluation.report.inputs import Evaluation
+
+MAX_SMALL_PX = 128  # images up to this side are shown twice as large, pixel by pixel
+MAX_RECONSTRUCTIONS = 20
+MAX_SAMPLES = 18  # of each group
+MAX_EDITS = 8  # of each group
+
+
+def reconstructions(evaluation: Evaluation) -> str:
+    """Originals beside what the autoencoder makes of them."""
+    cards = []
+    items = [item for group in evaluation.groups().values() for item in group]
+    for item in items[:MAX_RECONSTRUCTIONS]:
+        psnr_db = evaluation.per_item[item.key]["values"]["psnr_db"]
+        roles = [("original", "original"), ("result", f"decoded, {psnr_db:.1f} dB")]
+        cards.append(f"<figure>{_strip(evaluation, item, roles)}</figure>")
+    return _grid(cards, 284)
+
+
+def text_to_image(evaluation: Evaluation) -> str:
+    """Samples with their captions and what the judge says."""
+    sections = []
+    for group, items in evaluation.groups().items():
+        cards = []
+        for item in items[:MAX_SAMPLES]:
+            line = evaluation.per_item[item.key]
+            marks = [_mark("objects", line["values"]["object_right"])]
+            marks.append(_mark("background", line["values"]["background_right"]))
+            if line["values"]["relation_right"] is not None:
+                marks.append(_mark("order", line["values"]["relation_right"]))
+            cards.append(
+                f"<figure>{_strip(evaluation, item, [('result', '')])}"
+                f"<figcaption>{escape(_text(item, 'caption'))}{_judged(marks, line)}</figcaption></figure>"
+            )
+        sections.append(_group(group, len(items), len(cards)) + _grid(cards, 168))
+    return "".join(sections)
+
+
+def edits(evaluation: Evaluation) -> str:
+    """Triples: source, instruction, result."""
+    sections = []
+    for group, items in evaluation.groups().items():
+        cards = []
+        for item in items[:MAX_EDITS]:
+            line = evaluation.per_item[item.key]
+            marks = [_mark("change", line["values"]["change_done"])]
+            outside_db = line["values"]["psnr_outside_db"]
+            if outside_db is not None:
+                marks.append(f"<span>{outside_db:.1f} dB outside</span>")
+            strip = _strip(evaluation, item, [("source", "source"), ("result", "result")])
+            instruction = escape(_text(item, "instruction"))
+            cards.append(
+                f"<figure>{strip}<figcaption>“{instruction}”{_judged(marks, line)}</figcaption></figure>"
+            )
+        sections.append(_group(group, len(items), len(cards)) + _grid(cards, 284))
+    return "".join(sections)
+
+
+def _group(name: str, num_items: int, num_shown: int) -> str:
+    shown = f"the first {num_shown} of {num_items}" if num_shown < num_items else f"all {num_items}"
+    return f"<h3>{escape(name.replace('_', ' ').capitalize() or 'All')} · {shown}</h3>"
+
+
+def _grid(cards: Sequence[str], cell_px: int) -> str:
+    return f'<div class="grid-cards" style="--cell: {cell_px}px">{"".join(cards)}</div>'
+
+
+def _strip(evaluation: Evaluation, item: Item, roles: Sequence[tuple[str, str]]) -> str:
+    parts = []
+    for role, label in roles:
+        note = f'<span class="role">{label}</span>' if label else ""
+        parts.append(f"<div>{_image(evaluation, item, role)}{note}</div>")
+    return f'<div class="strip">{"".join(parts)}</div>'
+
+
+def _image(evaluation: Evaluation, item: Item, role: str) -> str:
+    assert evaluation.images is not None
+    path = evaluation.images.path(item, role)
+    if not path.is_file():
+        return '<span class="absent">image is gone</span>'
+    with Image.open(path) as image:
+        width, height = image.size
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG", optimize=True)
+    scale = 2 if max(width, height) <= MAX_SMALL_PX else 1
+    payload = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<img src="data:image/png;base64,{payload}" width="{width * scale}" height="{height * scale}" '
+        f'alt="{escape(role)} of {escape(item.key)}">'
+    )
+
+
+def _text(item: Item, field: str) -> str:
+    """The caption or instruction that was used: `field`, or the first of its plural."""
+    several = item.meta.get(f"{field}s") or [""]
+    return str(item.meta.get(field) or several[0])
+
+
+def _mark(label: str, right: bool) -> str:
+    sign, kind = ("✓", "good") if right else ("✗", "bad")
+    return f'<span class="{kind}">{sign} {label}</span>'
+
+
+def _judged(marks: Sequence[str], line: Mapping[str, Any]) -> str:
+    """The marks and, where one of them is a cross, what the judge saw instead."""
+    text = " ".join(marks)
+    if "✗" in text:
+        seen = ", ".join(line["detail"]["seen"]) or "nothing"
+        text += f"<br>judge sees: {escape(seen)} on {escape(line['detail']['background'])}"
+    return f'<span class="marks">{text}</span>'

@@ -1,0 +1,113 @@
+"""What a report shows, read from a run folder. Everything is optional: what is absent is said on the page.
+
+durations.json               [{"name", "seconds"}, ...] in the order the steps ran
+notes.json                   ["sentence", ...]: what stands in for what, and other plain words
+TRAINING/metrics.jsonl       one line a logged step, with "step", "loss" and other numbers
+evaluation/NAME/scores.json  and per_item.jsonl beside it, written by evaluation.runner
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import files
+from evaluation.environment import machine, versions
+from evaluation.manifest import MANIFEST_NAME, ImageSet, Item
+from evaluation.runner import PER_ITEM_NAME, SCORES_NAME
+
+
+@dataclass(frozen=True)
+class Training:
+    """The logged numbers of one training."""
+
+    name: str
+    rows: tuple[Mapping[str, float | None], ...]  # in step order; each has "step"
+
+    def series(self, metric: str) -> list[tuple[float, float]]:
+        """(step, value) wherever the metric was logged and finite."""
+        pairs = [(row["step"], row.get(metric)) for row in self.rows]
+        return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+    def last(self) -> dict[str, float | None]:
+        """Every logged number of the last row; {} before the first."""
+        return dict(self.rows[-1]) if self.rows else {}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One scored image set."""
+
+    name: str
+    scores: Mapping[str, Any]  # scores.json
+    per_item: Mapping[str, Mapping[str, Any]]  # key -> line of per_item.jsonl
+    images: ImageSet | None  # None when the images are gone
+
+    def groups(self) -> dict[str, list[Item]]:
+        """Scored items by their first group ("" without one), groups and items in manifest order."""
+        grouped: dict[str, list[Item]] = {}
+        for item in self.images.items if self.images else ():
+            if item.key in self.per_item:
+                name = next(iter(self.per_item[item.key]["groups"]), "")
+                grouped.setdefault(name, []).append(item)
+        return grouped
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """A run as far as it got."""
+
+    durations: tuple[tuple[str, float], ...]  # step name, seconds
+    notes: tuple[str, ...]
+    trainings: tuple[Training, ...]  # in the order of `durations`, then by name
+    evaluations: Mapping[str, Evaluation]
+    machine: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
+def read_report_input(root: Path) -> ReportInput:
+    """Reads what is there."""
+    durations = _read_json(root / "durations.json", [])
+    order = {step["name"]: place for place, step in enumerate(durations)}
+    trainings = [
+        Training(path.parent.name, _read_lines(path)) for path in sorted(root.glob("*/metrics.jsonl"))
+    ]
+    return ReportInput(
+        durations=tuple((str(step["name"]), float(step["seconds"])) for step in durations),
+        notes=tuple(_read_json(root / "notes.json", [])),
+        trainings=tuple(sorted(trainings, key=lambda t: (order.get(t.name, len(order)), t.name))),
+        evaluations={
+            path.parent.name: _read_evaluation(path)
+            for path in sorted(root.glob(f"evaluation/*/{SCORES_NAME}"))
+        },
+        machine=machine(),
+        versions=versions(),
+    )
+
+
+def _read_evaluation(path: Path) -> Evaluation:
+    scores = files.read_json(path)
+    images_dir = path.parent / scores["images"]
+    return Evaluation(
+        name=path.parent.name,
+        scores=scores,
+        per_item={line["key"]: line for line in _read_lines(path.with_name(PER_ITEM_NAME))},
+        images=ImageSet.open(images_dir) if (images_dir / MANIFEST_NAME).is_file() else None,
+    )
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    return files.read_json(path) if path.is_file() else default
+
+
+def _read_lines(path: Path) -> tuple[Any, ...]:
+    """JSON lines; the last one may be torn while a training is still writing it."""
+    *whole, last = path.read_text().split("\n")
+    rows = [json.loads(line) for line in whole if line]
+    try:
+        return (*rows, json.loads(last)) if last else tuple(rows)
+    except json.JSONDecodeError:
+        return tuple(rows)

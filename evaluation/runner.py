@@ -1,0 +1,147 @@
+"""Image set + suite -> scores.json and per_item.jsonl: the contract of every evaluation.
+
+per_item.jsonl has one line an item, scores.json means and 95 % confidence intervals over all items and by
+group, with everything needed to know what the numbers are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from engine import files
+from engine.config import UserError
+from evaluation.environment import versions
+from evaluation.manifest import ImageSet, Item
+from evaluation.metrics.interval import mean, rate
+
+SCORES_NAME = "scores.json"
+PER_ITEM_NAME = "per_item.jsonl"
+
+
+# Of one metric for one item: a number to average (nan: not defined here), or one or several trials of a rate.
+Value = float | bool | tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a suite says about one item."""
+
+    values: Mapping[str, Value]
+    groups: tuple[str, ...] = ()  # groups the item counts in
+    detail: Mapping[str, Any] = field(default_factory=dict)  # for readers of per_item.jsonl, JSON-able
+
+
+class Suite(Protocol):
+    """What is measured on one kind of image set."""
+
+    @property
+    def name(self) -> str:
+        """What scores.json calls it."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Images every item must have."""
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """The choices that define the numbers, JSON-able."""
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Hashes of the weights that judge."""
+
+    def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
+        """One measurement for each of `items`, in order."""
+
+
+def evaluate(
+    suite: Suite,
+    images_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    seed: int = 0,
+    allow_partial: bool = False,
+) -> dict[str, Any]:
+    """Scores an image set; writes `output_dir`/per_item.jsonl, then scores.json, and returns the latter.
+
+    `seed` is the one the images were sampled with, for the record. Raises UserError when images are missing
+    and `allow_partial` is not set; when it is, they are counted in `n_failed` and the scores marked partial.
+    """
+    images = ImageSet.open(images_dir)
+    missing = images.missing(suite.roles)
+    if missing and (not allow_partial or len(missing) == len(images.items)):
+        raise UserError(
+            f"{images_dir}: {len(missing)} of {len(images.items)} items lack an image (first: "
+            f"'{missing[0].key}'); make them, or score the rest with allow_partial"
+        )
+    lost = {item.key for item in missing}
+    items = [item for item in images.items if item.key not in lost]
+    measurements = suite.measure(images, items)
+    assert len(measurements) == len(items)
+    output_dir = Path(output_dir)
+    lines = [
+        {
+            "key": item.key,
+            "values": _finite(found.values),
+            "groups": list(found.groups),
+            "detail": dict(found.detail),
+        }
+        for item, found in zip(items, measurements, strict=True)
+    ]
+    files.write_text(output_dir / PER_ITEM_NAME, "".join(json.dumps(line) + "\n" for line in lines))
+    groups = sorted({group for found in measurements for group in found.groups})
+    scores = {
+        "suite": suite.name,
+        "images": os.path.relpath(images_dir, output_dir),
+        "n": len(items),
+        "n_failed": len(missing),
+        "partial": bool(missing),
+        "scores": estimates(measurements),
+        "groups": {
+            group: estimates([found for found in measurements if group in found.groups]) for group in groups
+        },
+        "protocol": dict(suite.protocol),
+        "fingerprints": dict(suite.fingerprints),
+        "versions": versions(),
+        "seed": seed,
+    }
+    files.write_json(output_dir / SCORES_NAME, scores)
+    return scores
+
+
+def estimates(measurements: Sequence[Measurement]) -> dict[str, dict[str, Any]]:
+    """{metric: {"mean", "low", "high", "n"}} over items: rates for booleans, means for numbers.
+
+    nan (not defined for an item) is left out of both sum and count; `n` of a rate counts trials.
+    """
+    names = dict.fromkeys(name for found in measurements for name in found.values)
+    result = {}
+    for name in names:
+        trials: list[bool] = []
+        numbers: list[float] = []
+        for found in measurements:
+            value = found.values.get(name, math.nan)
+            if isinstance(value, tuple):
+                trials += value
+            elif isinstance(value, bool):
+                trials.append(value)
+            elif not math.isnan(value):
+                numbers.append(value)
+        assert not (trials and numbers), f"{name} is a rate or a mean, not both"
+        result[name] = _finite(dataclasses.asdict(rate(trials) if trials else mean(numbers)))
+    return result
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no nan: None instead."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in values.items()
+    }

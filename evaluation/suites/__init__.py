@@ -1,0 +1,1 @@
+"""What is measured on which kind of image set."""

@@ -1,0 +1,1 @@
+"""Packed batches -> latents: the Bagel-MoT generator, flow matching and sampling."""

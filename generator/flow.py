@@ -1,0 +1,55 @@
+"""Flow matching on the linear path between data (t = 0) and noise (t = 1).
+
+Source: Lipman et al. 2023 (conditional flow matching), Esser et al. 2024 (logit-normal timesteps, time
+shift), Zheng et al. 2025, RAE (the shift follows the latent's number of values).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TimeShift = float | Literal["auto"]
+SHIFT_BASE_NUMEL = 4096
+"""n of s = sqrt(m / n): the number of values of the latent for which no shift is needed."""
+
+
+def resolve_shift(shift: TimeShift, latent_shape: Sequence[int]) -> float:
+    """s = sqrt(m / n), m = C * Y * X of one image, n = 4096 (RAE); a number is taken as it is."""
+    if shift == "auto":
+        return math.sqrt(math.prod(latent_shape) / SHIFT_BASE_NUMEL)
+    return float(shift)
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """t' = s t / (1 + (s - 1) t) (Esser et al., eq. 23): s > 1 moves time towards noise; 0 and 1 stay."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def draw_times(count: int, shift: float, generator: torch.Generator) -> Tensor:
+    """t = shift(sigmoid(n)), n ~ N(0, 1) (Esser et al., eq. 19 with m = 0, s = 1). fp32 [count] in (0, 1), on
+    the CPU.
+    """
+    return shift_time(torch.sigmoid(torch.randn(count, generator=generator)), shift)
+
+
+def interpolate(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) z + t eps. `t` broadcasts over `z` and `noise` (the same shape); t = 0 returns `z`
+    exactly.
+    """
+    return (1 - t) * z + t * noise
+
+
+def velocity_target(z: Tensor, noise: Tensor) -> Tensor:
+    """v = d x_t / dt = eps - z."""
+    return noise - z
+
+
+def sampling_times(num_steps: int, shift: float) -> list[float]:
+    """The shifted grid from 1 (noise) to 0 (data): num_steps + 1 values, equally spaced before the shift."""
+    grid = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
+    return [float(value) for value in shift_time(grid, shift)]

@@ -1,0 +1,253 @@
+"""Mixture of transformers in Qwen2's shape (Bagel): two experts, one joint attention in every layer.
+
+Text and special tokens run through the understanding expert, latent tokens through the generation expert.
+Tokens are stored expert-contiguous, so each expert works on a plain slice and only the attention sees all of
+them.
+
+Shape suffixes: T tokens (U understanding, G generation, T = U + G), D width, N query heads, K key/value
+heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from engine.config import ConfigError
+from generator.attention import JointAttention
+
+EMBEDDING_STD = 0.02
+
+
+@dataclass(frozen=True)
+class MotConfig:
+    """Shape of both experts. The field comments give Qwen2.5-0.5B's value."""
+
+    vocab_size: int
+    """Rows of the text embedding, at least the text tokenizer's vocabulary (151,936)."""
+    width: int
+    """Width of the residual stream (896)."""
+    num_layers: int
+    """Layers (24)."""
+    num_heads: int
+    """Query heads of each expert (14)."""
+    num_kv_heads: int
+    """Key/value heads of each expert; divides num_heads (2)."""
+    head_dim: int
+    """Width of one head; even (64)."""
+    mlp_width: int
+    """Inner width of the SwiGLU MLP (4864)."""
+    rope_theta: float = 1e6
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Epsilon inside every RMSNorm."""
+    qkv_bias: bool = True
+    """Whether q, k and v have biases, as in Qwen2."""
+    qk_norm: bool = True
+    """RMSNorm over the head dim of q and k; Qwen2 has none, Bagel adds it."""
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions need an even one")
+        if self.width % 4:
+            raise ConfigError(f"width {self.width} is not a multiple of 4, as the 2-D positions need")
+
+
+class RmsNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, eq. 4), in the dtype of the weight.
+
+    Under autocast q and k arrive in bf16 beside fp32 weights, a pair for which PyTorch has no fused kernel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> the same shape."""
+        return super().forward(x.to(self.weight.dtype))
+
+
+class SwiGlu(nn.Module):
+    """down(silu(gate(x)) * up(x)), no biases (Shazeer 2020)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return out
+
+
+class Expert(nn.Module):
+    """One expert's share of one layer: everything of a Qwen2 decoder layer but the attention itself.
+
+    Parameter names follow Qwen2's, so that published weights map by prefix.
+    """
+
+    def __init__(self, config: MotConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, eps, bias = config.width, config.norm_eps, config.qkv_bias
+        query_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.input_layernorm = RmsNorm(width, eps=eps)
+        self.q_proj = nn.Linear(width, query_width, bias=bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=bias)
+        self.o_proj = nn.Linear(query_width, width, bias=False)
+        self.q_norm = RmsNorm(config.head_dim, eps=eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RmsNorm(config.head_dim, eps=eps) if config.qk_norm else nn.Identity()
+        self.post_attention_layernorm = RmsNorm(width, eps=eps)
+        self.mlp = SwiGlu(width, config.mlp_width)
+
+    def queries(self, normed_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, N, H], before rotation."""
+        out: Tensor = self.q_norm(self.q_proj(normed_TD).unflatten(-1, (-1, self.head_dim)))
+        return out
+
+    def keys_values(self, normed_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, D] -> k, v [T, K, H], before rotation."""
+        k_TKH: Tensor = self.k_norm(self.k_proj(normed_TD).unflatten(-1, (-1, self.head_dim)))
+        v_TKH: Tensor = self.v_proj(normed_TD).unflatten(-1, (-1, self.head_dim))
+        return k_TKH, v_TKH
+
+    def finish(self, x_TD: Tensor, attended_TNH: Tensor) -> Tensor:
+        """Output projection, residual, MLP, residual."""
+        x_TD = x_TD + self.o_proj(attended_TNH.flatten(1))
+        out: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return out
+
+    def after_keys(self) -> Iterator[nn.Parameter]:
+        """Parameters that only shape this expert's own output, not the keys and values others attend to."""
+        for module in (self.q_proj, self.q_norm, self.o_proj, self.post_attention_layernorm, self.mlp):
+            yield from module.parameters()
+
+
+class MotLayer(nn.Module):
+    """Both experts around one joint attention."""
+
+    def __init__(self, config: MotConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.understanding = Expert(config)
+        self.generation = Expert(config)
+
+    def forward(
+        self,
+        x_UD: Tensor,
+        x_GD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attention: JointAttention,
+        text_output: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """[U, D], [G, D] -> the same. Both experts are always called, on [0, D] if they have no token: a rank
+        that skipped one would leave its gradients unreduced (ZeRO-1/2) or hang the others (ZeRO-3).
+
+        `text_output=False` (last layer, no text loss): understanding tokens give keys and values but ask
+        nothing, and x_UD is returned as it came.
+        """
+        understanding, generation = self.understanding, self.generation
+        num_text = x_UD.shape[0]
+        normed_UD, normed_GD = understanding.input_layernorm(x_UD), generation.input_layernorm(x_GD)
+        q_GNH = generation.queries(normed_GD)
+        if text_output:
+            q_UNH = understanding.queries(normed_UD)
+        else:
+            q_UNH = q_GNH.new_zeros((num_text, *q_GNH.shape[1:]))
+        k_UKH, v_UKH = understanding.keys_values(normed_UD)
+        k_GKH, v_GKH = generation.keys_values(normed_GD)
+        v_TKH = torch.cat([v_UKH, v_GKH])
+        q_TNH = rotate(torch.cat([q_UNH, q_GNH]), rope, v_TKH.dtype)
+        k_TKH = rotate(torch.cat([k_UKH, k_GKH]), rope, v_TKH.dtype)
+        attended_TNH = attention(self.index, q_TNH, k_TKH, v_TKH)
+        if text_output:
+            x_UD = understanding.finish(x_UD, attended_TNH[:num_text])
+        return x_UD, generation.finish(x_GD, attended_TNH[num_text:])
+
+
+class Mot(nn.Module):
+    """Text embedding, layers, one final norm per expert."""
+
+    def __init__(self, config: MotConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(MotLayer(config, index) for index in range(config.num_layers))
+        self.understanding_norm = RmsNorm(config.width, eps=config.norm_eps)
+        self.generation_norm = RmsNorm(config.width, eps=config.norm_eps)
+
+    def forward(
+        self,
+        x_UD: Tensor,
+        x_GD: Tensor,
+        positions_T: Tensor,
+        attention: JointAttention,
+        text_output: bool = False,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Embedded tokens [U, D], [G, D] and int64 RoPE positions [T] -> normed outputs.
+
+        The first is None unless `text_output` is asked for: without a text loss nothing reads it.
+        """
+        rope = rope_table(positions_T, self.config.head_dim, self.config.rope_theta)
+        for index, layer in enumerate(self.layers):
+            arguments = (x_UD, x_GD, rope, attention, text_output or index + 1 < len(self.layers))
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_UD, x_GD = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_UD, x_GD = layer(*arguments)
+        return self.understanding_norm(x_UD) if text_output else None, self.generation_norm(x_GD)
+
+    def text_output_parameters(self) -> Iterator[nn.Parameter]:
+        """What `forward(text_output=False)` never reads. Without a text loss these can get no gradient and
+        must not require one: ZeRO waits for every parameter that does.
+        """
+        last = self.layers[-1]
+        assert isinstance(last, MotLayer)
+        yield from last.understanding.after_keys()
+        yield from self.understanding_norm.parameters()
+
+
+def rope_table(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of p theta^(-2k/H), k < H/2 (Su et al. 2021, eq. 15): two fp32 tensors [T, 1, H/2], once
+    per batch.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
+    angles = positions_T.float()[:, None] * theta**-exponents
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def rotate(x_TNH: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Rotates the pairs (k, k + H/2), as Qwen2 does; computed in fp32, returned in `dtype`."""
+    cos, sin = rope
+    first, second = x_TNH.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(dtype)
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Random start of every layer below `module`, from `generator` alone.
+
+    Linear: U(-a, a), a = 1 / sqrt(fan_in), which keeps the variance law of nn.Linear at every width and is
+    Qwen2's 0.02 at width 896 (std a / sqrt(3) = 0.019); biases 0; norms 1; embeddings N(0, 0.02^2).
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            bound = 1 / math.sqrt(layer.in_features)
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            if layer.bias is not None:
+                layer.bias.zero_()
+        elif isinstance(layer, nn.Embedding):
+            layer.weight.normal_(0.0, EMBEDDING_STD, generator=generator)
+        elif isinstance(layer, RmsNorm):
+            layer.weight.fill_(1.0)

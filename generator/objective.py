@@ -1,0 +1,236 @@
+"""Flow matching as an objective of the training loop, for text-to-image and for editing.
+
+Shape suffixes: T latent tokens, I images, C latent channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from data.packed_batch import PackedBatch
+from data.shards import LatentInfo
+from data.text import TextTokenizer
+from engine.config import UserError, to_dict
+from engine.files import digest, sha256
+from engine.objective import LossOutput
+from generator.attention import Backend, choose_backend
+from generator.flow import TimeShift, draw_times, interpolate, resolve_shift, velocity_target
+from generator.model import WEIGHTS_NAME, Generator, GeneratorConfig
+from generator.sampling import Condition, SamplingConfig, sample_latents
+
+Decode = Callable[[Tensor], Tensor]
+"""Raw latents float32 [N, C, Y, X] -> pixels_01 [N, 3, H, W]."""
+
+STATISTICS_TOLERANCE = 0.25
+"""How far, in standard deviations, the data's latent statistics may lie from those the weights were trained
+with.
+"""
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """How the generator is trained (its shape is GeneratorConfig)."""
+
+    time_shift: TimeShift = "auto"
+    """Shift of the drawn times towards noise; "auto" = sqrt(latent values / 4096)."""
+    init_from: str | None = None
+    """Directory of an exported generator to start from (editing starts from text-to-image); None = a new
+    model.
+    """
+    attention_backend: Backend = "auto"
+    """Forces one attention kernel; "auto" follows the device."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass: about a third more time, activations of one layer instead of
+    all.
+    """
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `samples` draws: a few fixed conditions, image i with seed + i."""
+
+    conditions: tuple[Condition, ...]
+    """Validation prompts, or edits with their sources."""
+    sampling: SamplingConfig
+    """Steps, guidance and seed of the drawing."""
+    decode: Decode
+    """The autoencoder's decoder."""
+
+
+class FlowObjective:
+    """Mean squared error on the velocity of noisy latent tokens. Implements engine.objective.Objective."""
+
+    adversary: nn.Module | None = None
+
+    def __init__(
+        self,
+        name: Literal["t2i", "edit"],
+        model: Generator,
+        config: FlowConfig,
+        text_tokenizer: TextTokenizer,
+        *,
+        start: str,
+        preview: Preview | None = None,
+    ) -> None:
+        self.name = name
+        self.model: Generator = model
+        self._config = config
+        self._shift = resolve_shift(config.time_shift, model.latents.shape)
+        self._text_tokenizer = text_tokenizer
+        self._start = start
+        self._preview = preview
+        model.attention_backend = config.attention_backend
+        model.backbone.activation_checkpointing = config.activation_checkpointing
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model."""
+        self.model.to(device)
+
+    def count(self, batch: PackedBatch) -> int:
+        """Noisy latent tokens."""
+        return batch.num_loss_tokens
+
+    def loss(self, batch: PackedBatch, step: int) -> LossOutput:
+        """Sum over noisy tokens of mean_c (v - (eps - z))^2; t per image and eps are drawn from the batch's
+        seed.
+        """
+        device = batch.latents.device
+        generator = torch.Generator().manual_seed(batch.seed)
+        t_I = draw_times(len(batch.image_noisy), self._shift, generator).to(device)
+        t_I = torch.where(batch.image_noisy, t_I, 0.0)  # clean images enter at t = 0, as themselves
+        noise_TC = torch.randn(batch.latents.shape, generator=generator).to(device)
+        x_TC = interpolate(batch.latents, noise_TC, t_I[batch.image_index][:, None])
+        error_TC = self.model(batch, x_TC, t_I) - velocity_target(batch.latents, noise_TC)
+        loss_sum = (error_TC.square().mean(1) * batch.loss_mask).sum()
+        return LossOutput(loss_sum, {"loss": loss_sum.detach()})
+
+    def adversary_active(self, step: int) -> bool:
+        """There is none."""
+        return False
+
+    def adversary_loss(self, adversary_batch: None, step: int) -> LossOutput:
+        """Never called: there is no adversary."""
+        raise AssertionError("flow matching has no adversary")
+
+    @torch.no_grad()
+    def samples(self) -> npt.NDArray[np.uint8] | None:
+        """The preview's images in one row; for edits the sources in a row above. uint8 [H, W, 3]."""
+        if self._preview is None:
+            return None
+        conditions, sampling = self._preview.conditions, self._preview.sampling
+        seeds = [sampling.seed + index for index in range(len(conditions))]
+        latents = sample_latents(self.model, conditions, seeds, sampling, self._text_tokenizer)
+        sources = [condition.source for condition in conditions if condition.source is not None]
+        rows = [torch.stack(sources).float(), latents] if sources else [latents]
+        return tile([self._preview.decode(row) for row in rows])
+
+    def export(self, directory: Path) -> None:
+        """Writes the generator: model.safetensors and config.json."""
+        self.model.save(directory)
+
+    def describe(self) -> list[str]:
+        """Size, start, time shift, attention kernel. Raises UserError: a forced kernel cannot run here."""
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in self.model.parameters()) - trained
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        kernel = choose_backend(device, torch.bfloat16, self._config.attention_backend)
+        return [
+            f"{trained:,} parameters are trained, {frozen:,} are not (only a text loss would reach them)",
+            f"start: {self._config.init_from or self.model.config.init}; time shift {self._shift:.3g}",
+            f"attention: {kernel} on {device.type} in bf16 (sdpa in fp32)",
+        ]
+
+    def fingerprints(self) -> Mapping[str, str]:
+        """Autoencoder and text tokenizer of the latents, and what the weights started from."""
+        return {
+            "tokenizer": self.model.latents.tokenizer_fingerprint,
+            "text_tokenizer": self.model.latents.text_tokenizer_fingerprint,
+            "start": self._start,
+        }
+
+
+def build_objective(
+    name: Literal["t2i", "edit"],
+    generator: GeneratorConfig,
+    flow: FlowConfig,
+    latents: LatentInfo,
+    text_tokenizer: TextTokenizer,
+    *,
+    seed: int,
+    preview: Preview | None = None,
+) -> FlowObjective:
+    """The objective of train_t2i and train_edit, on the CPU. `latents`: of the training shards' manifest.
+
+    Weights are new (random from `seed`, or Qwen's) or those of `flow.init_from`, which then train on under
+    the statistics of the new shards. Raises UserError: text tokenizer or latents of another kind than the
+    model's.
+    """
+    if text_tokenizer.fingerprint != latents.text_tokenizer_fingerprint:
+        raise UserError(
+            "the shards' captions were counted by another text tokenizer; encode the shards with this one"
+        )
+    if text_tokenizer.vocab_size > generator.backbone.vocab_size:
+        raise UserError(
+            f"backbone.vocab_size {generator.backbone.vocab_size} is less than the text tokenizer's "
+            f"{text_tokenizer.vocab_size}; raise it"
+        )
+    if flow.init_from is None:
+        model = Generator.create(generator, latents, seed)
+        start = digest({"generator": to_dict(generator), "seed": seed})
+    else:
+        model = Generator.load(flow.init_from)
+        check_latents(latents, model.latents, where=flow.init_from)
+        if dataclasses.replace(model.config, init=generator.init) != generator:
+            raise UserError(
+                f"{flow.init_from}: its shape differs from this run's generator config; make them equal"
+            )
+        model.latents = latents
+        start = sha256(Path(flow.init_from) / WEIGHTS_NAME)
+    return FlowObjective(name, model, flow, text_tokenizer, start=start, preview=preview)
+
+
+def check_latents(found: LatentInfo, expected: LatentInfo, where: str) -> None:
+    """Refuses latents that the weights in `where` were not trained on, in one line.
+
+    Tokenizers and shape must be equal. Statistics come from each data set and may differ a little: beyond
+    STATISTICS_TOLERANCE the same image would look different to the model.
+    """
+    for field, meaning in (
+        ("shape", "latent shape"),
+        ("tokenizer_fingerprint", "autoencoder"),
+        ("text_tokenizer_fingerprint", "text tokenizer"),
+    ):
+        if getattr(found, field) != getattr(expected, field):
+            raise UserError(
+                f"{where}: trained with {meaning} {_short(getattr(expected, field))}, the data has "
+                f"{_short(getattr(found, field))}; encode the data again or start from other weights"
+            )
+    mean, std = np.array(found.mean), np.array(found.std)
+    shift = np.abs(mean - np.array(expected.mean)) / np.array(expected.std)
+    scale = np.abs(std / np.array(expected.std) - 1)
+    worst = float(max(shift.max(), scale.max()))
+    if worst > STATISTICS_TOLERANCE:
+        raise UserError(
+            f"{where}: latent statistics of the data differ by {worst:.2f} standard deviations from those "
+            f"the weights were trained with (at most {STATISTICS_TOLERANCE}); is it the same kind of images?"
+        )
+
+
+def tile(rows: Sequence[Tensor]) -> npt.NDArray[np.uint8]:
+    """Rows of images, each pixels_01 [N, 3, H, W], as one uint8 picture [rows * H, N * W, 3]."""
+    strips = [row.detach().float().cpu().permute(2, 0, 3, 1).flatten(1, 2) for row in rows]  # [H, N * W, 3]
+    picture: npt.NDArray[np.uint8] = (torch.cat(strips).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return picture
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) else str(value)

@@ -1,0 +1,112 @@
+"""Sampling computes a pack's prefix once: text and clean images do not change while the noisy images are
+denoised.
+
+A noisy image is seen by no other split, so a pack falls apart into a prefix, which needs nothing of the noisy
+rows, and the noisy rows, which need the prefix only as keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.attention_plan import AttentionPlan, Rows, Split, build_attention_plan
+from data.packed_batch import IMAGE_SPECIAL_TOKENS, PackedBatch
+from generator.attention import Backend, JointAttention, attend, choose_backend
+
+
+def split_prefix(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch]:
+    """(prefix, noisy): two packs of the rows of `batch` (on the CPU), in its order.
+
+    The plan of the second counts its keys in [rows of the prefix, rows of the noisy part]: see PrefixCache.
+    """
+    texts, images = _splits(batch)
+    noisy = batch.image_noisy.tolist()
+    is_noisy = np.zeros(batch.attention.num_tokens, bool)
+    for image, split in enumerate(images):
+        is_noisy[split.rows] = noisy[image]
+    rank = np.where(is_noisy, np.cumsum(is_noisy), np.cumsum(~is_noisy)) - 1  # row within its part
+    in_cache = rank + np.where(is_noisy, np.count_nonzero(~is_noisy), 0)
+    prefix_texts = [Split(rank[split.rows], rank[split.keys]) for split in texts]
+    prefix_images = [
+        Split(rank[split.rows], rank[split.keys]) for image, split in enumerate(images) if not noisy[image]
+    ]
+    noisy_images = [
+        Split(rank[split.rows], in_cache[split.keys]) for image, split in enumerate(images) if noisy[image]
+    ]
+    keep = torch.from_numpy(is_noisy)
+    prefix_plan = build_attention_plan(int((~keep).sum()), prefix_texts, prefix_images)
+    noisy_plan = build_attention_plan(int(keep.sum()), [], noisy_images)
+    return _rows(batch, ~keep, prefix_plan, noisy=False), _rows(batch, keep, noisy_plan, noisy=True)
+
+
+class PrefixCache:
+    """Keys and values of the prefix, one pair per layer: filled by one forward pass, read by every step after
+    it.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def fill(self, plan: AttentionPlan) -> JointAttention:
+        """The attention of the prefix's own pass, which also keeps its keys and values."""
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            assert layer == len(self._layers), "the cache is filled by one pass"
+            self._layers.append((k, v))
+            return attend(q, k, v, plan, choose_backend(q.device, q.dtype, self._backend))
+
+        return attention
+
+    def extend(self, plan: AttentionPlan) -> JointAttention:
+        """The attention of the noisy rows: their keys and values follow the cached ones."""
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cached_k, cached_v = self._layers[layer]
+            k, v = torch.cat([cached_k, k]), torch.cat([cached_v, v])
+            return attend(q, k, v, plan, choose_backend(q.device, q.dtype, self._backend))
+
+        return attention
+
+
+def _splits(batch: PackedBatch) -> tuple[list[Split], list[Split]]:
+    """Text and image splits of a pack, read back from its plan."""
+    plan, num_images = batch.attention, len(batch.image_noisy)
+    starts = np.cumsum([0, *plan.causal.q_lens])
+    text_keys = np.split(plan.causal.kv_index.numpy(), np.cumsum(plan.causal.k_lens)[:-1])
+    texts = [
+        Split(np.arange(start, start + length), keys)
+        for start, length, keys in zip(starts, plan.causal.q_lens, text_keys, strict=False)
+    ]
+    image_keys = np.split(plan.full.kv_index.numpy(), np.cumsum(plan.full.k_lens)[:-1])[:num_images]
+    return texts, [Split(_image_rows(batch, image), keys) for image, keys in enumerate(image_keys)]
+
+
+def _image_rows(batch: PackedBatch, image: int) -> Rows:
+    special = batch.attention.num_causal + IMAGE_SPECIAL_TOKENS * image + np.arange(IMAGE_SPECIAL_TOKENS)
+    latent = len(batch.text_ids) + np.flatnonzero(batch.image_index.numpy() == image)
+    return np.concatenate([special, latent])
+
+
+def _rows(batch: PackedBatch, keep: Tensor, plan: AttentionPlan, *, noisy: bool) -> PackedBatch:
+    """The kept rows of `batch` under another plan; images are numbered anew."""
+    keep_text, keep_latent = keep[: len(batch.text_ids)], keep[len(batch.text_ids) :]
+    kept_images = batch.image_noisy == noisy
+    new_number = kept_images.cumsum(0) - 1
+    loss_mask = batch.loss_mask[keep_latent]
+    return replace(
+        batch,
+        text_ids=batch.text_ids[keep_text],
+        latents=batch.latents[keep_latent],
+        rope_positions=batch.rope_positions[keep],
+        grid_positions=batch.grid_positions[keep_latent],
+        image_index=new_number[batch.image_index[keep_latent]],
+        image_noisy=batch.image_noisy[kept_images],
+        loss_mask=loss_mask,
+        attention=plan,
+        num_loss_tokens=int(loss_mask.sum()),
+    )

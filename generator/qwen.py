@@ -1,0 +1,134 @@
+"""Qwen2 / Qwen2.5 checkpoints -> both experts of the mixture of transformers.
+
+Weights are read from the safetensors files themselves, and config.json in the layouts of transformers 4
+(`rope_theta`) and 5 (`rope_parameters`): no model class of any transformers version is involved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from engine.config import UserError
+from engine.files import read_json
+from generator.mot import Mot, MotConfig
+from tokenizer.weights import load_exact, read_tensors
+
+QWEN2_5_0_5B = MotConfig(
+    vocab_size=151_936,
+    width=896,
+    num_layers=24,
+    num_heads=14,
+    num_kv_heads=2,
+    head_dim=64,
+    mlp_width=4864,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    qk_norm=True,
+)
+"""Qwen2.5-0.5B with Bagel's QK-norm: the paper's text-to-image backbone."""
+
+EXPERTS = ("understanding", "generation")
+UNUSED = {
+    "lm_head.weight": "no text loss reads it",
+    "rotary_emb.inv_freq": "computed from rope_theta",
+}
+"""Checkpoint tensors (by the end of their name) that have no place here, each with its reason."""
+ADDED = ("q_norm.weight", "k_norm.weight")
+"""Our parameters that Qwen2 lacks (Bagel's QK-norm); they start at one."""
+
+
+def load_qwen(model: Mot, source: str) -> None:
+    """Starts both experts and the text embedding from one Qwen2 / Qwen2.5 checkpoint, in place.
+
+    `source`: a folder with config.json and safetensors, or a Hugging Face name. Every tensor is used or
+    listed in UNUSED. Raises UserError: not found, not Qwen2, another shape.
+    """
+    folder = _checkpoint_folder(source)
+    shape = qwen_shape(folder)
+    for field in dataclasses.fields(MotConfig):
+        found, wanted = getattr(shape, field.name), getattr(model.config, field.name)
+        if field.name != "qk_norm" and found != wanted:
+            raise UserError(
+                f"{folder}: {field.name} is {found}, the config says {wanted}; set backbone.{field.name}"
+            )
+    tensors = {
+        target: tensor for name, tensor in _read_checkpoint(folder).items() for target in _targets(name)
+    }
+    for name, parameter in model.named_parameters():
+        if name.endswith(ADDED):
+            tensors[name] = torch.ones_like(parameter)
+    load_exact(model, tensors, where=str(folder))
+
+
+def qwen_shape(folder: Path) -> MotConfig:
+    """The shape that a checkpoint's config.json describes, with Bagel's QK-norm on."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give a Qwen2 checkpoint folder or a Hugging Face name")
+    config: dict[str, Any] = read_json(path)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if config.get("model_type") != "qwen2" or kind != "default" or config.get("use_sliding_window"):
+        raise UserError(
+            f"{path}: model_type {config.get('model_type')!r}, RoPE {kind!r}, sliding window "
+            f"{bool(config.get('use_sliding_window'))}; only plain Qwen2 / Qwen2.5 weights fit the experts"
+        )
+    return MotConfig(
+        vocab_size=config["vocab_size"],
+        width=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        mlp_width=config["intermediate_size"],
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        norm_eps=config["rms_norm_eps"],
+        qkv_bias=True,
+        qk_norm=True,
+    )
+
+
+def _checkpoint_folder(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(
+            snapshot_download(
+                source, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"'{source}': no such folder, and not to be had from Hugging Face ({reason})"
+        ) from None
+
+
+def _read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """All tensors of `model.safetensors`, or of the files that `model.safetensors.index.json` names."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors.update(read_tensors(folder / name))
+    return tensors
+
+
+def _targets(name: str) -> list[str]:
+    """Our names for one Qwen2 tensor; an unknown one keeps its name, so that the copy refuses it."""
+    if any(name.endswith(ending) for ending in UNUSED):
+        return []
+    path = name.removeprefix("model.")
+    if path == "norm.weight":
+        return [f"{expert}_norm.weight" for expert in EXPERTS]
+    if path.startswith("layers."):
+        _, index, rest = path.split(".", 2)
+        return [f"layers.{index}.{expert}.{rest.removeprefix('self_attn.')}" for expert in EXPERTS]
+    return [path]

@@ -1,0 +1,1 @@
+"""Entry points: each parses a config, composes the parts, and calls them."""

@@ -1,0 +1,25 @@
+"""Pixel shards -> latent shards on all ranks: deepspeed --num_gpus 8 launch/encode_latents.py --config FILE"""
+
+import dataclasses
+import sys
+
+from engine import distributed
+from launch import entry
+from tokenizer.encode import EncodeConfig, encode_shards
+
+
+def main() -> None:
+    """Encodes; the same command again continues where it stopped."""
+    arguments = entry.config_parser(__doc__ or "", "configs/latents/cc12m.yaml").parse_args()
+    config = entry.read_config(EncodeConfig, arguments)
+    if arguments.dry_run:
+        entry.print_config(config)
+        return
+    ranks = distributed.start()
+    config = dataclasses.replace(config, device=str(ranks.device))
+    encode_shards(config, rank=ranks.rank, world=ranks.world, barrier=ranks.barrier)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

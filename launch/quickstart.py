@@ -1,0 +1,90 @@
+"""The whole pipeline on one small machine: launch/quickstart.py (make quickstart). Running it again continues."""
+
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine import files
+from evaluation.report import render_report
+from launch import entry, quickstart_scores
+from launch.steps import Step, deepspeed, python, run_steps
+
+CONFIGS = "configs/quickstart"
+DATA_SETS = ("scenes-train", "scenes-validation", "edits-train", "edits-validation")
+
+
+@dataclass(frozen=True)
+class QuickstartRun:
+    """Everything that is not in the config of a single step."""
+
+    root: str = "runs/quickstart"
+    """Folder of all results; the configs beside this one write below it."""
+    num_ranks: int = 2
+    """Processes of each training."""
+    num_text_tokens: int = 512
+    """Vocabulary of the text tokenizer."""
+    scores: quickstart_scores.ScoresConfig = field(default_factory=quickstart_scores.ScoresConfig)
+    """What is sampled and judged at the end."""
+
+
+def main() -> None:
+    """Data -> tokenizer -> latents -> text-to-image -> editing -> report."""
+    parser = entry.config_parser(__doc__ or "", f"{CONFIGS}/run.yaml")
+    parser.add_argument("--fresh", action="store_true", help="remove what is there and start over")
+    arguments = parser.parse_args()
+    run = entry.read_config(QuickstartRun, arguments)
+    if arguments.dry_run:
+        entry.print_config(run)
+        return
+    root = Path(run.root)
+    if arguments.fresh:
+        shutil.rmtree(root, ignore_errors=True)
+    files.write_json(root / "notes.json", quickstart_scores.NOTES)
+    try:
+        run_steps(root, build_steps(run, root))
+    finally:
+        print(f"report: {render_report(root)}", flush=True)
+
+
+def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
+    """Every step in order, with the command a person would type."""
+
+    def training(name: str, about: str) -> Step:
+        script = name if name in ("standin", "judge", "t2i", "edit") else "tokenizer"
+        config = f"{CONFIGS}/{name}.yaml"
+        command = deepspeed(run.num_ranks, f"launch/train_{script}.py", "--config", config)
+        return Step(name, about, command, (config,))
+
+    def encode(data_set: str) -> Step:
+        config = f"{CONFIGS}/latents.yaml"
+        places = [f"shards={root}/data/{data_set}", f"out={root}/latents/{data_set}"]
+        command = deepspeed(run.num_ranks, "launch/encode_latents.py", "--config", config, *places)
+        return Step(f"latents-{data_set}", f"encode {data_set}", command, (config,))
+
+    data = python(
+        "launch/make_shards.py", "emoji", "--config", f"{CONFIGS}/data.yaml", "--out", f"{root}/data"
+    )
+    return [
+        Step("data", "compose emoji scenes and edits, write shards", data, (f"{CONFIGS}/data.yaml",)),
+        Step(
+            "text",
+            "train the text tokenizer on the captions",
+            lambda: quickstart_scores.text(root, run.num_text_tokens),
+        ),
+        training("standin", "train a small ViT on emoji identity; it stands in for DINOv2"),
+        training("pivot", "stage I: encoder and decoder, pivoted on the frozen replica"),
+        training("bridge", "stage II: the Variational Bridge"),
+        training("decoder", "stage III: the decoder on frozen latents"),
+        *[encode(data_set) for data_set in DATA_SETS],
+        training("judge", "train the judge on real renders"),
+        training("t2i", "train text-to-image on the latents"),
+        training("edit", "fine-tune for editing"),
+        Step(
+            "scores", "reconstruct, draw, edit and judge", lambda: quickstart_scores.score(root, run.scores)
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

@@ -1,0 +1,81 @@
+"""The quickstart's own two steps: a text tokenizer from the captions, and the judging at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.packing import read_captions
+from data.text import train_text_tokenizer
+from engine.loop import EXPORT
+from evaluation import emoji_images
+from evaluation.judges.emoji import Judge
+from evaluation.runner import Suite, evaluate
+from evaluation.suites.emoji_edit import EmojiEditSuite
+from evaluation.suites.emoji_t2i import EmojiT2ISuite
+from evaluation.suites.reconstruction import ReconstructionSuite
+from generator.pipeline import Pipeline
+from generator.sampling import SamplingConfig
+from tokenizer.rpiae import Autoencoder
+
+NOTES = [
+    "A small ViT trained on emoji identity stands in for DINOv2, which cannot be downloaded everywhere.",
+    "The perceptual loss compares features of that stand-in: LPIPS needs VGG16's weights, a download.",
+    "The discriminator's frozen features are the stand-in's, where the paper uses DINOv2-S.",
+]
+CAPTIONS_FOR_TEXT = 4000
+
+
+@dataclass(frozen=True)
+class ScoresConfig:
+    """How much is judged, and how it is sampled."""
+
+    num_images: int = 300
+    """Held-out scenes that are reconstructed and drawn."""
+    num_edits: int = 150
+    """Held-out edits."""
+    t2i: SamplingConfig = field(default_factory=SamplingConfig)
+    edit: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+def text(root: Path, vocab_size: int) -> None:
+    """Trains the text tokenizer on captions and instructions of the training sets."""
+    captions = [
+        caption
+        for name in ("scenes-train", "edits-train")
+        for sample in emoji_images.read_samples(root / "data" / name, CAPTIONS_FOR_TEXT)
+        for caption in read_captions(sample)
+    ]
+    train_text_tokenizer(captions, root / "text_tokenizer", vocab_size)
+
+
+def score(root: Path, config: ScoresConfig) -> None:
+    """Makes the image sets and scores them into evaluation/{judge,reconstruction,t2i,edit}."""
+    judge = Judge.load(root / "judge" / EXPORT)
+    autoencoder_dir = root / "decoder" / EXPORT
+    autoencoder = Autoencoder.load(autoencoder_dir)
+    scenes = emoji_images.read_samples(root / "data/scenes-validation", config.num_images)
+    edits = emoji_images.read_samples(root / "data/edits-validation", config.num_edits)
+    images = root / "evaluation" / "images"
+
+    def scored(name: str, suite: Suite, seed: int = 0) -> None:
+        scores = evaluate(suite, images / name, root / "evaluation" / name, seed=seed)["scores"]
+        print(
+            "      "
+            + name
+            + ": "
+            + ", ".join(f"{metric} {value['mean']:.3f}" for metric, value in scores.items())
+        )
+
+    emoji_images.real_renders(scenes, images / "judge", autoencoder.config.image_px)
+    scored("judge", EmojiT2ISuite(judge))
+    emoji_images.reconstructions(scenes, autoencoder, images / "reconstruction")
+    scored("reconstruction", ReconstructionSuite())
+    for name in ("t2i", "edit"):
+        pipeline = Pipeline.load(root / name / EXPORT, autoencoder_dir, root / "text_tokenizer")
+        if name == "t2i":
+            emoji_images.drawings(scenes, pipeline, config.t2i, images / name)
+            scored(name, EmojiT2ISuite(judge), config.t2i.seed)
+        else:
+            emoji_images.edits(edits, pipeline, config.edit, images / name)
+            scored(name, EmojiEditSuite(judge), config.edit.seed)

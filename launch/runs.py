@@ -1,0 +1,154 @@
+"""The config of each kind of run (one YAML each), and what every training entry point does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from data.images import PixelConfig, PixelPacker
+from data.packing import EditPacker, PackingConfig, T2IPacker
+from data.shards import ShardDataset
+from data.stream import DataConfig, Packer, PackStream
+from data.text import TextTokenizer, load_text_tokenizer
+from engine import distributed
+from engine.config import UserError, to_dict
+from engine.loop import EngineConfig, train
+from engine.objective import Objective
+from evaluation.judges.emoji import JudgeConfig
+from generator.model import GeneratorConfig
+from generator.objective import FlowConfig, Preview, build_objective
+from generator.sampling import SamplingConfig, read_conditions
+from tokenizer.rpiae import Autoencoder
+from tokenizer.stages import StageConfig
+from tokenizer.standin import StandInConfig
+
+PACKERS: dict[str, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
+
+
+@dataclass(frozen=True)
+class PixelRun:
+    """What every training on pixels has."""
+
+    run_dir: str
+    """Folder of checkpoints, logs, samples and the export; running again with it continues."""
+    data: DataConfig
+    pixels: PixelConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True)
+class TokenizerRun(PixelRun):
+    """One stage of the tokenizer."""
+
+    stage: StageConfig
+    preview_shards: str | None = None
+    """Validation shards whose first images the sample grids reconstruct."""
+    num_preview_images: int = 16
+
+
+@dataclass(frozen=True)
+class StandInRun(PixelRun):
+    """Training of a small representation model where DINOv2 cannot be had."""
+
+    standin: StandInConfig
+
+
+@dataclass(frozen=True)
+class JudgeRun(PixelRun):
+    """Training of the classifier that judges samples."""
+
+    judge: JudgeConfig
+
+
+@dataclass(frozen=True)
+class GeneratorRun:
+    """Text-to-image or editing on latent shards."""
+
+    run_dir: str
+    """Folder of checkpoints, logs, samples and the export; running again with it continues."""
+    data: DataConfig
+    packing: PackingConfig
+    text_tokenizer: str
+    """Name or folder of the text tokenizer."""
+    generator: GeneratorConfig
+    engine: EngineConfig
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    autoencoder: str | None = None
+    """Export that decodes the sample grids; None: no grids."""
+    preview_shards: str | None = None
+    """Validation latents (or pixels) whose first captions the sample grids draw."""
+    num_preview_images: int = 8
+    preview_sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+def train_on_pixels(run: PixelRun, build: Callable[[], Objective]) -> None:
+    """Opens the pixel shards first (the cheapest thing to fail), then builds the objective and trains it."""
+    dataset = ShardDataset.open(run.data.shards)
+    _train(run, dataset, PixelPacker(run.pixels), build())
+
+
+def train_generator(task: Literal["t2i", "edit"], run: GeneratorRun) -> None:
+    """What launch/train_t2i.py and launch/train_edit.py do."""
+    if run.packing.max_side != run.generator.max_side:
+        raise UserError(
+            f"packing.max_side {run.packing.max_side} and generator.max_side {run.generator.max_side} number the same "
+            "position table; make them equal"
+        )
+    dataset = ShardDataset.open(run.data.shards)
+    latents = dataset.manifest.latent
+    if latents is None:
+        raise UserError(f"{run.data.shards}: holds pixels, not latents; run launch/encode_latents.py on it")
+    text_tokenizer = load_text_tokenizer(run.text_tokenizer)
+    packer = PACKERS[task](run.packing, latents, text_tokenizer)
+    objective = build_objective(
+        task,
+        run.generator,
+        run.flow,
+        latents,
+        text_tokenizer,
+        seed=run.engine.seed,
+        preview=_preview(run, text_tokenizer),
+    )
+    _train(run, dataset, packer, objective)
+
+
+def preview_pixels(shards: str | None, num_images: int, pixels: PixelConfig) -> Tensor | None:
+    """The first images of validation shards, uint8 [N, 3, H, W]; None without shards."""
+    if shards is None:
+        return None
+    dataset = ShardDataset.open(shards)
+    samples = dataset.read(range(min(num_images, len(dataset))))
+    batch = PixelPacker(pixels).collate(samples, step=0, stream=0, epochs=[0] * len(samples), seed=0)
+    return batch.pixels
+
+
+def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer) -> Preview | None:
+    """The first validation captions (and sources), decoded by the autoencoder; None where one of them is missing."""
+    if run.autoencoder is None or run.preview_shards is None:
+        return None
+    dataset = ShardDataset.open(run.preview_shards)
+    conditions = tuple(read_conditions(dataset, text_tokenizer, run.num_preview_images))
+    autoencoder = Autoencoder.load(run.autoencoder).eval()
+    return Preview(conditions, run.preview_sampling, autoencoder.decode)
+
+
+def _train(run: PixelRun | GeneratorRun, dataset: ShardDataset, packer: Packer, objective: Objective) -> None:
+    ranks = distributed.start()
+    source = PackStream(
+        dataset,
+        packer,
+        num_streams=run.data.num_streams,
+        seed=run.data.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        prefetch_steps=run.data.prefetch_steps,
+    )
+    if ranks.is_first:
+        for line in objective.describe():
+            print(f"[{objective.name}] {line}", flush=True)
+    train(objective, source, run.engine, run_dir=Path(run.run_dir), resolved=to_dict(run), ranks=ranks)
+    distributed.stop()

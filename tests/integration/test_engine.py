@@ -1,0 +1,116 @@
+"""The loop's contracts, each on a whole training of a toy model in processes of its own."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "scripts" / "toy_train.py"
+
+
+def toy(run, *arguments, ranks=1):
+    """Runs the toy training; returns the finished process."""
+    arguments = [str(SCRIPT), "--run", str(run), *map(str, arguments)]
+    if ranks == 1:
+        command = [sys.executable, *arguments]
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = Path(sys.executable).parent / "deepspeed"
+        command = [launcher, "--num_gpus", str(ranks), "--master_port", str(port), *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+
+
+def weights(run):
+    return torch.load(run / "export" / "model.pt", weights_only=True)
+
+
+def curve(run, name="loss"):
+    return [json.loads(line).get(name) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    run = tmp_path_factory.mktemp("toy") / "reference"
+    assert toy(run).returncode == 0
+    return run
+
+
+def test_killed_run_continues_bit_for_bit(reference, tmp_path):
+    run = tmp_path / "run"
+    assert toy(run, "--kill-after", 5).returncode != 0
+    assert not (run / "export").exists()
+    again = toy(run)
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step 3/8" in again.stdout
+    expected, actual = weights(reference), weights(run)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert curve(run) == curve(reference), "every step stands in metrics.jsonl once, with the same loss"
+
+
+@pytest.mark.parametrize(
+    "zero", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_two_ranks_give_the_curve_of_one_rank_with_two_micro_batches(reference, tmp_path, zero):
+    run = tmp_path / "run"
+    result = toy(run, "--zero", zero, ranks=2)
+    assert result.returncode == 0, result.stderr
+    # The same packs, summed in another order: fp32 rounding (6e-8 relative) through 8 AdamW steps.
+    assert curve(run) == pytest.approx(curve(reference), rel=1e-5)
+    assert curve(run, "adversary_loss")[2:] == pytest.approx(curve(reference, "adversary_loss")[2:], rel=1e-5)
+
+
+def test_ranks_that_do_not_divide_the_streams_change_nothing(tmp_path):
+    """3 streams on 2 ranks: the rank with one pack less runs one at weight 0."""
+    assert toy(tmp_path / "one", "--streams", 3).returncode == 0
+    result = toy(tmp_path / "two", "--streams", 3, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+
+
+def test_nonfinite_step_is_not_taken_and_its_batch_is_kept(tmp_path):
+    run = tmp_path / "run"
+    assert toy(run, "--poison-step", 4).returncode == 0
+    losses = curve(run)
+    assert losses[4] is None
+    assert all(loss is not None for loss in losses[:4] + losses[5:])
+    assert all(torch.isfinite(value).all() for value in weights(run).values())
+    assert len(list((run / "nonfinite").iterdir())) == 1
+
+
+def test_too_many_nonfinite_steps_stop_the_run_with_one_line(tmp_path):
+    result = toy(tmp_path / "run", "--poison-step", 4, "--max-nonfinite", 1)
+    assert result.returncode == 2
+    assert result.stdout.count("error:") == 1
+    assert "non-finite" in result.stdout
+
+
+def test_resume_from_other_initial_weights_is_refused(tmp_path):
+    run = tmp_path / "run"
+    assert toy(run, "--steps", 3).returncode == 0
+    result = toy(run, "--steps", 6, "--started-from", "b")
+    assert result.returncode == 2
+    assert "initial weights differs" in result.stdout
+
+
+def test_resume_on_another_number_of_ranks_is_refused_with_the_way_out(tmp_path):
+    run = tmp_path / "run"
+    assert toy(run, "--steps", 3).returncode == 0
+    result = toy(run, "--steps", 6, ranks=2)
+    assert result.returncode != 0
+    assert "launch with --num_gpus 1" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_bf16_weights_keep_fp32_masters(reference, tmp_path, zero):
+    run = tmp_path / "run"
+    result = toy(run, "--zero", zero, "--precision", "bf16", ranks=2)
+    assert result.returncode == 0, result.stderr
+    # bf16 forward and backward: 8 bits of mantissa, relative error 4e-3 a product.
+    assert curve(run) == pytest.approx(curve(reference), rel=1e-2)

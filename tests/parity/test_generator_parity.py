@@ -1,0 +1,133 @@
+"""Against transformers: our understanding path on Qwen2's weights is Qwen2."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from data.packed_batch import ImageSplit, TextSplit, build_packed_batch
+from data.shards import LatentInfo
+from engine.config import UserError
+from generator.attention import planned_attention
+from generator.model import Generator, GeneratorConfig
+from generator.mot import Mot, MotConfig
+from generator.qwen import QWEN2_5_0_5B, load_qwen, qwen_shape
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "rms_norm_eps": 1e-6,
+}
+OURS = MotConfig(
+    vocab_size=64,
+    width=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    mlp_width=80,
+    rope_theta=1e6,
+    qk_norm=False,
+)
+LATENTS = LatentInfo("fp32", (4, 2, 2), (0.0,) * 4, (1.0,) * 4, "autoencoder", "text")
+
+
+@pytest.fixture(scope="module", params=["tied", "untied in several files"])
+def checkpoint(request, tmp_path_factory):
+    """A tiny Qwen2 with random weights, every bias and norm included, and its folder."""
+    theirs = Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, rope_theta=1e6, tie_word_embeddings=request.param == "tied")
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
+    folder = tmp_path_factory.mktemp("qwen")
+    theirs.save_pretrained(folder, max_shard_size="5GB" if request.param == "tied" else "60KB")
+    return theirs, folder
+
+
+def text_pack(ids: Tensor):
+    noise = ImageSplit(torch.zeros(LATENTS.shape), noisy=True)
+    return build_packed_batch(
+        [[TextSplit(ids.tolist()), noise]],
+        vision_start_id=1,
+        vision_end_id=2,
+        max_side=2,
+        seed=0,
+        sample_ids=["a"],
+    )
+
+
+def test_the_understanding_path_is_qwen2(checkpoint) -> None:
+    theirs, folder = checkpoint
+    ours = Mot(OURS)
+    load_qwen(ours, str(folder))
+    ids = torch.randint(64, (23,), generator=torch.Generator().manual_seed(1))
+    batch = text_pack(ids)  # the image after the text is seen by no text token
+    latents = torch.randn(4, 48, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs.model(ids[None]).last_hidden_state[0]
+        attention = planned_attention(batch.attention, "sdpa")
+        found, _ = ours(
+            ours.embed_tokens(batch.text_ids), latents, batch.rope_positions, attention, text_output=True
+        )
+    assert found is not None
+    torch.testing.assert_close(found[:23], expected, rtol=0, atol=1e-5)  # fp32 sums in another order
+
+
+def test_both_experts_start_as_qwen2_and_qk_norm_at_one(checkpoint) -> None:
+    theirs, folder = checkpoint
+    config = GeneratorConfig(qwen_shape(folder), max_side=2, init=f"qwen:{folder}")
+    model = Generator.create(config, LATENTS, seed=0)
+    state = theirs.state_dict()
+    for layer in range(3):
+        experts = model.backbone.layers[layer].understanding, model.backbone.layers[layer].generation
+        for expert in experts:
+            assert torch.equal(expert.k_proj.bias, state[f"model.layers.{layer}.self_attn.k_proj.bias"])
+            assert torch.equal(expert.mlp.up_proj.weight, state[f"model.layers.{layer}.mlp.up_proj.weight"])
+            assert (expert.q_norm.weight == 1).all() and (expert.k_norm.weight == 1).all()
+    assert torch.equal(model.backbone.generation_norm.weight, state["model.norm.weight"])
+    assert not model.latent_out.weight.any()
+
+
+def test_rope_theta_is_read_in_the_layouts_of_transformers_4_and_5(checkpoint, tmp_path) -> None:
+    _, folder = checkpoint
+    saved = json.loads((folder / "config.json").read_text())
+    saved.pop("rope_parameters", None)
+    saved.pop("rope_theta", None)
+    for layout in ({"rope_theta": 1e6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}):
+        (tmp_path / "config.json").write_text(json.dumps(saved | layout))
+        assert qwen_shape(tmp_path).rope_theta == 1e6
+
+
+def test_checkpoints_that_do_not_fit_are_refused_in_one_line(checkpoint, tmp_path) -> None:
+    _, folder = checkpoint
+    with pytest.raises(UserError, match="num_layers is 3, the config says 24"):
+        load_qwen(Mot(MotConfig(**{**vars(OURS), "num_layers": 24})), str(folder))
+    saved = json.loads((folder / "config.json").read_text())
+    for change, words in (
+        ({"model_type": "llama"}, "'llama'"),
+        ({"use_sliding_window": True}, "window True"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(saved | change))
+        with pytest.raises(UserError, match=words):
+            load_qwen(Mot(OURS), str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="no such weights file"):
+        load_qwen(Mot(OURS), str(tmp_path))
+
+
+def test_the_papers_backbone_has_the_papers_size() -> None:
+    with torch.device("meta"):
+        latents = LatentInfo("bf16", (64, 16, 16), (0.0,) * 64, (1.0,) * 64, "a", "t")
+        model = Generator(GeneratorConfig(QWEN2_5_0_5B, max_side=64), latents)
+    experts = sum(p.numel() for p in model.backbone.parameters())
+    # Qwen2.5-0.5B has 494,032,768 parameters (136,134,656 of them the embedding, which is shared);
+    # QK-norm adds 2 x 64 per layer and expert
+    assert experts == 136_134_656 + 2 * (494_032_768 - 136_134_656) + 2 * 24 * 128

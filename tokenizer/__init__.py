@@ -1,0 +1,1 @@
+"""Pixels <-> latents: RPiAE, its three training stages, and encoding of shards."""

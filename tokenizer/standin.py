@@ -1,0 +1,128 @@
+"""A small stand-in for DINOv2: a ViT trained to name what an image shows, where no pretrained one can be had.
+
+Shapes: B batch, D feature width, Y X token grid, K classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data.images import PixelBatch
+from engine import files
+from engine.config import ConfigError, UserError, to_dict
+from engine.objective import LossOutput
+from tokenizer.representation import Representation, RepresentationConfig
+from tokenizer.rpiae import CONFIG_NAME, WEIGHTS_NAME
+from tokenizer.weights import write_tensors
+
+
+@dataclass(frozen=True)
+class StandInConfig:
+    """The representation model to train, and its task."""
+
+    representation: RepresentationConfig
+    """Shape of the model; weights must be `random`."""
+    num_classes: int
+    """Number of identities; each sample's json has "label", an integer in [0, num_classes)."""
+    seed: int = 0
+    """Of the initial weights."""
+
+    def __post_init__(self) -> None:
+        if self.representation.weights != "random":
+            raise ConfigError("the stand-in is trained from scratch; set representation.weights to 'random'")
+        if self.num_classes < 2:
+            raise ConfigError(f"num_classes is {self.num_classes}; an identity task needs at least 2")
+
+
+class Classifier(nn.Module):
+    """Mean of the patch tokens of f, then one Linear."""
+
+    def __init__(self, config: StandInConfig) -> None:
+        super().__init__()
+        self.representation = Representation(config.representation)
+        self.head = nn.Linear(self.representation.width, config.num_classes)
+
+    def forward(self, pixels_01: Tensor) -> Tensor:
+        """[B, 3, H, W] -> logits [B, K]."""
+        f_BDYX: Tensor = self.representation(pixels_01)
+        return self.head(f_BDYX.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+class IdentityObjective:
+    """Cross-entropy on the identity; implements engine.objective.Objective.
+
+    The head sees the very patch tokens that become f, so that these, not a class token, learn what things
+    are.
+    """
+
+    name = "standin"
+    adversary: nn.Module | None = None
+
+    def __init__(self, config: StandInConfig) -> None:
+        self.config = config
+        # Every layer draws its initial weights from the CPU's generator: seeded here, put back afterwards.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)
+            self.model = Classifier(config)
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model."""
+        self.model.to(device)
+
+    def count(self, batch: PixelBatch) -> int:
+        """Images in the micro-batch."""
+        return len(batch.sample_ids)
+
+    def loss(self, batch: PixelBatch, step: int) -> LossOutput:
+        """Cross-entropy and training accuracy. Raises UserError: a label that is missing or too large."""
+        logits = self.model(batch.pixels_01).float()
+        labels = torch.tensor([self._label(batch, i) for i in range(len(logits))], device=logits.device)
+        loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(dim=1) == labels).sum().float()
+        return LossOutput(loss_sum, {"cross_entropy": loss_sum.detach(), "accuracy": correct})
+
+    def adversary_active(self, step: int) -> bool:
+        """There is none."""
+        return False
+
+    def adversary_loss(self, adversary_batch: None, step: int) -> LossOutput:
+        """There is none."""
+        raise AssertionError("the stand-in has no adversary")
+
+    def samples(self) -> npt.NDArray[np.uint8] | None:
+        """A classifier has nothing to show."""
+        return None
+
+    def export(self, directory: Path) -> None:
+        """Writes the ViT without its head: model.safetensors is what representation.weights can name."""
+        write_tensors(directory / WEIGHTS_NAME, self.model.representation.vit)
+        files.write_json(directory / CONFIG_NAME, {"standin": to_dict(self.config)})
+
+    def fingerprints(self) -> Mapping[str, str]:
+        """Nothing was loaded: the seed and the shape say it all."""
+        return {"standin": files.digest(to_dict(self.config))}
+
+    def describe(self) -> list[str]:
+        """One line for people."""
+        size = sum(p.numel() for p in self.model.representation.parameters()) / 1e6
+        name, classes = self.config.representation.name, self.config.num_classes
+        return [
+            f"stand-in for DINOv2: {name} ({size:.2f} M parameters) learns to tell {classes} identities apart"
+        ]
+
+    def _label(self, batch: PixelBatch, index: int) -> int:
+        label = batch.meta[index].get("label")
+        if not isinstance(label, int) or not 0 <= label < self.config.num_classes:
+            raise UserError(
+                f"sample '{batch.sample_ids[index]}': json needs \"label\", an integer below "
+                f"{self.config.num_classes}, not {label!r}"
+            )
+        return label

@@ -1,0 +1,77 @@
+"""Weights in safetensors: strict loading with one clear line, and hashes that identify them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from engine.config import UserError
+
+MAX_NAMES_IN_MESSAGE = 4
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. Raises UserError: missing or damaged file."""
+    try:
+        tensors: dict[str, Tensor] = load_file(str(path))
+        return tensors
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such weights file; check the path or run the stage that writes it"
+        ) from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); write it again") from None
+
+
+def write_tensors(path: str | Path, module: nn.Module) -> None:
+    """The module's parameters and persistent buffers as safetensors (one name per tensor, no pickle)."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
+    save_file(tensors, str(path), metadata={"format": "pt"})
+
+
+def load_exact(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copies `tensors` into `module`; raises UserError naming what is missing, unexpected or mis-shaped."""
+    own = module.state_dict()
+    wrong_shape = [
+        f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
+        for name in sorted(own.keys() & tensors.keys())
+        if tensors[name].shape != own[name].shape
+    ]
+    problems = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "of another shape": wrong_shape,
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"{where}: does not fit the configured model ({listed})")
+    module.load_state_dict(dict(tensors))
+
+
+def state_hash(*modules: nn.Module) -> str:
+    """Hex SHA-256 over names, dtypes, shapes and bytes of every parameter and persistent buffer."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def freeze(module: nn.Module) -> None:
+    """Parameters take no gradient; evaluation mode."""
+    module.requires_grad_(False)
+    module.eval()
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = len(names) - MAX_NAMES_IN_MESSAGE
+    return ", ".join(names[:MAX_NAMES_IN_MESSAGE]) + (f" and {rest} more" if rest > 0 else "")
