@@ -82,7 +82,7 @@ class RunLog:
         """Flushes everything."""
         self._metrics.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def _keep_before(self, start_step: int) -> None:
         if not self._metrics_path.exists():

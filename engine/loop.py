@@ -94,6 +94,10 @@ class _Run:
         if objective.adversary is not None:
             if config.adversary_optimizer is None:
                 raise ConfigError(f"{objective.name} trains a discriminator: set engine.adversary_optimizer")
+            if config.zero_stage == 3:  # its weights are read outside its own engine's forward
+                raise ConfigError(
+                    f"{objective.name} trains a discriminator: engine.zero_stage must be 1 or 2"
+                )
             self.engines["adversary"] = self._engine(
                 objective.adversary, objective.adversary_loss, config.adversary_optimizer
             )

@@ -30,11 +30,6 @@ from generator.sampling import Condition, SamplingConfig, sample_latents
 Decode = Callable[[Tensor], Tensor]
 """Raw latents float32 [N, C, Y, X] -> pixels_01 [N, 3, H, W]."""
 
-STATISTICS_TOLERANCE = 0.25
-"""How far, in standard deviations, the data's latent statistics may lie from those the weights were trained
-with.
-"""
-
 
 @dataclass(frozen=True)
 class FlowConfig:
@@ -170,9 +165,8 @@ def build_objective(
 ) -> FlowObjective:
     """The objective of train_t2i and train_edit, on the CPU. `latents`: of the training shards' manifest.
 
-    Weights are new (random from `seed`, or Qwen's) or those of `flow.init_from`, which then train on under
-    the statistics of the new shards. Raises UserError: text tokenizer or latents of another kind than the
-    model's.
+    Weights are new (random from `seed`, or Qwen's) or those of `flow.init_from`, which then train on.
+    Raises UserError: text tokenizer or latents (or their statistics) of another kind than the model's.
     """
     if text_tokenizer.fingerprint != latents.text_tokenizer_fingerprint:
         raise UserError(
@@ -193,7 +187,6 @@ def build_objective(
             raise UserError(
                 f"{flow.init_from}: its shape differs from this run's generator config; make them equal"
             )
-        model.latents = latents
         start = sha256(Path(flow.init_from) / WEIGHTS_NAME)
     return FlowObjective(name, model, flow, text_tokenizer, start=start, preview=preview)
 
@@ -201,8 +194,8 @@ def build_objective(
 def check_latents(found: LatentInfo, expected: LatentInfo, where: str) -> None:
     """Refuses latents that the weights in `where` were not trained on, in one line.
 
-    Tokenizers and shape must be equal. Statistics come from each data set and may differ a little: beyond
-    STATISTICS_TOLERANCE the same image would look different to the model.
+    Tokenizers, shape and statistics must be equal: under another mean and deviation the same image would be
+    another input.
     """
     for field, meaning in (
         ("shape", "latent shape"),
@@ -214,14 +207,10 @@ def check_latents(found: LatentInfo, expected: LatentInfo, where: str) -> None:
                 f"{where}: trained with {meaning} {_short(getattr(expected, field))}, the data has "
                 f"{_short(getattr(found, field))}; encode the data again or start from other weights"
             )
-    mean, std = np.array(found.mean), np.array(found.std)
-    shift = np.abs(mean - np.array(expected.mean)) / np.array(expected.std)
-    scale = np.abs(std / np.array(expected.std) - 1)
-    worst = float(max(shift.max(), scale.max()))
-    if worst > STATISTICS_TOLERANCE:
+    if (found.mean, found.std) != (expected.mean, expected.std):
         raise UserError(
-            f"{where}: latent statistics of the data differ by {worst:.2f} standard deviations from those "
-            f"the weights were trained with (at most {STATISTICS_TOLERANCE}); is it the same kind of images?"
+            f"{where}: trained under other latent statistics than the data's; encode the data with "
+            "statistics_from set to the latents these weights were trained on"
         )
 
 

@@ -16,54 +16,42 @@ def main() -> None:
     """Runs one of the three commands; run again, it continues where it stopped."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("emoji", help="the embedded data set: scenes, edits, identities")
-    command.add_argument("--config", default=str(entry.REPOSITORY / "configs/quickstart/data.yaml"))
-    command.add_argument("--out", type=Path, required=True)
-    command.add_argument("--processes", type=int, default=2, help="the bytes do not depend on it")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config to change")
-    command = commands.add_parser("folder", help="a folder of images with captions")
-    command.add_argument("--images", type=Path, required=True)
-    command.add_argument("--captions", type=Path, help='jsonl of {"file", "caption"}; without it NAME.txt')
-    command.add_argument("--out", type=Path, required=True)
-    command.add_argument("--reject-bad", action="store_true", help="list bad items in rejected.jsonl, go on")
-    command.add_argument("--max-samples-per-shard", type=int, default=10_000)
-    commands.add_parser("verify", help="recount everything").add_argument("directory", type=Path)
+    emoji = commands.add_parser("emoji", help="the embedded data set: scenes, edits, identities")
+    emoji.add_argument("--config", default=entry.REPOSITORY / "configs/quickstart/data.yaml")
+    emoji.add_argument("--out", type=Path, required=True, help="folder of the six data sets")
+    emoji.add_argument("--processes", type=int, default=2, help="the bytes do not depend on it")
+    emoji.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config to change")
+    folder = commands.add_parser("folder", help="a folder of images with captions")
+    folder.add_argument("--images", type=Path, required=True)
+    folder.add_argument("--captions", type=Path, help='jsonl of {"file", "caption"}; without it NAME.txt')
+    folder.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    folder.add_argument("--reject-bad", action="store_true", help="list bad items in rejected.jsonl, go on")
+    folder.add_argument("--max-samples-per-shard", type=int, default=10_000)
+    commands.add_parser("verify", help="recount everything").add_argument("out", type=Path)
     arguments = parser.parse_args()
-    {"emoji": emoji, "folder": folder, "verify": check}[arguments.command](arguments)
+    for line in {"emoji": _emoji, "folder": _folder, "verify": _verify}[arguments.command](arguments):
+        print(line)
 
 
-def emoji(arguments: argparse.Namespace) -> None:
-    """Six data sets below --out."""
+def _emoji(arguments: argparse.Namespace) -> list[str]:
     config = load(EmojiConfig, arguments.config, arguments.overrides)
     sources = {arguments.out / source.name: source for source in emoji_sources(config)}
-    ledgers = write_sources(
-        sources, max_samples_per_shard=config.max_samples_per_shard, num_processes=arguments.processes
-    )
-    for directory, ledger in ledgers.items():
-        print(f"{directory}: {ledger}")
+    ledgers = write_sources(sources, config.max_samples_per_shard, arguments.processes)
+    return [f"{directory}: {ledger}" for directory, ledger in ledgers.items()]
 
 
-def folder(arguments: argparse.Namespace) -> None:
-    """One data set in --out."""
+def _folder(arguments: argparse.Namespace) -> list[str]:
     source = FolderSource(arguments.images, arguments.captions)
-    ledger = write_source(
-        source,
-        arguments.out,
-        max_samples_per_shard=arguments.max_samples_per_shard,
-        reject_bad=arguments.reject_bad,
-        report=Progress(len(source)).show,
-    )
-    print(f"{arguments.out}: {ledger}")
+    report = Progress(len(source)).show
+    shard = arguments.max_samples_per_shard
+    ledger = write_source(source, arguments.out, shard, reject_bad=arguments.reject_bad, report=report)
+    return [f"{arguments.out}: {ledger}"]
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Names every problem of a data set."""
-    problems = verify(arguments.directory)
-    for problem in problems[1:]:
-        print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        raise UserError(problems[0])
-    print(f"{arguments.directory}: complete and undamaged")
+def _verify(arguments: argparse.Namespace) -> list[str]:
+    if problems := verify(arguments.out):
+        raise UserError("; ".join(problems))
+    return [f"{arguments.out}: complete and undamaged"]
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
     def encode(data_set: str) -> Step:
         config = f"{CONFIGS}/latents.yaml"
         places = [f"shards={root}/data/{data_set}", f"out={root}/latents/{data_set}"]
+        if data_set != DATA_SETS[0]:
+            places.append(f"statistics_from={root}/latents/{DATA_SETS[0]}")
         command = deepspeed(run.num_ranks, "launch/encode_latents.py", "--config", config, *places)
         return Step(f"latents-{data_set}", f"encode {data_set}", command, (config,))
 

@@ -8,6 +8,7 @@ Shapes: B batch, C latent channels, Y X token grid, H W pixels.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,9 @@ class EncodeConfig:
     """Directory for the latent shards."""
     text_tokenizer: str
     """Name or directory of the text tokenizer that counts the caption tokens for packing."""
+    statistics_from: str | None = None
+    """Latent shards whose mean and deviation are taken over: those that the model to fine-tune was trained on.
+    None: this data set's own."""
     batch_images: int = 64
     """Images per forward pass. Part of the run's identity: another batch size may round differently."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -138,7 +142,10 @@ class _Job:
             tokenizer_fingerprint=self.autoencoder_fingerprint,
             text_tokenizer_fingerprint=self.text_tokenizer.fingerprint,
         )
-        write_manifest(self.out, source=self.source, latent=latent)
+        if self.config.statistics_from is not None:
+            latent = _with_statistics_of(self.config.statistics_from, latent)
+        manifest = write_manifest(self.out, source=self.source, latent=latent)
+        assert manifest.num_samples == len(self.dataset), "every sample of the input is in a finished shard"
 
     def _moments_path(self, name: str) -> Path:
         return self.out / MOMENTS_DIRECTORY / f"{name.removesuffix('.tar')}.json"
@@ -189,6 +196,16 @@ class _Job:
         num_image_tokens = len(images) * math.prod(self.model.latent_shape[1:])
         longest = max(len(self.text_tokenizer.encode(caption)) for caption in read_captions(sample))
         return Sample(sample.key, parts), num_image_tokens, longest
+
+
+def _with_statistics_of(directory: str, latent: LatentInfo) -> LatentInfo:
+    """`latent` with the mean and deviation of another data set of the same autoencoder."""
+    other = ShardDataset.open(directory).manifest.latent
+    if other is None or other.tokenizer_fingerprint != latent.tokenizer_fingerprint:
+        raise UserError(
+            f"{directory}: not latents of this autoencoder; statistics_from needs such a data set"
+        )
+    return dataclasses.replace(latent, mean=other.mean, std=other.std)
 
 
 def _image_parts(sample: Sample) -> list[str]:

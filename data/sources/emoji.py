@@ -44,6 +44,8 @@ __all__ = [
     "scene_at",
 ]
 
+RECIPE = 1  # raise it when the same config would give other samples: unfinished shards are then not continued
+
 
 @dataclass(frozen=True)
 class EmojiConfig:
@@ -94,8 +96,9 @@ class EmojiSource:
 
     @property
     def description(self) -> str:
-        """Attribution, and a digest of the config, so that shards of another config are not continued."""
-        return f"{attribution()}; {self.name} of emoji config {files.digest(to_dict(self._config))[:12]}"
+        """Attribution, and a digest of recipe and config: shards of other ones are not continued."""
+        digest = files.digest([RECIPE, to_dict(self._config)])[:12]
+        return f"{attribution()}; {self.name} of emoji config {digest}"
 
     def __len__(self) -> int:
         """Number of samples."""

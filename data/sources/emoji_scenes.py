@@ -180,8 +180,8 @@ def draw_scene(draws: Draws) -> Scene:
 def draw_single(draws: Draws) -> Scene:
     """One object of 28 to 46: in the centre, or smaller and near the middle of an edge."""
     spot = "center" if draws.chance(50) else draws.choice(PLACES)
-    words = (None, None, "small", "large") if spot == "center" else (None, None, "small")
-    size_word: SizeWord | None = draws.choice(words)
+    words: tuple[SizeWord | None, ...] = (None, None, "small", "large")
+    size_word = draws.choice(words if spot == "center" else words[:3])
     low, high = {"small": (28, 30), "large": (43, 46)}.get(str(size_word), (33, 39))
     size = draws.between(low, high if spot == "center" else min(high, 36))
     middle, far = (CANVAS - size) // 2, CANVAS - size

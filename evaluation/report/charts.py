@@ -72,7 +72,7 @@ def short(value: float) -> str:
     """A number in few characters: 0.0123, 3.4, 1200, 15k."""
     if abs(value) >= 10_000:
         return f"{value / 1000:.3g}k"
-    return f"{value:.0f}" if value == round(value) else f"{value:.3g}"
+    return f"{value:.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -13,7 +13,7 @@ from evaluation.report.charts import bar_chart, line_chart, short
 from evaluation.report.gallery import edits, reconstructions, text_to_image
 from evaluation.report.inputs import Evaluation, ReportInput, Training, read_report_input
 from evaluation.report.style import CSS
-from evaluation.report.verdicts import Outcome, outcomes
+from evaluation.report.verdicts import TARGETS, Outcome, outcomes
 
 REPORT_NAME = "report.html"
 SUMMARY_NAME = "report.json"
@@ -154,7 +154,9 @@ def _number(value: float, unit: str = "") -> str:
 def _scores(report: ReportInput) -> str:
     if not report.evaluations:
         return _absent("Nothing was judged yet.")
-    return "".join(_score_table(evaluation) for evaluation in report.evaluations.values())
+    order = [target.evaluation for target in TARGETS]
+    names = sorted(report.evaluations, key=lambda n: order.index(n) if n in order else len(order))
+    return "".join(_score_table(report.evaluations[name]) for name in names)
 
 
 def _score_table(evaluation: Evaluation) -> str:
@@ -165,7 +167,7 @@ def _score_table(evaluation: Evaluation) -> str:
     rows = []
     for name, estimates in [("all", scores["scores"]), *scores["groups"].items()]:
         cells = "".join(_cell(estimates.get(metric)) for metric in metrics)
-        rows.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{escape(name.replace('_', ' '))}</td>{cells}</tr>")
     partial = f", partial: {scores['n_failed']} images missing" if scores["partial"] else ""
     return (
         f"<h3>{escape(evaluation.name)} ({scores['n']} images{partial})</h3>"
@@ -177,7 +179,9 @@ def _score_table(evaluation: Evaluation) -> str:
 def _cell(estimate: Mapping[str, Any] | None) -> str:
     if estimate is None or estimate["mean"] is None:
         return '<td class="number">–</td>'
-    return f'<td class="number">{estimate["mean"]:.3g} <small>n = {estimate["n"]}</small></td>'
+    value = estimate["mean"]
+    text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return f'<td class="number">{text} <small>n = {estimate["n"]}</small></td>'
 
 
 def _trainings(trainings: Sequence[Training]) -> str:

@@ -11,6 +11,7 @@ from data.sources.base import Draws
 from data.sources.emoji import (
     BACKGROUND_NAMES,
     OBJECT_NAMES,
+    RECIPE,
     EmojiConfig,
     EmojiSource,
     edit_at,
@@ -22,6 +23,7 @@ from data.sources.emoji_art import identities
 from data.sources.emoji_captions import captions, instructions, with_article
 from data.sources.emoji_edits import PERCENT, Edit
 from data.sources.emoji_scenes import BACKGROUNDS, KINDS, Kind, Placed, Scene
+from engine import files
 from engine.config import ConfigError, load
 
 CONFIG = EmojiConfig()  # what the quickstart makes
@@ -167,6 +169,12 @@ def test_sample_is_a_function_of_seed_and_index():
 def test_draws_are_those_of_every_numpy_version():
     draws = Draws(0, "golden", 7)
     assert [draws.below(1000) for _ in range(6)] == [792, 937, 945, 142, 422, 288]
+
+
+def test_a_changed_recipe_raises_its_number():
+    """On failure raise data.sources.emoji.RECIPE; then put the new digest here."""
+    trees = [truth(source(name).sample(i)) for name in ("scenes-train", "edits-train") for i in range(50)]
+    assert (RECIPE, files.digest(trees)[:16]) == (1, "1741df2212b6b0c9")
 
 
 def test_split_does_not_depend_on_the_seed():

@@ -11,8 +11,8 @@ from evaluation.judges.emoji import Judge, JudgeConfig, JudgeObjective, SceneCla
 from evaluation.judges.emoji_network import cell_loss, cell_targets, object_evidence
 
 CLASSES = SceneClasses(objects=("cross", "square"), backgrounds=("dark", "light"))
-SMALL = JudgeConfig(channels=(8, 8, 16))
-NUM_STEPS = 100
+SMALL = JudgeConfig(channels=(16, 16, 32))
+NUM_STEPS = 60
 
 
 def shapes_batch(num_images: int, seed: int) -> PixelBatch:
