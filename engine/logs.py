@@ -59,7 +59,7 @@ class RunLog:
         rates = [
             f"{values[key]:,.0f} {unit}"
             for key, unit in (("samples_per_s", "samples/s"), ("tokens_per_s", "tokens/s"))
-            if values.get(key, 0.0) > 0
+            if values.get(key, 0.0) > 0 and (unit == "samples/s" or values["tokens"] > values["samples"])
         ]
         shown = [f"step {int(values['step'])}/{num_steps}", f"loss {values['loss']:.4f}"]
         shown += [f"lr {values['lr']:.2e}", f"grad {values['grad_norm']:.2f}", *rates]

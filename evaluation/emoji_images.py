@@ -16,6 +16,7 @@ from data.images import decode_image, fit_image
 from data.packing import read_captions
 from data.shards import Sample, ShardDataset
 from evaluation.manifest import Item, write_image, write_manifest
+from evaluation.metrics.psnr import to_uint8
 from generator.pipeline import Pipeline
 from generator.sampling import SamplingConfig
 from tokenizer.rpiae import Autoencoder
@@ -33,14 +34,13 @@ def real_renders(samples: Sequence[Sample], out: Path, image_px: int) -> None:
 
 
 def reconstructions(samples: Sequence[Sample], autoencoder: Autoencoder, out: Path) -> None:
-    """`original`, and `result` = decode(encode(original)), clamped and rounded to 8 bits."""
+    """`original`, and `result` = decode(encode(original)) on 8 bits (protocol: truncated)."""
     originals = _pixels(samples, "png", autoencoder.config.image_px)
     with torch.no_grad():
         decoded = [
             autoencoder.decode(autoencoder.encode(part.float() / 255)) for part in torch.split(originals, 64)
         ]
-    results = (torch.cat(decoded).clamp(0, 1) * 255).round().to(torch.uint8)
-    _write(out, samples, {"original": originals, "result": results})
+    _write(out, samples, {"original": originals, "result": to_uint8(torch.cat(decoded))})
 
 
 def drawings(samples: Sequence[Sample], pipeline: Pipeline, sampling: SamplingConfig, out: Path) -> None:

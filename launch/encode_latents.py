@@ -5,19 +5,21 @@ import sys
 
 from engine import distributed
 from launch import entry
-from tokenizer.encode import EncodeConfig, encode_shards
+from launch.runs import EncodeRun
+from tokenizer.encode import encode_shards
 
 
 def main() -> None:
     """Encodes; the same command again continues where it stopped."""
     arguments = entry.config_parser(__doc__ or "", "configs/latents/cc12m.yaml").parse_args()
-    config = entry.read_config(EncodeConfig, arguments)
+    run = entry.read_config(EncodeRun, arguments)
     if arguments.dry_run:
-        entry.print_config(config)
+        entry.print_config(run)
         return
     ranks = distributed.start()
-    config = dataclasses.replace(config, device=str(ranks.device))
-    encode_shards(config, rank=ranks.rank, world=ranks.world, barrier=ranks.barrier)
+    for config in run.configs():
+        config = dataclasses.replace(config, device=str(ranks.device))
+        encode_shards(config, rank=ranks.rank, world=ranks.world, barrier=ranks.barrier)
     distributed.stop()
 
 

@@ -11,7 +11,6 @@ from launch import entry, quickstart_scores
 from launch.steps import Step, deepspeed, python, run_steps
 
 CONFIGS = "configs/quickstart"
-DATA_SETS = ("scenes-train", "scenes-validation", "edits-train", "edits-validation")
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,8 @@ def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
         command = deepspeed(run.num_ranks, f"launch/train_{script}.py", "--config", config)
         return Step(name, about, command, (config,))
 
-    def encode(data_set: str) -> Step:
-        config = f"{CONFIGS}/latents.yaml"
-        places = [f"shards={root}/data/{data_set}", f"out={root}/latents/{data_set}"]
-        if data_set != DATA_SETS[0]:
-            places.append(f"statistics_from={root}/latents/{DATA_SETS[0]}")
-        command = deepspeed(run.num_ranks, "launch/encode_latents.py", "--config", config, *places)
-        return Step(f"latents-{data_set}", f"encode {data_set}", command, (config,))
-
+    latents = f"{CONFIGS}/latents.yaml"
+    encode = deepspeed(run.num_ranks, "launch/encode_latents.py", "--config", latents)
     data = python(
         "launch/make_shards.py", "emoji", "--config", f"{CONFIGS}/data.yaml", "--out", f"{root}/data"
     )
@@ -78,7 +71,7 @@ def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
         training("pivot", "stage I: encoder and decoder, pivoted on the frozen replica"),
         training("bridge", "stage II: the Variational Bridge"),
         training("decoder", "stage III: the decoder on frozen latents"),
-        *[encode(data_set) for data_set in DATA_SETS],
+        Step("latents", "encode scenes and edits", encode, (latents,)),
         training("judge", "train the judge on real renders"),
         training("t2i", "train text-to-image on the latents"),
         training("edit", "fine-tune for editing"),

@@ -50,7 +50,10 @@ def text(root: Path, vocab_size: int) -> None:
 
 
 def score(root: Path, config: ScoresConfig) -> None:
-    """Makes the image sets and scores them into evaluation/{judge,reconstruction,t2i,edit}."""
+    """Makes the image sets and scores them into evaluation/{judge,reconstruction,t2i,edit}.
+
+    The judge also looks at the reconstructions: no drawing can be better than what the decoder shows.
+    """
     judge = Judge.load(root / "judge" / EXPORT)
     autoencoder_dir = root / "decoder" / EXPORT
     autoencoder = Autoencoder.load(autoencoder_dir)
@@ -58,8 +61,10 @@ def score(root: Path, config: ScoresConfig) -> None:
     edits = emoji_images.read_samples(root / "data/edits-validation", config.num_edits)
     images = root / "evaluation" / "images"
 
-    def scored(name: str, suite: Suite, seed: int = 0) -> None:
-        scores = evaluate(suite, images / name, root / "evaluation" / name, seed=seed)["scores"]
+    def scored(name: str, suite: Suite, seed: int = 0, images_name: str | None = None) -> None:
+        scores = evaluate(suite, images / (images_name or name), root / "evaluation" / name, seed=seed)[
+            "scores"
+        ]
         print(
             "      "
             + name
@@ -71,6 +76,7 @@ def score(root: Path, config: ScoresConfig) -> None:
     scored("judge", EmojiT2ISuite(judge))
     emoji_images.reconstructions(scenes, autoencoder, images / "reconstruction")
     scored("reconstruction", ReconstructionSuite())
+    scored("judge_on_reconstructions", EmojiT2ISuite(judge), images_name="reconstruction")
     for name in ("t2i", "edit"):
         pipeline = Pipeline.load(root / name / EXPORT, autoencoder_dir, root / "text_tokenizer")
         if name == "t2i":

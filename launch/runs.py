@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from evaluation.judges.emoji import JudgeConfig
 from generator.model import GeneratorConfig
 from generator.objective import FlowConfig, Preview, build_objective
 from generator.sampling import SamplingConfig, read_conditions
+from tokenizer.encode import EncodeConfig
 from tokenizer.rpiae import Autoencoder
 from tokenizer.stages import StageConfig
 from tokenizer.standin import StandInConfig
@@ -83,6 +85,25 @@ class GeneratorRun:
     """Validation latents (or pixels) whose first captions the sample grids draw."""
     num_preview_images: int = 8
     preview_sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(frozen=True)
+class EncodeRun(EncodeConfig):
+    """Encoding of one data set, and of others that go with it."""
+
+    also: dict[str, str] = field(default_factory=dict)
+    """Further data sets, shards: out; encoded alike, under the first one's mean and deviation."""
+
+    def configs(self) -> list[EncodeConfig]:
+        """One config for each data set, the first one first."""
+        common = {field.name: getattr(self, field.name) for field in dataclasses.fields(EncodeConfig)}
+        first = EncodeConfig(**common)
+        statistics_from = self.statistics_from or self.out
+        further = [
+            dataclasses.replace(first, shards=shards, out=out, statistics_from=statistics_from)
+            for shards, out in self.also.items()
+        ]
+        return [first, *further]
 
 
 def train_on_pixels(run: PixelRun, build: Callable[[], Objective]) -> None:

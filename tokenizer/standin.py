@@ -32,6 +32,9 @@ class StandInConfig:
     """Shape of the model; weights must be `random`."""
     num_classes: int
     """Number of identities; each sample's json has "label", an integer in [0, num_classes)."""
+    pixel_weight: float = 10.0
+    """Weight of reading each patch's pixels from its token by one Linear (mean absolute error). DINOv2's patch
+    tokens keep local detail; those of a mere classifier of whole images do not, and could not be decoded."""
     seed: int = 0
     """Of the initial weights."""
 
@@ -43,21 +46,24 @@ class StandInConfig:
 
 
 class Classifier(nn.Module):
-    """Mean of the patch tokens of f, then one Linear."""
+    """Mean of the patch tokens of f, then one Linear; and each patch's pixels from its token, by another."""
 
     def __init__(self, config: StandInConfig) -> None:
         super().__init__()
         self.representation = Representation(config.representation)
+        self.patch_px = config.representation.input_px // self.representation.grid[0]
         self.head = nn.Linear(self.representation.width, config.num_classes)
+        self.pixels = nn.Linear(self.representation.width, 3 * self.patch_px**2)
 
-    def forward(self, pixels_01: Tensor) -> Tensor:
-        """[B, 3, H, W] -> logits [B, K]."""
+    def forward(self, pixels_01: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] -> logits [B, K], pixels_01 [B, 3, H, W]; H = W = input_px."""
         f_BDYX: Tensor = self.representation(pixels_01)
-        return self.head(f_BDYX.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        patches = self.pixels(f_BDYX.movedim(1, -1)).movedim(-1, 1)
+        return self.head(f_BDYX.mean(dim=(2, 3))), F.pixel_shuffle(patches, self.patch_px)
 
 
 class IdentityObjective:
-    """Cross-entropy on the identity; implements engine.objective.Objective.
+    """Cross-entropy on the identity and the error of the patches read back; implements engine.objective.Objective.
 
     The head sees the very patch tokens that become f, so that these, not a class token, learn what things
     are.
@@ -83,11 +89,15 @@ class IdentityObjective:
 
     def loss(self, batch: PixelBatch, step: int) -> LossOutput:
         """Cross-entropy and training accuracy. Raises UserError: a label that is missing or too large."""
-        logits = self.model(batch.pixels_01).float()
+        logits, pixels_hat = self.model(batch.pixels_01)
+        logits = logits.float()
         labels = torch.tensor([self._label(batch, i) for i in range(len(logits))], device=logits.device)
-        loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+        cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
+        pixel_error = (pixels_hat - batch.pixels_01).abs().mean(dim=(1, 2, 3)).sum()
+        loss_sum = cross_entropy + self.config.pixel_weight * pixel_error
         correct = (logits.argmax(dim=1) == labels).sum().float()
-        return LossOutput(loss_sum, {"cross_entropy": loss_sum.detach(), "accuracy": correct})
+        terms = {"cross_entropy": cross_entropy.detach(), "pixel_error": pixel_error.detach()}
+        return LossOutput(loss_sum, {**terms, "accuracy": correct})
 
     def adversary_active(self, step: int) -> bool:
         """There is none."""

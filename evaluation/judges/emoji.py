@@ -183,8 +183,8 @@ class JudgeObjective:
 def augment(pixels_01: Tensor, generator: torch.Generator) -> Tensor:
     """Small changes that a decoder also makes: gain and offset per channel, blur, pixel noise.
 
-    float32 [B, 3, H, W] in [0, 1], in and out. Weak enough that skin tones stay apart; blur goes up to what
-    reconstructions of 22 dB look like, measured with Gaussians (docs/architecture.md).
+    float32 [B, 3, H, W] in [0, 1], in and out. Weak enough that skin tones stay apart, strong enough
+    that renders blurred down to 26 dB are judged as well as sharp ones (docs/architecture.md).
     """
     B, device = len(pixels_01), pixels_01.device
 
@@ -201,7 +201,7 @@ def augment(pixels_01: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _box_blur(x: Tensor) -> Tensor:
-    """Mean over 3 x 3 pixels, edges repeated; separable, which on the CPU is five times as fast as pooling."""
+    """Mean over 3 x 3 pixels, edges repeated; separable, on the CPU three times as fast as pooling."""
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")
     x = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     return (x[..., :-2] + x[..., 1:-1] + x[..., 2:]) / 9

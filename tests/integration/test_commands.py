@@ -1,0 +1,270 @@
+"""The commands of the README on tiny data: killed and resumed, on one rank and two, and with bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.packing import read_captions
+from data.shards import Sample, ShardDataset, ShardWriter
+from data.sources.emoji import EmojiConfig, EmojiSource
+from data.text import train_text_tokenizer
+from engine import config
+from launch import entry
+from launch.runs import GeneratorRun, TokenizerRun
+from tokenizer.bridge import BridgeConfig
+from tokenizer.encode import EncodeConfig, encode_shards
+from tokenizer.rpiae import Autoencoder
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart"
+TINY_VIT = "overrides={img_size: 64, patch_size: 16, embed_dim: 32, depth: 2, num_heads: 2}"
+PARTS = (
+    "stage.autoencoder.representation",
+    "stage.perceptual.representation",
+    "stage.discriminator.representation",
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Emoji shards, a text tokenizer, an untrained autoencoder with a bridge, and latents."""
+    root = tmp_path_factory.mktemp("commands")
+    source = EmojiSource(EmojiConfig(), "scenes-train", 40)
+    samples = [source.sample(index) for index in range(len(source))]
+    write(root / "pixels", samples)
+    captions = [caption for sample in samples for caption in read_captions(sample)]
+    train_text_tokenizer(captions, root / "text", 400)
+    run = config.load(TokenizerRun, QUICKSTART / "pivot.yaml", pivot_overrides(root, root / "unused"))
+    assert run.stage.autoencoder is not None
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name in ("autoencoder", "another"):
+            autoencoder = Autoencoder(run.stage.autoencoder)
+            autoencoder.add_bridge(BridgeConfig(latent_channels=4, decoder_layers=1, num_heads=2))
+            autoencoder.save(root / name)
+    encode(root, root / "pixels", root / "latents", "autoencoder")
+    return root
+
+
+def write(directory: Path, samples: list[Sample]) -> None:
+    with ShardWriter(directory, max_samples_per_shard=20, source="test") as writer:
+        for sample in samples:
+            writer.write(sample)
+
+
+def encode(root: Path, shards: Path, out: Path, autoencoder: str) -> None:
+    encode_config = EncodeConfig(str(root / autoencoder), str(shards), str(out), str(root / "text"))
+    encode_shards(encode_config, rank=0, world=1, barrier=lambda: None)
+
+
+def pivot_overrides(root: Path, run_dir: Path) -> list[str]:
+    """The quickstart's pivot stage, tiny, with every loss from the first steps on."""
+    vits = [f"{part}.{field}" for part in PARTS for field in (TINY_VIT, "weights=random")]
+    return [
+        *vits,
+        f"run_dir={run_dir}",
+        f"data.shards={root / 'pixels'}",
+        "preview_shards=null",
+        "pixels.images_per_pack=4",
+        "stage.autoencoder.decoder={width: 32, layers: 1, heads: 2, mlp_width: 64, patch_px: 16}",
+        "stage.adaptive_pivot_start_step=0",
+        "stage.gan_update_start_step=0",
+        "stage.gan_loss_start_step=1",
+        *SHORT,
+    ]
+
+
+def t2i_overrides(root: Path, run_dir: Path) -> list[str]:
+    """The quickstart's text-to-image training, tiny."""
+    return [
+        f"run_dir={run_dir}",
+        f"data.shards={root / 'latents'}",
+        f"text_tokenizer={root / 'text'}",
+        "autoencoder=null",
+        "preview_shards=null",
+        "packing.tokens_per_pack=160",
+        "generator.backbone.width=32",
+        "generator.backbone.num_layers=2",
+        "generator.backbone.mlp_width=64",
+        *SHORT,
+    ]
+
+
+SHORT = [
+    "engine.steps=5",
+    "engine.log_every_steps=1",
+    "engine.checkpoint_every_steps=2",
+    "engine.wandb=disabled",
+]
+SCRIPTS = {"pivot": ("train_tokenizer", pivot_overrides), "t2i": ("train_t2i", t2i_overrides)}
+
+
+def command(task: str, inputs: Path, run_dir: Path, *extra: str, ranks: int = 1) -> list[str]:
+    script, overrides = SCRIPTS[task]
+    arguments = ["--config", str(QUICKSTART / f"{task}.yaml"), *overrides(inputs, run_dir), *extra]
+    arguments = [str(ROOT / "launch" / f"{script}.py"), *arguments]
+    if ranks == 1:
+        return [sys.executable, *arguments]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    return [launcher, "--num_gpus", str(ranks), "--master_port", port, *arguments]
+
+
+def finish(arguments: list[str], status: int = 0) -> str:
+    """Runs to the end; returns what was printed."""
+    result = subprocess.run(
+        arguments,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == status, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def kill_at_step(arguments: list[str], run_dir: Path, step: int) -> None:
+    """kill -9 as soon as `step` stands in metrics.jsonl."""
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    metrics = run_dir / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run ended before it could be killed"
+        )
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def curve(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", params=["t2i", "pivot"])
+def finished(request: pytest.FixtureRequest, inputs: Path) -> tuple[str, Path]:
+    """An undisturbed run of each task on one rank."""
+    run_dir = inputs / f"{request.param}-undisturbed"
+    finish(command(request.param, inputs, run_dir))
+    return request.param, run_dir
+
+
+def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(finished, inputs, tmp_path) -> None:
+    task, undisturbed = finished
+    run_dir = tmp_path / "run"
+    kill_at_step(command(task, inputs, run_dir), run_dir, 3)
+    assert not (run_dir / "export").exists()
+    assert "resumed at step 2/5" in finish(command(task, inputs, run_dir))
+    expected = (undisturbed / "export" / "model.safetensors").read_bytes()
+    assert (run_dir / "export" / "model.safetensors").read_bytes() == expected
+    assert curve(run_dir) == curve(undisturbed)
+
+
+def test_two_ranks_give_the_loss_curve_of_one(finished, inputs, tmp_path) -> None:
+    """The same two packs a step: on one rank one after the other, on two ranks side by side."""
+    task, one = finished
+    finish(command(task, inputs, tmp_path / "two", ranks=2))
+    # The sums run in another order: fp32 rounding, amplified by AdamW's division in the first steps.
+    assert curve(tmp_path / "two") == pytest.approx(curve(one), rel=1e-4)
+
+
+def error_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> str:
+    """The one line that an entry point prints for a mistake found before the ranks meet."""
+    module = __import__(f"launch.{Path(arguments[1]).stem}", fromlist=["main"])
+    monkeypatch.setattr(sys, "argv", arguments[1:])
+    assert entry.run(module.main) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_a_wrong_key_names_the_nearest_one(inputs, tmp_path, capsys, monkeypatch) -> None:
+    line = error_of(
+        capsys, monkeypatch, command("t2i", inputs, tmp_path / "run", "engine.optimizer.learning_rate=1")
+    )
+    assert "engine.optimizer.learning_rate" in line and "did you mean" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_shard_is_named(inputs, tmp_path, capsys, monkeypatch) -> None:
+    encode(inputs, inputs / "pixels", tmp_path / "latents", "autoencoder")
+    shard = sorted((tmp_path / "latents").glob("*.tar"))[1]
+    shard.unlink()
+    arguments = command("t2i", inputs, tmp_path / "run", f"data.shards={tmp_path / 'latents'}")
+    assert shard.name in error_of(capsys, monkeypatch, arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_latents_of_another_tokenizer_are_refused(inputs, finished, tmp_path, capsys, monkeypatch) -> None:
+    task, run = finished
+    if task != "t2i":
+        pytest.skip("concerns the generator")
+    encode(inputs, inputs / "pixels", tmp_path / "latents", "another")
+    start = [f"data.shards={tmp_path / 'latents'}", f"flow.init_from={run / 'export'}"]
+    line = error_of(capsys, monkeypatch, command("t2i", inputs, tmp_path / "run", *start))
+    assert "autoencoder" in line and "encode the data again" in line
+
+
+def test_missing_data_of_the_papers_run_is_one_line(capsys, monkeypatch) -> None:
+    line = error_of(capsys, monkeypatch, [sys.executable, str(ROOT / "launch" / "train_t2i.py")])
+    assert "data/cc12m-latents" in line and "make_shards" in line
+
+
+def test_an_empty_caption_stops_the_encoding_and_names_the_sample(inputs, tmp_path) -> None:
+    samples = ShardDataset.open(inputs / "pixels").read(range(3))
+    empty = Sample(samples[1].key, {**samples[1].parts, "json": b'{"caption": " "}'})
+    write(tmp_path / "pixels", [samples[0], empty, samples[2]])
+    with pytest.raises(config.UserError, match=rf"{samples[1].key}.*empty caption"):
+        encode(inputs, tmp_path / "pixels", tmp_path / "latents", "autoencoder")
+    assert (
+        not list((tmp_path / "latents").glob("*.tar"))
+        and not (tmp_path / "latents" / "manifest.json").exists()
+    )
+
+
+def test_a_corrupt_png_stops_the_training_with_one_line(inputs, tmp_path) -> None:
+    samples = ShardDataset.open(inputs / "pixels").read(range(16))
+    png = bytearray(samples[5].parts["png"])
+    png[40:60] = bytes(20)
+    write(
+        tmp_path / "pixels",
+        [*samples[:5], Sample(samples[5].key, {**samples[5].parts, "png": bytes(png)}), *samples[6:]],
+    )
+    output = finish(
+        command("pivot", inputs, tmp_path / "run", f"data.shards={tmp_path / 'pixels'}"), status=2
+    )
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and samples[5].key in errors[0]
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "export").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "generator").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_dry_run_of_the_papers_generator_needs_no_data(path, capsys, monkeypatch) -> None:
+    script = "train_edit" if path.stem.startswith("edit") else "train_t2i"
+    module = __import__(f"launch.{script}", fromlist=["main"])
+    monkeypatch.setattr(sys, "argv", [script, "--config", str(path), "--dry-run"])
+    assert entry.run(module.main) == 0
+    printed = capsys.readouterr().out
+    run = config.load(GeneratorRun, path)
+    assert f"run_dir: {run.run_dir}" in printed and "parameters: backbone 8" in printed
