@@ -12,6 +12,7 @@ EXTRAS = {
         "mypy>=1.11",
         "pre-commit>=3.7",
         "pytest>=8.0",
+        "pytest-xdist>=3.5",
         "ruff>=0.6",
         "types-PyYAML>=6.0",
     ],

@@ -59,11 +59,11 @@ class EmojiConfig:
     validation_scenes: int = 600
     train_edits: int = 10000
     validation_edits: int = 200
-    num_identities: int = 640
+    num_identities: int = 160
     """Emoji that the stand-in representation model learns to tell apart."""
-    train_identities: int = 12800
+    train_identities: int = 8000
     """Images of them, spread evenly."""
-    validation_identities: int = 640
+    validation_identities: int = 320
     max_samples_per_shard: int = 2000
 
     def __post_init__(self) -> None:
