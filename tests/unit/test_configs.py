@@ -25,7 +25,9 @@ KINDS: dict[str, type] = {
 FOLDERS: dict[str, type] = {"tokenizer": TokenizerRun, "latents": EncodeRun, "generator": GeneratorRun}
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_config_is_read_strictly_and_written_back_equal(path: Path, tmp_path: Path) -> None:
     name = str(path.relative_to(CONFIGS))
     kind = KINDS[name] if name in KINDS else FOLDERS[path.parent.name]
