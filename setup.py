@@ -4,8 +4,8 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "flash": ["flash-attn>=2.6"],
-    "eval": ["scipy>=1.10"],
-    "demo": ["matplotlib>=3.8"],
+    "eval": [],  # the suites of today need nothing beyond the core
+    "demo": [],  # so does sampling
     "dev": [
         "hypothesis>=6.100",
         "import-linter>=2.1",
@@ -30,6 +30,7 @@ setup(
     install_requires=[
         "deepspeed>=0.19.8,<0.20",  # engine/masters.py reads private attributes: the series is pinned
         "emoji>=2.10",
+        "huggingface_hub>=0.23",
         "lpips>=0.1.4",
         "numpy>=1.26",
         "pillow>=10.1",
