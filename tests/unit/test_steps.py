@@ -1,0 +1,51 @@
+"""The quickstart's chain: what is done stays done, what failed is done again, what changed is refused."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from engine.config import UserError
+from engine.files import read_json
+from launch.steps import Step, run_steps
+
+
+def test_a_failed_chain_continues_at_the_missing_step(tmp_path, capsys) -> None:
+    calls = []
+    write = [
+        sys.executable,
+        "-c",
+        f"import pathlib, sys; sys.exit(not pathlib.Path({str(tmp_path / 'go')!r}).exists())",
+    ]
+    steps = [
+        Step("first", "is done once", lambda: calls.append("first")),
+        Step("second", "needs a file", write),
+    ]
+    with pytest.raises(UserError, match=r"step 'second' failed \(exit 1\); its log is .*second\.log"):
+        run_steps(tmp_path, steps)
+    (tmp_path / "go").touch()
+    run_steps(tmp_path, steps)
+    assert calls == ["first"]
+    assert "first: is done once - done" in capsys.readouterr().out
+    durations = read_json(tmp_path / "durations.json")
+    assert [row["name"] for row in durations] == ["first", "second"]
+    assert all(row["seconds"] >= 0 for row in durations)
+
+
+def test_another_config_for_a_done_step_is_refused_not_mixed_in(tmp_path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("steps: 1")
+    steps = [Step("train", "reads a config", lambda: None, (str(config),))]
+    run_steps(tmp_path / "run", steps)
+    config.write_text("steps: 2")
+    with pytest.raises(UserError, match="'train' was done with another config"):
+        run_steps(tmp_path / "run", steps)
+
+
+def test_output_of_a_step_is_logged_whole_and_shown_without_noise(tmp_path, capsys) -> None:
+    print_two = "print('[2026-01-01 00:00:00] [INFO] noise'); print('[pivot] step 1')"
+    run_steps(tmp_path, [Step("speaks", "prints", [sys.executable, "-c", print_two])])
+    shown = capsys.readouterr().out
+    assert "[pivot] step 1" in shown and "noise" not in shown
+    assert "noise" in (tmp_path / "logs" / "speaks.log").read_text()
