@@ -18,10 +18,9 @@ from engine.ema import Ema
 from engine.logs import RunLog, WandbMode, seconds_text
 from engine.objective import Batch, BatchSource, LossOutput, Objective
 from engine.schedule import OptimizerConfig, learning_rate
+from engine.window import Window
 
 EXPORT = "export"
-SUMMED = ("samples", "tokens")
-"""Entries of a source's ledger that add up over ranks and steps; the others are averaged."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class _Run:
             files.write_json(run_dir / "config.json", dict(resolved))
             self.log = RunLog(run_dir, objective.name, resolved, self.step, config.wandb)
         self._stop_requested = False
-        self._window = _Window(ranks)
+        self._window = Window(ranks)
 
     def train(self) -> Path:
         """Steps until the end or a stop signal; then the export."""
@@ -297,55 +296,3 @@ class _Run:
     def _stop_agreed(self) -> bool:
         """Launchers signal ranks one after another: save together, at the same step."""
         return self.ranks.sum([float(self._stop_requested)])[0] > 0
-
-
-class _Window:
-    """Sums of metrics since the last log line. Values stay on the device until `read`."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sums: dict[tuple[str, str], torch.Tensor] = {}
-        self._counts: dict[str, float] = {}
-        self._source: dict[str, float] = {}
-        self._seconds = 0.0
-        self._num_steps = 0
-
-    def add(self, prefix: str, output: LossOutput, weight: float) -> None:
-        """One micro-batch's sums; `prefix` names the engine they come from."""
-        for name, value in {"loss": output.loss_sum.detach(), **output.metrics}.items():
-            term = value.float() * weight
-            known = self._sums.get((prefix, name))
-            self._sums[prefix, name] = term if known is None else known + term
-
-    def close_step(
-        self, counts: Mapping[str, float], source_metrics: Mapping[str, float], seconds: float
-    ) -> None:
-        """Adds a step's global counts by prefix, the source's ledger and its duration."""
-        self._num_steps += 1
-        self._seconds += seconds
-        for prefix, count in counts.items():
-            self._counts[prefix] = self._counts.get(prefix, 0.0) + count
-        for name, value in source_metrics.items():
-            self._source[name] = self._source.get(name, 0.0) + value
-
-    def read(self) -> dict[str, float]:
-        """Means per unit over the window and over ranks, the ledger, rates; then a new window. Collective."""
-        keys = sorted(self._sums)
-        totals = self._ranks.sum_on_device(torch.stack([self._sums[key] for key in keys])).tolist()
-        values = {
-            prefix + name: total / max(self._counts[prefix], 1.0)
-            for (prefix, name), total in zip(keys, totals, strict=True)
-        }
-        values["step_s"] = self._seconds / self._num_steps
-        ledger = self._ranks.sum(list(self._source.values()))
-        for name, total in zip(self._source, ledger, strict=True):
-            if name in SUMMED:
-                values[name] = total
-                values[f"{name}_per_s"] = total / self._seconds
-            else:
-                values[name] = total / (self._num_steps * self._ranks.world)
-        self._reset()
-        return values
