@@ -62,15 +62,16 @@ class ToySource:
 class ToyObjective:
     name = "toy"
 
-    def __init__(self, started_from):
+    def __init__(self, started_from, adversarial):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH))
-        self.adversary = nn.Linear(WIDTH, 1)
+        self.critic = nn.Linear(WIDTH, 1)
+        self.adversary = self.critic if adversarial else None
         self.started_from = started_from
 
     def to(self, device):
         self.model.to(device)
-        self.adversary.to(device)
+        self.critic.to(device)
 
     def count(self, batch):
         return len(batch.x)
@@ -79,14 +80,14 @@ class ToyObjective:
         fake = self.model(batch.x)
         rec = (fake - batch.x).square().sum()
         # A gradient towards an inner tensor, as the adaptive weights need it.
-        (inner,) = torch.autograd.grad(self.adversary(fake).sum(), fake, retain_graph=True)
+        (inner,) = torch.autograd.grad(self.critic(fake).sum(), fake, retain_graph=True)
         return LossOutput(rec + 0.01 * (fake * inner).sum(), {"rec": rec.detach()}, fake.detach())
 
     def adversary_active(self, step):
-        return step >= 2
+        return self.adversary is not None and step >= 2
 
     def adversary_loss(self, fake, step):
-        return LossOutput(torch.relu(1 + self.adversary(fake)).sum())
+        return LossOutput(torch.relu(1 + self.critic(fake)).sum())
 
     def samples(self):
         value = self.model(torch.ones(1, WIDTH, device=next(self.model.parameters()).device))
@@ -111,6 +112,9 @@ def main():
     parser.add_argument("--max-nonfinite", type=int, default=3)
     parser.add_argument("--kill-after", type=int, default=-1)
     parser.add_argument("--started-from", default="a")
+    parser.add_argument(
+        "--no-adversary", action="store_true", help="the critic is not trained (ZeRO-3 refuses it)"
+    )
     args = parser.parse_args()
     ranks = distributed.start()
     source = ToySource(args.streams, ranks.rank, ranks.world, args.poison_step)
@@ -129,7 +133,14 @@ def main():
         wandb="disabled",
     )
     try:
-        train(ToyObjective(args.started_from), source, config, run_dir=args.run, resolved={}, ranks=ranks)
+        train(
+            ToyObjective(args.started_from, not args.no_adversary),
+            source,
+            config,
+            run_dir=args.run,
+            resolved={},
+            ranks=ranks,
+        )
     except UserError as error:
         if ranks.is_first:
             print(f"error: {error}", flush=True)
