@@ -60,7 +60,7 @@ def start(timeout_s: int = DEFAULT_TIMEOUT_S) -> Ranks:
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one host share its cores; torch's default would give each of them all.
         num_local_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
@@ -92,7 +92,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
     import socket
 
     with socket.socket() as probe:

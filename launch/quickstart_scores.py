@@ -77,11 +77,10 @@ def score(root: Path, config: ScoresConfig) -> None:
     emoji_images.reconstructions(scenes, autoencoder, images / "reconstruction")
     scored("reconstruction", ReconstructionSuite())
     scored("judge_on_reconstructions", EmojiT2ISuite(judge), images_name="reconstruction")
-    for name in ("t2i", "edit"):
-        pipeline = Pipeline.load(root / name / EXPORT, autoencoder_dir, root / "text_tokenizer")
-        if name == "t2i":
-            emoji_images.drawings(scenes, pipeline, config.t2i, images / name)
-            scored(name, EmojiT2ISuite(judge), config.t2i.seed)
-        else:
-            emoji_images.edits(edits, pipeline, config.edit, images / name)
-            scored(name, EmojiEditSuite(judge), config.edit.seed)
+    text_tokenizer = root / "text_tokenizer"
+    t2i = Pipeline.load(root / "t2i" / EXPORT, autoencoder_dir, text_tokenizer)
+    emoji_images.drawings(scenes, t2i, config.t2i, images / "t2i")
+    scored("t2i", EmojiT2ISuite(judge), config.t2i.seed)
+    edit = Pipeline.load(root / "edit" / EXPORT, autoencoder_dir, text_tokenizer)
+    emoji_images.edits(edits, edit, config.edit, images / "edit")
+    scored("edit", EmojiEditSuite(judge), config.edit.seed)

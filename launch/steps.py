@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 from engine import files
 from engine.config import UserError
+from engine.distributed import free_port
 from engine.logs import seconds_text
 
 NOISE = re.compile(r"^(\[\d{4}-|\[W\d|\[rank|W\d{4}|\s*$)|Warning|warn")
@@ -41,7 +41,7 @@ def run_steps(root: Path, steps: Sequence[Step]) -> None:
     done_before = ""
     for number, step in enumerate(steps, 1):
         marker = root / "steps" / f"{step.name}.json"
-        identity = files.digest([_command_text(step), *map(_content, step.inputs), done_before])
+        identity = files.digest([_command_text(step), *map(files.sha256, step.inputs), done_before])
         done_before = identity
         state: dict[str, Any] = {"identity": identity, "seconds": 0.0, "done": False}
         if marker.exists():
@@ -95,7 +95,7 @@ def _work(step: Step, log_path: Path) -> None:
         return
     command = list(step.work)
     if Path(command[0]).name == "deepspeed":  # every run on this machine would otherwise ask for port 29500
-        command[1:1] = ["--master_port", str(_free_port())]
+        command[1:1] = ["--master_port", str(free_port())]
     log_path.parent.mkdir(parents=True, exist_ok=True)
     tail: deque[str] = deque(maxlen=LINES_ON_FAILURE)
     with log_path.open("a") as log:
@@ -113,13 +113,3 @@ def _work(step: Step, log_path: Path) -> None:
 
 def _command_text(step: Step) -> str:
     return step.name if callable(step.work) else " ".join([Path(step.work[0]).name, *step.work[1:]])
-
-
-def _content(path: str) -> str:
-    return files.sha256(path)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
