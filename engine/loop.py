@@ -17,7 +17,7 @@ from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.logs import RunLog, WandbMode, seconds_text
 from engine.objective import Batch, BatchSource, LossOutput, Objective
-from engine.schedule import OptimizerConfig, learning_rate
+from engine.schedule import OptimizerConfig, learning_rate, set_learning_rate
 from engine.window import Window
 
 EXPORT = "export"
@@ -164,8 +164,8 @@ class _Run:
         weights = [1.0] * len(batches) + [0.0] * (self.accumulation_steps - len(batches))
         batches += [batches[-1]] * (self.accumulation_steps - len(batches))
         for name, optimizer in self._optimizers():
-            for group in self.engines[name].optimizer.param_groups:
-                group["lr"] = learning_rate(optimizer, self.step, self.config.steps)
+            groups = self.engines[name].optimizer.param_groups
+            set_learning_rate(groups, optimizer, self.step, self.config.steps)
         scale = self.ranks.world / max(count, 1.0)  # DeepSpeed averages over ranks
         skipped_before = self._skipped_steps()
         adversarial = self.objective.adversary_active(self.step)

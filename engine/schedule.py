@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,10 +15,16 @@ from engine.config import ConfigError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """AdamW, or Muon with AdamW for the rest, and the learning-rate schedule of both."""
 
     lr: float
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices of repeated layers follow Muon (Jordan et al. 2024), embeddings, heads and vectors AdamW."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon: the spectral norm of an update, times sqrt(max(1, rows / columns))."""
+    muon_momentum: float = 0.95
+    """Momentum of Muon (Nesterov)."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Shape of the way from `lr` to `final_lr`."""
     final_lr: float = 0.0
@@ -34,13 +41,20 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only (biases, norms and tokens are left alone)."""
     grad_clip: float = 0.0
-    """Largest global gradient norm; 0 is off."""
+    """Largest global gradient norm; 0 is off, as Muon needs it."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ConfigError(f"lr is {self.lr}; it must be above 0")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ConfigError(f"beta1 {self.beta1} and beta2 {self.beta2} must lie in [0, 1)")
+        if self.name == "muon" and (self.muon_lr <= 0 or not 0 <= self.muon_momentum < 1):
+            raise ConfigError(
+                f"muon_lr {self.muon_lr} must be above 0 and muon_momentum {self.muon_momentum} in [0, 1)"
+            )
+        if self.name == "muon" and self.grad_clip:
+            # DeepSpeed measures the norm of the orthogonalised update: clipping would only rescale it.
+            raise ConfigError(f"grad_clip is {self.grad_clip}; Muon's updates have a fixed norm, set it to 0")
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -57,16 +71,68 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     return config.lr + (config.final_lr - config.lr) * progress
 
 
-def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `module`: one group with weight decay, one without."""
+def set_learning_rate(
+    groups: Sequence[dict[str, Any]], config: OptimizerConfig, step: int, num_steps: int
+) -> None:
+    """Writes the rate of step number `step` into an optimizer's groups; Muon's follows the same shape."""
+    rate = learning_rate(config, step, num_steps)
+    for group in groups:
+        group["lr"] = rate * config.muon_lr / config.lr if group.get("use_muon") else rate
+
+
+def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """Over the trainable parameters of `module`, in groups: hidden matrices (Muon only), other matrices with
+    weight decay, vectors without.
+    """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
-    others = [parameter for parameter in trainable if parameter.ndim < 2]
+    hidden = hidden_matrices(module) if config.name == "muon" else set()
+    for parameter in trainable:
+        parameter.use_muon = parameter in hidden  # type: ignore[attr-defined]  # DeepSpeed's ZeRO reads it
+    rest = [parameter for parameter in trainable if parameter not in hidden]
     groups = [
         {"params": group, "weight_decay": decay}
-        for group, decay in ((matrices, config.weight_decay), (others, 0.0))
+        for group, decay in (
+            ([parameter for parameter in rest if parameter.ndim >= 2], config.weight_decay),
+            ([parameter for parameter in rest if parameter.ndim < 2], 0.0),
+        )
         if group
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if not hidden:
+        return torch.optim.AdamW(groups, fused=True, **adamw)
+    return _muon([parameter for parameter in trainable if parameter in hidden], groups, config, adamw)
+
+
+def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
+    """Trainable weights of the nn.Linear inside layer lists (nn.ModuleList, nn.Sequential)."""
+    return {
+        linear.weight
+        for layers in module.modules()
+        if isinstance(layers, nn.ModuleList | nn.Sequential)
+        for linear in layers.modules()
+        if isinstance(linear, nn.Linear) and linear.weight.requires_grad
+    }
+
+
+def _muon(
+    hidden: list[nn.Parameter],
+    rest: list[dict[str, Any]],
+    config: OptimizerConfig,
+    adamw: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon, which its ZeRO stages know how to shard."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    muon = {
+        "params": hidden,
+        "use_muon": True,
+        "lr": config.muon_lr,
+        "momentum": config.muon_momentum,
+        "weight_decay": config.weight_decay,
+    }
+    optimizer: torch.optim.Optimizer = MuonWithAuxAdam(
+        [muon, *({**group, **adamw, "use_muon": False} for group in rest)],
+        adam_optimizer=torch.optim.AdamW,
+        adam_optimizer_kwargs={"fused": True},
     )
+    return optimizer

@@ -148,7 +148,7 @@ def _sample_batch(
     shape = model.latents.shape
     device = model.latent_out.weight.device
     branches = guidance_branches(config, editing=conditions[0].source is not None)
-    weights_B = torch.tensor([branch.weight for branch in branches], device=device)
+    weights_B = torch.tensor([float(branch.weight) for branch in branches], device=device)
     pack = pack_branches(model, conditions, branches, text_tokenizer)
     prefix, noisy = (part.to(device) for part in split_prefix(pack))
     cache = PrefixCache(model.attention_backend)

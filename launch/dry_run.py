@@ -66,7 +66,8 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def state_bytes(engine: EngineConfig, num_trained: int, num_frozen: int, num_gpus: int) -> float:
-    """Bytes a GPU holds all the time: weights, gradients, masters, AdamW's moments, EMA (activations come on top).
+    """Bytes a GPU holds all the time: weights, gradients, masters, two moments, EMA (activations come on top).
+    Muon keeps one moment for its matrices, so for it this is an upper bound.
 
     ZeRO (Rajbhandari et al. 2020, section 3): stage 1 shards masters and moments, 2 also gradients, 3 also weights.
     """

@@ -82,7 +82,7 @@ def test_every_object_and_background_is_in_training(scenes):
     kinds = Counter(placed.kind.name for scene, _ in scenes[False] for placed in scene.objects)
     backgrounds = Counter(scene.background for scene, _ in scenes[False])
     assert set(kinds) == set(OBJECT_NAMES) and set(backgrounds) == set(BACKGROUND_NAMES)
-    assert min(kinds.values()) >= 60  # expected: 16000 * 1.4 / 45 / 4 = 124 for one skin tone
+    assert min(kinds.values()) >= 60  # expected: 16000 * 1.4 / 35 / 4 = 160 for one skin tone
 
 
 def test_about_six_scenes_of_ten_show_one_object(scenes):

@@ -258,3 +258,12 @@ def test_bad_images_are_one_clear_line(model, tmp_path) -> None:
 
 def test_transparency_is_laid_on_white() -> None:
     assert read_pixels(Image.new("RGBA", (2, 2), (9, 9, 9, 0)), 2).eq(1).all()
+
+
+def test_guidance_may_be_a_whole_number(model):
+    """Callers from Python write text_guidance=3; only configs turn it into 3.0."""
+    whole, real = (
+        dataclasses.replace(SAMPLING, num_steps=1, text_guidance=guidance) for guidance in (3, 3.0)
+    )
+    drawn = [sample_latents(model, PROMPTS, [0, 1, 2], config, Letters()) for config in (whole, real)]
+    assert torch.equal(*drawn)

@@ -107,6 +107,7 @@ def main():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--poison-step", type=int, default=-1)
     parser.add_argument("--max-nonfinite", type=int, default=3)
@@ -122,7 +123,13 @@ def main():
         stop_at_step(source, args.kill_after)
     config = EngineConfig(
         steps=args.steps,
-        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=2, schedule="cosine", grad_clip=1.0),
+        optimizer=OptimizerConfig(
+            lr=1e-2,
+            name=args.optimizer,
+            warmup_steps=2,
+            schedule="cosine",
+            grad_clip=0.0 if args.optimizer == "muon" else 1.0,
+        ),
         adversary_optimizer=OptimizerConfig(lr=1e-2),
         precision=args.precision,
         zero_stage=args.zero,
