@@ -65,6 +65,8 @@ def build_engine(
             "zero_optimization": {
                 "stage": zero_stage,
                 "overlap_comm": False,
+                # ZeRO-3 orthogonalises whole gradients, so for Muon it must reduce them whole.
+                "reduce_scatter": not (config.name == "muon" and zero_stage == 3),
                 "reduce_bucket_size": BUCKET_ELEMENTS,
                 "allgather_bucket_size": BUCKET_ELEMENTS,
             },

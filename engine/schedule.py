@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.config import ConfigError
 
@@ -89,21 +89,26 @@ def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.O
     for parameter in trainable:
         parameter.use_muon = parameter in hidden  # type: ignore[attr-defined]  # DeepSpeed's ZeRO reads it
     rest = [parameter for parameter in trainable if parameter not in hidden]
-    groups = [
-        {"params": group, "weight_decay": decay}
+    groups: list[dict[str, Any]] = [
+        {
+            "params": group,
+            "weight_decay": decay,
+            "lr": config.lr,
+            "betas": (config.beta1, config.beta2),
+            "eps": config.eps,
+        }
         for group, decay in (
             ([parameter for parameter in rest if parameter.ndim >= 2], config.weight_decay),
             ([parameter for parameter in rest if parameter.ndim < 2], 0.0),
         )
         if group
     ]
-    adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if not hidden:
-        return torch.optim.AdamW(groups, fused=True, **adamw)
-    return _muon([parameter for parameter in trainable if parameter in hidden], groups, config, adamw)
+        return torch.optim.AdamW(groups, fused=True)
+    return _muon([parameter for parameter in trainable if parameter in hidden], groups, config)
 
 
-def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
+def hidden_matrices(module: nn.Module) -> set[Tensor]:
     """Trainable weights of the nn.Linear inside layer lists (nn.ModuleList, nn.Sequential)."""
     return {
         linear.weight
@@ -115,10 +120,7 @@ def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
 
 
 def _muon(
-    hidden: list[nn.Parameter],
-    rest: list[dict[str, Any]],
-    config: OptimizerConfig,
-    adamw: Mapping[str, Any],
+    hidden: list[nn.Parameter], rest: list[dict[str, Any]], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
     """DeepSpeed's Muon, which its ZeRO stages know how to shard."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
@@ -131,7 +133,7 @@ def _muon(
         "weight_decay": config.weight_decay,
     }
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(
-        [muon, *({**group, **adamw, "use_muon": False} for group in rest)],
+        [muon, *({**group, "use_muon": False} for group in rest)],
         adam_optimizer=torch.optim.AdamW,
         adam_optimizer_kwargs={"fused": True},
     )

@@ -25,14 +25,14 @@ def time_sinusoids(t_I: Tensor, num_frequencies: int = TIME_FREQUENCIES) -> Tens
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def grid_sinusoids(grid_T: Tensor, max_side: int, width: int) -> Tensor:
+def grid_sinusoids(grid_T: Tensor, max_side: int, width: int, max_period: float = MAX_PERIOD) -> Tensor:
     """Rows of the fixed 2-D sin-cos table (MAE layout). fp32 [T, width].
 
     `grid_T`: int64, y * max_side + x. The first half of the width encodes x, the second y; each half is
-    [sin(p w_k), cos(p w_k)] with w_k = 10000^(-k / (width / 4)), k < width / 4.
+    [sin(p w_k), cos(p w_k)] with w_k = max_period^(-k / (width / 4)), k < width / 4.
     """
     quarter = width // 4
-    frequencies = MAX_PERIOD ** (-torch.arange(quarter, device=grid_T.device, dtype=torch.float32) / quarter)
+    frequencies = max_period ** (-torch.arange(quarter, device=grid_T.device, dtype=torch.float32) / quarter)
     angles = torch.arange(max_side, device=grid_T.device, dtype=torch.float32)[:, None] * frequencies
     side = torch.cat(
         [angles.sin(), angles.cos()], dim=1
@@ -56,9 +56,9 @@ class TimeEmbedding(nn.Module):
 class LatentEmbedding(nn.Module):
     """Linear(C -> D)(x_t) + time embedding + position row (Bagel): what the generation expert reads."""
 
-    def __init__(self, channels: int, width: int, max_side: int) -> None:
+    def __init__(self, channels: int, width: int, max_side: int, max_period: float) -> None:
         super().__init__()
-        self.width, self.max_side = width, max_side
+        self.width, self.max_side, self.max_period = width, max_side, max_period
         self.latent_in = nn.Linear(channels, width)
         self.time_embedding = TimeEmbedding(width)
 
@@ -67,7 +67,7 @@ class LatentEmbedding(nn.Module):
         x.
         """
         time_ID = self.time_embedding(t_I)
-        place_TD = grid_sinusoids(grid_T, self.max_side, self.width).to(time_ID.dtype)
+        place_TD = grid_sinusoids(grid_T, self.max_side, self.width, self.max_period).to(time_ID.dtype)
         tokens: Tensor = self.latent_in(x_TC.to(self.latent_in.weight.dtype))
         tokens = tokens + time_ID.index_select(0, image_index_T) + place_TD
         return tokens

@@ -17,7 +17,7 @@ from data.shards import LatentInfo
 from engine.config import ConfigError, UserError, from_dict, to_dict
 from engine.files import read_json, write_json
 from generator.attention import Backend, JointAttention, planned_attention
-from generator.embeddings import LatentEmbedding
+from generator.embeddings import MAX_PERIOD, LatentEmbedding
 from generator.mot import Mot, MotConfig, init_weights
 from generator.qwen import load_qwen
 from tokenizer.weights import load_exact, read_tensors, write_tensors
@@ -36,10 +36,16 @@ class GeneratorConfig:
     """Both experts."""
     max_side: int
     """Largest latent grid side the position table holds, in latent tokens; its rows are y * max_side + x."""
+    position_max_period: float = MAX_PERIOD
+    """Base of the position table's periods (MAE, Bagel: 10,000). On a small grid a small one tells places apart:
+    with 10,000, neighbours of a 4x4 grid differ in a few of the table's columns only.
+    """
     init: str = "random"
     """Start of both experts: "random", or "qwen:" and a Hugging Face name or checkpoint folder."""
 
     def __post_init__(self) -> None:
+        if self.position_max_period <= 1:
+            raise ConfigError(f"position_max_period is {self.position_max_period}; it must be above 1")
         if self.init != "random" and not self.init.startswith(QWEN_PREFIX):
             raise ConfigError(f"init '{self.init}': write 'random' or 'qwen:<Hugging Face name or folder>'")
 
@@ -60,7 +66,9 @@ class Generator(nn.Module):
             )
         self.config, self.latents = config, latents
         self.attention_backend: Backend = "auto"
-        self.latent_embedding = LatentEmbedding(channels, config.backbone.width, config.max_side)
+        self.latent_embedding = LatentEmbedding(
+            channels, config.backbone.width, config.max_side, config.position_max_period
+        )
         self.backbone = Mot(config.backbone)
         self.latent_out = nn.Linear(config.backbone.width, channels)
         for parameter in self.backbone.text_output_parameters():

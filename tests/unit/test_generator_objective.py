@@ -94,10 +94,28 @@ def test_sinusoids_have_bagels_layout() -> None:
     assert found[1, [0, 128, 127]].tolist() == pytest.approx(expected, abs=1e-6)
     assert found[0].tolist() == [1.0] * 128 + [0.0] * 128
     y, x, side, width = 2, 3, 4, 16
-    row = grid_sinusoids(torch.tensor([y * side + x]), side, width)[0].tolist()
-    w = [10_000 ** (-k / 4) for k in range(4)]
-    parts = [f(p * k) for p in (x, y) for f in (math.sin, math.cos) for k in w]
-    assert row == pytest.approx(parts, abs=1e-6)
+    for max_period, arguments in ((10_000, ()), (10, (10.0,))):  # Bagel's, and one for small grids
+        row = grid_sinusoids(torch.tensor([y * side + x]), side, width, *arguments)[0].tolist()
+        w = [max_period ** (-k / 4) for k in range(4)]
+        parts = [f(p * k) for p in (x, y) for f in (math.sin, math.cos) for k in w]
+        assert row == pytest.approx(parts, abs=1e-6)
+
+
+def test_the_position_period_is_part_of_the_model() -> None:
+    small = dataclasses.replace(CONFIG, position_max_period=10.0)
+    grid = torch.tensor([5])
+    rows = [
+        Generator.create(config, LATENTS, 0).latent_embedding(
+            torch.zeros(1, LATENTS.shape[0]), torch.zeros(1), torch.tensor([0]), grid
+        )
+        for config in (CONFIG, small)
+    ]
+    difference = grid_sinusoids(grid, CONFIG.max_side, CONFIG.backbone.width, 10.0) - grid_sinusoids(
+        grid, CONFIG.max_side, CONFIG.backbone.width
+    )
+    torch.testing.assert_close(rows[1] - rows[0], difference)
+    with pytest.raises(ConfigError, match="position_max_period is 1"):
+        dataclasses.replace(CONFIG, position_max_period=1.0)
 
 
 def test_the_loss_sum_counts_noisy_tokens_only() -> None:
