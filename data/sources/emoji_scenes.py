@@ -15,7 +15,7 @@ CANVAS = 64
 HELD_OUT_SHARE = 10  # one combination in so many is for validation
 SINGLE_PERCENT = 60  # of scenes; the others show two objects
 
-# Clearly different from each other in colour and shape at 24 px.
+# Clearly different from each other in colour and shape at 28 px.
 PLAIN_OBJECTS: Mapping[str, str] = {
     "red apple": "🍎",
     "bunch of grapes": "🍇",
