@@ -52,7 +52,7 @@ class FrozenFeatures(nn.Module):
     def forward(self, pixels_01: Tensor) -> list[Tensor]:
         """[B, 3, H, W] -> len(depths) tensors [B, D, N]; differentiable towards the pixels."""
         levels = self.representation.intermediates(pixels_01, self.depths)
-        has_class_token = self.representation.vit.has_class_token
+        has_class_token = self.representation.has_class_token
         return [
             (patches + prefix[:, :1] if has_class_token else patches).transpose(1, 2)
             for patches, prefix in levels

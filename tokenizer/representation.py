@@ -1,4 +1,4 @@
-"""The representation model E: a timm vision transformer whose patch tokens are the feature map f (paper 3.1).
+"""The representation model E: a vision transformer whose patch tokens are the feature map f (paper 3.1).
 
 Shapes: B batch, D width, Y X token grid, N = Y * X patch tokens, P prefix tokens (class and registers), S
 input px.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.config import ConfigError, UserError
+from engine.config import ConfigError
+from tokenizer import model_names
+from tokenizer.backbones import Backbone, build_timm, output_weight
+from tokenizer.transformers_backbone import build_transformers
 from tokenizer.weights import load_exact, read_tensors
 
 
@@ -24,25 +26,39 @@ class RepresentationConfig:
     """Which vision transformer, and how images enter it."""
 
     name: str
-    """Model name in the library, e.g. vit_base_patch14_reg4_dinov2.lvd142m."""
-    input_px: int
-    """Side of the square the image is resized to (bicubic) before the model; a multiple of the patch size."""
+    """A short name (tokenizer/model_names.py: dinov2-b-reg, dinov3-l, siglip2-b, mae-b...) or the library's
+    own: a timm model, a repository on the Hugging Face hub, a folder that transformers wrote."""
+    input_px: int = 0
+    """Side of the square the image is resized to (bicubic) before the model; a multiple of the patch size.
+    0: the short name's, for 16x16 tokens (224 for patch 14, 256 for patch 16)."""
     weights: str = "pretrained"
     """Initial weights: `pretrained` (the library's download), `random`, or the path of a safetensors file."""
     overrides: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """Arguments for timm.create_model: img_size, depth, embed_dim, num_heads, dynamic_img_size..."""
+    """timm: arguments for create_model: img_size, depth, embed_dim, num_heads, dynamic_img_size...
+    transformers: fields of the model's config (hidden_size, num_hidden_layers...); with `model_type`, an
+    architecture that needs neither short name nor download."""
     mean: tuple[float, float, float] | None = None
     """Per-channel mean of pixels in [0, 1]; None: the one the model was trained with."""
     std: tuple[float, float, float] | None = None
     """Per-channel standard deviation; None: the one the model was trained with."""
-    library: Literal["timm"] = "timm"
-    """Where the model comes from."""
+    library: Literal["timm", "transformers"] = "timm"
+    """Where the model comes from. It decides the names of the weights and how position tables are resampled:
+    an export keeps its library."""
+
+    def __post_init__(self) -> None:
+        if self.input_px == 0:
+            known = model_names.find(self.name)
+            if known is None:
+                hint = model_names.closest(self.name, [])
+                raise ConfigError(f"representation '{self.name}' is no short name: give input_px; {hint}")
+            object.__setattr__(self, "input_px", known.input_px)
 
 
 class Representation(nn.Module):
     """pixels_01 -> f: resize, normalise, transformer, last LayerNorm without affine, patch tokens only.
 
-    Attributes: `width` D, `grid` (Y, X), `mean`, `std` (three floats each).
+    Attributes: `width` D, `depth` (blocks), `grid` (Y, X), `mean`, `std` (three floats each),
+    `has_class_token`; `vit`, the library's module, only for saving and loading under the library's names.
     """
 
     pixel_mean: Tensor
@@ -51,16 +67,18 @@ class Representation(nn.Module):
     def __init__(self, config: RepresentationConfig) -> None:
         super().__init__()
         self.config = config
-        self.vit = _create(config)
-        self.width = int(self.vit.embed_dim)
-        patch_y, patch_x = self.vit.patch_embed.patch_size
+        self._backbone = _build(config)
+        self.vit = self._backbone.vit
+        traits = self._backbone.traits
+        self.width, self.depth = traits.width, traits.depth
+        self.has_class_token = traits.has_class_token
+        patch_y, patch_x = traits.patch_px
         if config.input_px % patch_y or config.input_px % patch_x:
             raise ConfigError(
                 f"{config.name}: input_px {config.input_px} is no multiple of the patch {patch_y}"
             )
         self.grid = (config.input_px // patch_y, config.input_px // patch_x)
-        self.mean = tuple(float(value) for value in config.mean or self.vit.pretrained_cfg["mean"])
-        self.std = tuple(float(value) for value in config.std or self.vit.pretrained_cfg["std"])
+        self.mean, self.std = config.mean or traits.mean, config.std or traits.std
         self.register_buffer("pixel_mean", torch.tensor(self.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(self.std).view(3, 1, 1), persistent=False)
         if config.weights not in ("pretrained", "random"):
@@ -69,32 +87,16 @@ class Representation(nn.Module):
     @property
     def last_mlp_weight(self) -> nn.Parameter:
         """W of the adaptive pivot weight: the last MLP's output layer, [D, hidden] (paper eq. 4)."""
-        weight = self.vit.blocks[-1].mlp.fc2.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
-
-    @property
-    def depth(self) -> int:
-        """Number of transformer blocks."""
-        return len(self.vit.blocks)
+        return output_weight(self._backbone.last_mlp)
 
     def forward(self, pixels_01: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> f [B, D, Y, X], every token with mean 0 and variance 1 over D."""
-        tokens_BND = self.vit.forward_features(self._prepare(pixels_01))[:, self.vit.num_prefix_tokens :]
-        return tokens_BND.transpose(1, 2).unflatten(2, self.grid)  # type: ignore[no-any-return]
+        tokens_BND = self._backbone.patch_tokens(self._prepare(pixels_01))
+        return tokens_BND.transpose(1, 2).reshape(-1, self.width, *self.grid)
 
     def intermediates(self, pixels_01: Tensor, depths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """After each block in `depths` (0-based): patch tokens [B, N, D] and prefix tokens [B, P, D]."""
-        outputs = self.vit.forward_intermediates(
-            self._prepare(pixels_01),
-            indices=list(depths),
-            return_prefix_tokens=True,
-            stop_early=True,
-            output_fmt="NLC",
-            intermediates_only=True,
-        )
-        # A model without class token and registers returns bare patch tokens.
-        return [out if isinstance(out, tuple) else (out, out[:, :0]) for out in outputs]
+        return self._backbone.intermediates(self._prepare(pixels_01), depths)
 
     def check_depths(self, depths: Sequence[int], where: str) -> None:
         """Raises ConfigError unless `depths` are increasing block numbers of this model."""
@@ -108,20 +110,8 @@ class Representation(nn.Module):
         return (pixels_01 - self.pixel_mean) / self.pixel_std
 
 
-def _create(config: RepresentationConfig) -> Any:
-    """The timm model, without head and with its last LayerNorm stripped of the affine."""
-    arguments: dict[str, Any] = {"num_classes": 0, "global_pool": "", **config.overrides}
-    try:
-        vit = timm.create_model(config.name, pretrained=config.weights == "pretrained", **arguments)
-    except OSError as error:
-        raise UserError(
-            f"weights of '{config.name}' cannot be downloaded ({' '.join(str(error).split())[:120]}); "
-            "set representation.weights to a local safetensors file"
-        ) from None
-    except (RuntimeError, TypeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"timm cannot build '{config.name}' with {config.overrides}: {reason}") from None
-    if not isinstance(vit, timm.models.VisionTransformer) or not isinstance(vit.norm, nn.LayerNorm):
-        raise ConfigError(f"'{config.name}' is not a plain timm VisionTransformer with a final LayerNorm")
-    vit.norm = nn.LayerNorm(vit.embed_dim, eps=vit.norm.eps, elementwise_affine=False)
-    return vit
+def _build(config: RepresentationConfig) -> Backbone:
+    pretrained = config.weights == "pretrained"
+    if config.library == "timm":
+        return build_timm(config.name, config.input_px, pretrained=pretrained, overrides=config.overrides)
+    return build_transformers(config.name, pretrained=pretrained, overrides=config.overrides)

@@ -1,0 +1,118 @@
+"""Configs of transformers' vision models: from the table of short names, a folder, the hub, or overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.config import ConfigError, UserError
+from tokenizer import model_names
+from tokenizer.model_names import FieldValue, KnownModel
+
+# What decides the function that given weights compute, in one architecture or another.
+DECISIVE_FIELDS = {
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "mlp_ratio",
+    "hidden_act",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+    "num_register_tokens",
+    "rope_theta",
+    "qkv_bias",
+    "query_bias",
+    "key_bias",
+    "value_bias",
+    "proj_bias",
+    "mlp_bias",
+    "use_swiglu_ffn",
+    "use_gated_mlp",
+}
+# Off, whatever a config says: masking and pooling are no part of f, and augmented positions would be drawn from
+# the global random state, for E and not for its replica.
+FIXED_FIELDS: dict[str, float | None] = {
+    "mask_ratio": 0.0,
+    "vision_use_head": False,
+    "pos_embed_shift": None,
+    "pos_embed_jitter": None,
+    "pos_embed_rescale": None,
+}
+
+
+def vision_config(name: str, known: KnownModel | None, overrides: Mapping[str, FieldValue]) -> Any:
+    """The transformers config with the overrides in it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    model_type = overrides.get("model_type")
+    if known is not None:
+        config = _known_config(known)
+    elif model_type is None:
+        config = _read_config(name)
+    else:
+        try:
+            config = AutoConfig.for_model(model_type)
+        except ValueError:
+            raise ConfigError(f"'{name}': transformers has no overrides.model_type {model_type!r}") from None
+    fields = {field.name for field in dataclasses.fields(config)}
+    settable = fields - FIXED_FIELDS.keys()
+    for key, value in overrides.items():
+        if key == "model_type" and known is None:
+            continue
+        if key not in settable:
+            hint = f"it has {', '.join(sorted(settable & DECISIVE_FIELDS))}"
+            raise ConfigError(f"'{name}': {type(config).__name__} has no field '{key}' to set; {hint}")
+        try:
+            setattr(config, key, value)
+        except StrictDataclassError as error:
+            raise ConfigError(f"'{name}': overrides.{key}: {one_line(error)}") from None
+    for key, fixed in FIXED_FIELDS.items():
+        if key in fields:
+            setattr(config, key, fixed)
+    return config
+
+
+def _known_config(known: KnownModel) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(known.model_type, **known.fields)
+
+
+def _read_config(name: str) -> Any:
+    """The config in a folder or on the hub; of a model for images and text, the part for images."""
+    from transformers import AutoConfig
+
+    hint = model_names.closest(name, [model.hub for model in model_names.MODELS.values()])
+    if "/" not in name and not Path(name).is_dir():
+        raise ConfigError(
+            f"no short name, hub repository or folder of a transformers model: '{name}'; {hint}"
+        )
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"transformers cannot read or download the config of '{name}' ({one_line(error)}); offline give a "
+            f"short name, or overrides with model_type and the sizes; {hint}"
+        ) from None
+    return getattr(config, "vision_config", config)
+
+
+def check_against_hub(name: str, known: KnownModel) -> None:
+    """An export is rebuilt from the table of short names: the hub must not have trained something else."""
+    ours, theirs = _known_config(known), _read_config(known.hub)
+    for key in sorted(DECISIVE_FIELDS & {field.name for field in dataclasses.fields(ours)}):
+        if getattr(ours, key) != getattr(theirs, key, None):
+            raise ConfigError(
+                f"'{name}': the hub has {key} {getattr(theirs, key, None)!r} where tokenizer/model_names.py "
+                f"has {getattr(ours, key)!r}; correct the table"
+            )
+
+
+def one_line(error: Exception) -> str:
+    """The start of a library's message, without line breaks."""
+    return " ".join(str(error).split())[:200]
