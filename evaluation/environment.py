@@ -11,6 +11,7 @@ import torch
 
 DISTRIBUTIONS = (
     "torch",
+    "torchvision",
     "deepspeed",
     "timm",
     "transformers",

@@ -1,7 +1,9 @@
 """Image set + suite -> scores.json and per_item.jsonl: the contract of every evaluation.
 
 per_item.jsonl has one line an item, scores.json means and 95 % confidence intervals over all items and by
-group, with everything needed to know what the numbers are.
+group, with everything needed to know what the numbers are. A score of a whole set (a distance between two sets
+of images) stands among the means: its value under "mean", no interval, "of": "set" and, where it needs one, a
+"note" on how to read it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from engine import files
 from engine.config import UserError
@@ -38,6 +40,15 @@ class Measurement:
     detail: Mapping[str, Any] = field(default_factory=dict)  # for readers of per_item.jsonl, JSON-able
 
 
+@dataclass(frozen=True)
+class SetScore:
+    """A number that a set has and none of its items: it has no interval."""
+
+    value: float
+    n: int  # images it was computed from
+    note: str = ""  # what to know before comparing it; "" for nothing
+
+
 class Suite(Protocol):
     """What is measured on one kind of image set."""
 
@@ -59,6 +70,14 @@ class Suite(Protocol):
 
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
         """One measurement for each of `items`, in order."""
+
+
+@runtime_checkable
+class SetSuite(Protocol):
+    """A suite that also scores the set as a whole."""
+
+    def measure_set(self, images: ImageSet, items: Sequence[Item]) -> Mapping[str, SetScore]:
+        """Scores of `items` together, under names that `measure` does not use."""
 
 
 def evaluate(
@@ -85,6 +104,7 @@ def evaluate(
     items = [item for item in images.items if item.key not in lost]
     measurements = suite.measure(images, items)
     assert len(measurements) == len(items)
+    set_scores = suite.measure_set(images, items) if isinstance(suite, SetSuite) else {}
     output_dir = Path(output_dir)
     lines = [
         {
@@ -96,6 +116,8 @@ def evaluate(
         for item, found in zip(items, measurements, strict=True)
     ]
     files.write_text(output_dir / PER_ITEM_NAME, "".join(json.dumps(line) + "\n" for line in lines))
+    means = estimates(measurements)
+    assert not means.keys() & set_scores.keys(), "a metric is of items or of the set, not both"
     groups = sorted({group for found in measurements for group in found.groups})
     scores = {
         "suite": suite.name,
@@ -103,7 +125,7 @@ def evaluate(
         "n": len(items),
         "n_failed": len(missing),
         "partial": bool(missing),
-        "scores": estimates(measurements),
+        "scores": {**means, **{name: _set_entry(score) for name, score in set_scores.items()}},
         "groups": {
             group: estimates([found for found in measurements if group in found.groups]) for group in groups
         },
@@ -137,6 +159,11 @@ def estimates(measurements: Sequence[Measurement]) -> dict[str, dict[str, Any]]:
         assert not (trials and numbers), f"{name} is a rate or a mean, not both"
         result[name] = _finite(dataclasses.asdict(rate(trials) if trials else mean(numbers)))
     return result
+
+
+def _set_entry(score: SetScore) -> dict[str, Any]:
+    entry = {"mean": score.value, "low": None, "high": None, "n": score.n, "of": "set"}
+    return _finite({**entry, "note": score.note} if score.note else entry)
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

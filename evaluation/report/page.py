@@ -168,11 +168,13 @@ def _score_table(evaluation: Evaluation) -> str:
     for name, estimates in [("all", scores["scores"]), *scores["groups"].items()]:
         cells = "".join(_cell(estimates.get(metric)) for metric in metrics)
         rows.append(f"<tr><td>{escape(name.replace('_', ' '))}</td>{cells}</tr>")
+    notes = [f"{metric}: {found['note']}" for metric, found in scores["scores"].items() if "note" in found]
+    footnotes = "".join(f'<p class="soft">{escape(note.replace("_", " "))}</p>' for note in notes)
     partial = f", partial: {scores['n_failed']} images missing" if scores["partial"] else ""
     return (
         f"<h3>{escape(evaluation.name)} ({scores['n']} images{partial})</h3>"
         f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
-        "</table></div>"
+        f"</table></div>{footnotes}"
     )
 
 

@@ -1,0 +1,1 @@
+"""Images -> feature vectors, by which sets of images are compared."""

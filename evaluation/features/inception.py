@@ -1,0 +1,155 @@
+"""FID's InceptionV3: the network of 2015-12-05 that every published FID looks through, in torch.
+
+It is torchvision's InceptionV3 but for its pooling branches: averages leave out the padding, and the last
+block takes a maximum. Input: TF1's resize to 299, (x - 128) / 128; output: pool3, 2048 values. The classifier of
+1008 classes in the weights file is left out.
+
+What could not be checked without a network: that the published weights give the published numbers (a faithful
+port has FID 3.9410 where TensorFlow has 3.9426 on ADM's samples), and the file itself. Checked with random
+weights: names and shapes, wiring against torchvision's, resize against a scalar loop.
+
+Shapes: B images, H W pixels, D = 2048 features, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import inception
+
+from engine import files
+from evaluation.downloads import fetch, read_pth
+from evaluation.features.tf1_resize import resize_tf1
+from tokenizer.weights import freeze, load_exact, state_hash
+
+WEIGHTS_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INPUT_PX = 299
+NUM_FEATURES = 2048
+HEAD = ("fc.weight", "fc.bias")  # in the file, and not used: the classifier
+COUNTER = ".num_batches_tracked"  # of batch norms; without effect, and absent from older files
+
+Pool = Callable[[Tensor], Tensor]
+
+
+class InceptionFeatures:
+    """pool3 of FID's InceptionV3; implements evaluation.features.interface.FeatureExtractor."""
+
+    name = "inception"
+    dim = NUM_FEATURES
+
+    def __init__(self, network: nn.Module, device: str = "cpu", weights: str = "given") -> None:
+        """`weights`: where they come from, for the record."""
+        self._device = torch.device(device)
+        self._network = network.to(self._device)
+        freeze(self._network)
+        self.fingerprint = state_hash(network)
+        self.protocol: Mapping[str, Any] = {
+            "network": "InceptionV3 of FID, pool3 (2048)",
+            "weights": weights,
+            "input": f"TF1 bilinear resize to {INPUT_PX}, no antialiasing, (x - 128) / 128, fp32",
+        }
+
+    @classmethod
+    def load(cls, weights: str = "download", device: str = "cpu") -> InceptionFeatures:
+        """`weights`: `download`, or the path of the .pth file. Raises UserError: cannot be had, does not fit."""
+        if weights == "download":
+            path = fetch(WEIGHTS_URL, WEIGHTS_SHA256, "give the path of that file instead")
+        else:
+            path = Path(weights)
+        network = fid_inception(read_pth(path), str(path))
+        published = files.sha256(path) == WEIGHTS_SHA256
+        return cls(network, device, "pt_inception-2015-12-05" if published else "not the published file")
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> float32 [B, 2048]."""
+        assert pixels.dtype == torch.uint8 and pixels.ndim == 4
+        x = (resize_tf1(pixels.to(self._device), INPUT_PX) - 128) / 128
+        features: Tensor = self._network(x)
+        return features.float().cpu()
+
+
+def fid_inception(tensors: Mapping[str, Tensor], where: str) -> nn.Module:
+    """The network with the file's weights: [B, 3, 299, 299] -> [B, 2048].
+
+    Raises UserError unless every tensor but the classifier's two has its place and every place its tensor.
+    """
+    with torch.device("meta"):  # no initial weights: they would cost seconds and random numbers
+        network = inception.Inception3(
+            aux_logits=False,
+            init_weights=False,
+            inception_blocks=[
+                inception.BasicConv2d,
+                _BlockA,
+                inception.InceptionB,
+                _BlockC,
+                inception.InceptionD,
+                _BlockE,
+                inception.InceptionAux,
+            ],
+        )
+        network.Mixed_7c = _BlockE(2048, pool=_maximum)
+        network.fc = nn.Identity()
+    network = network.to_empty(device="cpu")
+    counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith(COUNTER)}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in HEAD}
+    load_exact(network, {**counters, **kept}, where)
+    return network  # type: ignore[no-any-return]
+
+
+def _average(x_BCHW: Tensor) -> Tensor:
+    """3 x 3 mean over the pixels that exist; torchvision's blocks count the zeros of the padding too."""
+    return F.avg_pool2d(x_BCHW, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def _maximum(x_BCHW: Tensor) -> Tensor:
+    """3 x 3 maximum: the pool of the last block."""
+    return F.max_pool2d(x_BCHW, 3, stride=1, padding=1)
+
+
+class _BlockA(inception.InceptionA):  # type: ignore[misc]
+    """35 x 35 cells."""
+
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        five = self.branch5x5_2(self.branch5x5_1(x))
+        return [self.branch1x1(x), five, double, self.branch_pool(_average(x))]
+
+
+class _BlockC(inception.InceptionC):  # type: ignore[misc]
+    """17 x 17 cells."""
+
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
+        return [self.branch1x1(x), seven, double, self.branch_pool(_average(x))]
+
+
+class _BlockE(inception.InceptionE):  # type: ignore[misc]
+    """8 x 8 cells; `pool` differs between the first and the last of the two."""
+
+    def __init__(self, in_channels: int, pool: Pool = _average) -> None:
+        super().__init__(in_channels)
+        self._pool = pool
+
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        three = self.branch3x3_1(x)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        return [
+            self.branch1x1(x),
+            self.branch3x3_2a(three),
+            self.branch3x3_2b(three),
+            self.branch3x3dbl_3a(double),
+            self.branch3x3dbl_3b(double),
+            self.branch_pool(self._pool(x)),
+        ]

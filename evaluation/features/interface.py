@@ -1,0 +1,43 @@
+"""What every feature network offers, so that a distance between sets does not know which one it is.
+
+Shapes: B images, H W pixels, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+IMAGES_PER_CALL = 32
+
+
+class FeatureExtractor(Protocol):
+    """A frozen network that gives one vector for an image."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the vectors: weights, layer, preparation of the pixels."""
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """Network, layer and preparation in words, JSON-able."""
+
+    @property
+    def dim(self) -> int:
+        """D."""
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W], any size, on the CPU -> float32 [B, D] on the CPU."""
+
+
+def extract(extractor: FeatureExtractor, pixels: Tensor) -> Tensor:
+    """Features of uint8 [N, 3, H, W], a few images at a time: float32 [N, D]."""
+    assert len(pixels), "no images, no features"
+    return torch.cat([extractor(part) for part in torch.split(pixels, IMAGES_PER_CALL)])
