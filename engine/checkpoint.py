@@ -67,22 +67,27 @@ def list_complete(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.glob(f"step_*/{STATE}"))
 
 
+def drop_newer(root: Path, directory: Path, ranks: Ranks) -> None:
+    """Removes the checkpoints after `directory`. Collective."""
+    ranks.barrier()
+    if ranks.is_first:
+        for newer in [path for path in list_complete(root) if path > directory]:
+            shutil.rmtree(newer)
+    ranks.barrier()
+
+
 def load(
-    root: Path,
+    directory: Path,
     *,
     engines: Mapping[str, Any],
     ema: Ema | None,
     fingerprints: Mapping[str, str],
     ranks: Ranks,
-) -> dict[str, Any] | None:
-    """Restores the newest complete checkpoint and returns its state, or None if there is none. Collective.
+) -> dict[str, Any]:
+    """Restores a complete checkpoint and returns its state. Collective.
 
     Raises UserError when the checkpoint was started from other weights or data, or on another number of ranks.
     """
-    complete = list_complete(root)
-    if not complete:
-        return None
-    directory = complete[-1]
     state: dict[str, Any] = files.read_json(directory / STATE)
     if state["format"] != FORMAT:
         raise UserError(f"{directory}: format {state['format']}, this code reads {FORMAT}; use its version")

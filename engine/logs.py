@@ -78,6 +78,12 @@ class RunLog:
 
             self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
+    def rewind(self, step: int) -> None:
+        """Drops the lines after `step`: its successors are done again (wandb keeps its own)."""
+        self._metrics.close()
+        self._keep_before(step)
+        self._metrics = self._metrics_path.open("a")
+
     def close(self) -> None:
         """Flushes everything."""
         self._metrics.close()

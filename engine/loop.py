@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +14,15 @@ from engine import checkpoint, files, masters
 from engine.config import ConfigError, UserError
 from engine.distributed import Ranks
 from engine.ema import Ema
-from engine.logs import RunLog, WandbMode, seconds_text
+from engine.engine_config import EngineConfig
+from engine.guard import Guard
+from engine.logs import RunLog, seconds_text
 from engine.objective import Batch, BatchSource, LossOutput, Objective
 from engine.schedule import OptimizerConfig, learning_rate, set_learning_rate
 from engine.window import Window
 
 EXPORT = "export"
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How long, how often, how parallel."""
-
-    steps: int
-    """Optimizer steps of the whole run."""
-    optimizer: OptimizerConfig
-    adversary_optimizer: OptimizerConfig | None = None
-    """Optimizer of the discriminator; needed by objectives that have one."""
-    precision: masters.Precision = "fp32"
-    """fp32; bf16_autocast: fp32 weights, bf16 matrix products; bf16: bf16 weights with fp32 masters."""
-    zero_stage: int = 1
-    """DeepSpeed ZeRO stage 1, 2 or 3 (0 has no guard against non-finite gradients)."""
-    ema_decay: float = 0.9999
-    """Decay of the averaged weights that are sampled and exported; 0 keeps the last weights."""
-    seed: int = 0
-    """Seed of the initial weights. The order of the data has its own."""
-    log_every_steps: int = 10
-    checkpoint_every_steps: int = 1000
-    keep_checkpoints: int = 2
-    sample_every_steps: int = 0
-    """Steps between sample grids; 0: only at the end."""
-    max_nonfinite_steps: int = 5
-    """The run stops after this many steps with a non-finite loss or gradient (none of them is applied)."""
-    wandb: WandbMode = "offline"
-
-    def __post_init__(self) -> None:
-        if self.zero_stage not in (1, 2, 3):
-            raise ConfigError(f"zero_stage is {self.zero_stage}; choose 1, 2 or 3")
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; it must be at least 1")
+CHECKPOINTS = "checkpoints"
 
 
 def train(
@@ -102,7 +71,7 @@ class _Run:
             )
         self.ema = Ema(self.engines["main"], config.ema_decay) if config.ema_decay else None
         self.step = 0
-        self.nonfinite_steps = 0
+        self.guard = Guard(objective, config, run_dir, ranks)
         self._resume()
         self.log: RunLog | None = None
         if ranks.is_first:
@@ -117,12 +86,17 @@ class _Run:
             signal.signal(name, self._request_stop)
         if self.log and self.step:
             self.log.line(f"resumed at step {self.step}/{self.config.steps}")
-        start_s, start_step = time.monotonic(), self.step
+        begin_s = time.monotonic()
+        start_s, start_step = begin_s, self.step
         while self.step < self.config.steps:
             self._train_step()
             if self.step % self.config.log_every_steps == 0 or self.step == self.config.steps:
                 rate = (self.step - start_step) / (time.monotonic() - start_s)
                 self._write_metrics((self.config.steps - self.step) / rate)
+            if self.guard.alarm:
+                self._roll_back()
+                start_s, start_step = time.monotonic(), self.step
+                continue
             if self.config.sample_every_steps and self.step % self.config.sample_every_steps == 0:
                 self._write_samples()
             stop = self._stop_agreed()
@@ -135,7 +109,7 @@ class _Run:
         export = self._export()
         if self.log:
             self.log.line(
-                f"finished {self.step} steps in {seconds_text(time.monotonic() - start_s)}: {export}"
+                f"finished {self.step} steps in {seconds_text(time.monotonic() - begin_s)}: {export}"
             )
             self.log.close()
         self.source.close()
@@ -181,7 +155,7 @@ class _Run:
             time.monotonic() - begin_s,
         )
         if self._skipped_steps() > skipped_before:
-            self._nonfinite(batches)
+            self.guard.nonfinite(self.step, batches)
         elif self.ema is not None:
             self.ema.update(self.engines["main"], self.step)
         self.step += 1
@@ -203,23 +177,6 @@ class _Run:
         """Steps that DeepSpeed refused for a non-finite gradient: the same number on every rank."""
         return sum(int(engine.skipped_steps) for engine in self.engines.values())
 
-    def _nonfinite(self, batches: Sequence[Batch]) -> None:
-        """Keeps the batch for a post-mortem, and ends the run after too many."""
-        self.nonfinite_steps += 1
-        folder = self.run_dir / "nonfinite"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step_{self.step:08d}_rank_{self.ranks.rank:05d}.pt"
-        torch.save([batch.__dict__ for batch in batches], path)
-        if self.log:
-            self.log.line(
-                f"step {self.step}: non-finite loss or gradient, step not taken; batch kept in {path}"
-            )
-        if self.nonfinite_steps >= self.config.max_nonfinite_steps:
-            raise UserError(
-                f"{self.nonfinite_steps} steps with a non-finite loss or gradient (last: {self.step}); "
-                f"look at {folder}, lower engine.optimizer.lr, and run again from the last checkpoint"
-            )
-
     def _write_metrics(self, eta_s: float) -> None:
         values = self._window.read()
         norm = self.engines["main"].get_global_grad_norm()
@@ -227,10 +184,24 @@ class _Run:
             step=self.step,
             lr=learning_rate(self.config.optimizer, self.step - 1, self.config.steps),
             grad_norm=float(norm) if norm is not None else 0.0,
-            nonfinite_steps=self.nonfinite_steps,
+            nonfinite_steps=self.guard.nonfinite_steps,
         )
         if self.log:
             self.log.metrics(values, self.config.steps, eta_s)
+        self.guard.look(self.step, values)
+
+    def _roll_back(self) -> None:
+        """Weights, optimizers, averages and step of the oldest checkpoint kept; data from where they are now."""
+        alarm_step, root = self.step, self.run_dir / CHECKPOINTS
+        complete = checkpoint.list_complete(root)
+        reason = self.guard.begin_roll_back(alarm_step, bool(complete))
+        checkpoint.drop_newer(root, complete[0], self.ranks)
+        self._load(complete[0])
+        self._window = Window(self.ranks)
+        self._save()  # with the data's present position: a restart must not meet the bad batches again
+        if self.log:
+            self.log.rewind(self.step)
+            self.log.line(f"rolled back from step {alarm_step} to step {self.step}: {reason}")
 
     def _averaged(self) -> Any:
         """Context in which the model holds the EMA weights."""
@@ -251,34 +222,41 @@ class _Run:
         self.objective.model.train()
 
     def _save(self) -> None:
+        self.guard.check_replicas(self.step, self.engines)
         sources = self.ranks.gather(self.source.state_dict())
         merged = {**sources[0], "streams": {k: v for state in sources for k, v in state["streams"].items()}}
         checkpoint.save(
-            self.run_dir / "checkpoints",
+            self.run_dir / CHECKPOINTS,
             step=self.step,
             engines=self.engines,
             ema=self.ema,
             state={
                 "data": merged,
                 "fingerprints": dict(self.objective.fingerprints()),
-                "nonfinite_steps": self.nonfinite_steps,
+                **self.guard.state_dict(),
             },
             ranks=self.ranks,
             keep=self.config.keep_checkpoints,
         )
 
     def _resume(self) -> None:
+        complete = checkpoint.list_complete(self.run_dir / CHECKPOINTS)
+        if complete:
+            state = self._load(complete[-1])
+            self.guard.load_state_dict(state)
+            self.source.load_state_dict(state["data"])
+
+    def _load(self, directory: Path) -> Mapping[str, Any]:
+        """Everything but the data's position, from one checkpoint."""
         state = checkpoint.load(
-            self.run_dir / "checkpoints",
+            directory,
             engines=self.engines,
             ema=self.ema,
             fingerprints=self.objective.fingerprints(),
             ranks=self.ranks,
         )
-        if state is not None:
-            self.step = state["step"]
-            self.nonfinite_steps = state["nonfinite_steps"]
-            self.source.load_state_dict(state["data"])
+        self.step = state["step"]
+        return state
 
     def _export(self) -> Path:
         export = self.run_dir / EXPORT

@@ -16,6 +16,7 @@ from engine.schedule import OptimizerConfig, build_optimizer
 
 Precision = Literal["fp32", "bf16_autocast", "bf16"]
 BUCKET_ELEMENTS = 100_000_000
+CHECKSUM_CHUNK = 1 << 22  # elements; the products of a chunk take 32 MB
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
@@ -89,6 +90,23 @@ def shards(engine: Any) -> list[Tensor]:
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
     raise AssertionError(f"no master shards known in {type(optimizer).__name__}")
+
+
+@torch.no_grad()
+def checksum(module: nn.Module) -> tuple[int, int]:
+    """Two integers over the bits of every parameter, computed where the parameters are.
+
+    The second one weighs each value by its place. Equal weights give equal numbers; that different weights give
+    different ones is as good as certain, but no proof.
+    """
+    total = placed = torch.zeros((), dtype=torch.int64)
+    for parameter in module.parameters():
+        integers = torch.int32 if parameter.element_size() == 4 else torch.int16
+        for chunk in torch.split(parameter.detach().flatten().view(integers), CHECKSUM_CHUNK):
+            place = torch.arange(1, len(chunk) + 1, device=chunk.device)
+            total = total.to(chunk.device) + chunk.sum(dtype=torch.int64)
+            placed = placed.to(chunk.device) * 31 + (chunk * place).sum()
+    return int(total), int(placed)
 
 
 def push(engine: Any) -> None:

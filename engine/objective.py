@@ -83,6 +83,12 @@ class Objective(Protocol):
     def export(self, directory: Path) -> None:
         """Writes safetensors + config.json of the weights now in `model` into an existing empty directory."""
 
+    def alarms(self, history: Sequence[Mapping[str, float]]) -> Sequence[str]:
+        """What looks wrong, one sentence each; empty when nothing does.
+
+        `history`: the logged means of the last windows, oldest first, the same numbers on every rank.
+        """
+
     def describe(self) -> Sequence[str]:
         """Lines for people, printed once at the start: what is trained, from what, with which helpers."""
 

@@ -132,6 +132,10 @@ class FlowObjective:
         """Writes the generator: model.safetensors and config.json."""
         self.model.save(directory)
 
+    def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
+        """None are known."""
+        return []
+
     def describe(self) -> list[str]:
         """Size, start, time shift, attention kernel. Raises UserError: a forced kernel cannot run here."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

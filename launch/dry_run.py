@@ -9,7 +9,7 @@ from torch import nn
 
 from data.shards import LatentInfo, ShardDataset
 from engine.config import UserError, dump
-from engine.loop import EngineConfig
+from engine.engine_config import EngineConfig
 from engine.objective import Objective
 from generator.model import Generator
 from launch.runs import GeneratorRun, TokenizerRun

@@ -17,14 +17,15 @@ from data.stream import DataConfig, Packer, PackStream
 from data.text import TextTokenizer, load_text_tokenizer
 from engine import distributed
 from engine.config import UserError, to_dict
-from engine.loop import EngineConfig, train
+from engine.engine_config import EngineConfig
+from engine.loop import train
 from engine.objective import Objective
 from evaluation.judges.emoji import JudgeConfig
 from generator.model import GeneratorConfig
 from generator.objective import FlowConfig, Preview, build_objective
 from generator.sampling import SamplingConfig, read_conditions
+from tokenizer.autoencoders import load_autoencoder
 from tokenizer.encode import EncodeConfig
-from tokenizer.rpiae import Autoencoder
 from tokenizer.stages import StageConfig
 from tokenizer.standin import StandInConfig
 
@@ -153,7 +154,7 @@ def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer) -> Preview | None
         return None
     dataset = ShardDataset.open(run.preview_shards)
     conditions = tuple(read_conditions(dataset, text_tokenizer, run.num_preview_images))
-    autoencoder = Autoencoder.load(run.autoencoder).eval()
+    autoencoder = load_autoencoder(run.autoencoder)
     return Preview(conditions, run.preview_sampling, autoencoder.decode)
 
 

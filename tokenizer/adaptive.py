@@ -43,6 +43,11 @@ def adaptive_weight(
     return ratio.clamp(max=ceiling)
 
 
+def weight_metrics(name: str, weight: Tensor, ceiling: float) -> dict[str, Tensor]:
+    """The weight, and whether it stands at its ceiling (0 or 1; the logged mean is a share)."""
+    return {name: weight, f"{name}_saturated": (weight >= ceiling).float()}
+
+
 def carry(value: Tensor, surrogate: Tensor) -> Tensor:
     """A scalar that reads `value` and back-propagates `surrogate`.
 

@@ -124,7 +124,10 @@ class ImageLoss:
             )
             loss = loss + self.gan.weight * weight * gan_loss.detach()
             gradient = base_gradient + self.gan.weight * weight * gan_gradient
-            metrics |= {"gan": gan_loss.detach(), "lambda_gan": weight}
+            metrics |= {
+                "gan": gan_loss.detach(),
+                **adaptive.weight_metrics("lambda_gan", weight, GAN_CEILING),
+            }
         fake = losses.quantise(leaf.detach())
         adversary_batch = AdversaryBatch(pixels_01, fake, seed) if self.updates_heads(step) else None
         return ImageTerms(loss, base_gradient, gradient, metrics, adversary_batch)

@@ -35,9 +35,8 @@ class PivotObjective(StageObjective):
         self, config: StageConfig, autoencoder: Autoencoder, validation_pixels: Tensor | None
     ) -> None:
         self.replica = copy.deepcopy(autoencoder.encoder).requires_grad_(False).eval()
-        super().__init__(
-            config, autoencoder, validation_pixels, trained=(autoencoder,), anchors=(self.replica,)
-        )
+        trained = autoencoder if config.train_encoder else autoencoder.decoder
+        super().__init__(config, autoencoder, validation_pixels, trained=(trained,), anchors=(self.replica,))
 
     def to(self, device: torch.device) -> None:
         """Moves model, adversary, replica and frozen networks."""
@@ -52,13 +51,18 @@ class PivotObjective(StageObjective):
         pixels_hat = self.model.decoder(self._noisy(decoder_input, batch.seed))
         last_weight = self.model.decoder.last_weight
         terms = self.image_loss.terms(pixels_hat, pixels_01, last_weight, seed=batch.seed, step=step)
-        with torch.no_grad():
-            pivot_BDYX = self.replica(pixels_01)
-        pivot = losses.pivot(f_BDYX, pivot_BDYX, self.config.pivot_loss)
-        weight = self._pivot_weight(pixels_hat, terms.base_gradient, f_BDYX, pivot, step)
-        rest = self.config.w_pivot * weight * pivot + extra
+        rest, metrics = extra, {**terms.metrics, **extra_metrics}
+        if self.config.train_encoder:
+            with torch.no_grad():
+                pivot_BDYX = self.replica(pixels_01)
+            pivot = losses.pivot(f_BDYX, pivot_BDYX, self.config.pivot_loss)
+            weight = self._pivot_weight(pixels_hat, terms.base_gradient, f_BDYX, pivot, step)
+            rest = rest + self.config.w_pivot * weight * pivot
+            metrics |= {
+                "pivot": pivot.detach(),
+                **adaptive.weight_metrics("lambda_pivot", weight, PIVOT_CEILING),
+            }
         mean_loss = adaptive.carry(terms.loss + rest, (pixels_hat * terms.gradient).sum() + rest)
-        metrics = {**terms.metrics, **extra_metrics, "pivot": pivot.detach(), "lambda_pivot": weight}
         return stage_output(mean_loss, metrics, count, terms.adversary_batch)
 
     def _pivot_weight(

@@ -8,6 +8,7 @@ from typing import Literal
 from engine.config import ConfigError
 from tokenizer.bridge import BridgeConfig
 from tokenizer.discriminator import DiscriminatorConfig
+from tokenizer.health import HealthConfig
 from tokenizer.image_loss import GanConfig
 from tokenizer.losses import NoiseLaw, PivotLoss
 from tokenizer.perceptual import PerceptualConfig
@@ -35,6 +36,8 @@ class StageConfig:
     """The perceptual distance of the pivot, decoder and joint stages."""
     w_lpips: float = 1.0
     """w_L: weight of the perceptual distance; 0 builds none."""
+    train_encoder: bool = True
+    """Pivot stage: whether E is trained; off: D alone learns, on the frozen f with noise (RAE; ablation 5b)."""
     pivot_loss: PivotLoss = "raw"
     """raw: mean squared difference; normalised: after scaling every token to length 1 (ablation Norm-L2)."""
     w_pivot: float = 1.0
@@ -63,6 +66,8 @@ class StageConfig:
     """w_rec: weight of L1 in pixels in the bridge stage; 0 leaves the pixel decoder out."""
     sample_latent: bool = True
     """Bridge, joint: z is drawn from the posterior; off: z = mu."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """When the training raises an alarm."""
 
     def __post_init__(self) -> None:
         if (self.autoencoder is None) == (self.init_from is None):
@@ -73,6 +78,8 @@ class StageConfig:
             raise ConfigError(f"'bridge' belongs to the bridge stage, not to '{self.stage}'")
         if self.stage in ("bridge", "decoder") and self.init_from is None:
             raise ConfigError(f"the {self.stage} stage needs init_from: the export of the stage before it")
+        if not self.train_encoder and self.stage != "pivot":
+            raise ConfigError(f"train_encoder=false belongs to the pivot stage, not to '{self.stage}'")
         if self.stage == "decoder" and self.noise_tau:
             raise ConfigError("the decoder stage has no noise (z = mu); remove noise_tau")
 

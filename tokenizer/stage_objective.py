@@ -5,7 +5,7 @@ Shapes: B batch, D feature width, C latent channels, Y X token grid, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data.images import PixelBatch
 from engine.config import to_dict
 from engine.objective import LossOutput
-from tokenizer import losses
+from tokenizer import health, losses
 from tokenizer.bridge import Bridge, sample_latent
 from tokenizer.image_loss import AdversaryBatch, ImageLoss
 from tokenizer.rpiae import Autoencoder
@@ -105,6 +105,10 @@ class StageObjective:
     def fingerprints(self) -> Mapping[str, str]:
         """Hashes of the weights that this run holds fixed, as they were at construction."""
         return self._fingerprints
+
+    def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
+        """Of a reconstruction that collapsed or an adversarial loss out of balance (tokenizer/health.py)."""
+        return health.alarms(history, self.config.health)
 
     def describe(self) -> list[str]:
         """What is trained and against what, one line each."""

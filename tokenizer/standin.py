@@ -5,7 +5,7 @@ Shapes: B batch, D feature width, Y X token grid, K classes, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +119,10 @@ class IdentityObjective:
     def fingerprints(self) -> Mapping[str, str]:
         """Nothing was loaded: the seed and the shape say it all."""
         return {"standin": files.digest(to_dict(self.config))}
+
+    def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
+        """None are known."""
+        return []
 
     def describe(self) -> list[str]:
         """One line for people."""

@@ -6,7 +6,7 @@ light augmentation keeps it from judging by a decoder's softness instead of by w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,6 +171,10 @@ class JudgeObjective:
     def fingerprints(self) -> Mapping[str, str]:
         """Classes, sizes and seed: nothing else was loaded."""
         return {"judge": files.digest(config.to_dict(self.config))}
+
+    def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
+        """None are known."""
+        return []
 
     def describe(self) -> list[str]:
         """One line for people."""

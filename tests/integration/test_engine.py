@@ -142,6 +142,57 @@ def test_too_many_nonfinite_steps_stop_the_run_with_one_line(tmp_path):
     assert "non-finite" in result.stdout
 
 
+def test_an_alarm_is_a_line_by_default(tmp_path):
+    result = toy(tmp_path / "run", "--spike-step", 4)
+    assert result.returncode == 0, result.stderr
+    assert "ALARM at step 5: the loss exploded" in result.stdout
+
+
+def test_an_alarm_stops_the_run_when_asked(tmp_path):
+    result = toy(tmp_path / "run", "--spike-step", 4, "--on-alarm", "stop")
+    assert result.returncode == 2
+    assert "stopped at step 5 by an alarm" in result.stdout
+
+
+@pytest.mark.parametrize("trouble", ["--spike-step", "--poison-step"])
+def test_roll_back_takes_other_batches_and_survives_a_kill(tmp_path, trouble):
+    """Back to step 3 with the data after the bad step 4: 8 steps need 10 packs of each stream."""
+    arguments = (trouble, 4, "--on-alarm", "roll_back", "--max-nonfinite", 1)
+    run = tmp_path / "run"
+    result = toy(run, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "rolled back from step 5 to step 3" in result.stdout
+    assert max(loss for loss in curve(run)) < 100, "the bad step's line is gone"
+    assert curve(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
+    killed = tmp_path / "killed"
+    assert toy(killed, *arguments, "--kill-after", 6).returncode != 0
+    again = toy(killed, *arguments)
+    assert again.returncode == 0 and "rolled back" not in again.stdout
+    assert all(torch.equal(value, weights(killed)[name]) for name, value in weights(run).items())
+
+
+def test_roll_backs_end(tmp_path):
+    result = toy(tmp_path / "run", "--spike-step", 4, "--on-alarm", "roll_back", "--max-roll-backs", 0)
+    assert result.returncode == 2
+    assert "0 roll-backs did not help" in result.stdout
+    early = toy(tmp_path / "early", "--spike-step", 1, "--on-alarm", "roll_back")
+    assert early.returncode == 2
+    assert "there is no checkpoint yet" in early.stdout
+
+
+def test_weights_are_equal_on_all_ranks_after_every_step(tmp_path):
+    """Compared before each save, here after each step: the discriminator's gradients reach every rank."""
+    assert toy(tmp_path / "run", "--checkpoint-every", 1, ranks=2).returncode == 0
+
+
+def test_a_rank_that_drifted_is_named_and_nothing_is_saved(tmp_path):
+    run = tmp_path / "run"
+    result = toy(run, "--drift-step", 4, ranks=2)
+    assert result.returncode != 0
+    assert "the adversary weights of ranks [1] differ from rank 0's" in result.stdout + result.stderr
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000003"]
+
+
 def test_resume_from_other_initial_weights_is_refused(tmp_path):
     run = tmp_path / "run"
     assert toy(run, "--steps", 3).returncode == 0

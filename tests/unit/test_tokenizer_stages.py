@@ -15,16 +15,14 @@ from torch.nn import functional as F
 from data.images import PixelBatch
 from engine.config import ConfigError, UserError, dump, load
 from engine.objective import Objective
-from tokenizer import losses
-from tokenizer.bridge import BridgeConfig, sample_latent
-from tokenizer.diffaug import augment
+from tokenizer.adaptive_reference import plain_mean_loss
+from tokenizer.bridge import BridgeConfig
 from tokenizer.discriminator import DiscriminatorConfig
 from tokenizer.objectives import PivotObjective
 from tokenizer.perceptual import PerceptualConfig
 from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.representation import RepresentationConfig
 from tokenizer.rpiae import Autoencoder, AutoencoderConfig
-from tokenizer.seeds import Purpose, generator
 from tokenizer.stage_objective import StageObjective
 from tokenizer.stages import StageConfig, build_stage
 from tokenizer.standin import IdentityObjective, StandInConfig
@@ -77,39 +75,6 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-
-
-def plain_mean_loss(objective: PivotObjective, pixel_batch: PixelBatch, step: int) -> Tensor:
-    """Stage I (and the baseline) the slow way: adaptive weights by backward passes through everything."""
-    config, model, image_loss = objective.config, objective.model, objective.image_loss
-    pixels_01 = pixel_batch.pixels_01
-    cpu = torch.device("cpu")
-    f = model.features(pixels_01)
-    decoder_input, extra = f, torch.zeros(())
-    if model.bridge is not None:
-        mu, logvar = model.bridge.encoder(f)
-        z = sample_latent(mu, logvar, generator(pixel_batch.seed, Purpose.LATENT, cpu))
-        decoder_input = model.bridge.decoder(z)
-        extra = F.mse_loss(decoder_input, f) + config.kl_weight * losses.kl(mu, logvar)
-    noise = generator(pixel_batch.seed, Purpose.FEATURE_NOISE, cpu)
-    pixels_hat = model.decoder(losses.add_noise(decoder_input, config.tau, config.noise_law, noise))
-    assert (
-        image_loss.perceptual is not None and image_loss.heads is not None and image_loss.features is not None
-    )
-    distance = image_loss.perceptual(pixels_hat, image_loss.perceptual.reference(pixels_01)).mean()
-    base = (pixels_hat - pixels_01).abs().mean() + config.w_lpips * distance
-    image_loss.heads.begin_step(step)
-    augmented = augment(pixels_hat, generator(pixel_batch.seed, Purpose.AUGMENT_GENERATOR, cpu))
-    gan = -image_loss.heads(image_loss.features(augmented)).mean()
-    pivot = (f - objective.replica(pixels_01)).square().mean()
-
-    def norm(loss: Tensor, weight: Tensor) -> Tensor:
-        return torch.autograd.grad(loss, weight, retain_graph=True)[0].norm()
-
-    last, mlp = model.decoder.to_pixels.weight, model.encoder.vit.blocks[-1].mlp.fc2.weight
-    lambda_gan = (norm(base, last) / (norm(gan, last) + 1e-6)).clamp(max=1e4)
-    lambda_pivot = (norm(base, mlp) / (norm(pivot, mlp) + 1e-4)).clamp(max=1e5)
-    return base + config.w_pivot * lambda_pivot * pivot + config.w_gan * lambda_gan * gan + extra
 
 
 @pytest.mark.parametrize("config", [PIVOT, JOINT], ids=["pivot", "joint"])
@@ -274,6 +239,14 @@ def test_twenty_steps_lower_the_loss(exports: dict[str, Path], stage: str) -> No
     assert values[-1] < 0.9 * values[0]
 
 
+def test_a_frozen_encoder_leaves_the_decoder_alone_to_learn() -> None:
+    objective = moved(build_stage(dataclasses.replace(PIVOT, train_encoder=False)))
+    out = objective.loss(batch(), step=0)
+    out.loss_sum.backward()  # type: ignore[no-untyped-call]
+    assert {name.split(".")[0] for name in gradients(objective.model)} == {"decoder"}
+    assert "lambda_gan" in out.metrics and "pivot" not in out.metrics
+
+
 def test_bridge_stage_without_pixels_leaves_the_decoder_out(exports: dict[str, Path]) -> None:
     objective = build_stage(stage_from(exports, "bridge", rec_weight=0.0))
     objective.model.decoder.forward = None  # type: ignore[assignment]
@@ -311,6 +284,7 @@ def test_samples_show_originals_above_reconstructions() -> None:
         ({"bridge": BRIDGE}, "belongs to the bridge stage"),
         ({"stage": "bridge"}, "needs init_from"),
         ({"stage": "joint"}, "has no bridge"),
+        ({"stage": "joint", "train_encoder": False}, "belongs to the pivot stage"),
         ({"autoencoder": JOINT.autoencoder}, "the pivot stage trains without"),
         ({"stage": "decoder", "autoencoder": None, "init_from": "x", "noise_tau": 0.8}, "has no noise"),
         ({"autoencoder": None, "init_from": "/nowhere"}, "no autoencoder there"),

@@ -11,11 +11,13 @@ from torch import nn
 
 from engine import distributed
 from engine.config import UserError
-from engine.loop import EngineConfig, train
+from engine.engine_config import EngineConfig
+from engine.loop import train
 from engine.objective import LossOutput
 from engine.schedule import OptimizerConfig
 
 WIDTH = 6
+SPIKE = 1000.0
 
 
 @dataclass
@@ -30,8 +32,8 @@ class ToyBatch:
 class ToySource:
     """Step k, stream s: a batch that depends on nothing else, of a size that differs between packs."""
 
-    def __init__(self, num_streams, rank, world, poison_step):
-        self.num_streams, self.poison_step = num_streams, poison_step
+    def __init__(self, num_streams, rank, world, poison_step, spike_step):
+        self.num_streams, self.poison_step, self.spike_step = num_streams, poison_step, spike_step
         self.streams = range(rank, num_streams, world)
         self.step = 0
 
@@ -42,6 +44,8 @@ class ToySource:
             x = torch.from_numpy(rng.standard_normal((2 + (self.step + stream) % 3, WIDTH))).float()
             if self.step == self.poison_step and stream == 0:
                 x[0, 0] = float("nan")
+            if self.step == self.spike_step:
+                x *= SPIKE
             batches.append(ToyBatch(x, (f"{self.step}-{stream}",)))
         self.step += 1
         return batches
@@ -62,7 +66,8 @@ class ToySource:
 class ToyObjective:
     name = "toy"
 
-    def __init__(self, started_from, adversarial):
+    def __init__(self, started_from, adversarial, drift_step, rank):
+        self.drifts = drift_step if rank == 1 else -1
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH))
         self.critic = nn.Linear(WIDTH, 1)
@@ -77,6 +82,9 @@ class ToyObjective:
         return len(batch.x)
 
     def loss(self, batch, step):
+        if step == self.drifts:
+            with torch.no_grad():
+                self.critic.weight[0, 0] += 1e-6
         fake = self.model(batch.x)
         rec = (fake - batch.x).square().sum()
         # A gradient towards an inner tensor, as the adaptive weights need it.
@@ -96,6 +104,9 @@ class ToyObjective:
     def export(self, directory):
         torch.save({k: v.clone() for k, v in self.model.state_dict().items()}, directory / "model.pt")
 
+    def alarms(self, history):
+        return ["the loss exploded"] if history[-1]["loss"] > SPIKE else []
+
     def fingerprints(self):
         return {"initial weights": self.started_from}
 
@@ -111,6 +122,11 @@ def main():
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--poison-step", type=int, default=-1)
     parser.add_argument("--max-nonfinite", type=int, default=3)
+    parser.add_argument("--spike-step", type=int, default=-1, help="data step with huge values")
+    parser.add_argument("--on-alarm", default="warn")
+    parser.add_argument("--max-roll-backs", type=int, default=3)
+    parser.add_argument("--drift-step", type=int, default=-1, help="rank 1 changes its critic at this step")
+    parser.add_argument("--checkpoint-every", type=int, default=3)
     parser.add_argument("--kill-after", type=int, default=-1)
     parser.add_argument("--started-from", default="a")
     parser.add_argument(
@@ -118,7 +134,7 @@ def main():
     )
     args = parser.parse_args()
     ranks = distributed.start()
-    source = ToySource(args.streams, ranks.rank, ranks.world, args.poison_step)
+    source = ToySource(args.streams, ranks.rank, ranks.world, args.poison_step, args.spike_step)
     if args.kill_after >= 0:
         stop_at_step(source, args.kill_after)
     config = EngineConfig(
@@ -135,13 +151,15 @@ def main():
         zero_stage=args.zero,
         ema_decay=0.9,
         log_every_steps=1,
-        checkpoint_every_steps=3,
+        checkpoint_every_steps=args.checkpoint_every,
         max_nonfinite_steps=args.max_nonfinite,
+        on_alarm=args.on_alarm,
+        max_roll_backs=args.max_roll_backs,
         wandb="disabled",
     )
     try:
         train(
-            ToyObjective(args.started_from, not args.no_adversary),
+            ToyObjective(args.started_from, not args.no_adversary, args.drift_step, ranks.rank),
             source,
             config,
             run_dir=args.run,

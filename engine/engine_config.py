@@ -1,0 +1,53 @@
+"""How a training runs: length, parallelism, rhythm of logs and checkpoints, and what follows trouble."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.config import ConfigError
+from engine.logs import WandbMode
+from engine.masters import Precision
+from engine.schedule import OptimizerConfig
+
+OnAlarm = Literal["warn", "stop", "roll_back"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How long, how often, how parallel."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+    optimizer: OptimizerConfig
+    adversary_optimizer: OptimizerConfig | None = None
+    """Optimizer of the discriminator; needed by objectives that have one."""
+    precision: Precision = "fp32"
+    """fp32; bf16_autocast: fp32 weights, bf16 matrix products; bf16: bf16 weights with fp32 masters."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage 1, 2 or 3 (0 has no guard against non-finite gradients)."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights that are sampled and exported; 0 keeps the last weights."""
+    seed: int = 0
+    """Seed of the initial weights. The order of the data has its own."""
+    log_every_steps: int = 10
+    checkpoint_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    sample_every_steps: int = 0
+    """Steps between sample grids; 0: only at the end."""
+    max_nonfinite_steps: int = 5
+    """The run stops after this many steps with a non-finite loss or gradient (none of them is applied)."""
+    on_alarm: OnAlarm = "warn"
+    """What follows when the objective raises an alarm (a collapsed reconstruction, a discriminator that won) or
+    max_nonfinite_steps is reached. warn: a line (and, for non-finite steps, the end); stop; roll_back: to the oldest
+    checkpoint kept, on the data that come next, so that the same batches are not met again.
+    """
+    max_roll_backs: int = 3
+    """The alarm after so many stops the run."""
+    wandb: WandbMode = "offline"
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (1, 2, 3):
+            raise ConfigError(f"zero_stage is {self.zero_stage}; choose 1, 2 or 3")
+        if self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}; it must be at least 1")
