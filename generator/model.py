@@ -18,7 +18,7 @@ from engine.config import ConfigError, UserError, from_dict, to_dict
 from engine.files import read_json, write_json
 from generator.attention import Backend, JointAttention, planned_attention
 from generator.embeddings import MAX_PERIOD, LatentEmbedding
-from generator.mot import Mot, MotConfig, init_weights
+from generator.mot import Mot, MotConfig, init_mimetic, init_weights
 from generator.qwen import load_qwen
 from tokenizer.weights import load_exact, read_tensors, write_tensors
 
@@ -41,13 +41,17 @@ class GeneratorConfig:
     with 10,000, neighbours of a 4x4 grid differ in a few of the table's columns only.
     """
     init: str = "random"
-    """Start of both experts: "random", or "qwen:" and a Hugging Face name or checkpoint folder."""
+    """Start of both experts: "random"; "mimetic", random but for attention that looks for its like (small models from
+    nothing learn to copy much sooner); or "qwen:" and a Hugging Face name or checkpoint folder.
+    """
 
     def __post_init__(self) -> None:
         if self.position_max_period <= 1:
             raise ConfigError(f"position_max_period is {self.position_max_period}; it must be above 1")
-        if self.init != "random" and not self.init.startswith(QWEN_PREFIX):
-            raise ConfigError(f"init '{self.init}': write 'random' or 'qwen:<Hugging Face name or folder>'")
+        if self.init not in ("random", "mimetic") and not self.init.startswith(QWEN_PREFIX):
+            raise ConfigError(
+                f"init '{self.init}': write 'random', 'mimetic' or 'qwen:<Hugging Face name or folder>'"
+            )
 
 
 class Generator(nn.Module):
@@ -78,7 +82,10 @@ class Generator(nn.Module):
     def create(cls, config: GeneratorConfig, latents: LatentInfo, seed: int) -> Generator:
         """On the CPU: random from `seed`, experts as `config.init` says, velocities exactly zero."""
         model = cls._uninitialised(config, latents)
-        init_weights(model, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        init_weights(model, generator)
+        if config.init == "mimetic":
+            init_mimetic(model.backbone, generator)
         with torch.no_grad():
             model.latent_out.weight.zero_()
         if config.init.startswith(QWEN_PREFIX):

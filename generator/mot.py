@@ -23,6 +23,8 @@ from engine.config import ConfigError
 from generator.attention import JointAttention
 
 EMBEDDING_STD = 0.02
+MIMETIC_SHARE = 0.7  # of the shared basis in W_q and W_k
+MIMETIC_OUTPUT = 0.5  # of what is found that is added to the residual stream, over the heads of one key
 
 
 @dataclass(frozen=True)
@@ -251,3 +253,32 @@ def init_weights(module: nn.Module, generator: torch.Generator) -> None:
             layer.weight.normal_(0.0, EMBEDDING_STD, generator=generator)
         elif isinstance(layer, RmsNorm):
             layer.weight.fill_(1.0)
+
+
+@torch.no_grad()
+def init_mimetic(backbone: Mot, generator: torch.Generator) -> None:
+    """Starts the generation experts' attention as a trained model's looks (Trockman and Kolter 2023, section 3).
+
+    A query meets the keys that are like it, and what it finds is added as it is: per head, W_q and W_k are pulled
+    towards the same rows B of an orthonormal basis, W_v is B and W_o adds B^T. Called after `init_weights`. A small
+    model that starts from nothing needs it to learn copying, which editing is made of, in few steps.
+    """
+    width, head_dim = backbone.config.width, backbone.config.head_dim
+    heads_per_key = backbone.config.num_heads // backbone.config.num_kv_heads
+    for layer in backbone.layers:
+        assert isinstance(layer, MotLayer)
+        expert = layer.generation
+        basis = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+        for key_head in range(backbone.config.num_kv_heads):
+            first = key_head * head_dim % (width - head_dim + 1)
+            shared = basis[first : first + head_dim]
+            _rows(expert.k_proj, key_head, head_dim).lerp_(shared, MIMETIC_SHARE)
+            _rows(expert.v_proj, key_head, head_dim).copy_(shared)
+            for head in range(key_head * heads_per_key, (key_head + 1) * heads_per_key):
+                _rows(expert.q_proj, head, head_dim).lerp_(shared, MIMETIC_SHARE)
+                out = expert.o_proj.weight[:, head * head_dim : (head + 1) * head_dim]
+                out.add_(shared.T, alpha=MIMETIC_OUTPUT / heads_per_key)
+
+
+def _rows(projection: nn.Linear, head: int, head_dim: int) -> Tensor:
+    return projection.weight[head * head_dim : (head + 1) * head_dim]

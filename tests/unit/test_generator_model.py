@@ -291,3 +291,32 @@ def test_planned_attention_is_the_batch_default() -> None:
     assert torch.equal(
         model(batch, batch.latents, times), model(batch, batch.latents, times, attention=explicit)
     )
+
+
+def test_a_mimetic_start_looks_at_the_same_place_of_the_source_image() -> None:
+    """From the first step on, as far as the first layer's attention of an untrained model can (chance: 1/9)."""
+    source = image(1, noisy=False)
+    batch = pack([[source, TextSplit([1, 9, 2]), ImageSplit(source.latents, noisy=True)]])
+    num_text = len(batch.text_ids)
+    rows, cells = slice(num_text + SIDE * SIDE, None), slice(num_text, num_text + SIDE * SIDE)
+
+    def share_of_same_place(init: str, seed: int) -> float:
+        config = dataclasses.replace(CONFIG, init=init, position_max_period=2.0)
+        model = Generator.create(config, LATENTS, seed)
+        shares = []
+
+        def watch(layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+            keys = k_TKH[cells].repeat_interleave(2, dim=1)
+            logits = torch.einsum("tnh,snh->nts", q_TNH[rows], keys) / BACKBONE.head_dim**0.5
+            shares.append(logits.softmax(-1).diagonal(dim1=1, dim2=2).mean())
+            return torch.zeros_like(q_TNH)
+
+        with torch.no_grad():
+            model(batch, batch.latents, torch.tensor([0.0, 0.0]), watch)
+        return float(shares[0])
+
+    seeds = range(4)
+    random_share = sum(share_of_same_place("random", seed) for seed in seeds) / 4
+    mimetic_share = sum(share_of_same_place("mimetic", seed) for seed in seeds) / 4
+    assert 0.08 < random_share < 0.14
+    assert mimetic_share > 1.5 * random_share
