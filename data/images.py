@@ -106,17 +106,25 @@ def decode_image(sample: Sample, part: str) -> Image.Image:
     Raises UserError naming shard and key.
     """
     try:
-        with Image.open(io.BytesIO(sample.parts[part])) as file:
+        return read_rgb(io.BytesIO(sample.parts[part]))
+    except (ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{sample.where}: '{part}' is no readable image ({reason}); make this shard again"
+        ) from None
+
+
+def read_rgb(payload: io.BytesIO) -> Image.Image:
+    """RGB image of a file's bytes; transparency is laid on white. Raises ValueError: no readable image."""
+    try:
+        with Image.open(payload) as file:
             image: Image.Image = file
             image.load()
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, KeyError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{sample.where}: '{part}' is no readable image ({reason}); make this shard again"
-        ) from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(error) from None
 
 
 def fit_image(

@@ -19,7 +19,7 @@ from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.psnr import to_uint8
 from generator.pipeline import Pipeline
 from generator.sampling import SamplingConfig
-from tokenizer.rpiae import Autoencoder
+from tokenizer.export import ImageAutoencoder
 
 
 def read_samples(shards: str | Path, num_samples: int) -> list[Sample]:
@@ -33,7 +33,7 @@ def real_renders(samples: Sequence[Sample], out: Path, image_px: int) -> None:
     _write(out, samples, {"result": _pixels(samples, "png", image_px)})
 
 
-def reconstructions(samples: Sequence[Sample], autoencoder: Autoencoder, out: Path) -> None:
+def reconstructions(samples: Sequence[Sample], autoencoder: ImageAutoencoder, out: Path) -> None:
     """`original`, and `result` = decode(encode(original)) on 8 bits (protocol: truncated)."""
     originals = _pixels(samples, "png", autoencoder.config.image_px)
     with torch.no_grad():

@@ -18,7 +18,8 @@ from data.text import TextTokenizer, load_text_tokenizer
 from engine.config import UserError
 from generator.model import Generator
 from generator.sampling import Condition, SamplingConfig, make_condition, sample_latents
-from tokenizer.rpiae import Autoencoder, fingerprint
+from tokenizer.autoencoders import load_autoencoder
+from tokenizer.export import ImageAutoencoder, fingerprint
 
 DEFAULT_SAMPLING = SamplingConfig()
 
@@ -26,7 +27,9 @@ DEFAULT_SAMPLING = SamplingConfig()
 class Pipeline:
     """Generator, autoencoder and text tokenizer that belong together."""
 
-    def __init__(self, generator: Generator, autoencoder: Autoencoder, text_tokenizer: TextTokenizer) -> None:
+    def __init__(
+        self, generator: Generator, autoencoder: ImageAutoencoder, text_tokenizer: TextTokenizer
+    ) -> None:
         self.generator = generator.eval()
         self.autoencoder = autoencoder.eval()
         self.text_tokenizer = text_tokenizer
@@ -54,7 +57,7 @@ class Pipeline:
                     f"{path}: {generator} was trained with another {what} "
                     f"({expected[:12]}, not {found[:12]}); give that one"
                 )
-        return cls(model.to(device), Autoencoder.load(autoencoder).to(device), text)
+        return cls(model.to(device), load_autoencoder(autoencoder).to(device), text)
 
     def generate(
         self,

@@ -16,7 +16,7 @@ from evaluation.suites.emoji_t2i import EmojiT2ISuite
 from evaluation.suites.reconstruction import ReconstructionSuite
 from generator.pipeline import Pipeline
 from generator.sampling import SamplingConfig
-from tokenizer.rpiae import Autoencoder
+from tokenizer.autoencoders import load_autoencoder
 
 NOTES = [
     "A small ViT trained on emoji identity stands in for DINOv2, which cannot be downloaded everywhere.",
@@ -56,7 +56,7 @@ def score(root: Path, config: ScoresConfig) -> None:
     """
     judge = Judge.load(root / "judge" / EXPORT)
     autoencoder_dir = root / "decoder" / EXPORT
-    autoencoder = Autoencoder.load(autoencoder_dir)
+    autoencoder = load_autoencoder(autoencoder_dir)
     scenes = emoji_images.read_samples(root / "data/scenes-validation", config.num_images)
     edits = emoji_images.read_samples(root / "data/edits-validation", config.num_edits)
     images = root / "evaluation" / "images"

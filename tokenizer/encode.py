@@ -27,8 +27,9 @@ from data.shards import LatentInfo, Sample, ShardDataset, finished_shard, write_
 from data.text import TextTokenizer, load_text_tokenizer
 from engine import files
 from engine.config import ConfigError, UserError
+from tokenizer.autoencoders import load_autoencoder
+from tokenizer.export import fingerprint
 from tokenizer.moments import Moments
-from tokenizer.rpiae import Autoencoder, fingerprint
 
 LATENT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MOMENTS_DIRECTORY = "moments"  # below the latent shards: one JSON a shard
@@ -39,7 +40,7 @@ class EncodeConfig:
     """One encoding run."""
 
     autoencoder: str
-    """Directory of an exported autoencoder."""
+    """Directory of an exported or imported autoencoder: RPiAE, RAE or a convolutional VAE."""
     shards: str
     """Directory of finished pixel shards."""
     out: str
@@ -100,7 +101,7 @@ class _Job:
             raise UserError(f"{config.shards}: holds latents already; give the pixel shards")
         self.text_tokenizer: TextTokenizer = load_text_tokenizer(config.text_tokenizer)
         self.autoencoder_fingerprint = fingerprint(config.autoencoder)
-        self.model = Autoencoder.load(config.autoencoder).to(config.device)
+        self.model = load_autoencoder(config.autoencoder).to(config.device)
         self.source = (
             f"{config.dtype} latents of data set {self.dataset.fingerprint}, autoencoder "
             f"{self.autoencoder_fingerprint}, text tokenizer {self.text_tokenizer.fingerprint}, "

@@ -6,28 +6,34 @@ Shapes: B batch, D feature width, C latent channels, Y X token grid, H W pixels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine import files
-from engine.config import ConfigError, UserError, from_dict, to_dict
+from engine.config import ConfigError, UserError, from_dict
 from tokenizer.bridge import Bridge, BridgeConfig
+from tokenizer.cnn_decoder import CnnDecoder
+from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, fingerprint, read_tree
 from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from tokenizer.representation import Representation, RepresentationConfig
-from tokenizer.weights import load_exact, read_tensors, write_tensors
+from tokenizer.weights import load_exact, read_tensors
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
-FORMAT_VERSION = 1
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "Autoencoder",
+    "AutoencoderConfig",
+    "fingerprint",
+    "read_config",
+    "without_download",
+]
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Everything that fixes the shapes of an RPiAE."""
+    """Everything that fixes the shapes of an RPiAE, or without a bridge of an RAE."""
 
     representation: RepresentationConfig
     """The encoder E."""
@@ -39,8 +45,11 @@ class AutoencoderConfig:
     """The Variational Bridge; None before the bridge stage (D then reads f itself)."""
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(ImageAutoencoder):
     """pixels_01 <-> latents: the bridge's mu, or f without a bridge."""
+
+    kind: ClassVar[Kind] = "autoencoder"
+    config: AutoencoderConfig
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -56,7 +65,8 @@ class Autoencoder(nn.Module):
         self.bridge: Bridge | None = None
         if config.bridge is not None:
             self.add_bridge(config.bridge)
-        self.decoder = PixelDecoder(config.decoder, width, grid, self.encoder.mean, self.encoder.std)
+        decoder_class = PixelDecoder if config.decoder.kind == "vit" else CnnDecoder
+        self.decoder = decoder_class(config.decoder, width, grid, self.encoder.mean, self.encoder.std)
 
     def add_bridge(self, bridge: BridgeConfig) -> None:
         """Puts a new, untrained bridge between encoder and decoder (the start of the bridge stage)."""
@@ -92,14 +102,6 @@ class Autoencoder(nn.Module):
         f_BDYX = z_BCYX if self.bridge is None else self.bridge.decoder(z_BCYX)
         return self.decoder(f_BDYX)  # type: ignore[no-any-return]
 
-    def save(self, directory: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
-        """Writes model.safetensors, then config.json with `provenance`, JSON-able facts of its training."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_tensors(directory / WEIGHTS_NAME, self)
-        tree = {"format_version": FORMAT_VERSION, "autoencoder": to_dict(self.config)}
-        files.write_json(directory / CONFIG_NAME, {**tree, "provenance": dict(provenance or {})})
-
     @classmethod
     def load(cls, directory: str | Path) -> Autoencoder:
         """Reads what `save` wrote, on the CPU, in evaluation mode.
@@ -107,45 +109,21 @@ class Autoencoder(nn.Module):
         Raises UserError: nothing there, another format, parameters that are missing, unexpected or
         mis-shaped.
         """
-        model = cls(_without_download(read_config(directory)))
+        model = cls(without_download(read_config(directory)))
         weights = Path(directory) / WEIGHTS_NAME
         load_exact(model, read_tensors(weights), str(weights))
         return model.eval()
 
 
 def read_config(directory: str | Path) -> AutoencoderConfig:
-    """The config of a saved autoencoder. Raises UserError: none there, or another format version."""
-    path = Path(directory) / CONFIG_NAME
-    try:
-        tree = files.read_json(path)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no autoencoder there; train one (launch/train_tokenizer.py) or fix the path"
-        ) from None
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON; export the autoencoder again") from None
-    if (
-        not isinstance(tree, dict)
-        or tree.get("format_version") != FORMAT_VERSION
-        or "autoencoder" not in tree
-    ):
-        raise UserError(f"{path}: not an autoencoder of format version {FORMAT_VERSION}")
-    return from_dict(AutoencoderConfig, tree["autoencoder"], where=str(path))
+    """The config of a saved RPiAE or RAE. Raises UserError: none there, another format version or kind."""
+    kind, tree = read_tree(directory)
+    if kind != Autoencoder.kind:
+        raise UserError(f"{directory}: holds a convolutional VAE; this needs an RPiAE or an RAE")
+    return from_dict(AutoencoderConfig, tree, where=str(Path(directory) / CONFIG_NAME))
 
 
-def fingerprint(directory: str | Path) -> str:
-    """Hex digest of config and weights of a saved autoencoder; equal latents need equal fingerprints.
-
-    Where E's first weights came from is left out: the saved weights are what counts.
-    """
-    config = _without_download(read_config(directory))
-    weights = Path(directory) / WEIGHTS_NAME
-    if not weights.is_file():
-        raise UserError(f"{weights}: no such weights file; export the autoencoder again")
-    return files.digest({"autoencoder": to_dict(config), "weights": files.sha256(weights)})
-
-
-def _without_download(config: AutoencoderConfig) -> AutoencoderConfig:
+def without_download(config: AutoencoderConfig) -> AutoencoderConfig:
     """The same shapes, with E's weights left to the caller."""
     representation = dataclasses.replace(config.representation, weights="random")
     return dataclasses.replace(config, representation=representation)

@@ -26,11 +26,11 @@ FOLDERS: dict[str, type] = {"tokenizer": TokenizerRun, "latents": EncodeRun, "ge
 
 
 @pytest.mark.parametrize(
-    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
 )
 def test_config_is_read_strictly_and_written_back_equal(path: Path, tmp_path: Path) -> None:
     name = str(path.relative_to(CONFIGS))
-    kind = KINDS[name] if name in KINDS else FOLDERS[path.parent.name]
+    kind = KINDS[name] if name in KINDS else FOLDERS[path.relative_to(CONFIGS).parts[0]]
     loaded = config.load(kind, path)
     copy = tmp_path / "copy.yaml"
     copy.write_text(config.dump(loaded))
@@ -39,12 +39,28 @@ def test_config_is_read_strictly_and_written_back_equal(path: Path, tmp_path: Pa
 
 def test_global_batches_of_the_paper() -> None:
     """512 images a step for the tokenizer; 384 K to 400 K tokens for text-to-image, 192 K to 200 K for editing."""
-    for stage in ("pivot", "bridge", "decoder"):
-        run = config.load(TokenizerRun, CONFIGS / "tokenizer" / f"{stage}.yaml")
+    tokenizer = CONFIGS / "tokenizer"
+    for path in [*tokenizer.glob("*.yaml"), *tokenizer.glob("ablations/**/*.yaml")]:
+        run = config.load(TokenizerRun, path)
         assert run.pixels.images_per_pack * run.data.num_streams == 512
+    for path in tokenizer.glob("release/*.yaml"):
+        run = config.load(TokenizerRun, path)
+        assert run.pixels.images_per_pack * run.data.num_streams == 256
     for name, low, high in (("t2i_cc12m", 384_000, 400_000), ("edit_omniedit", 192_000, 200_000)):
         generator = config.load(GeneratorRun, CONFIGS / "generator" / f"{name}.yaml")
         assert low <= generator.packing.tokens_per_pack * generator.data.num_streams <= high
+
+
+def test_every_stage_starts_from_the_export_of_the_stage_before_it() -> None:
+    """Over the whole folder: what an init_from names is what another config writes."""
+    runs = [config.load(TokenizerRun, path) for path in (CONFIGS / "tokenizer").rglob("*.yaml")]
+    folders = [run.run_dir for run in runs]
+    assert len(set(folders)) == len(folders), "two configs write to one folder"
+    stage_of = {f"{run.run_dir}/export": run.stage.stage for run in runs}
+    before = {"bridge": "pivot", "decoder": "bridge"}
+    for run in runs:
+        if run.stage.init_from is not None:
+            assert stage_of[run.stage.init_from] == before[run.stage.stage]
 
 
 def test_encoding_further_sets_uses_the_first_ones_statistics() -> None:

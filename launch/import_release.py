@@ -1,0 +1,83 @@
+"""Others' weights -> our export: launch/import_release.py rpiae | rae | diffusers | va-vae (each with --help)"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from engine import files
+from engine.config import UserError, load
+from launch import entry
+from tokenizer.export import fingerprint
+from tokenizer.releases.imported import Imported
+from tokenizer.releases.kl import import_diffusers, import_va_vae
+from tokenizer.releases.rpiae import RAE, RPIAE, import_rpiae
+from tokenizer.rpiae import AutoencoderConfig
+
+
+def main() -> None:
+    """Reads, reports, writes; exit status 1 and nothing written where something is left over on either side."""
+    arguments = _parser().parse_args()
+    out: Path | None = arguments.out
+    if out is None and not arguments.verify:
+        raise UserError("give --out, the folder to write, or --verify to look only")
+    if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: is not an empty folder; remove it or give another --out")
+    imported = IMPORTS[arguments.command](arguments)
+    if arguments.verify or imported.report.problems:
+        print("\n".join(imported.report.lines()), flush=True)
+    if imported.report.problems:
+        raise SystemExit(1)
+    if out is not None:
+        model = imported.build()
+        with files.directory(out) as temporary:
+            model.save(temporary, imported.provenance)
+        shape = "x".join(map(str, model.latent_shape))
+        print(f"{out}: latent {shape}, fingerprint {fingerprint(out)[:12]}")
+
+
+def _rpiae(arguments: argparse.Namespace) -> Imported:
+    default = RPIAE if arguments.command == "rpiae" else RAE
+    config = default if arguments.config is None else load(AutoencoderConfig, arguments.config)
+    return import_rpiae(arguments.source, config)
+
+
+def _diffusers(arguments: argparse.Namespace) -> Imported:
+    return import_diffusers(arguments.source, arguments.image_px, arguments.subfolder)
+
+
+def _va_vae(arguments: argparse.Namespace) -> Imported:
+    return import_va_vae(arguments.source, arguments.image_px)
+
+
+IMPORTS = {"rpiae": _rpiae, "rae": _rpiae, "diffusers": _diffusers, "va-vae": _va_vae}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    rpiae = commands.add_parser("rpiae", help="a checkpoint of 360CVGroup/RPiAE")
+    rae = commands.add_parser(
+        "rae", help="a decoder of nyu-visionx/RAE-collections, with its untouched encoder"
+    )
+    diffusers = commands.add_parser("diffusers", help="an AutoencoderKL of diffusers: SD-VAE, Flux-VAE")
+    va_vae = commands.add_parser("va-vae", help="VA-VAE's checkpoint (LightningDiT)")
+    for command in (rpiae, rae, va_vae):
+        command.add_argument(
+            "--source", type=Path, required=True, help="weights: torch.save's or safetensors"
+        )
+    diffusers.add_argument("--source", required=True, help="folder, or name on the Hugging Face hub")
+    diffusers.add_argument("--subfolder", help="of the VAE inside it: vae for Flux")
+    for command in (rpiae, rae):
+        command.add_argument(
+            "--config", help="YAML of representation, decoder, image_px, bridge; else the release's"
+        )
+    for command in (diffusers, va_vae):
+        command.add_argument("--image-px", type=int, default=256, help="side of the images to encode")
+    for command in (rpiae, rae, diffusers, va_vae):
+        command.add_argument("--out", type=Path, help="folder of the export")
+        command.add_argument("--verify", action="store_true", help="print the table of all parameters")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

@@ -1,0 +1,43 @@
+"""Reconstructs a folder of images: launch/reconstruct.py --autoencoder DIR --images DIR --out DIR"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from engine.config import UserError
+from evaluation.reconstruct import ReconstructConfig, reconstruct
+from launch import entry
+
+
+def main() -> None:
+    """Writes an image set of originals and results; run again, it continues. Status 1: unreadable images."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--autoencoder", type=Path, required=True, help="export, trained or imported")
+    parser.add_argument("--images", type=Path, required=True, help="folder of png, jpg, webp; also below it")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the image set")
+    parser.add_argument(
+        "--save-latents", action="store_true", help="also latents/NAME.npy, float32 [C, Y, X]"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass")
+    arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size is {arguments.batch_size}; give at least 1")
+    config = ReconstructConfig(
+        arguments.autoencoder,
+        arguments.images,
+        arguments.out,
+        save_latents=arguments.save_latents,
+        batch_images=arguments.batch_size,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    done = reconstruct(config)
+    print(f"{config.out}: {done.num_images} images, PSNR {done.psnr_db:.2f} dB")
+    if done.unreadable:
+        print(f"{len(done.unreadable)} files could not be read; they are named above", file=sys.stderr)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

@@ -1,0 +1,173 @@
+"""A convolutional VAE where an RPiAE is: encoded to shards, decoded from them; folders reconstructed."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.shards import Sample, ShardDataset, ShardWriter
+from data.text import train_text_tokenizer
+from evaluation.manifest import ImageSet
+from evaluation.runner import evaluate
+from evaluation.suites.reconstruction import ReconstructionSuite
+from launch import entry
+from launch import reconstruct as command_line
+from tokenizer.autoencoders import load_autoencoder
+from tokenizer.encode import EncodeConfig, encode_shards
+from tokenizer.export import fingerprint
+from tokenizer.kl import KlAutoencoder, KlConfig
+
+
+def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    noise = np.random.Generator(np.random.Philox(seed))
+    return Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("baselines")
+    with torch.random.fork_rng():
+        for seed, name in enumerate(("vae", "another")):
+            torch.manual_seed(seed)
+            KlAutoencoder(KlConfig(32, 4, (32, 32, 64), blocks_per_level=1)).save(root / name)
+    return root
+
+
+@pytest.fixture
+def reconstruct(
+    exports: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Runs launch/reconstruct.py in this process; returns the exit status and everything printed."""
+
+    def run(images: Path, out: Path, *extra: str, autoencoder: str = "vae") -> tuple[int, str]:
+        paths = ("--autoencoder", exports / autoencoder, "--images", images, "--out", out)
+        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *map(str, paths), "--batch-size", "2", *extra])
+        try:
+            status = entry.run(command_line.main)
+        except SystemExit as stopped:
+            assert isinstance(stopped.code, int)
+            status = stopped.code
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return run
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    root = tmp_path / "images"
+    (root / "deeper").mkdir(parents=True)
+    picture(0).save(root / "a.png")
+    picture(1, (90, 50)).save(root / "deeper" / "b.webp", lossless=True)
+    picture(2, (40, 64)).save(root / "deeper" / "c.jpg")
+    return root
+
+
+def test_shards_of_a_vae_hold_its_means_and_decode_back(exports: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "pixels", max_samples_per_shard=3, source="test") as writer:
+        for number in range(5):
+            file = io.BytesIO()
+            picture(number).save(file, "png")
+            parts = {"png": file.getvalue(), "json": json.dumps({"caption": "a cat"}).encode()}
+            writer.write(Sample(f"image-{number}", parts))
+    train_text_tokenizer(["a cat", "two dogs beside a small green house"], tmp_path / "text", 400)
+    config = EncodeConfig(
+        str(exports / "vae"),
+        str(tmp_path / "pixels"),
+        str(tmp_path / "latents"),
+        str(tmp_path / "text"),
+        dtype="fp32",
+    )
+    encode_shards(config, rank=0, world=1, barrier=lambda: None)
+    dataset = ShardDataset.open(tmp_path / "latents")
+    latent = dataset.manifest.latent
+    assert latent is not None and latent.shape == (4, 8, 8)
+    assert latent.tokenizer_fingerprint == fingerprint(exports / "vae")
+    assert dataset.num_image_tokens.tolist() == [64] * 5
+    model = load_autoencoder(exports / "vae")
+    stored = [
+        torch.frombuffer(bytearray(s.parts["latent"]), dtype=torch.float32) for s in dataset.read(range(5))
+    ]
+    z = torch.stack(stored).view(5, 4, 8, 8)
+    originals = torch.stack([torch.from_numpy(np.array(picture(n))).permute(2, 0, 1) for n in range(5)])
+    with torch.no_grad():
+        # fp32; only the size of the batches differs.
+        torch.testing.assert_close(z, model.encode(originals.float() / 255), atol=1e-5, rtol=1e-5)
+        assert model.decode(z).shape == originals.shape
+
+
+def test_a_folder_becomes_a_set_that_suites_score(
+    images: Path, tmp_path: Path, exports: Path, reconstruct: Callable[..., tuple[int, str]]
+) -> None:
+    out = tmp_path / "out"
+    status, printed = reconstruct(images, out, "--save-latents")
+    assert status == 0
+    items = ImageSet.open(out).items
+    assert [item.key for item in items] == ["a", "deeper/b", "deeper/c"]
+    assert items[1].images == {"original": "original/deeper/b.png", "result": "result/deeper/b.png"}
+    assert items[1].meta == {"file": "deeper/b.webp"}
+    model = load_autoencoder(exports / "vae")
+    original = ImageSet.open(out).read(items[0], "original")
+    assert torch.equal(original, torch.from_numpy(np.array(picture(0))).permute(2, 0, 1))
+    latent = torch.from_numpy(np.load(out / "latents" / "a.npy"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            latent, model.encode(original[None].float() / 255)[0], atol=1e-5, rtol=1e-5
+        )
+        expected = (model.decode(latent[None]).clamp(0, 1) * 255).to(torch.uint8)[0]
+    result = ImageSet.open(out).read(items[0], "result")
+    assert int((result.int() - expected.int()).abs().max()) <= 1  # truncation at a level's edge
+    scores = evaluate(ReconstructionSuite(), out, tmp_path / "scores", seed=0)["scores"]
+    assert f"3 images, PSNR {scores['psnr_db']['mean']:.2f} dB" in printed
+
+
+def test_a_second_run_writes_only_what_is_missing(
+    images: Path, tmp_path: Path, reconstruct: Callable[..., tuple[int, str]]
+) -> None:
+    out = tmp_path / "out"
+    summary = reconstruct(images, out)[1].splitlines()[0]
+    kept, lost = out / "result" / "a.png", out / "result" / "deeper" / "c.png"
+    written_at, content = kept.stat().st_mtime_ns, lost.read_bytes()
+    lost.unlink()
+    status, printed = reconstruct(images, out)
+    assert status == 0 and printed.splitlines()[0] == summary  # the mean counts kept images too
+    assert kept.stat().st_mtime_ns == written_at and lost.read_bytes() == content
+    status, printed = reconstruct(images, out, autoencoder="another")
+    assert status == 2 and "by another autoencoder" in printed
+
+
+def test_unreadable_images_are_named_and_the_others_written(
+    images: Path, tmp_path: Path, reconstruct: Callable[..., tuple[int, str]]
+) -> None:
+    (images / "broken.png").write_bytes(b"no image")
+    status, printed = reconstruct(images, tmp_path / "out")
+    assert status == 1
+    assert f"{images / 'broken.png'}: no readable image" in printed and "1 files could not be read" in printed
+    assert len(ImageSet.open(tmp_path / "out").items) == 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: picture(4).save(root / "a.jpg"), r"both would become a.png"),
+        (lambda root: [path.unlink() for path in root.rglob("*.*")], "holds no image"),
+    ],
+)
+def test_folders_that_cannot_be_reconstructed_are_one_clear_line(
+    images: Path,
+    tmp_path: Path,
+    reconstruct: Callable[..., tuple[int, str]],
+    spoil: Callable[[Path], None],
+    message: str,
+) -> None:
+    spoil(images)
+    status, printed = reconstruct(images, tmp_path / "out")
+    assert status == 2 and message in printed and len(printed.splitlines()) == 1

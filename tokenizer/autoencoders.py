@@ -1,0 +1,22 @@
+"""Any saved autoencoder by its folder: RPiAE, RAE, or a convolutional VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizer.export import ImageAutoencoder, Kind, read_tree
+from tokenizer.kl import KlAutoencoder
+from tokenizer.rpiae import Autoencoder
+
+CLASSES: dict[Kind, type[Autoencoder] | type[KlAutoencoder]] = {
+    cls.kind: cls for cls in (Autoencoder, KlAutoencoder)
+}
+
+
+def load_autoencoder(directory: str | Path) -> ImageAutoencoder:
+    """Reads what `save` of any autoencoder wrote, on the CPU, in evaluation mode.
+
+    Raises UserError: nothing there, another format, parameters that do not fit.
+    """
+    kind, _ = read_tree(directory)
+    return CLASSES[kind].load(directory)

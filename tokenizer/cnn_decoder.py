@@ -1,0 +1,82 @@
+"""The pixel decoder D as convolutions: Stable Diffusion's decoder on the feature map (ablations, Table 5b).
+
+Shapes: B batch, D feature width, Y X token grid, P side in pixels of the square that a token becomes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import ConfigError
+from tokenizer.pixel_decoder import PixelDecoderConfig
+
+NORM_GROUPS = 32
+
+
+class CnnDecoder(nn.Module):
+    """f or f_hat -> pixels_01: LDM's decoder (Rombach et al. 2022), diffusers' implementation.
+
+    Attention in the middle and, as LDM's attention at 16x16, in every block at the token grid. `mean` and `std`
+    are the representation model's pixel statistics: the last convolution predicts normalised pixels, as the
+    last Linear of the ViT does.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        config: PixelDecoderConfig,
+        feature_width: int,
+        grid: tuple[int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        from diffusers.models.autoencoders.vae import Decoder  # takes seconds to import
+
+        levels = len(config.channel_multipliers)
+        if 2 ** (levels - 1) != config.patch_px:
+            raise ConfigError(
+                f"decoder: {levels} channel_multipliers turn a token into {2 ** (levels - 1)} px, "
+                f"but patch_px is {config.patch_px}; change one of them"
+            )
+        if config.base_channels % NORM_GROUPS:
+            raise ConfigError(
+                f"decoder: base_channels {config.base_channels} is no multiple of {NORM_GROUPS}"
+            )
+        self.config = config
+        self.grid = grid
+        self.net: Any = Decoder(
+            in_channels=feature_width,
+            out_channels=3,
+            up_block_types=("AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * (levels - 1)),
+            block_out_channels=tuple(config.base_channels * factor for factor in config.channel_multipliers),
+            layers_per_block=config.blocks_per_level - 1,  # diffusers adds one to the decoder's
+            norm_num_groups=NORM_GROUPS,
+        )
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """W' of the adaptive GAN weight: the last convolution's weight [3, base_channels, 3, 3]."""
+        weight = self.net.conv_out.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def forward(self, f_BDYX: Tensor) -> Tensor:
+        """[B, D, Y, X] -> pixels_01 [B, 3, Y * P, X * P] fp32, not clamped."""
+        pixels: Tensor = self.net(channels_last_on_gpu(f_BDYX)).float()
+        return (pixels * self.pixel_std + self.pixel_mean).contiguous()
+
+
+def channels_last_on_gpu(x_BCYX: Tensor) -> Tensor:
+    """The same values, on a GPU in the order that its convolutions are fastest in.
+
+    Convolutions hand the order of their input on; weights need none: ZeRO lays them out flat anyway.
+    """
+    return x_BCYX.contiguous(memory_format=torch.channels_last) if x_BCYX.is_cuda else x_BCYX
