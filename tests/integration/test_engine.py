@@ -187,7 +187,7 @@ def test_weights_are_equal_on_all_ranks_after_every_step(tmp_path):
 
 def test_a_rank_that_drifted_is_named_and_nothing_is_saved(tmp_path):
     run = tmp_path / "run"
-    result = toy(run, "--drift-step", 4, ranks=2)
+    result = toy(run, "--drift-step", 6, ranks=2)
     assert result.returncode != 0
     assert "the adversary weights of ranks [1] differ from rank 0's" in result.stdout + result.stderr
     assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000003"]
