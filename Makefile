@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PACKAGES := data tokenizer generator evaluation engine launch
 
-.PHONY: install quickstart test test-slow check format bench clean
+.PHONY: install quickstart ablation test test-slow check format bench clean
 
 install: $(INSTALLED)
 
@@ -17,6 +17,9 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 
 quickstart: install
 	$(BIN)/python launch/quickstart.py $(ARGS)
+
+ablation: install
+	$(BIN)/python launch/ablation.py $(ARGS)
 
 check: install
 	$(BIN)/ruff check .
@@ -36,6 +39,7 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks.reading
+	$(BIN)/python -m benchmarks.adaptive
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

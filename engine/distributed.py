@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,15 @@ class Ranks:
         """Sum over ranks of a tensor that stays on this rank's device."""
         dist.all_reduce(values)
         return values
+
+    def peak_memory_gib(self) -> float:
+        """The highest of all ranks, in GiB: allocated on a GPU since the last call, or resident since the start."""
+        if self.device.type == "cuda":
+            peak_bytes = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return float(max(self.gather(peak_bytes / 2**30)))
 
     def gather(self, value: Any) -> list[Any]:
         """One small picklable value from each rank, in rank order, on every rank."""

@@ -185,6 +185,7 @@ class _Run:
             lr=learning_rate(self.config.optimizer, self.step - 1, self.config.steps),
             grad_norm=float(norm) if norm is not None else 0.0,
             nonfinite_steps=self.guard.nonfinite_steps,
+            memory_gib=self.ranks.peak_memory_gib(),
         )
         if self.log:
             self.log.metrics(values, self.config.steps, eta_s)

@@ -25,10 +25,11 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as transforms
 
 from engine.config import ConfigError, UserError
-from evaluation.downloads import fetch, read_pth
+from evaluation.downloads import fetch
 from evaluation.features.representation import last_tokens
+from tokenizer.releases.checkpoint import read_checkpoint
 from tokenizer.representation import Representation
-from tokenizer.weights import freeze, read_tensors, state_hash
+from tokenizer.weights import freeze, state_hash
 
 RESIZE_PX = 256
 CROP_PX = 224
@@ -76,7 +77,7 @@ class LinearHead(nn.Module):
             raise ConfigError(f"no published linear head '{name}'; there are {', '.join(HEADS)}")
         url, timm_name = HEADS[name]
         path = fetch(url, None, "give the path of that file instead") if head == "download" else Path(head)
-        linear = read_pth(path)
+        linear = read_checkpoint(path).tensors
         if set(linear) != {"weight", "bias"}:
             raise UserError(f"{path}: no linear head (weight and bias); give the file of one layer")
         norm_weight, norm_bias = _pretrained_norm(timm_name) if model == "download" else _read_norm(model)
@@ -130,7 +131,7 @@ def prepare(image: Tensor) -> Tensor:
 
 def _read_norm(path: str) -> tuple[Tensor, Tensor]:
     """Weight and bias of the last LayerNorm in a file of the pretrained model."""
-    tensors = read_tensors(path) if path.endswith(".safetensors") else read_pth(path)
+    tensors = read_checkpoint(path).tensors
     for name in NORM_NAMES:
         if f"{name}.weight" in tensors and f"{name}.bias" in tensors:
             return tensors[f"{name}.weight"], tensors[f"{name}.bias"]

@@ -103,8 +103,27 @@ class ImageSet:
 
 def write_manifest(directory: str | Path, items: Iterable[Item]) -> None:
     """Writes manifest.jsonl beside the images, last, so that a half-written set has none."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
     rows = [{"key": item.key, "images": dict(item.images), "meta": dict(item.meta)} for item in items]
     files.write_text(Path(directory) / MANIFEST_NAME, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_class_folders(images: str | Path, out: str | Path, suffixes: Sequence[str]) -> None:
+    """Manifest of a folder with one folder per class, as ImageNet's validation set is kept.
+
+    `original` is the file where it lies, meta.label the place of its folder in the sorted list of folders. Raises
+    UserError: no such folders, or no images in them.
+    """
+    folders = sorted(path for path in Path(images).glob("*") if path.is_dir())
+    items = [
+        Item(f"{folder.name}/{path.name}", {"original": str(path.resolve())}, {"label": label})
+        for label, folder in enumerate(folders)
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower().lstrip(".") in suffixes
+    ]
+    if not items:
+        raise UserError(f"{images}: holds no images in one folder per class ({', '.join(suffixes)})")
+    write_manifest(out, items)
 
 
 def write_image(path: str | Path, pixels: Tensor) -> None:

@@ -25,8 +25,9 @@ PAPER_LATENTS = LatentInfo("bf16", (64, 16, 16), (0.0,) * 64, (1.0,) * 64, "", "
 def tokenizer_run(run: TokenizerRun) -> str:
     """Report of a tokenizer stage."""
     with torch.device("meta"):
-        model = Autoencoder(_autoencoder_config(run.stage))
-    trained = {"pivot": ("encoder", "decoder"), "bridge": ("bridge",), "decoder": ("decoder",)}
+        model = Autoencoder(autoencoder_config(run.stage))
+    pivot = ("encoder", "decoder") if run.stage.train_encoder else ("decoder",)
+    trained = {"pivot": pivot, "bridge": ("bridge",), "decoder": ("decoder",)}
     parts = {name: part for name, part in model.named_children() if name in ("encoder", "bridge", "decoder")}
     counts = {name: num_parameters(part) for name, part in parts.items()}
     num_trained = sum(counts[name] for name in trained.get(run.stage.stage, tuple(counts)))
@@ -103,8 +104,8 @@ def _report(
     return "\n".join(lines)
 
 
-def _autoencoder_config(stage: StageConfig) -> AutoencoderConfig:
-    """Shapes only: nothing is downloaded, and of an export only config.json is read."""
+def autoencoder_config(stage: StageConfig) -> AutoencoderConfig:
+    """The stage's autoencoder, shapes only: nothing is downloaded, and of an export only config.json is read."""
     config = stage.autoencoder
     if config is None:
         assert stage.init_from is not None

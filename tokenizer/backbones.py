@@ -55,6 +55,9 @@ class Backbone(Protocol):
     def last_mlp(self) -> nn.Module:
         """The MLP of the last block."""
 
+    def checkpoint_activations(self) -> None:
+        """From now on training keeps each block's input only and computes the block again in a backward pass."""
+
     def patch_tokens(self, x_BCSS: Tensor) -> Tensor:
         """Normalised pixels -> [B, N, D] after the last norm."""
 
@@ -91,6 +94,10 @@ class TimmBackbone:
         """The MLP of the last block."""
         mlp: nn.Module = self.vit.blocks[-1].mlp
         return mlp
+
+    def checkpoint_activations(self) -> None:
+        """timm's own switch."""
+        self.vit.set_grad_checkpointing(True)
 
     def patch_tokens(self, x_BCSS: Tensor) -> Tensor:
         """Normalised pixels -> [B, N, D] after the last norm."""

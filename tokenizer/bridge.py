@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenizer.transformer import Layer, Mlp, SelfAttention, init_linears
+from tokenizer.transformer import Layer, Mlp, SelfAttention, init_linears, run_layers
 
 NORM_EPS = 1e-5
 # exp(-30/2) and exp(20/2): far outside what a trained bridge uses; keeps exp finite early on (LDM's bounds).
@@ -63,6 +63,7 @@ class BridgeDecoder(nn.Module):
     def __init__(self, config: BridgeConfig, width: int) -> None:
         super().__init__()
         mlp_width = round(width * config.decoder_mlp_ratio)
+        self.activation_checkpointing = False
         self.embed = nn.Linear(config.latent_channels, width)
         self.layers = nn.ModuleList(
             Layer(width, config.num_heads, mlp_width, NORM_EPS) for _ in range(config.decoder_layers)
@@ -73,8 +74,7 @@ class BridgeDecoder(nn.Module):
     def forward(self, z_BCYX: Tensor) -> Tensor:
         """[B, C, Y, X] -> f_hat [B, D, Y, X] fp32."""
         x_BND = self.embed(z_BCYX.flatten(2).transpose(1, 2))
-        for layer in self.layers:
-            x_BND = layer(x_BND)
+        x_BND = run_layers(self.layers, x_BND, self.activation_checkpointing)
         f_BND: Tensor = self.out(x_BND).float()
         return f_BND.transpose(1, 2).reshape(len(f_BND), -1, *z_BCYX.shape[2:])
 

@@ -5,10 +5,12 @@ Shapes: B batch, D feature width, Y X token grid, P side in pixels of the square
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engine.config import ConfigError
 from tokenizer.pixel_decoder import PixelDecoderConfig
@@ -50,6 +52,7 @@ class CnnDecoder(nn.Module):
             )
         self.config = config
         self.grid = grid
+        self.activation_checkpointing = False
         self.net: Any = Decoder(
             in_channels=feature_width,
             out_channels=3,
@@ -58,6 +61,8 @@ class CnnDecoder(nn.Module):
             layers_per_block=config.blocks_per_level - 1,  # diffusers adds one to the decoder's
             norm_num_groups=NORM_GROUPS,
         )
+        # Where its models get it from enable_gradient_checkpointing, a decoder alone must be told how.
+        self.net._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -70,6 +75,7 @@ class CnnDecoder(nn.Module):
 
     def forward(self, f_BDYX: Tensor) -> Tensor:
         """[B, D, Y, X] -> pixels_01 [B, 3, Y * P, X * P] fp32, not clamped."""
+        self.net.gradient_checkpointing = self.activation_checkpointing
         pixels: Tensor = self.net(channels_last_on_gpu(f_BDYX)).float()
         return (pixels * self.pixel_std + self.pixel_mean).contiguous()
 

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -75,19 +75,35 @@ def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Calla
     first = np.cumsum([0, *(entry.num_samples for entry in entries)])
     todo = [i for i in range(rank, len(entries), world) if not job.is_finished(entries[i].name)]
     total, done, start_s = sum(entries[i].num_samples for i in todo), 0, time.monotonic()
-    for i in todo:
-        job.encode(entries[i].name, range(int(first[i]), int(first[i + 1])))
-        done += entries[i].num_samples
-        rate = done / (time.monotonic() - start_s)
-        print(
-            f"rank {rank}: {entries[i].name} encoded, {done}/{total} samples, {rate:.0f} samples/s, "
-            f"{(total - done) / rate:.0f} s left",
-            flush=True,
-        )
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        writing: Future[None] | None = None
+        for i in todo:
+            shard = job.encode(entries[i].name, range(int(first[i]), int(first[i + 1])))
+            if writing is not None:
+                writing.result()  # at most one shard waits in memory while the next is encoded
+            writing = writer.submit(job.write, shard)
+            done += entries[i].num_samples
+            rate = done / (time.monotonic() - start_s)
+            print(
+                f"rank {rank}: {entries[i].name} encoded, {done}/{total} samples, {rate:.0f} samples/s, "
+                f"{(total - done) / rate:.0f} s left",
+                flush=True,
+            )
+        if writing is not None:
+            writing.result()
     barrier()
     if rank == 0:
         job.finish([entry.name for entry in entries])
     barrier()
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What is written as one latent shard."""
+
+    name: str
+    encoded: list[tuple[Sample, int, int]]  # latent sample, image tokens, text tokens
+    moments: Moments
 
 
 class _Job:
@@ -115,13 +131,19 @@ class _Job:
             and self._moments_path(name).is_file()
         )
 
-    def encode(self, name: str, indices: range) -> None:
-        """Writes one latent shard; its statistics go first, so that a finished shard always has them."""
+    def encode(self, name: str, indices: range) -> _Shard:
+        """One latent shard, in memory."""
         moments = Moments(self.model.latent_shape[0])
-        encoded = list(self._encoded(indices, moments))
-        files.write_json(self._moments_path(name), moments.state_dict())
-        counts = [(num_image_tokens, num_text_tokens) for _, num_image_tokens, num_text_tokens in encoded]
-        write_shard(self.out / name, [sample for sample, _, _ in encoded], counts, source=self.source)
+        return _Shard(name, list(self._encoded(indices, moments)), moments)
+
+    def write(self, shard: _Shard) -> None:
+        """Its statistics go first, so that a finished shard always has them."""
+        files.write_json(self._moments_path(shard.name), shard.moments.state_dict())
+        samples = [sample for sample, _, _ in shard.encoded]
+        counts = [
+            (num_image_tokens, num_text_tokens) for _, num_image_tokens, num_text_tokens in shard.encoded
+        ]
+        write_shard(self.out / shard.name, samples, counts, source=self.source)
 
     def finish(self, names: list[str]) -> None:
         """Merges the statistics in shard order and writes the manifest."""

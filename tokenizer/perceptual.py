@@ -34,7 +34,8 @@ class PerceptualConfig:
     kind: Literal["lpips_vgg16", "representation", "none"] = "lpips_vgg16"
     """LPIPS (paper), distance of a frozen representation model's patch features, or no such loss."""
     vgg16_weights: str = "download"
-    """For lpips_vgg16: `download` (torchvision's ImageNet weights) or the path of that .pth file."""
+    """For lpips_vgg16: `download` (torchvision's ImageNet weights), the path of that .pth file, or `random`
+    (to measure memory and time only)."""
     representation: RepresentationConfig | None = None
     """For representation: the frozen model."""
     depths: tuple[int, ...] = ()
@@ -166,7 +167,8 @@ def build_perceptual(config: PerceptualConfig) -> Perceptual | None:
             raise ConfigError("perceptual.kind 'representation' needs the section perceptual.representation")
         return RepresentationDistance(config.representation, config.depths)
     lpips = LpipsVgg16()
-    lpips.load_vgg16(config.vgg16_weights)
+    if config.vgg16_weights != "random":
+        lpips.load_vgg16(config.vgg16_weights)
     return lpips
 
 

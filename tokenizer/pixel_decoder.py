@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import ConfigError
-from tokenizer.transformer import Layer, init_linears
+from tokenizer.transformer import Layer, init_linears, run_layers
 
 NORM_EPS = 1e-12
 POSITION_MAX_PERIOD = 10_000.0
@@ -70,6 +70,7 @@ class PixelDecoder(nn.Module):
             )
         self.config = config
         self.grid = grid
+        self.activation_checkpointing = False
         self.embed = nn.Linear(feature_width, config.width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.layers = nn.ModuleList(
@@ -96,8 +97,7 @@ class PixelDecoder(nn.Module):
         x_BNW = self.embed(f_BDYX.flatten(2).transpose(1, 2))
         x_BNW = torch.cat([self.class_token.expand(len(x_BNW), -1, -1).to(x_BNW.dtype), x_BNW], dim=1)
         x_BNW = x_BNW + self.positions
-        for layer in self.layers:
-            x_BNW = layer(x_BNW)
+        x_BNW = run_layers(self.layers, x_BNW, self.activation_checkpointing)
         patches = self.to_pixels(self.norm(x_BNW[:, 1:])).float()
         return self._unpatchify(patches) * self.pixel_std + self.pixel_mean
 

@@ -89,6 +89,10 @@ class Representation(nn.Module):
         """W of the adaptive pivot weight: the last MLP's output layer, [D, hidden] (paper eq. 4)."""
         return output_weight(self._backbone.last_mlp)
 
+    def checkpoint_activations(self) -> None:
+        """Less memory for more time in training (tokenizer/backbones.py)."""
+        self._backbone.checkpoint_activations()
+
     def forward(self, pixels_01: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> f [B, D, Y, X], every token with mean 0 and variance 1 over D."""
         tokens_BND = self._backbone.patch_tokens(self._prepare(pixels_01))

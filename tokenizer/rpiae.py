@@ -79,6 +79,13 @@ class Autoencoder(ImageAutoencoder):
         self.config = dataclasses.replace(self.config, bridge=bridge)
         self.bridge = Bridge(bridge, width)
 
+    def checkpoint_activations(self) -> None:
+        """Training keeps one layer's input instead of all its activations, and computes more."""
+        self.encoder.checkpoint_activations()
+        self.decoder.activation_checkpointing = True
+        if self.bridge is not None:
+            self.bridge.decoder.activation_checkpointing = True
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, Y, X) of one latent."""

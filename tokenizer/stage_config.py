@@ -66,6 +66,9 @@ class StageConfig:
     """w_rec: weight of L1 in pixels in the bridge stage; 0 leaves the pixel decoder out."""
     sample_latent: bool = True
     """Bridge, joint: z is drawn from the posterior; off: z = mu."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward passes: the activations of one layer instead of all. The adaptive
+    weights pass backward through D twice, so it costs more than the usual third."""
     health: HealthConfig = field(default_factory=HealthConfig)
     """When the training raises an alarm."""
 

@@ -51,6 +51,8 @@ class StageObjective:
         uses_perceptual = config.stage != "bridge"
         self.image_loss = ImageLoss(config.perceptual, config.w_lpips if uses_perceptual else 0.0, config.gan)
         self.adversary = self.image_loss.heads
+        if config.activation_checkpointing:
+            self.model.checkpoint_activations()
         self.model.requires_grad_(False)
         for module in trained:
             module.requires_grad_(True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,8 @@ from tokenizer.objectives import (
     JointObjective,
     PivotObjective,
 )
-from tokenizer.rpiae import Autoencoder
+from tokenizer.representation import RepresentationConfig
+from tokenizer.rpiae import Autoencoder, AutoencoderConfig
 from tokenizer.stage_config import StageConfig
 from tokenizer.stage_objective import StageObjective
 
@@ -24,6 +27,7 @@ __all__ = [
     "StageConfig",
     "StageObjective",
     "build_stage",
+    "build_untrained",
 ]
 
 OBJECTIVES: dict[str, type[PivotObjective | BridgeObjective | DecoderObjective]] = {
@@ -44,6 +48,28 @@ def build_stage(config: StageConfig, validation_pixels: Tensor | None = None) ->
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         return OBJECTIVES[config.stage](config, _initial_autoencoder(config), validation_pixels)
+
+
+def build_untrained(
+    config: StageConfig, autoencoder: AutoencoderConfig, validation_pixels: Tensor | None = None
+) -> StageObjective:
+    """The same objective with random weights in every network: to measure, nothing is read or downloaded."""
+    perceptual = dataclasses.replace(config.perceptual, vgg16_weights="random")
+    if perceptual.representation is not None:
+        representation = untrained(perceptual.representation)
+        perceptual = dataclasses.replace(perceptual, representation=representation)
+    discriminator = config.discriminator
+    if discriminator is not None:
+        representation = untrained(discriminator.representation)
+        discriminator = dataclasses.replace(discriminator, representation=representation)
+    config = dataclasses.replace(config, perceptual=perceptual, discriminator=discriminator)
+    autoencoder = dataclasses.replace(autoencoder, representation=untrained(autoencoder.representation))
+    return OBJECTIVES[config.stage](config, Autoencoder(autoencoder), validation_pixels)
+
+
+def untrained(representation: RepresentationConfig) -> RepresentationConfig:
+    """The same model, not downloaded."""
+    return dataclasses.replace(representation, weights="random")
 
 
 def _initial_autoencoder(config: StageConfig) -> Autoencoder:

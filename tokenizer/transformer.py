@@ -5,8 +5,12 @@ Shapes: B batch, N tokens, D width, H heads, K head dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class SelfAttention(nn.Module):
@@ -57,6 +61,17 @@ class Layer(nn.Module):
         """[B, N, D] -> [B, N, D]."""
         x_BND = x_BND + self.attention(self.attention_norm(x_BND))
         return x_BND + self.mlp(self.mlp_norm(x_BND))  # type: ignore[no-any-return]
+
+
+def run_layers(layers: Iterable[nn.Module], x_BND: Tensor, checkpointing: bool) -> Tensor:
+    """One layer after the other. `checkpointing`: in training only each layer's input is kept, and the layer is
+    computed again in every backward pass through it."""
+    for layer in layers:
+        if checkpointing and torch.is_grad_enabled():
+            x_BND = checkpoint(layer, x_BND, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_BND = layer(x_BND)
+    return x_BND
 
 
 def init_linears(module: nn.Module) -> None:

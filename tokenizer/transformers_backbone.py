@@ -87,6 +87,10 @@ class TransformersBackbone:
         mlp: nn.Module = self._layers[-1].mlp
         return mlp
 
+    def checkpoint_activations(self) -> None:
+        """transformers' own switch; in force while the model is in training mode."""
+        self.vit.gradient_checkpointing_enable({"use_reentrant": False})
+
     def patch_tokens(self, x_BCSS: Tensor) -> Tensor:
         """Normalised pixels -> [B, N, D] after the last norm."""
         tokens_BTD = self._after(x_BCSS, [self.traits.depth - 1])[0]

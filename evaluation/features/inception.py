@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from torchvision.models import inception
 
 from engine import files
-from evaluation.downloads import fetch, read_pth
+from evaluation.downloads import fetch
 from evaluation.features.tf1_resize import resize_tf1
+from tokenizer.releases.checkpoint import read_checkpoint
 from tokenizer.weights import freeze, load_exact, state_hash
 
 WEIGHTS_URL = (
@@ -65,7 +66,7 @@ class InceptionFeatures:
             path = fetch(WEIGHTS_URL, WEIGHTS_SHA256, "give the path of that file instead")
         else:
             path = Path(weights)
-        network = fid_inception(read_pth(path), str(path))
+        network = fid_inception(read_checkpoint(path).tensors, str(path))
         published = files.sha256(path) == WEIGHTS_SHA256
         return cls(network, device, "pt_inception-2015-12-05" if published else "not the published file")
 

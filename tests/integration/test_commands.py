@@ -196,6 +196,43 @@ def error_of(
     return lines[0]
 
 
+def test_preflight_takes_a_step_of_every_phase_and_leaves_nothing_behind(inputs, tmp_path) -> None:
+    arguments = command("pivot", inputs, tmp_path / "run", ranks=2)
+    arguments[arguments.index(str(ROOT / "launch" / "train_tokenizer.py"))] = str(
+        ROOT / "launch" / "preflight.py"
+    )
+    printed = finish(arguments)
+    rows = [line.split() for line in printed.splitlines() if line.endswith(" GiB")]
+    assert [row[0] for row in rows] == ["losses", "and", "and", "samples,"]
+    assert all(float(row[-2]) > 0.1 for row in rows), "resident memory of a process that imported torch"
+    assert not (tmp_path / "run").exists()
+
+
+def test_reconstructions_are_scored_by_the_command(inputs, tmp_path, capsys, monkeypatch) -> None:
+    images = tmp_path / "images"
+    for sample in ShardDataset.open(inputs / "pixels").read(range(5)):
+        images.mkdir(exist_ok=True)
+        (images / f"{sample.key}.png").write_bytes(sample.parts["png"])
+    autoencoder = str(inputs / "autoencoder")
+    arguments = ["--autoencoder", autoencoder, "--images", str(images), "--out", str(tmp_path / "set")]
+    finish([sys.executable, str(ROOT / "launch" / "reconstruct.py"), *arguments])
+    arguments = [
+        "--images",
+        str(tmp_path / "set"),
+        "--out",
+        str(tmp_path / "scores"),
+        "--features",
+        autoencoder,
+    ]
+    networks = ["--inception", "none", "--vgg16", "none"]
+    printed = finish(
+        [sys.executable, str(ROOT / "launch" / "evaluate.py"), "reconstruction", *arguments, *networks]
+    )
+    assert [line.split(":")[0] for line in printed.splitlines() if ": " in line][:2] == ["psnr_db", "ssim"]
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())["scores"]
+    assert scores["feature_distance"]["of"] == "set" and scores["psnr_db"]["n"] == 5
+
+
 def test_a_wrong_key_names_the_nearest_one(inputs, tmp_path, capsys, monkeypatch) -> None:
     line = error_of(
         capsys, monkeypatch, command("t2i", inputs, tmp_path / "run", "engine.optimizer.learning_rate=1")

@@ -8,6 +8,7 @@ import pytest
 
 from data.sources.emoji import EmojiConfig
 from engine import config
+from launch.ablation import VARIANTS, AblationRun
 from launch.quickstart import QuickstartRun
 from launch.runs import EncodeRun, GeneratorRun, JudgeRun, StandInRun, TokenizerRun
 
@@ -16,13 +17,20 @@ KINDS: dict[str, type] = {
     "quickstart/data.yaml": EmojiConfig,
     "quickstart/run.yaml": QuickstartRun,
     "quickstart/standin.yaml": StandInRun,
+    "ablation/run.yaml": AblationRun,
+    "ablation/features.yaml": StandInRun,
     "quickstart/judge.yaml": JudgeRun,
     "quickstart/t2i.yaml": GeneratorRun,
     "quickstart/edit.yaml": GeneratorRun,
     "quickstart/latents.yaml": EncodeRun,
     **{f"quickstart/{stage}.yaml": TokenizerRun for stage in ("pivot", "bridge", "decoder")},
 }
-FOLDERS: dict[str, type] = {"tokenizer": TokenizerRun, "latents": EncodeRun, "generator": GeneratorRun}
+FOLDERS: dict[str, type] = {
+    "tokenizer": TokenizerRun,
+    "ablation": TokenizerRun,
+    "latents": EncodeRun,
+    "generator": GeneratorRun,
+}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +69,23 @@ def test_every_stage_starts_from_the_export_of_the_stage_before_it() -> None:
     for run in runs:
         if run.stage.init_from is not None:
             assert stage_of[run.stage.init_from] == before[run.stage.stage]
+
+
+def test_every_variant_of_the_ablation_differs_from_the_quickstarts_stage_in_what_it_is_named_after() -> None:
+    base = config.load(TokenizerRun, CONFIGS / "quickstart" / "pivot.yaml").stage
+    changed = {
+        "frozen": {"train_encoder"},
+        "no_pivot": {"w_pivot"},
+        "weight_100": {"w_pivot"},
+        "normalised": {"pivot_loss"},
+        "fixed_weight": {"adaptive_pivot"},
+        "joint": {"stage", "autoencoder", "gan_update_start_step", "gan_loss_start_step"},
+    }
+    assert changed.keys() == VARIANTS.keys()
+    for name, fields in changed.items():
+        stage = config.load(TokenizerRun, CONFIGS / "ablation" / f"{name}.yaml").stage
+        found = {key for key, value in vars(stage).items() if value != getattr(base, key)}
+        assert found == fields, name
 
 
 def test_encoding_further_sets_uses_the_first_ones_statistics() -> None:

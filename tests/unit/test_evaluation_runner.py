@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.config import UserError
-from evaluation.manifest import ImageSet, Item, write_image, write_manifest
+from evaluation.manifest import ImageSet, Item, write_class_folders, write_image, write_manifest
 from evaluation.runner import Measurement, estimates, evaluate
 from evaluation.suites.reconstruction import ReconstructionSuite
 
@@ -125,3 +125,19 @@ def test_reconstruction_suite_compares_each_image_with_its_own_original(tmp_path
     scores = evaluate(ReconstructionSuite(), tmp_path, tmp_path / "out")
     expected = (20 * math.log10(255) + 20 * math.log10(25.5)) / 2
     assert scores["scores"]["psnr_db"]["mean"] == pytest.approx(expected, abs=1e-9)  # PNG is lossless
+
+
+def test_class_folders_are_numbered_in_sorted_order(tmp_path: Path) -> None:
+    for folder, name in (("n02", "b.png"), ("n01", "a.png"), ("n02", "c.png")):
+        write_image(tmp_path / "images" / folder / name, torch.zeros(3, 4, 4, dtype=torch.uint8))
+    (tmp_path / "images" / "n01" / "notes.txt").write_text("no image")
+    write_class_folders(tmp_path / "images", tmp_path / "set", ("png", "jpeg"))
+    found = ImageSet.open(tmp_path / "set")
+    assert [(item.key, item.meta["label"]) for item in found.items] == [
+        ("n01/a.png", 0),
+        ("n02/b.png", 1),
+        ("n02/c.png", 1),
+    ]
+    assert found.read(found.items[0], "original").shape == (3, 4, 4)
+    with pytest.raises(UserError, match="one folder per class"):
+        write_class_folders(tmp_path / "images" / "n01", tmp_path / "other", ("png",))

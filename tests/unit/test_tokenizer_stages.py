@@ -97,6 +97,31 @@ def test_gradients_equal_those_of_the_plain_backward_passes(config: StageConfig)
     assert float(out.loss_sum.detach()) / 3 == pytest.approx(float(plain.detach()), rel=1e-5)
 
 
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+@pytest.mark.parametrize("kind", ["vit", "cnn"])
+def test_activation_checkpointing_changes_no_gradient(library: str, kind: str) -> None:
+    vit = VIT
+    if library == "transformers":
+        sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 32}
+        vit = RepresentationConfig(
+            "tiny", 32, "random", {"model_type": "dinov2", "patch_size": 8, **sizes}, library="transformers"
+        )
+    decoder = dataclasses.replace(
+        PLAIN.decoder, kind=kind, base_channels=32, channel_multipliers=(1, 1, 2, 2), blocks_per_level=1
+    )
+    autoencoder = dataclasses.replace(JOINT.autoencoder or PLAIN, representation=vit, decoder=decoder)
+    found = []
+    for checkpointing in (False, True):
+        config = dataclasses.replace(JOINT, autoencoder=autoencoder, activation_checkpointing=checkpointing)
+        objective = moved(build_stage(config))
+        objective.model.train()
+        objective.loss(batch(), step=0).loss_sum.backward()  # type: ignore[no-untyped-call]
+        found.append(gradients(objective.model))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():  # the same operations on the same numbers
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=0, msg=name)
+
+
 def test_bf16_autocast_keeps_the_direction_of_the_gradient() -> None:
     flat = []
     for enabled in (False, True):

@@ -1,0 +1,76 @@
+"""The paper's Tables 2 and 5 in miniature: launch/ablation.py (make ablation). Running it again continues.
+
+The quickstart's own steps are the base (done ones are skipped); each variant is one more stage in runs/ablation.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.config import load
+from launch import ablation_scores, entry, quickstart
+from launch.steps import Step, deepspeed, run_steps
+
+CONFIGS = "configs/ablation"
+BASE = ("data", "text", "standin", "pivot", "bridge", "decoder")
+VARIANTS = {
+    "frozen": "stage I with a frozen encoder",
+    "no_pivot": "stage I without pivot loss",
+    "weight_100": "stage I with w_piv = 1",
+    "normalised": "stage I with Norm-L2",
+    "fixed_weight": "stage I with lambda_piv = 1",
+    "joint": "a single stage",
+}
+
+
+@dataclass(frozen=True)
+class AblationRun:
+    """What is not in the config of a single step."""
+
+    root: str = "runs/ablation"
+    """Folder of the variants, beside the quickstart's."""
+    num_ranks: int = 2
+    """Processes of each training."""
+    scores: ablation_scores.ScoresConfig = field(default_factory=ablation_scores.ScoresConfig)
+    """On how much the variants are compared."""
+    out: str = "docs/results/ablation.md"
+    """The page that is written."""
+
+
+def main() -> None:
+    """Trains what is missing, scores every variant, writes the page."""
+    arguments = entry.config_parser(__doc__ or "", f"{CONFIGS}/run.yaml").parse_args()
+    run = entry.read_config(AblationRun, arguments)
+    if arguments.dry_run:
+        entry.print_config(run)
+        return
+    base = load(quickstart.QuickstartRun, f"{quickstart.CONFIGS}/run.yaml")
+    steps = {step.name: step for step in quickstart.build_steps(base, Path(base.root))}
+    run_steps(Path(base.root), [steps[name] for name in BASE])
+    root = Path(run.root)
+    run_steps(root, build_steps(run, root, Path(base.root)))
+    print(f"results: {run.out}", flush=True)
+
+
+def build_steps(run: AblationRun, root: Path, base: Path) -> list[Step]:
+    """Every variant in order, then the scores."""
+
+    def training(name: str, about: str, script: str = "tokenizer") -> Step:
+        config = f"{CONFIGS}/{name}.yaml"
+        return Step(
+            name, about, deepspeed(run.num_ranks, f"launch/train_{script}.py", "--config", config), (config,)
+        )
+
+    return [
+        training("features", "the network of the feature distance", "standin"),
+        *(training(name, about) for name, about in VARIANTS.items()),
+        Step(
+            "scores",
+            "score every variant",
+            lambda: ablation_scores.score(root, base, run.scores, Path(run.out)),
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

@@ -1,0 +1,80 @@
+"""The last step of the ablation: every variant on the same images, as one page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.images import decode_image, fit_image
+from data.shards import Sample
+from data.sources.emoji import EmojiConfig, EmojiSource
+from engine import files
+from engine.config import load
+from engine.loop import EXPORT
+from evaluation import emoji_images
+from evaluation.environment import machine
+from evaluation.features.interface import extract
+from evaluation.features.representation import RepresentationFeatures
+from evaluation.metrics.probe import accuracy, fit
+from evaluation.report.ablation import Row, page
+from evaluation.runner import evaluate
+from evaluation.suites.reconstruction import ReconstructionSuite
+from tokenizer.rpiae import Autoencoder
+
+DATA = "configs/quickstart/data.yaml"
+DISTANCE = "feature_distance"
+
+
+@dataclass(frozen=True)
+class ScoresConfig:
+    """On how much the variants are compared."""
+
+    num_images: int = 600
+    """Held-out scenes that are reconstructed."""
+    num_probe_train: int = 6000
+    """Identities that the linear probe is fitted to."""
+    num_probe_test: int = 1280
+    """Identities of another split that it is tested on."""
+
+
+def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
+    """Reconstruction scores of every variant, a linear probe of its encoder; docs page and ablation.json."""
+    features = RepresentationFeatures.load(root / "features" / EXPORT)
+    emoji = load(EmojiConfig, DATA)
+    scenes = emoji_images.read_samples(base / "data/scenes-validation", config.num_images)
+    probe_train = _identities(emoji, "identities-train", config.num_probe_train)
+    probe_test = _identities(emoji, "identities-validation", config.num_probe_test)
+    rows = []
+    for run_dir in [base / "pivot", base / "bridge", base / "decoder", *sorted(root.iterdir())]:
+        if not (run_dir / EXPORT / "config.json").is_file() or run_dir.name == "features":
+            continue
+        images = root / "evaluation" / "images" / run_dir.name
+        emoji_images.reconstructions(scenes, Autoencoder.load(run_dir / EXPORT), images)
+        suite = ReconstructionSuite(distances={DISTANCE: features})
+        found = evaluate(suite, images, root / "evaluation" / run_dir.name)["scores"]
+        encoder = RepresentationFeatures.load(run_dir / EXPORT)
+        probe = fit(extract(encoder, probe_train[0]), probe_train[1], emoji.num_identities)
+        top1 = accuracy(probe, extract(encoder, probe_test[0]), probe_test[1])
+        row = Row(
+            run_dir.name, found["psnr_db"]["mean"], found["ssim"]["mean"], found[DISTANCE]["mean"], top1
+        )
+        rows.append(row)
+        print(f"      {row.text()}", flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(out, page(rows, _machine(), num_images=len(scenes), num_probe=len(probe_test[1])))
+
+
+def _machine() -> str:
+    found = machine()
+    return f"{found['cores']} cores of {found['processor']}, GPU: {found['gpu']}"
+
+
+def _identities(config: EmojiConfig, name: str, count: int) -> tuple[Tensor, Tensor]:
+    """Images uint8 [count, 3, H, W] and labels int64 [count] of one split."""
+    source = EmojiSource(config, name, count)
+    samples: list[Sample] = [source.sample(index) for index in range(count)]
+    pixels = torch.stack([fit_image(decode_image(sample, "png"), config.image_px) for sample in samples])
+    return pixels, torch.arange(count) % config.num_identities
