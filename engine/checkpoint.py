@@ -53,27 +53,43 @@ def save(
             temporary / STATE, {**state, "format": FORMAT, "step": step, "num_ranks": ranks.world}
         )
         files.fsync_tree(temporary)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _remove(final)
         temporary.rename(final)
         files.fsync_directory(root)
         files.write_text(root / "latest", final.name + "\n")
         for old in list_complete(root)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     ranks.barrier()
 
 
 def list_complete(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Complete checkpoints, oldest first, as this rank's file system shows them."""
     return sorted(path.parent for path in root.glob(f"step_*/{STATE}"))
 
 
-def drop_newer(root: Path, directory: Path, ranks: Ranks) -> None:
-    """Removes the checkpoints after `directory`. Collective."""
-    ranks.barrier()
+def agreed(root: Path, ranks: Ranks) -> list[Path]:
+    """Complete checkpoints as the first rank sees them: other nodes may see a shared folder late. Collective."""
+    names = ranks.gather([path.name for path in list_complete(root)])[0]
+    return [root / name for name in names]
+
+
+def keep_alone(directory: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
+    """After a roll-back to `directory`: its state becomes `state`, and only then the newer ones go. Collective."""
     if ranks.is_first:
-        for newer in [path for path in list_complete(root) if path > directory]:
-            shutil.rmtree(newer)
+        files.write_json(directory / STATE, dict(state))
+        for newer in [path for path in list_complete(directory.parent) if path > directory]:
+            _remove(newer)
+        files.write_text(directory.parent / "latest", directory.name + "\n")
     ranks.barrier()
+
+
+def _remove(directory: Path) -> None:
+    """Under another name first: killed in between, nothing is left that looks complete."""
+    hidden = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    directory.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def load(

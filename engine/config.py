@@ -40,6 +40,11 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     return from_dict(cls, tree, where=str(path))
 
 
+def resolve(path: str | Path) -> dict[str, Any]:
+    """What one YAML says with all it extends, as plain values, unchecked. Raises ConfigError as `load` does."""
+    return _read_tree(Path(path))
+
+
 def from_dict(cls: type[T], tree: Mapping[str, Any], where: str = "config") -> T:
     """Builds the dataclass `cls` from nested mappings. Raises ConfigError naming `where` and the key."""
     built: T = _build(cls, tree, where, "")

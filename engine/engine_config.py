@@ -49,5 +49,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):
             raise ConfigError(f"zero_stage is {self.zero_stage}; choose 1, 2 or 3")
+        if self.on_alarm == "roll_back" and self.keep_checkpoints < 2:
+            raise ConfigError(
+                "on_alarm roll_back needs keep_checkpoints of at least 2: the newest one may hold what went wrong"
+            )
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; it must be at least 1")

@@ -13,10 +13,7 @@ from engine import masters
 from engine.config import UserError
 from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
-from engine.objective import Batch, Objective
-
-HISTORY_WINDOWS = 20
-"""Log windows that an objective sees when it is asked for alarms."""
+from engine.objective import HISTORY_WINDOWS, Batch, Objective
 
 
 class Guard:
@@ -38,7 +35,8 @@ class Guard:
         self.nonfinite_steps += 1
         folder = self._run_dir / "nonfinite"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step_{step:08d}_rank_{self._ranks.rank:05d}.pt"
+        again = f"_roll_back_{self._roll_backs}" if self._roll_backs else ""  # the same step, other data
+        path = folder / f"step_{step:08d}_rank_{self._ranks.rank:05d}{again}.pt"
         torch.save([batch.__dict__ for batch in batches], path)
         self._say(f"step {step}: non-finite loss or gradient, step not taken; batch kept in {path}")
         if self.nonfinite_steps < self._config.max_nonfinite_steps:
@@ -100,7 +98,7 @@ class Guard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes what `state_dict` gave."""
-        self.nonfinite_steps, self._roll_backs = state["nonfinite_steps"], state["roll_backs"]
+        self.nonfinite_steps, self._roll_backs = state["nonfinite_steps"], state.get("roll_backs", 0)
 
     def _say(self, text: str) -> None:
         if self._ranks.is_first:

@@ -187,19 +187,23 @@ class _Run:
             nonfinite_steps=self.guard.nonfinite_steps,
             memory_gib=self.ranks.peak_memory_gib(),
         )
+        values = self.ranks.gather(values)[0]  # rates differ between ranks; decisions must not
         if self.log:
             self.log.metrics(values, self.config.steps, eta_s)
         self.guard.look(self.step, values)
 
     def _roll_back(self) -> None:
-        """Weights, optimizers, averages and step of the oldest checkpoint kept; data from where they are now."""
-        alarm_step, root = self.step, self.run_dir / CHECKPOINTS
-        complete = checkpoint.list_complete(root)
+        """Weights, optimizers, averages and step of the oldest checkpoint kept; data from where they are now.
+
+        The checkpoint takes over the data's position, so that a restart does not meet the bad batches again.
+        """
+        alarm_step = self.step
+        complete = checkpoint.agreed(self.run_dir / CHECKPOINTS, self.ranks)
         reason = self.guard.begin_roll_back(alarm_step, bool(complete))
-        checkpoint.drop_newer(root, complete[0], self.ranks)
-        self._load(complete[0])
+        state = self._load(complete[0])
         self._window = Window(self.ranks)
-        self._save()  # with the data's present position: a restart must not meet the bad batches again
+        state = {**state, "data": self._data_state(), **self.guard.state_dict()}
+        checkpoint.keep_alone(complete[0], state, self.ranks)
         if self.log:
             self.log.rewind(self.step)
             self.log.line(f"rolled back from step {alarm_step} to step {self.step}: {reason}")
@@ -224,15 +228,13 @@ class _Run:
 
     def _save(self) -> None:
         self.guard.check_replicas(self.step, self.engines)
-        sources = self.ranks.gather(self.source.state_dict())
-        merged = {**sources[0], "streams": {k: v for state in sources for k, v in state["streams"].items()}}
         checkpoint.save(
             self.run_dir / CHECKPOINTS,
             step=self.step,
             engines=self.engines,
             ema=self.ema,
             state={
-                "data": merged,
+                "data": self._data_state(),
                 "fingerprints": dict(self.objective.fingerprints()),
                 **self.guard.state_dict(),
             },
@@ -240,8 +242,13 @@ class _Run:
             keep=self.config.keep_checkpoints,
         )
 
+    def _data_state(self) -> dict[str, Any]:
+        """The data's position on all ranks. Collective."""
+        sources = self.ranks.gather(self.source.state_dict())
+        return {**sources[0], "streams": {k: v for state in sources for k, v in state["streams"].items()}}
+
     def _resume(self) -> None:
-        complete = checkpoint.list_complete(self.run_dir / CHECKPOINTS)
+        complete = checkpoint.agreed(self.run_dir / CHECKPOINTS, self.ranks)
         if complete:
             state = self._load(complete[-1])
             self.guard.load_state_dict(state)

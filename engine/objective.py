@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 BatchT = TypeVar("BatchT", bound="Batch")
+HISTORY_WINDOWS = 20
+"""Log windows that an objective sees when it is asked for alarms."""
 
 
 class Batch(Protocol):
@@ -86,7 +88,7 @@ class Objective(Protocol):
     def alarms(self, history: Sequence[Mapping[str, float]]) -> Sequence[str]:
         """What looks wrong, one sentence each; empty when nothing does.
 
-        `history`: the logged means of the last windows, oldest first, the same numbers on every rank.
+        `history`: the logged means of the last HISTORY_WINDOWS windows, oldest first, the same numbers on every rank.
         """
 
     def describe(self) -> Sequence[str]:

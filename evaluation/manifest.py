@@ -108,13 +108,13 @@ def write_manifest(directory: str | Path, items: Iterable[Item]) -> None:
     files.write_text(Path(directory) / MANIFEST_NAME, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_class_folders(images: str | Path, out: str | Path, suffixes: Sequence[str]) -> None:
-    """Manifest of a folder with one folder per class, as ImageNet's validation set is kept.
+def write_class_folders(images: str | Path, out: str | Path, suffixes: Sequence[str]) -> int:
+    """Manifest of a folder with one folder per class, as ImageNet's validation set is kept; the number of classes.
 
     `original` is the file where it lies, meta.label the place of its folder in the sorted list of folders. Raises
     UserError: no such folders, or no images in them.
     """
-    folders = sorted(path for path in Path(images).glob("*") if path.is_dir())
+    folders = sorted(path for path in Path(images).glob("[!.]*") if path.is_dir())
     items = [
         Item(f"{folder.name}/{path.name}", {"original": str(path.resolve())}, {"label": label})
         for label, folder in enumerate(folders)
@@ -124,6 +124,7 @@ def write_class_folders(images: str | Path, out: str | Path, suffixes: Sequence[
     if not items:
         raise UserError(f"{images}: holds no images in one folder per class ({', '.join(suffixes)})")
     write_manifest(out, items)
+    return len(folders)
 
 
 def write_image(path: str | Path, pixels: Tensor) -> None:

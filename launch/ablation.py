@@ -3,11 +3,13 @@
 The quickstart's own steps are the base (done ones are skipped); each variant is one more stage in runs/ablation.
 """
 
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.config import load
+from engine import files
+from engine.config import load, to_dict
 from launch import ablation_scores, entry, quickstart
 from launch.steps import Step, deepspeed, run_steps
 
@@ -39,7 +41,9 @@ class AblationRun:
 
 def main() -> None:
     """Trains what is missing, scores every variant, writes the page."""
-    arguments = entry.config_parser(__doc__ or "", f"{CONFIGS}/run.yaml").parse_args()
+    parser = entry.config_parser(__doc__ or "", f"{CONFIGS}/run.yaml")
+    parser.add_argument("--fresh", action="store_true", help="remove the variants and train them again")
+    arguments = parser.parse_args()
     run = entry.read_config(AblationRun, arguments)
     if arguments.dry_run:
         entry.print_config(run)
@@ -48,6 +52,8 @@ def main() -> None:
     steps = {step.name: step for step in quickstart.build_steps(base, Path(base.root))}
     run_steps(Path(base.root), [steps[name] for name in BASE])
     root = Path(run.root)
+    if arguments.fresh:
+        shutil.rmtree(root, ignore_errors=True)
     run_steps(root, build_steps(run, root, Path(base.root)))
     print(f"results: {run.out}", flush=True)
 
@@ -55,20 +61,20 @@ def main() -> None:
 def build_steps(run: AblationRun, root: Path, base: Path) -> list[Step]:
     """Every variant in order, then the scores."""
 
+    trained_on = files.read_json(base / "steps" / f"{BASE[-1]}.json")["identity"]
+
     def training(name: str, about: str, script: str = "tokenizer") -> Step:
         config = f"{CONFIGS}/{name}.yaml"
-        return Step(
-            name, about, deepspeed(run.num_ranks, f"launch/train_{script}.py", "--config", config), (config,)
-        )
+        command = [f"launch/train_{script}.py", "--config", config, f"run_dir={root}/{name}"]
+        return Step(name, about, deepspeed(run.num_ranks, *command), (config,), trained_on)
+
+    def score() -> None:
+        ablation_scores.score(root, base, run.scores, Path(run.out))
 
     return [
         training("features", "the network of the feature distance", "standin"),
         *(training(name, about) for name, about in VARIANTS.items()),
-        Step(
-            "scores",
-            "score every variant",
-            lambda: ablation_scores.score(root, base, run.scores, Path(run.out)),
-        ),
+        Step("scores", "score every variant", score, settings=[to_dict(run.scores), run.out]),
     ]
 
 

@@ -41,7 +41,7 @@ class ScoresConfig:
 
 
 def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
-    """Reconstruction scores of every variant, a linear probe of its encoder; docs page and ablation.json."""
+    """Reconstruction scores of every variant, a linear probe of its encoder; the page."""
     features = RepresentationFeatures.load(root / "features" / EXPORT)
     emoji = load(EmojiConfig, DATA)
     scenes = emoji_images.read_samples(base / "data/scenes-validation", config.num_images)
@@ -64,7 +64,16 @@ def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
         rows.append(row)
         print(f"      {row.text()}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(out, page(rows, _machine(), num_images=len(scenes), num_probe=len(probe_test[1])))
+    files.write_text(
+        out,
+        page(
+            rows,
+            _machine(),
+            num_images=len(scenes),
+            num_probe=len(probe_test[1]),
+            num_classes=emoji.num_identities,
+        ),
+    )
 
 
 def _machine() -> str:

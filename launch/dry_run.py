@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import nn
 
@@ -13,8 +11,8 @@ from engine.engine_config import EngineConfig
 from engine.objective import Objective
 from generator.model import Generator
 from launch.runs import GeneratorRun, TokenizerRun
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig, read_config
-from tokenizer.stages import StageConfig
+from tokenizer.rpiae import Autoencoder, without_download
+from tokenizer.stages import autoencoder_config
 
 GPU_COUNTS = (1, 8, 32)
 FLOPS_PER_GPU = 400e12
@@ -25,7 +23,7 @@ PAPER_LATENTS = LatentInfo("bf16", (64, 16, 16), (0.0,) * 64, (1.0,) * 64, "", "
 def tokenizer_run(run: TokenizerRun) -> str:
     """Report of a tokenizer stage."""
     with torch.device("meta"):
-        model = Autoencoder(autoencoder_config(run.stage))
+        model = Autoencoder(without_download(autoencoder_config(run.stage)))
     pivot = ("encoder", "decoder") if run.stage.train_encoder else ("decoder",)
     trained = {"pivot": pivot, "bridge": ("bridge",), "decoder": ("decoder",)}
     parts = {name: part for name, part in model.named_children() if name in ("encoder", "bridge", "decoder")}
@@ -102,15 +100,3 @@ def _report(
         gib = state_bytes(engine, num_trained, sum(counts.values()) - num_trained, gpus) / 2**30
         lines.append(f"  {gpus:3d}: {gib:6.2f} GiB, {flops / (FLOPS_PER_GPU * gpus) / 3600:8.2f} h")
     return "\n".join(lines)
-
-
-def autoencoder_config(stage: StageConfig) -> AutoencoderConfig:
-    """The stage's autoencoder, shapes only: nothing is downloaded, and of an export only config.json is read."""
-    config = stage.autoencoder
-    if config is None:
-        assert stage.init_from is not None
-        config = read_config(stage.init_from)
-    if stage.bridge is not None:
-        config = dataclasses.replace(config, bridge=stage.bridge)
-    representation = dataclasses.replace(config.representation, weights="random")
-    return dataclasses.replace(config, representation=representation)

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from data.images import IMAGE_PARTS
+from engine.config import UserError
 from evaluation.features.inception import InceptionFeatures
 from evaluation.features.interface import FeatureExtractor
 from evaluation.features.representation import RepresentationFeatures
-from evaluation.linear_head import HEADS, HeadClassifier, LinearHead
+from evaluation.linear_head import HEADS, NUM_CLASSES, HeadClassifier, LinearHead
 from evaluation.manifest import write_class_folders
 from evaluation.metrics.lpips import Lpips
 from evaluation.runner import evaluate
@@ -49,7 +50,9 @@ def _reconstruction(arguments: argparse.Namespace) -> dict[str, dict[str, float]
 def _linear(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     head = LinearHead.load(arguments.head, arguments.head_weights, arguments.model_weights)
     classifier = HeadClassifier(Autoencoder.load(arguments.autoencoder).encoder, head, _device())
-    write_class_folders(arguments.images, arguments.out / "images", IMAGE_PARTS)
+    num_classes = write_class_folders(arguments.images, arguments.out / "images", IMAGE_PARTS)
+    if num_classes != NUM_CLASSES:  # labels are places in the sorted list: they would name other classes
+        raise UserError(f"{arguments.images}: {num_classes} class folders, the head names {NUM_CLASSES}")
     return dict(evaluate(LinearProbeSuite(classifier), arguments.out / "images", arguments.out)["scores"])
 
 

@@ -21,9 +21,12 @@ def main() -> None:
     emoji.add_argument("--out", type=Path, required=True, help="folder of the six data sets")
     emoji.add_argument("--processes", type=int, default=2, help="the bytes do not depend on it")
     emoji.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config to change")
-    folder = commands.add_parser("folder", help="a folder of images with captions")
+    folder = commands.add_parser("folder", help="a folder of images with captions, or one folder per class")
     folder.add_argument("--images", type=Path, required=True)
     folder.add_argument("--captions", type=Path, help='jsonl of {"file", "caption"}; without it NAME.txt')
+    folder.add_argument(
+        "--labels", action="store_true", help="folders below --images are classes; no captions"
+    )
     folder.add_argument("--out", type=Path, required=True, help="folder of the data set")
     folder.add_argument("--reject-bad", action="store_true", help="list bad items in rejected.jsonl, go on")
     folder.add_argument("--max-samples-per-shard", type=int, default=10_000)
@@ -41,7 +44,7 @@ def _emoji(arguments: argparse.Namespace) -> list[str]:
 
 
 def _folder(arguments: argparse.Namespace) -> list[str]:
-    source = FolderSource(arguments.images, arguments.captions)
+    source = FolderSource(arguments.images, arguments.captions, labels=arguments.labels)
     report = Progress(len(source)).show
     shard = arguments.max_samples_per_shard
     ledger = write_source(source, arguments.out, shard, reject_bad=arguments.reject_bad, report=report)

@@ -1,8 +1,8 @@
 """One real step of every phase of a tokenizer stage, before it is launched: deepspeed launch/preflight.py --config FILE
 
-Random weights and random images: nothing is downloaded or read, so run it on the machine that will train. Prints time
-and highest memory of each phase: losses alone, with the discriminator's update, with its loss; then samples, checkpoint
-and export.
+Random weights and random images: nothing is downloaded, and of an earlier stage's export only config.json is read. Run
+it on the machine that will train. Prints time and highest memory of each phase: losses alone, with the discriminator's
+update, with its loss; then samples, checkpoint and export.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from engine import distributed
+from engine.config import UserError
 from engine.loop import train
 from launch import dry_run, entry
 from launch.runs import TokenizerRun
@@ -23,7 +24,7 @@ PHASES = ("losses", "and the discriminator's update", "and its loss for the deco
 
 
 def main() -> None:
-    """Takes one step per phase with the real loop, in a temporary folder."""
+    """Takes one step per phase with the real loop, in a temporary folder beside the run's."""
     arguments = entry.config_parser(__doc__ or "", "configs/tokenizer/pivot.yaml").parse_args()
     run = entry.read_config(TokenizerRun, arguments)
     if arguments.dry_run:
@@ -39,14 +40,15 @@ def main() -> None:
         log_every_steps=1,
         checkpoint_every_steps=len(phases),
         sample_every_steps=0,
+        on_alarm="warn",
         wandb="disabled",
     )
     ranks = distributed.start()
+    if ranks.world > run.data.num_streams:
+        raise UserError(f"{ranks.world} ranks, but data.num_streams is {run.data.num_streams}; raise it")
     source = SyntheticPixels(run.pixels, ranks.rank, ranks.world)
-    objective = build_untrained(
-        stage, dry_run.autoencoder_config(stage), source.pixels(run.num_preview_images)
-    )
-    folder = Path(ranks.gather(tempfile.mkdtemp(prefix="preflight-") if ranks.is_first else "")[0])
+    objective = build_untrained(stage, source.pixels(run.num_preview_images))
+    folder = Path(ranks.gather(_folder_beside(run.run_dir) if ranks.is_first else "")[0])
     try:
         train(objective, source, engine, run_dir=folder, resolved={}, ranks=ranks)
         after_gib = ranks.peak_memory_gib()
@@ -64,6 +66,13 @@ def main() -> None:
         if ranks.is_first:
             shutil.rmtree(folder, ignore_errors=True)
     distributed.stop()
+
+
+def _folder_beside(run_dir: str) -> str:
+    """On the file system that the training will use: a checkpoint is gigabytes, and all nodes must see it."""
+    parent = Path(run_dir).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.mkdtemp(prefix=".preflight-", dir=parent)
 
 
 if __name__ == "__main__":

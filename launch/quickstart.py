@@ -60,13 +60,14 @@ def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
     data = python(
         "launch/make_shards.py", "emoji", "--config", f"{CONFIGS}/data.yaml", "--out", f"{root}/data"
     )
+    text = python(
+        "launch/train_text_tokenizer.py",
+        *("--shards", f"{root}/data/scenes-train", f"{root}/data/edits-train", "--samples", "4000"),
+        *("--vocab-size", str(run.num_text_tokens), "--out", f"{root}/text_tokenizer"),
+    )
     return [
         Step("data", "compose emoji scenes and edits, write shards", data, (f"{CONFIGS}/data.yaml",)),
-        Step(
-            "text",
-            "train the text tokenizer on the captions",
-            lambda: quickstart_scores.text(root, run.num_text_tokens),
-        ),
+        Step("text", "train the text tokenizer on the captions", text),
         training("standin", "train a small ViT on emoji identity; it stands in for DINOv2"),
         training("pivot", "stage I: encoder and decoder, pivoted on the frozen replica"),
         training("bridge", "stage II: the Variational Bridge"),

@@ -1,12 +1,10 @@
-"""The quickstart's own two steps: a text tokenizer from the captions, and the judging at the end."""
+"""The quickstart's last step: making image sets with what was trained, and judging them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.packing import read_captions
-from data.text import train_text_tokenizer
 from engine.loop import EXPORT
 from evaluation import emoji_images
 from evaluation.judges.emoji import Judge
@@ -23,7 +21,6 @@ NOTES = [
     "The perceptual loss compares features of that stand-in: LPIPS needs VGG16's weights, a download.",
     "The discriminator's frozen features are the stand-in's, where the paper uses DINOv2-S.",
 ]
-CAPTIONS_FOR_TEXT = 4000
 
 
 @dataclass(frozen=True)
@@ -36,17 +33,6 @@ class ScoresConfig:
     """Held-out edits."""
     t2i: SamplingConfig = field(default_factory=SamplingConfig)
     edit: SamplingConfig = field(default_factory=SamplingConfig)
-
-
-def text(root: Path, vocab_size: int) -> None:
-    """Trains the text tokenizer on captions and instructions of the training sets."""
-    captions = [
-        caption
-        for name in ("scenes-train", "edits-train")
-        for sample in emoji_images.read_samples(root / "data" / name, CAPTIONS_FOR_TEXT)
-        for caption in read_captions(sample)
-    ]
-    train_text_tokenizer(captions, root / "text_tokenizer", vocab_size)
 
 
 def score(root: Path, config: ScoresConfig) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import files
-from engine.config import UserError
+from engine.config import UserError, resolve
 from engine.distributed import free_port
 from engine.logs import seconds_text
 
@@ -25,12 +25,14 @@ LINES_ON_FAILURE = 15
 
 @dataclass(frozen=True)
 class Step:
-    """One step: a command line, or a function of this process. `inputs` are files whose content it depends on."""
+    """One step: a command line, or a function of this process. `inputs` are the configs (YAML) it depends on."""
 
     name: str
     about: str
     work: Sequence[str] | Callable[[], None]
     inputs: tuple[str, ...] = ()
+    settings: Any = None
+    """Further JSON-able values it depends on."""
 
 
 def run_steps(root: Path, steps: Sequence[Step]) -> None:
@@ -41,7 +43,7 @@ def run_steps(root: Path, steps: Sequence[Step]) -> None:
     done_before = ""
     for number, step in enumerate(steps, 1):
         marker = root / "steps" / f"{step.name}.json"
-        identity = files.digest([_command_text(step), *map(files.sha256, step.inputs), done_before])
+        identity = files.digest([_command_text(step), *map(resolve, step.inputs), step.settings, done_before])
         done_before = identity
         state: dict[str, Any] = {"identity": identity, "seconds": 0.0, "done": False}
         if marker.exists():

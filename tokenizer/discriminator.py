@@ -124,6 +124,7 @@ class Heads(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(Head(width, config.kernel_size) for _ in config.depths)
         self._step = -1
+        self.register_load_state_dict_post_hook(_forget_step)  # type: ignore[no-untyped-call]
 
     def begin_step(self, step: int) -> None:
         """Call before the first use in a global step: updates the spectral norms once."""
@@ -137,6 +138,12 @@ class Heads(nn.Module):
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         """One [B, D, N] per depth -> logits [B, depths * N]."""
         return torch.cat([head(level) for head, level in zip(self.heads, levels, strict=True)], dim=1)
+
+
+def _forget_step(heads: nn.Module, _incompatible: object) -> None:
+    """Loaded weights stand before their step's power iteration, whatever was done before."""
+    assert isinstance(heads, Heads)
+    heads._step = -1
 
 
 def frozen_logits(heads: Heads, levels: Sequence[Tensor]) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from engine.config import ConfigError
+from engine.objective import HISTORY_WINDOWS
 
 LOWEST_ACCURACY = 0.05
 
@@ -22,6 +26,10 @@ class HealthConfig:
     saturated_share: float = 0.5
     """Share of micro-batches in which an adaptive weight stands at its ceiling."""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.windows <= HISTORY_WINDOWS:
+            raise ConfigError(f"health.windows is {self.windows}; it must be in 1..{HISTORY_WINDOWS}")
+
 
 def alarms(history: Sequence[Mapping[str, float]], config: HealthConfig) -> list[str]:
     """One sentence for each thing that looked wrong in all of the last `config.windows` windows.
@@ -32,11 +40,9 @@ def alarms(history: Sequence[Mapping[str, float]], config: HealthConfig) -> list
     if len(recent) < config.windows:
         return []
     found = []
-    if config.collapse_db > 0 and all("psnr" in window for window in history):
-        best = max(window["psnr"] for window in history)
-        now = max(window["psnr"] for window in recent)
-        if best - now > config.collapse_db:
-            found.append(f"the reconstruction fell from {best:.1f} to {now:.1f} dB")
+    known, now = (_finite("psnr", windows) for windows in (history, recent))
+    if config.collapse_db > 0 and now and max(known) - max(now) > config.collapse_db:
+        found.append(f"the reconstruction fell from {max(known):.1f} to {max(now):.1f} dB")
     real = [window.get("adversary_accuracy_real") for window in recent]
     fake = [window.get("adversary_accuracy_fake") for window in recent]
     pairs = [(r, f) for r, f in zip(real, fake, strict=True) if r is not None and f is not None]
@@ -49,3 +55,9 @@ def alarms(history: Sequence[Mapping[str, float]], config: HealthConfig) -> list
         if all(window.get(name, 0.0) > config.saturated_share for window in recent):
             found.append(f"{name.removesuffix('_saturated')} stands at its ceiling")
     return found
+
+
+def _finite(name: str, windows: Sequence[Mapping[str, float]]) -> list[float]:
+    """Values of a metric; a window with a non-finite step has none."""
+    values = [window[name] for window in windows if name in window]
+    return [value for value in values if math.isfinite(value)]

@@ -34,7 +34,9 @@ class PivotObjective(StageObjective):
     def __init__(
         self, config: StageConfig, autoencoder: Autoencoder, validation_pixels: Tensor | None
     ) -> None:
-        self.replica = copy.deepcopy(autoencoder.encoder).requires_grad_(False).eval()
+        self.replica = autoencoder.encoder
+        if config.train_encoder:
+            self.replica = copy.deepcopy(autoencoder.encoder).requires_grad_(False).eval()
         trained = autoencoder if config.train_encoder else autoencoder.decoder
         super().__init__(config, autoencoder, validation_pixels, trained=(trained,), anchors=(self.replica,))
 
@@ -44,7 +46,8 @@ class PivotObjective(StageObjective):
         self.replica.to(device)
 
     def loss(self, batch: PixelBatch, step: int) -> LossOutput:
-        """Both networks forward once and backward once; adaptive weights as in tokenizer/adaptive.py."""
+        """Both networks forward once; adaptive weights as in tokenizer/adaptive.py (lambda_pivot costs one more
+        way back through D, without its parameters)."""
         pixels_01, count = batch.pixels_01, self.count(batch)
         f_BDYX = self.model.features(pixels_01)
         decoder_input, extra, extra_metrics = self._decoder_input(f_BDYX, batch.seed)
@@ -133,18 +136,20 @@ class DecoderObjective(StageObjective):
     def __init__(
         self, config: StageConfig, autoencoder: Autoencoder, validation_pixels: Tensor | None
     ) -> None:
-        frozen = (autoencoder.encoder, *([] if autoencoder.bridge is None else [autoencoder.bridge]))
+        assert autoencoder.bridge is not None
         super().__init__(
-            config, autoencoder, validation_pixels, trained=(autoencoder.decoder,), anchors=frozen
+            config,
+            autoencoder,
+            validation_pixels,
+            trained=(autoencoder.decoder,),
+            anchors=(autoencoder.encoder, autoencoder.bridge),
         )
 
     def loss(self, batch: PixelBatch, step: int) -> LossOutput:
         """D forward once and backward once."""
         pixels_01 = batch.pixels_01
         with torch.no_grad():
-            f_BDYX = self.model.encode(pixels_01)
-            if self.model.bridge is not None:
-                f_BDYX = self.model.bridge.decoder(f_BDYX)
+            f_BDYX = self.bridge.decoder(self.model.encode(pixels_01))
         pixels_hat = self.model.decoder(f_BDYX)
         last_weight = self.model.decoder.last_weight
         terms = self.image_loss.terms(pixels_hat, pixels_01, last_weight, seed=batch.seed, step=step)

@@ -6,6 +6,7 @@ input px.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -52,6 +53,11 @@ class RepresentationConfig:
                 hint = model_names.closest(self.name, [])
                 raise ConfigError(f"representation '{self.name}' is no short name: give input_px; {hint}")
             object.__setattr__(self, "input_px", known.input_px)
+
+
+def without_weights(config: RepresentationConfig) -> RepresentationConfig:
+    """The same model, with nothing to download: its weights are left to the caller."""
+    return dataclasses.replace(config, weights="random")
 
 
 class Representation(nn.Module):

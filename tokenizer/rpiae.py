@@ -17,7 +17,7 @@ from tokenizer.bridge import Bridge, BridgeConfig
 from tokenizer.cnn_decoder import CnnDecoder
 from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, fingerprint, read_tree
 from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig
-from tokenizer.representation import Representation, RepresentationConfig
+from tokenizer.representation import Representation, RepresentationConfig, without_weights
 from tokenizer.weights import load_exact, read_tensors
 
 __all__ = [
@@ -132,5 +132,4 @@ def read_config(directory: str | Path) -> AutoencoderConfig:
 
 def without_download(config: AutoencoderConfig) -> AutoencoderConfig:
     """The same shapes, with E's weights left to the caller."""
-    representation = dataclasses.replace(config.representation, weights="random")
-    return dataclasses.replace(config, representation=representation)
+    return dataclasses.replace(config, representation=without_weights(config.representation))

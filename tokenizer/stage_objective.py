@@ -53,7 +53,7 @@ class StageObjective:
         self.adversary = self.image_loss.heads
         if config.activation_checkpointing:
             self.model.checkpoint_activations()
-        self.model.requires_grad_(False)
+        self.model.train().requires_grad_(False)  # one from an export comes in evaluation mode
         for module in trained:
             module.requires_grad_(True)
         self._fingerprints = {"initial_weights": state_hash(*anchors), **self.image_loss.fingerprints()}

@@ -14,8 +14,8 @@ from tokenizer.objectives import (
     JointObjective,
     PivotObjective,
 )
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from tokenizer.representation import without_weights
+from tokenizer.rpiae import Autoencoder, AutoencoderConfig, read_config, without_download
 from tokenizer.stage_config import StageConfig
 from tokenizer.stage_objective import StageObjective
 
@@ -26,6 +26,7 @@ __all__ = [
     "PivotObjective",
     "StageConfig",
     "StageObjective",
+    "autoencoder_config",
     "build_stage",
     "build_untrained",
 ]
@@ -50,45 +51,60 @@ def build_stage(config: StageConfig, validation_pixels: Tensor | None = None) ->
         return OBJECTIVES[config.stage](config, _initial_autoencoder(config), validation_pixels)
 
 
-def build_untrained(
-    config: StageConfig, autoencoder: AutoencoderConfig, validation_pixels: Tensor | None = None
-) -> StageObjective:
-    """The same objective with random weights in every network: to measure, nothing is read or downloaded."""
+def build_untrained(config: StageConfig, validation_pixels: Tensor | None = None) -> StageObjective:
+    """The same objective with random weights in every network: to measure, nothing is downloaded, and of an
+    export only config.json is read. Raises UserError as `build_stage` does."""
+    shapes = without_download(autoencoder_config(config))
     perceptual = dataclasses.replace(config.perceptual, vgg16_weights="random")
     if perceptual.representation is not None:
-        representation = untrained(perceptual.representation)
-        perceptual = dataclasses.replace(perceptual, representation=representation)
+        perceptual = dataclasses.replace(
+            perceptual, representation=without_weights(perceptual.representation)
+        )
     discriminator = config.discriminator
     if discriminator is not None:
-        representation = untrained(discriminator.representation)
-        discriminator = dataclasses.replace(discriminator, representation=representation)
+        features = without_weights(discriminator.representation)
+        discriminator = dataclasses.replace(discriminator, representation=features)
     config = dataclasses.replace(config, perceptual=perceptual, discriminator=discriminator)
-    autoencoder = dataclasses.replace(autoencoder, representation=untrained(autoencoder.representation))
-    return OBJECTIVES[config.stage](config, Autoencoder(autoencoder), validation_pixels)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return OBJECTIVES[config.stage](config, Autoencoder(shapes), validation_pixels)
 
 
-def untrained(representation: RepresentationConfig) -> RepresentationConfig:
-    """The same model, not downloaded."""
-    return dataclasses.replace(representation, weights="random")
+def autoencoder_config(config: StageConfig) -> AutoencoderConfig:
+    """Shapes of what the stage works on, the bridge it adds included; of an export only config.json is read.
 
-
-def _initial_autoencoder(config: StageConfig) -> Autoencoder:
-    if config.autoencoder is not None:
-        model = Autoencoder(config.autoencoder)
-    else:
+    Raises UserError: no export there, an autoencoder that does not suit the stage.
+    """
+    found = config.autoencoder
+    if found is None:
         assert config.init_from is not None
-        model = Autoencoder.load(config.init_from)
+        found = read_config(config.init_from)
     where = config.init_from or "autoencoder"
-    if config.stage == "pivot" and model.bridge is not None:
+    if config.stage == "pivot" and found.bridge is not None:
         raise ConfigError(
             f"{where}: has a bridge, the pivot stage trains without; remove it, or use stage joint"
         )
     if config.bridge is not None:
-        if model.bridge is not None:
+        if found.bridge is not None:
             raise UserError(f"{where}: already has a bridge; remove the section 'bridge' to train it further")
-        model.add_bridge(config.bridge)
-    if config.stage in ("bridge", "joint") and model.bridge is None:
+        found = dataclasses.replace(found, bridge=config.bridge)
+    if config.stage in ("bridge", "joint") and found.bridge is None:
         raise ConfigError(
             f"{where}: has no bridge, which stage {config.stage} trains; add a section 'bridge'"
         )
+    if config.stage == "decoder" and found.bridge is None:
+        raise UserError(
+            f"{where}: has no bridge; give the bridge stage's export (RAE's decoder: stage pivot, train_encoder false)"
+        )
+    return found
+
+
+def _initial_autoencoder(config: StageConfig) -> Autoencoder:
+    autoencoder_config(config)  # its checks, before anything is loaded
+    if config.autoencoder is not None:
+        return Autoencoder(config.autoencoder)
+    assert config.init_from is not None
+    model = Autoencoder.load(config.init_from)
+    if config.bridge is not None:
+        model.add_bridge(config.bridge)
     return model

@@ -96,7 +96,7 @@ TRENDS = (
 )
 
 
-def page(rows: Sequence[Row], machine: str, *, num_images: int, num_probe: int) -> str:
+def page(rows: Sequence[Row], machine: str, *, num_images: int, num_probe: int, num_classes: int) -> str:
     """Markdown. Variants that are missing leave their trends out."""
     known = {row.name: row for row in rows}
     lines = [
@@ -106,7 +106,7 @@ def page(rows: Sequence[Row], machine: str, *, num_images: int, num_probe: int) 
         "training: this shows that every variant runs, and which of the paper's trends already appear; it is no "
         f"substitute for ImageNet. {num_images} held-out scenes are reconstructed. The feature distance is "
         "Fréchet's in the features of a ViT that no tokenizer has seen (smaller is better; not FID). The probe is "
-        "the top-1 of a linear classifier of 160 identities on the encoder's mean patch token, "
+        f"the top-1 of a linear classifier of {num_classes} identities on the encoder's mean patch token, "
         f"{num_probe} test images, with its 95 % interval.",
         "",
         "| variant | PSNR dB | SSIM | feature distance | linear probe |",

@@ -262,7 +262,7 @@ def test_latents_of_another_tokenizer_are_refused(inputs, finished, tmp_path, ca
 
 def test_missing_data_of_the_papers_run_is_one_line(capsys, monkeypatch) -> None:
     line = error_of(capsys, monkeypatch, [sys.executable, str(ROOT / "launch" / "train_t2i.py")])
-    assert "data/cc12m-latents" in line and "make_shards" in line
+    assert "datasets/cc12m-latents" in line and "make_shards" in line
 
 
 def test_an_empty_caption_stops_the_encoding_and_names_the_sample(inputs, tmp_path) -> None:

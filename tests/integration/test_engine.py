@@ -171,6 +171,28 @@ def test_roll_back_takes_other_batches_and_survives_a_kill(tmp_path, trouble):
     assert all(torch.equal(value, weights(killed)[name]) for name, value in weights(run).items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [2, 3])
+def test_roll_back_under_the_other_zero_stages(tmp_path, zero):
+    arguments = ("--no-adversary", "--spike-step", 4, "--on-alarm", "roll_back")
+    assert toy(tmp_path / "one", *arguments).returncode == 0
+    result = toy(tmp_path / "two", *arguments, "--zero", zero, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert "rolled back from step 5 to step 3" in result.stdout
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_kill_in_the_middle_of_a_roll_back_leaves_a_checkpoint(tmp_path):
+    """Newer checkpoints go by a rename, and only after the state to go on from is written."""
+    run = tmp_path / "run"
+    assert toy(run, "--steps", 6).returncode == 0
+    folders = sorted((run / "checkpoints").glob("step_*"))
+    assert len(folders) == 2
+    folders[1].rename(folders[1].with_name(f".{folders[1].name}.old"))  # what a killed removal leaves
+    result = toy(run, "--steps", 8)
+    assert result.returncode == 0 and "resumed at step 3/8" in result.stdout
+
+
 def test_roll_backs_end(tmp_path):
     result = toy(tmp_path / "run", "--spike-step", 4, "--on-alarm", "roll_back", "--max-roll-backs", 0)
     assert result.returncode == 2

@@ -153,6 +153,21 @@ def test_folder_keeps_the_files_and_their_captions(command, folder, tmp_path):
     assert captions == ["picture a.png", "picture b.jpg", "picture c.png", "picture deep/d.JPEG"]
 
 
+def test_folders_of_classes_are_labelled_in_sorted_order(command, folder, tmp_path):
+    for name, target in (("b.jpg", "n02/b.jpg"), ("c.png", "n01/c.png")):
+        (folder / target).parent.mkdir()
+        (folder / name).rename(folder / target)
+    assert command("folder", "--images", folder, "--labels", "--out", tmp_path / "out")[0] == 0
+    samples = ShardDataset.open(tmp_path / "out").read(range(3))
+    assert [json.loads(sample.parts["json"]) for sample in samples] == [
+        {"label": 0, "class": "deep", "file": "deep/d.JPEG"},
+        {"label": 1, "class": "n01", "file": "n01/c.png"},
+        {"label": 2, "class": "n02", "file": "n02/b.jpg"},
+    ], "a.png lies in no class"
+    arguments = ("--images", folder, "--labels", "--captions", tmp_path / "x", "--out", tmp_path / "other")
+    assert "not both" in command("folder", *arguments)[2]
+
+
 def test_folder_takes_captions_from_jsonl_in_its_order(command, folder, tmp_path):
     entries = [{"file": "c.png", "caption": "third"}, {"file": "a.png", "caption": "first"}]
     captions = tmp_path / "captions.jsonl"

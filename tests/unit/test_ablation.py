@@ -13,7 +13,9 @@ def row(name: str, distance: float = 1.0, probe: float = 0.5) -> Row:
 
 def verdict_of(rows: list[Row], claim: str) -> str:
     (line,) = [
-        line for line in page(rows, "machine", num_images=1, num_probe=1).splitlines() if claim in line
+        line
+        for line in page(rows, "machine", num_images=1, num_probe=1, num_classes=2).splitlines()
+        if claim in line
     ]
     return line.split("|")[-2].strip()
 
@@ -46,5 +48,5 @@ def test_more_of_the_probe_is_better(ours: float, other: float, verdict: str) ->
 
 def test_every_variant_has_a_label_and_missing_ones_leave_their_trends_out() -> None:
     assert LABELS.keys() == VARIANTS.keys() | {"pivot", "bridge", "decoder"}
-    text = page([row("pivot"), row("bridge")], "machine", num_images=1, num_probe=1)
+    text = page([row("pivot"), row("bridge")], "machine", num_images=1, num_probe=1, num_classes=2)
     assert sum(trend.claim in text for trend in TRENDS) == 1

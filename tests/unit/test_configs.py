@@ -59,6 +59,22 @@ def test_global_batches_of_the_paper() -> None:
         assert low <= generator.packing.tokens_per_pack * generator.data.num_streams <= high
 
 
+@pytest.mark.parametrize(("folder", "epoch"), [("tokenizer", 2502), ("tokenizer/release", 5004)])
+def test_schedules_of_the_paper_in_epochs(folder: str, epoch: int) -> None:
+    """ImageNet's 1,281,167 images; epochs of each stage as in spec.md."""
+    images = 1_281_167
+    for stage, epochs in (("pivot", 16), ("bridge", 32), ("decoder", 16)):
+        run = config.load(TokenizerRun, CONFIGS / folder / f"{stage}.yaml")
+        assert images // (run.pixels.images_per_pack * run.data.num_streams) == epoch
+        assert run.engine.steps == epochs * epoch
+        assert run.engine.optimizer.warmup_steps == epoch
+        if stage == "bridge":
+            assert run.engine.optimizer.decay_end_step == 16 * epoch
+        else:
+            assert run.stage.gan_update_start_step == 6 * epoch
+            assert run.stage.gan_loss_start_step == 8 * epoch
+
+
 def test_every_stage_starts_from_the_export_of_the_stage_before_it() -> None:
     """Over the whole folder: what an init_from names is what another config writes."""
     runs = [config.load(TokenizerRun, path) for path in (CONFIGS / "tokenizer").rglob("*.yaml")]

@@ -131,7 +131,8 @@ def test_class_folders_are_numbered_in_sorted_order(tmp_path: Path) -> None:
     for folder, name in (("n02", "b.png"), ("n01", "a.png"), ("n02", "c.png")):
         write_image(tmp_path / "images" / folder / name, torch.zeros(3, 4, 4, dtype=torch.uint8))
     (tmp_path / "images" / "n01" / "notes.txt").write_text("no image")
-    write_class_folders(tmp_path / "images", tmp_path / "set", ("png", "jpeg"))
+    (tmp_path / "images" / ".cache").mkdir()
+    assert write_class_folders(tmp_path / "images", tmp_path / "set", ("png", "jpeg")) == 2
     found = ImageSet.open(tmp_path / "set")
     assert [(item.key, item.meta["label"]) for item in found.items] == [
         ("n01/a.png", 0),

@@ -36,11 +36,20 @@ def test_a_failed_chain_continues_at_the_missing_step(tmp_path, capsys) -> None:
 def test_another_config_for_a_done_step_is_refused_not_mixed_in(tmp_path) -> None:
     config = tmp_path / "a.yaml"
     config.write_text("steps: 1")
-    steps = [Step("train", "reads a config", lambda: None, (str(config),))]
+    child = tmp_path / "b.yaml"
+    child.write_text("extends: a.yaml")
+    steps = [Step("train", "reads a config", lambda: None, (str(child),))]
+    run_steps(tmp_path / "run", steps)
+    config.write_text("steps: 1 # a comment changes nothing")
     run_steps(tmp_path / "run", steps)
     config.write_text("steps: 2")
     with pytest.raises(UserError, match="'train' was done with another config"):
         run_steps(tmp_path / "run", steps)
+    run_steps(tmp_path / "other", [Step("score", "has settings", lambda: None, settings={"num_images": 3})])
+    with pytest.raises(UserError, match="'score' was done with another config"):
+        run_steps(
+            tmp_path / "other", [Step("score", "has settings", lambda: None, settings={"num_images": 4})]
+        )
 
 
 def test_output_of_a_step_is_logged_whole_and_shown_without_noise(tmp_path, capsys) -> None:

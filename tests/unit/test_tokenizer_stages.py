@@ -321,6 +321,12 @@ def test_configs_that_make_no_sense_are_refused(changes: dict[str, Any], message
         build_stage(dataclasses.replace(PIVOT, **changes))
 
 
+def test_the_decoder_stage_does_not_skip_the_bridge_stage(exports: dict[str, Path]) -> None:
+    config = dataclasses.replace(stage_from(exports, "decoder"), init_from=str(exports["pivot"]))
+    with pytest.raises(UserError, match="give the bridge stage's export"):
+        build_stage(config)
+
+
 def test_a_second_bridge_is_refused(exports: dict[str, Path]) -> None:
     config = dataclasses.replace(stage_from(exports, "bridge"), init_from=str(exports["bridge"]))
     with pytest.raises(UserError, match="already has a bridge"):

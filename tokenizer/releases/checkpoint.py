@@ -61,6 +61,8 @@ def _load(path: Path) -> object:
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file; check the path") from None
     except pickle.UnpicklingError:
+        if not zipfile.is_zipfile(path) and path.read_bytes()[:1] != pickle.PROTO:
+            raise UserError(f"{path}: not a readable weights file (a web page?); fetch it again") from None
         raise UserError(
             f"{path}: holds more than tensors, and reading it would run code of its authors; "
             "save its state dict as safetensors first"

@@ -1,0 +1,30 @@
+"""Captions of shards -> a sentencepiece text tokenizer: launch/train_text_tokenizer.py --shards DIR --out DIR"""
+
+import sys
+from pathlib import Path
+
+from data.packing import read_captions
+from data.shards import ShardDataset
+from data.text import train_text_tokenizer
+from launch import entry
+
+
+def main() -> None:
+    """Reads the first samples of every data set, all their captions, and writes the tokenizer."""
+    parser = entry.parser(__doc__ or "")
+    parser.add_argument("--shards", nargs="+", required=True, help="data sets with captions or instructions")
+    parser.add_argument("--samples", type=int, default=100_000, help="of each data set")
+    parser.add_argument("--vocab-size", type=int, default=32_000)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the text tokenizer")
+    arguments = parser.parse_args()
+    captions: list[str] = []
+    for directory in arguments.shards:
+        dataset = ShardDataset.open(directory)
+        for sample in dataset.read(range(min(arguments.samples, len(dataset)))):
+            captions += read_captions(sample)
+    train_text_tokenizer(captions, arguments.out, arguments.vocab_size)
+    print(f"{arguments.out}: {arguments.vocab_size} tokens from {len(captions)} captions")
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))
