@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, str]:
     """Operating system, processor, cores this process may use, memory (GiB) and GPU."""
-    found = {"system": f"{platform.system()} {platform.release()}", "processor": _processor()}
+    found = {"system": platform.system(), "processor": _processor()}
     found["cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         num_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

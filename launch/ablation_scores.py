@@ -26,6 +26,8 @@ from tokenizer.rpiae import Autoencoder
 
 DATA = "configs/quickstart/data.yaml"
 DISTANCE = "feature_distance"
+PROBE_TOLERANCE = 1e-5
+"""Of the gradient: 1e-6 gave the same accuracy (at l2 = 0.01) and took four times as long."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
         suite = ReconstructionSuite(distances={DISTANCE: features})
         found = evaluate(suite, images, root / "evaluation" / run_dir.name)["scores"]
         encoder = RepresentationFeatures.load(run_dir / EXPORT)
-        probe = fit(extract(encoder, probe_train[0]), probe_train[1], emoji.num_identities)
+        probe = fit(
+            extract(encoder, probe_train[0]), probe_train[1], emoji.num_identities, tolerance=PROBE_TOLERANCE
+        )
         top1 = accuracy(probe, extract(encoder, probe_test[0]), probe_test[1])
         row = Row(
             run_dir.name, found["psnr_db"]["mean"], found["ssim"]["mean"], found[DISTANCE]["mean"], top1

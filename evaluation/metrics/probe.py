@@ -51,8 +51,14 @@ class LinearProbe:
         return self.logits(features).argmax(dim=1)
 
 
-def fit(features: Tensor, labels: Tensor, num_classes: int, l2: float = L2) -> LinearProbe:
-    """The optimal probe for float [N, D] and int64 [N].
+def fit(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    l2: float = L2,
+    tolerance: float = GRADIENT_TOLERANCE,
+) -> LinearProbe:
+    """The optimal probe for float [N, D] and int64 [N]; no entry of the gradient is above `tolerance`.
 
     Raises UserError: labels outside [0, num_classes), features that are not finite, no optimum found.
     """
@@ -84,16 +90,16 @@ def fit(features: Tensor, labels: Tensor, num_classes: int, l2: float = L2) -> L
         [weight, bias],
         max_iter=MAX_ITERATIONS,
         history_size=HISTORY,
-        tolerance_grad=GRADIENT_TOLERANCE / 10,
+        tolerance_grad=tolerance / 10,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     residual = max(float(g.abs().max()) for g in torch.autograd.grad(objective(), [weight, bias]))
-    if not residual <= GRADIENT_TOLERANCE:
+    if not residual <= tolerance:
         raise UserError(
             f"linear probe: the gradient is still {residual:.1e} after {MAX_ITERATIONS} iterations; "
-            f"raise l2 (now {l2})"
+            f"raise l2 (now {l2}) or the tolerance (now {tolerance})"
         )
     return LinearProbe(mean, std, weight.detach(), bias.detach(), l2)
 
