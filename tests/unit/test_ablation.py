@@ -1,10 +1,15 @@
 """The ablation's page says of every trend what the numbers say."""
 
+from pathlib import Path
+
 import pytest
 
+from engine.config import load
+from engine.files import write_json
 from evaluation.metrics.interval import Estimate
 from evaluation.report.ablation import LABELS, TRENDS, Row, page
-from launch.ablation import VARIANTS
+from launch.ablation import BASE, VARIANTS, AblationRun, build_steps
+from launch.runs import StandInRun, TokenizerRun
 
 
 def row(name: str, distance: float = 1.0, probe: float = 0.5) -> Row:
@@ -50,3 +55,18 @@ def test_every_variant_has_a_label_and_missing_ones_leave_their_trends_out() -> 
     assert LABELS.keys() == VARIANTS.keys() | {"pivot", "bridge", "decoder"}
     text = page([row("pivot"), row("bridge")], "machine", num_images=1, num_probe=1, num_classes=2)
     assert sum(trend.claim in text for trend in TRENDS) == 1
+
+
+def test_every_training_of_the_chain_reads_its_config_and_writes_below_the_root(tmp_path: Path) -> None:
+    root, base = tmp_path / "variants", tmp_path / "base"
+    write_json(base / "steps" / f"{BASE[-1]}.json", {"identity": "trained before"})
+    *trainings, scores = build_steps(AblationRun(root=str(root)), root, base)
+    assert [step.name for step in trainings] == ["features", *VARIANTS]
+    for step in trainings:
+        assert not callable(step.work)
+        script, _, config, *overrides = step.work[-4:]
+        assert Path(script).is_file()
+        run = load(StandInRun if step.name == "features" else TokenizerRun, config, overrides)
+        assert run.run_dir == f"{root}/{step.name}"
+        assert step.settings == "trained before", "variants of another base are not kept"
+    assert callable(scores.work)
