@@ -29,13 +29,17 @@ setup(
         include=["data*", "tokenizer*", "generator*", "evaluation*", "engine*", "launch*"]
     ),
     install_requires=[
+        "aiohttp>=3.9",  # fsspec's http
         "deepspeed>=0.19.8,<0.20",  # engine/masters.py reads private attributes: the series is pinned
         "diffusers>=0.42",
         "emoji>=2.10",
+        "fsspec>=2024.6",
         "huggingface_hub>=0.23",
+        "imagehash>=4.3.1",
         "lpips>=0.1.4",
         "numpy>=1.26",
         "pillow>=10.1",
+        "pyarrow>=15.0",
         "pydantic>=2.6",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",

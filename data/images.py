@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from data.plan import pack_seed, sample_uniforms
@@ -22,6 +24,14 @@ from data.shards import Sample, ShardDataset
 from engine.config import ConfigError, UserError
 
 IMAGE_PARTS = ("png", "jpg", "jpeg", "webp")
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+)  # as Pillow names them; it knows many more, with more ways to go wrong
+MAX_PIXELS = 1 << 26  # of a file's image: 8192 x 8192
+# What Pillow raises for damaged files.
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -115,16 +125,50 @@ def decode_image(sample: Sample, part: str) -> Image.Image:
 
 
 def read_rgb(payload: io.BytesIO) -> Image.Image:
-    """RGB image of a file's bytes; transparency is laid on white. Raises ValueError: no readable image."""
+    """RGB image of a PNG, JPEG or WebP file; transparency is laid on white. Raises ValueError: no such image."""
+    return to_rgb(open_image(payload))
+
+
+def open_image(payload: io.BytesIO) -> Image.Image:
+    """The decoded image of a PNG, JPEG or WebP file, in its own mode; the first one of an animation.
+
+    Raises ValueError: another format, a damaged file, more than MAX_PIXELS.
+    """
     try:
-        with Image.open(payload) as file:
-            image: Image.Image = file
-            image.load()
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(error) from None
+        image: Image.Image = Image.open(payload, formats=IMAGE_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} px are over the limit of {MAX_PIXELS} pixels")
+        image.load()
+    except UnidentifiedImageError:  # its message holds an address in memory, different in every run
+        raise ValueError("not a PNG, JPEG or WebP file, or its header is damaged") from None
+    except DECODE_ERRORS as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, 8 bits: transparency is laid on white, 16 bits of grey are rounded."""
+    if image.mode.startswith("I"):  # convert() would clip at 255
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def image_suffix(payload: bytes) -> str:
+    """ "png", "jpg" or "webp", by the first bytes of a file. Raises ValueError: none of them."""
+    if payload.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if payload.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if payload[:4] == b"RIFF" and payload[8:12] == b"WEBP":
+        return "webp"
+    raise ValueError("neither PNG, JPEG nor WebP" if payload else "no bytes")
+
+
+def image_parts(parts: Iterable[str]) -> list[str]:
+    """The names of image parts ("jpg", "source.png"), sorted: a source comes before its target."""
+    return sorted(part for part in parts if part.rpartition(".")[2] in IMAGE_PARTS)
 
 
 def fit_image(
@@ -134,7 +178,19 @@ def fit_image(
     resize_px: int | None = None,
     corner: tuple[float, float] | None = None,
 ) -> Tensor:
-    """uint8 [3, image_px, image_px]: bicubic, short side to `resize_px` (default image_px); square crop.
+    """`fit_square` as uint8 [3, image_px, image_px]."""
+    image = fit_square(image, image_px, resize_px=resize_px, corner=corner)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def fit_square(
+    image: Image.Image,
+    image_px: int,
+    *,
+    resize_px: int | None = None,
+    corner: tuple[float, float] | None = None,
+) -> Image.Image:
+    """A square of image_px: bicubic, short side to `resize_px` (default image_px), then a crop.
 
     `corner`, two numbers in [0, 1), places the crop between left and right, top and bottom; None: in the
     centre. Halving by boxes before the bicubic step, as in ADM (Dhariwal & Nichol 2021), keeps large
@@ -152,5 +208,4 @@ def fit_image(
         left, top = free_x // 2, free_y // 2
     else:
         left, top = int(corner[0] * (free_x + 1)), int(corner[1] * (free_y + 1))
-    image = image.crop((left, top, left + image_px, top + image_px))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return image.crop((left, top, left + image_px, top + image_px))

@@ -1,18 +1,18 @@
-"""Samples -> packs of a token budget (contract 3): captions, condition dropout, normalised latents."""
+"""Samples -> packs of a token budget (contract 3): a caption, a view, condition dropout; all keyed by the sample."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from data.attention_plan import AttentionPlan, PaddedBucket, VarlenGroup
+from data.captions import choose_caption, read_captions
+from data.latents import read_latents
 from data.packed_batch import (
     IMAGE_SPECIAL_TOKENS,
     TEXT_SPECIAL_TOKENS,
@@ -23,6 +23,7 @@ from data.packed_batch import (
 )
 from data.plan import pack_seed, sample_uniforms
 from data.shards import LatentInfo, Sample, ShardDataset
+from engine import files
 from engine.config import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -44,9 +45,6 @@ __all__ = [
     "text_split",
 ]
 
-TEXT_FIELDS = ("caption", "captions", "instruction", "instructions")
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 @dataclass(frozen=True)
 class PackingConfig:
@@ -58,10 +56,18 @@ class PackingConfig:
     source_dropout: float = (
         0.3  # probability that an edit's source image is left out (Bagel's fine-tune default)
     )
+    # Kind of caption -> weight, for captions with names; other kinds are never taken. Empty: all are alike.
+    caption_weights: dict[str, float] = field(default_factory=dict)
+    sample_latents: bool = False  # draw z by its stored variance, anew each epoch; False: z is the mean
 
     def __post_init__(self) -> None:
         if self.tokens_per_pack < 1 or self.max_side < 1:
             raise ConfigError("tokens_per_pack and max_side must be positive")
+        weights = self.caption_weights.values()
+        if weights and not (all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0):
+            raise ConfigError(
+                f"caption_weights {self.caption_weights}: give weights of at least 0, one of them above 0"
+            )
         for name in ("text_dropout", "source_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), not {getattr(self, name)}")
@@ -76,6 +82,10 @@ class T2IPacker:
         if max(latent.shape[1:]) > config.max_side:
             raise UserError(
                 f"latents of {latent.shape[1:]} do not fit packing.max_side = {config.max_side}; raise it"
+            )
+        if config.sample_latents and not latent.has_logvar:
+            raise UserError(
+                "packing.sample_latents: these latents were stored without a variance; encode with logvar: true"
             )
         self.budget = config.tokens_per_pack
         self._config = config
@@ -107,18 +117,30 @@ class T2IPacker:
     ) -> PackedBatch:
         """Packs `samples`, each met in its epoch of `epochs`; `seed` is the run's.
 
-        Raises UserError naming shard and key: missing part, wrong latent size, empty or missing caption.
+        Raises UserError naming shard and key: missing part, wrong latent size, empty or missing caption, none of a
+        kind that has a weight.
         """
-        latents = read_latents(samples, self.latent_parts, self._latent)
+        met = list(zip(samples, epochs, strict=True))
+        draws = [sample_uniforms(seed, epoch, sample.key) for sample, epoch in met]
+        seeds: list[int] | None = None
+        if self._config.sample_latents:
+            seeds = [_latent_seed(seed, epoch, sample.key) for sample, epoch in met]
+        latents = read_latents(
+            samples,
+            self.latent_parts,
+            self._latent,
+            views=[int(view_draw * self._latent.num_views) for *_, view_draw in draws],
+            seeds=seeds,
+        )
         packed: list[list[TextSplit | ImageSplit]] = []
-        for sample, epoch, images in zip(samples, epochs, latents, strict=True):
-            which, text_draw, source_draw, _ = sample_uniforms(seed, epoch, sample.key)
-            captions = read_captions(sample)  # also when it is dropped: a bad one shows up in the first epoch
+        for sample, (which, text_draw, source_draw, _), images in zip(samples, draws, latents, strict=True):
+            # Also when it is dropped: a bad one shows up in the first epoch.
+            caption = choose_caption(sample, which, self._config.caption_weights)
             splits: list[TextSplit | ImageSplit] = []
             if source_draw >= self._config.source_dropout:
                 splits += [ImageSplit(image, noisy=False) for image in images[:-1]]
             if text_draw >= self._config.text_dropout:
-                splits.append(text_split(captions[int(which * len(captions))], self._text_tokenizer))
+                splits.append(text_split(caption, self._text_tokenizer))
             packed.append([*splits, ImageSplit(images[-1], noisy=True)])
         batch = build_packed_batch(
             packed,
@@ -150,40 +172,6 @@ def text_split(text: str, text_tokenizer: TextTokenizer) -> TextSplit:
     return TextSplit([text_tokenizer.im_start_id, *text_tokenizer.encode(text), text_tokenizer.im_end_id])
 
 
-def read_captions(sample: Sample) -> list[str]:
-    """The captions or instructions in the sample's json.
-
-    Raises UserError: no json, no text, an empty text.
-    """
-    try:
-        tree = json.loads(sample.parts["json"])
-        found = next(tree[name] for name in TEXT_FIELDS if name in tree)
-    except (KeyError, ValueError, TypeError, StopIteration):
-        raise UserError(
-            f"{sample.where}: no json with one of {', '.join(TEXT_FIELDS)}; make the shards again"
-        ) from None
-    captions = [found] if isinstance(found, str) else found
-    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise UserError(f"{sample.where}: has an empty caption; reject such samples when the shards are made")
-    return list(captions)
-
-
-def read_latents(samples: Sequence[Sample], parts: Sequence[str], latent: LatentInfo) -> Tensor:
-    """Normalised latents, (z - mean) / std, as float32 [len(samples), len(parts), C, Y, X].
-
-    Raises UserError naming the sample: a missing part, a part of another size.
-    """
-    for sample in samples:
-        for part in parts:
-            if len(sample.parts.get(part, b"")) != latent.num_bytes:
-                raise UserError(
-                    f"{sample.where}: no part '{part}' of {latent.num_bytes} bytes; encode these shards again"
-                )
-    stored = bytearray().join(sample.parts[part] for sample in samples for part in parts)
-    z = (
-        torch.frombuffer(stored, dtype=TORCH_DTYPES[latent.dtype])
-        .float()
-        .view(len(samples), len(parts), *latent.shape)
-    )
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (latent.mean, latent.std))
-    return (z - mean) / std
+def _latent_seed(seed: int, epoch: int, key: str) -> int:
+    """Seed of the draw of one sample's latents in one epoch, 60 bits."""
+    return int(files.digest(["latent", seed, epoch, key])[:15], 16)

@@ -5,7 +5,9 @@ numpy may change `Generator.permutation` between versions; raw Philox words and 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,7 @@ from engine.config import UserError
 
 BLOCK_SAMPLES = 64
 WINDOW_BLOCKS = 32
+DRAW_BLOCK = 4096  # words of one Philox key in `set_draws`
 
 
 def epoch_order(
@@ -28,21 +31,41 @@ def epoch_order(
     """
     assert 0 <= stream < num_streams
     block_samples = _block_samples(num_samples, num_streams)
-    num_blocks = -(-num_samples // block_samples)
-    blocks = np.argsort(_words(num_blocks, "blocks", fingerprint, seed, epoch), kind="stable")[
-        stream::num_streams
-    ]
-    indices = blocks[:, None] * block_samples + np.arange(block_samples)
-    window = np.repeat(np.arange(len(blocks)) // WINDOW_BLOCKS, block_samples)
-    indices, window = indices.reshape(-1), window[indices.reshape(-1) < num_samples]
-    indices = indices[indices < num_samples]
-    words = _words(len(indices), "samples", fingerprint, seed, epoch, stream)
-    return np.asarray(indices[np.lexsort((words, window))], np.int64)
+    blocks = _block_order(-(-num_samples // block_samples), fingerprint, seed, epoch)[stream::num_streams]
+    window = WINDOW_BLOCKS * block_samples
+    indices = np.full(-(-len(blocks) // WINDOW_BLOCKS) * window, num_samples)  # num_samples: no such sample
+    indices[: len(blocks) * block_samples] = (
+        blocks[:, None] * block_samples + np.arange(block_samples)
+    ).reshape(-1)
+    exists = indices < num_samples
+    words = np.full(len(indices), 2**64 - 1, np.uint64)
+    words[exists] = _words(int(exists.sum()), "samples", fingerprint, seed, epoch, stream)
+    order = np.argsort(words.reshape(-1, window), axis=1, kind="stable")
+    shuffled = np.take_along_axis(indices.reshape(-1, window), order, axis=1).reshape(-1)
+    return shuffled[shuffled < num_samples].astype(np.int64, copy=False)
+
+
+@functools.lru_cache(maxsize=2)  # all streams ask for the same one
+def _block_order(num_blocks: int, fingerprint: str, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    return np.argsort(_words(num_blocks, "blocks", fingerprint, seed, epoch), kind="stable")
 
 
 def window_samples(num_samples: int, num_streams: int) -> int:
     """Samples in one full shuffle window of `epoch_order`; refuses what it refuses."""
     return WINDOW_BLOCKS * _block_samples(num_samples, num_streams)
+
+
+def set_draws(
+    draws: npt.NDArray[np.int64], weights: Sequence[float], fingerprint: str, seed: int, stream: int
+) -> npt.NDArray[np.int64]:
+    """Which set of a mixture each draw of a stream takes, in proportion to `weights`; int64 [len(draws)]."""
+    blocks = [
+        _words(DRAW_BLOCK, "sets", fingerprint, seed, stream, block)
+        for block in range(int(draws[0]) // DRAW_BLOCK, int(draws[-1]) // DRAW_BLOCK + 1)
+    ]
+    words = np.concatenate(blocks)[draws - draws[0] // DRAW_BLOCK * DRAW_BLOCK]
+    shares = np.cumsum(weights) / np.sum(weights)
+    return np.asarray(np.searchsorted(shares[:-1], words / 2**64, side="right"), np.int64)
 
 
 def pack_seed(seed: int, step: int, stream: int) -> int:

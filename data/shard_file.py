@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import socket
 import tarfile
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class OpenShard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
         for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed run
             stale.unlink()
         self._file = self._temporary.open("wb")
@@ -54,7 +55,7 @@ class OpenShard:
         """Samples added so far."""
         return len(self._records)
 
-    def add(self, sample: Sample, num_image_tokens: int, num_text_tokens: int) -> None:
+    def add(self, sample: Sample, num_image_tokens: int = 0, num_text_tokens: int = 0) -> None:
         """Raises UserError: a name that WebDataset cannot carry, an empty part, a repeated key."""
         _check(sample, self._keys)
         self._keys.add(sample.key)
@@ -70,16 +71,31 @@ class OpenShard:
         self._file.close()
         self._temporary.unlink()
 
-    def close(self, source: str, rejected: Rejections) -> ShardEntry:
-        """Makes the shard final. The side file comes last: a stop before it leaves an unfinished shard."""
-        if not self._records:
+    def close(self, source: str, rejected: Rejections, num_read: int | None = None) -> ShardEntry | None:
+        """Makes the shard final. The side file comes last: a stop before it leaves an unfinished shard.
+
+        Without samples there is no tar, only the side file, and None is returned.
+        """
+        side = self.path.with_name(progress_name(self.path.name))
+        side.unlink(missing_ok=True)  # of a damaged shard that is now replaced
+        entry = None
+        if self._records:
+            entry = self._publish()
+        else:
             self.drop()
-            raise UserError(f"{self.path}: no samples to write; leave this shard out")
+            self.path.unlink(missing_ok=True)
+        num_read = self.num_samples + len(rejected) if num_read is None else num_read
+        write_progress(self.path, ShardProgress(FORMAT_VERSION, source, entry, rejected, num_read))
+        return entry
+
+    def _publish(self) -> ShardEntry:
+        """Tar and index under their final names, read back first."""
         records = np.zeros(len(self._records), RECORD)
         for column, name in enumerate(
             ("key_hash", "part_bytes", "num_image_tokens", "num_text_tokens", "crc32")
         ):
             records[name] = [record[column] for record in self._records]
+        records["header_blocks"] = records["part_bytes"] > 0  # USTAR: one header each
         ends = np.cumsum(extents(records))
         records["offset"][1:] = ends[:-1]
         self._tar.close()
@@ -87,22 +103,28 @@ class OpenShard:
         os.fsync(self._file.fileno())
         self._file.close()
         _rescan(self._temporary, records)
-        buffer = io.BytesIO()
-        np.save(buffer, records)
-        side = self.path.with_name(progress_name(self.path.name))
-        side.unlink(missing_ok=True)  # of a damaged shard that is now replaced
         self._temporary.replace(self.path)
-        index = self.path.with_name(index_name(self.path.name))
-        files.write_bytes(index, buffer.getvalue())
-        entry = ShardEntry(
-            name=self.path.name,
-            num_bytes=self.path.stat().st_size,
-            num_samples=len(records),
-            sha256=files.sha256(self.path),
-            index_sha256=files.sha256(index),
-        )
-        files.write_json(side, dataclasses.asdict(ShardProgress(FORMAT_VERSION, source, entry, rejected)))
-        return entry
+        return write_index(self.path, records)
+
+
+def write_index(path: Path, records: Records) -> ShardEntry:
+    """Writes the index of the tar at `path`."""
+    buffer = io.BytesIO()
+    np.save(buffer, records)
+    index = path.with_name(index_name(path.name))
+    files.write_bytes(index, buffer.getvalue())
+    return ShardEntry(
+        name=path.name,
+        num_bytes=path.stat().st_size,
+        num_samples=len(records),
+        sha256=files.sha256(path),
+        index_sha256=files.sha256(index),
+    )
+
+
+def write_progress(path: Path, progress: ShardProgress) -> None:
+    """Writes the side file of the tar at `path`, which makes the shard a finished one."""
+    files.write_json(path.with_name(progress_name(path.name)), dataclasses.asdict(progress))
 
 
 def _check(sample: Sample, keys: set[str]) -> None:

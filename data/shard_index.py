@@ -2,7 +2,8 @@
 
 shard-000000.tar         plain WebDataset tar (USTAR, mtime 0): KEY.part members, parts in sorted order
 shard-000000.index.npy   one RECORD per sample
-shard-000000.json        ShardProgress: written last; a shard without it does not count
+shard-000000.json        ShardProgress: written last; a shard without it does not count. Alone, without a tar: every
+                         input of this shard was rejected
 rejected.jsonl           {"key", "reason"} of every input that was not written
 manifest.json            Manifest: written when everything is there
 """
@@ -24,9 +25,9 @@ import numpy.typing as npt
 from engine import files
 from engine.config import ConfigError, UserError, from_dict
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TAR_BLOCK_BYTES = 512
-MAX_PARTS = 4
+MAX_PARTS = 8
 MAX_PART_BYTES = (1 << 32) - 1
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
@@ -40,6 +41,7 @@ RECORD = np.dtype(
         ("key_hash", "<u8"),  # first 8 bytes of SHA-256 of the key
         ("offset", "<u8"),  # of the sample's first tar header, bytes
         ("part_bytes", "<u4", (MAX_PARTS,)),  # payload lengths in file order; 0 = no such part
+        ("header_blocks", "<u1", (MAX_PARTS,)),  # tar blocks before each payload: 1, more in others' PAX tars
         ("num_image_tokens", "<u4"),  # of all images of the sample
         ("num_text_tokens", "<u4"),  # of its longest caption
         ("crc32", "<u4"),  # of name and payload of every part, see sample_crc32
@@ -66,7 +68,8 @@ class Sample:
 class LatentInfo:
     """What the latents of a data set are.
 
-    Latents are stored raw, as [C, Y, X]; training sees (z - mean) / std.
+    A latent part holds raw values [num_views, M, C, Y, X], M = 2 (mean, log variance) with `has_logvar`, else 1 (mean).
+    Training sees (z - mean) / std of one view.
     """
 
     dtype: str  # "bf16" | "fp16" | "fp32", little-endian
@@ -74,7 +77,9 @@ class LatentInfo:
     mean: tuple[float, ...]  # per channel, over the whole data set
     std: tuple[float, ...]  # per channel, > 0
     tokenizer_fingerprint: str  # of the autoencoder (config and weights)
-    text_tokenizer_fingerprint: str  # of the tokenizer that counted num_text_tokens
+    text_tokenizer_fingerprint: str  # of the tokenizer that counted num_text_tokens; "" for class labels
+    num_views: int = 1  # crops and flips of the same image, in one part
+    has_logvar: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in LATENT_DTYPES:
@@ -82,6 +87,8 @@ class LatentInfo:
         channels = self.shape[0]
         if len(self.mean) != channels or len(self.std) != channels:
             raise ConfigError(f"latent statistics: expected {channels} channels, not {len(self.mean)}")
+        if self.num_views < 1:
+            raise ConfigError(f"latent num_views is {self.num_views}; at least 1")
         if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:
             raise ConfigError(
                 "latent statistics: mean and std must be finite and std positive in every channel"
@@ -89,8 +96,9 @@ class LatentInfo:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of one stored latent."""
-        return int(np.prod(self.shape)) * (4 if self.dtype == "fp32" else 2)
+        """Bytes of one stored latent part, all views."""
+        values = self.num_views * (2 if self.has_logvar else 1) * int(np.prod(self.shape))
+        return values * (4 if self.dtype == "fp32" else 2)
 
 
 @dataclass(frozen=True)
@@ -111,17 +119,20 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class ShardProgress:
-    """A shard's side file: the entry, and how far the source had been read when it was closed."""
+    """A shard's side file: what became of the inputs it stands for. num_read = samples + rejected."""
 
     format_version: int
     source: str
-    entry: ShardEntry
-    rejected: tuple[tuple[str, str], ...]  # (key, reason) met while this shard was filled
+    entry: ShardEntry | None  # None: every input was rejected, there is no tar
+    rejected: tuple[tuple[str, str], ...]  # (key, reason)
+    num_read: int  # inputs, as the reader of the source counted them
 
-    @property
-    def num_consumed(self) -> int:
-        """Source items this shard stands for."""
-        return self.entry.num_samples + len(self.rejected)
+    def __post_init__(self) -> None:
+        num_samples = 0 if self.entry is None else self.entry.num_samples
+        if self.num_read != num_samples + len(self.rejected):
+            raise ConfigError(
+                f"read {self.num_read} inputs, but wrote {num_samples} and rejected {len(self.rejected)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -201,5 +212,5 @@ def sample_crc32(key: str, parts: Mapping[str, bytes]) -> int:
 def extents(records: Records) -> npt.NDArray[np.int64]:
     """Bytes each sample takes in the tar: headers, payloads and padding. int64 [len(records)]."""
     part_bytes = records["part_bytes"].astype(np.int64)
-    blocks = np.where(part_bytes > 0, 1 + -(-part_bytes // TAR_BLOCK_BYTES), 0)
+    blocks = records["header_blocks"] + -(-part_bytes // TAR_BLOCK_BYTES)  # both 0 where there is no part
     return np.asarray(blocks.sum(axis=1) * TAR_BLOCK_BYTES, dtype=np.int64)

@@ -1,28 +1,26 @@
-"""Reads samples by index with coalesced `pread`s, every byte checked (contract 1).
-
-`pread`, not mmap, for payloads: a truncated file under mmap kills the process with SIGBUS.
-"""
+"""Reads samples by index, every byte checked (contract 1)."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
-import json
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from data.block_cache import BlockCache, Descriptor
+from data.index_files import CONTINUE, IndexFiles, load_index
+from data.remote_folder import RemoteFolder, check_sizes, fetch_indices, read_manifest
+from data.remote_shards import RemoteShards
 from data.shard_index import (
     MANIFEST_NAME,
     RECORD,
-    REJECTED_NAME,
     TAR_BLOCK_BYTES,
     Manifest,
     Records,
@@ -32,40 +30,56 @@ from data.shard_index import (
     key_hash,
     sample_crc32,
 )
+from data.storage import GIB, Range, ShardBytes, StorageConfig, in_threads, is_remote, retrying
 from engine import files
 from engine.config import UserError
 
 MAX_OPEN_SHARDS = 128
-READ_ATTEMPTS = 3
+OPEN_THREADS = 8
+READ_ATTEMPTS = 3  # of local files; network file systems repeat by themselves
 RETRY_WAIT_S = 0.5
-CONTINUE = "run the writer again (make_shards or encode_latents), it continues there"
 REPAIR = "delete this shard and run the writer again"
 NAME_BYTES = 100  # of a USTAR header; our names always fit
+
+
+class DamagedSampleError(UserError):
+    """The bytes of a sample are not those that were written."""
 
 
 class ShardDataset:
     """A finished data set, addressed 0 .. len - 1 in shard order. Safe to read from several threads."""
 
-    def __init__(self, directory: Path, manifest: Manifest, indices: Sequence[Records]) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        manifest: Manifest,
+        indices: Sequence[Records],
+        payloads: ShardBytes | None = None,
+    ) -> None:
+        """`directory` is for messages; `payloads` are by default the files in it."""
         self.directory = directory
         self.manifest = manifest
         self._indices = indices
-        self._paths = [str(directory / entry.name) for entry in manifest.shards]
-        self._first = np.cumsum([0, *(len(index) for index in indices)])  # of each shard, then the total
-        self._descriptor = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(
-            lambda shard: _Descriptor(self._paths[shard])
-        )
+        self._paths = [f"{directory}/{entry.name}" for entry in manifest.shards]
+        self._payloads = LocalShards(self._paths) if payloads is None else payloads
+        self._first = np.cumsum([0, *(entry.num_samples for entry in manifest.shards)])  # then the total
 
     @staticmethod
-    def open(directory: str | Path) -> ShardDataset:
-        """Opens manifest.json and the indices (memory-mapped).
+    def open(
+        location: str | Path, storage: StorageConfig | None = None, leave_out: Collection[str] = ()
+    ) -> ShardDataset:
+        """Opens a folder or an fsspec url (s3://, gs://, https://, hf://, memory://, ...), without shards `leave_out`.
 
-        Raises UserError: no or damaged manifest, an empty data set, a missing or short shard, an index that
-        is missing or belongs to another shard.
+        `storage` is for urls. Raises UserError: no or damaged manifest, an empty data set, a missing or short shard,
+        an index that is missing or belongs to another shard, storage that fails for good.
         """
-        directory = Path(directory)
-        manifest = Manifest.read(directory)
-        return ShardDataset(directory, manifest, [_open_shard(directory, entry) for entry in manifest.shards])
+        if is_remote(location):
+            return _open_remote(str(location), storage or StorageConfig(), leave_out)
+        directory = Path(str(location).removeprefix("file://"))
+        manifest = _without(Manifest.read(directory), leave_out, directory)
+        in_threads(lambda entry: len(open_shard(directory, entry)), manifest.shards, OPEN_THREADS)
+        indices = IndexFiles([directory / entry.index_name for entry in manifest.shards])
+        return ShardDataset(directory, manifest, indices)
 
     @property
     def fingerprint(self) -> str:
@@ -78,115 +92,124 @@ class ShardDataset:
     @functools.cached_property
     def key_hashes(self) -> npt.NDArray[np.uint64]:
         """uint64 [len]: first 8 bytes of SHA-256 of each key."""
-        return np.concatenate([index["key_hash"] for index in self._indices])
+        return self._column("key_hash", np.uint64)
 
-    @functools.cached_property
+    @property
     def num_image_tokens(self) -> npt.NDArray[np.int64]:
-        """int64 [len]: latent tokens of all images of each sample."""
-        return np.concatenate([index["num_image_tokens"] for index in self._indices]).astype(np.int64)
+        """int64 [len]: latent tokens of all images of each sample. Read again each time: packers need it once."""
+        return self._column("num_image_tokens", np.int64)
 
-    @functools.cached_property
+    @property
     def num_text_tokens(self) -> npt.NDArray[np.int64]:
         """int64 [len]: tokens of the longest caption of each sample, without <|im_start|> and <|im_end|>."""
-        return np.concatenate([index["num_text_tokens"] for index in self._indices]).astype(np.int64)
+        return self._column("num_text_tokens", np.int64)
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Sample]:
-        """The samples at `indices`, in that order. One `pread` for every run of neighbours in a shard.
+        """The samples at `indices`, in that order. Neighbours in a shard are read at once.
 
         Raises UserError naming shard and key: short file, wrong CRC-32, another sample's bytes.
         """
-        wanted = np.asarray(indices, np.int64)
-        ordered, place = np.unique(wanted, return_inverse=True)
+        ordered, place = np.unique(np.asarray(indices, np.int64), return_inverse=True)
+        ranges, cuts, records = self._runs(ordered)
+        # Columns as lists of Python numbers: one by one, numpy's take longer than the samples' bytes.
+        fields = ("offset", "part_bytes", "header_blocks", "crc32", "key_hash")
+        rows = list(zip(*(records[name].tolist() for name in fields), strict=True))
         samples: list[Sample] = []
-        for shard, start, num_bytes, records in self._runs(ordered):
-            block = self._pread(shard, start, num_bytes)
-            samples += [
-                _parse_sample(block, start, record, self._paths[shard]) for record in records.tolist()
-            ]
+        for run, block, (a, b) in zip(
+            ranges, self._payloads.read(ranges), itertools.pairwise(cuts), strict=True
+        ):
+            try:
+                samples += self._parse(run, block, rows[a:b])
+            except DamagedSampleError:
+                if not self._payloads.forget(run):
+                    raise
+                (block,) = self._payloads.read([run])
+                samples += self._parse(run, block, rows[a:b])
         return [samples[position] for position in place.tolist()]
 
     def will_need(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> None:
-        """Asks the kernel to read these samples ahead; later `read`s, in any order, find them cached."""
+        """Starts to read these samples ahead in the background; later `read`s, in any order, find them cached."""
+        self._payloads.will_need(self._runs(np.unique(np.asarray(indices, np.int64)))[0])
+
+    def _column(self, name: str, dtype: type[Any]) -> npt.NDArray[Any]:
+        column = np.empty(len(self), dtype)
+        for index, first in zip(self._indices, self._first.tolist(), strict=False):
+            column[first : first + len(index)] = index[name]
+        return column
+
+    def _runs(self, ordered: npt.NDArray[np.int64]) -> tuple[list[Range], list[int], Records]:
+        """Runs of neighbours among sorted indices: their bytes, where each begins (and the end), and all records."""
+        if len(ordered) == 0:
+            return [], [0], np.empty(0, RECORD)
+        if ordered[0] < 0 or ordered[-1] >= len(self):
+            raise IndexError(f"sample index outside 0 .. {len(self) - 1}")
+        shards = np.searchsorted(self._first, ordered, side="right") - 1
+        changes = np.flatnonzero(np.diff(shards)) + 1
+        pieces = [
+            self._indices[shard][ordered[a:b] - self._first[shard]]
+            for a, b in itertools.pairwise([0, *changes.tolist(), len(ordered)])
+            for shard in [int(shards[a])]
+        ]
+        records = np.concatenate(pieces)
+        starts = records["offset"].astype(np.int64)
+        ends = starts + extents(records)
+        breaks = np.flatnonzero((starts[1:] != ends[:-1]) | (shards[1:] != shards[:-1])) + 1
+        cuts = [0, *breaks.tolist(), len(records)]
+        firsts, lasts = cuts[:-1], np.array(cuts[1:]) - 1
+        num_bytes = ends[lasts] - starts[firsts]
+        ranges = list(zip(shards[firsts].tolist(), starts[firsts].tolist(), num_bytes.tolist(), strict=True))
+        return ranges, cuts, records
+
+    def _parse(self, run: Range, block: bytes, rows: Sequence[tuple[Any, ...]]) -> list[Sample]:
+        shard, start, _ = run
+        path = self._paths[shard]
+        return [_parse_sample(block, start, row, path) for row in rows]
+
+
+class LocalShards:
+    """ShardBytes of local files. `pread`, not mmap: a truncated file under mmap kills the process with SIGBUS."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
+        self._descriptor = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(
+            lambda shard: Descriptor(paths[shard])
+        )
+
+    def read(self, ranges: Sequence[Range]) -> Iterator[bytes]:
+        """See ShardBytes. An I/O error is tried again on a fresh descriptor."""
+        for block in ranges:
+            action = functools.partial(self._pread, *block)
+            yield retrying(action, self._paths[block[0]], READ_ATTEMPTS, RETRY_WAIT_S)
+
+    def will_need(self, ranges: Sequence[Range]) -> None:
+        """See ShardBytes: asks the kernel."""
         if not hasattr(os, "posix_fadvise"):  # Linux only
             return
-        for shard, start, num_bytes, _ in self._runs(np.unique(np.asarray(indices, np.int64))):
+        for shard, start, num_bytes in ranges:
             with contextlib.suppress(OSError):  # only a hint; `read` tells what is wrong
                 os.posix_fadvise(self._descriptor(shard).number, start, num_bytes, os.POSIX_FADV_WILLNEED)
 
-    def _runs(self, ordered: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, int, Records]]:
-        """(shard, first byte, bytes, records) of every run of neighbours among sorted indices."""
-        if len(ordered) and (ordered[0] < 0 or ordered[-1] >= len(self)):
-            raise IndexError(f"sample index outside 0 .. {len(self) - 1}")
-        shards = np.searchsorted(self._first, ordered, side="right") - 1
-        for shard in np.unique(shards).tolist():
-            records = self._indices[shard][ordered[shards == shard] - self._first[shard]]
-            starts = records["offset"].astype(np.int64)
-            ends = starts + extents(records)
-            breaks = np.flatnonzero(starts[1:] != ends[:-1]) + 1
-            for a, b in itertools.pairwise([0, *breaks.tolist(), len(records)]):
-                yield shard, int(starts[a]), int(ends[b - 1] - starts[a]), records[a:b]
+    def forget(self, block: Range) -> bool:
+        """See ShardBytes: there are no copies."""
+        return False
 
     def _pread(self, shard: int, offset: int, num_bytes: int) -> bytes:
-        """Exactly `num_bytes` at `offset`; an I/O error is tried again on a fresh descriptor."""
-        path = self._paths[shard]
-        for attempt in range(READ_ATTEMPTS):
-            if attempt > 0:
-                time.sleep(RETRY_WAIT_S * attempt)
-            try:
-                return _pread_all(self._descriptor(shard), offset, num_bytes, path)
-            except OSError as error:
-                self._descriptor.cache_clear()
-                reason = error
-        raise UserError(f"{path}: cannot be read ({reason}); check the disk or the mount")
-
-
-def verify(directory: str | Path) -> list[str]:
-    """Reads everything again and returns every problem found, each naming its file; [] means sound."""
-    try:
-        manifest = Manifest.read(Path(directory))
-    except UserError as error:
-        return [str(error)]
-    problems: list[str] = []
-    rejected = Path(directory) / REJECTED_NAME
-    num_rejected = len(rejected.read_text().splitlines()) if rejected.is_file() else 0
-    if num_rejected != manifest.num_rejected:
-        problems.append(f"{rejected}: has {num_rejected} lines, {MANIFEST_NAME} says {manifest.num_rejected}")
-    for entry in manifest.shards:
-        path = Path(directory) / entry.name
+        pieces: list[bytes] = []
         try:
-            index = _open_shard(Path(directory), entry)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        if files.sha256(path) != entry.sha256:
-            problems.append(f"{path}: SHA-256 differs from {MANIFEST_NAME}")
-        alone = dataclasses.replace(manifest, shards=(entry,), num_samples=entry.num_samples)
-        dataset = ShardDataset(Path(directory), alone, [index])
-        for position in range(len(index)):
-            try:
-                (sample,) = dataset.read([position])
-                for part in sample.parts:
-                    if part == "json" or part.endswith(".json"):
-                        json.loads(sample.parts[part])
-            except UserError as error:
-                problems.append(str(error))
-            except ValueError:
-                problems.append(f"{sample.where}: part '{part}' is not JSON")
-    return problems
+            descriptor = self._descriptor(shard)
+            while num_bytes > 0:
+                piece = os.pread(descriptor.number, num_bytes, offset)
+                if not piece:
+                    raise UserError(f"{self._paths[shard]}: shard ends at byte {offset}; {REPAIR}")
+                pieces.append(piece)
+                offset, num_bytes = offset + len(piece), num_bytes - len(piece)
+        except OSError:
+            self._descriptor.cache_clear()
+            raise
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-class _Descriptor:
-    """An open file, closed when the last reader lets go of it; eviction cannot close it under a reader."""
-
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
-
-
-def _open_shard(directory: Path, entry: ShardEntry) -> Records:
+def open_shard(directory: Path, entry: ShardEntry) -> Records:
     """The memory-mapped index of one shard, after checking that tar and index are the manifest's."""
     path, index_path = directory / entry.name, directory / entry.index_name
     if not path.is_file():
@@ -200,36 +223,54 @@ def _open_shard(directory: Path, entry: ShardEntry) -> Records:
         raise UserError(f"{index_path}: index is missing; {CONTINUE}")
     if files.sha256(index_path) != entry.index_sha256:
         raise UserError(f"{index_path}: is not the index of {entry.name} in {MANIFEST_NAME}; {CONTINUE}")
-    index: Records = np.load(index_path, mmap_mode="r").view(np.ndarray)  # np.memmap's slicing is slow
-    if index.dtype != RECORD or len(index) != entry.num_samples:
-        raise UserError(f"{index_path}: not {entry.num_samples} records of this format; {CONTINUE}")
-    return index
+    return load_index(index_path, entry.num_samples, index_path)
 
 
-def _pread_all(descriptor: _Descriptor, offset: int, num_bytes: int, path: str) -> bytes:
-    pieces: list[bytes] = []
-    while num_bytes > 0:
-        piece = os.pread(descriptor.number, num_bytes, offset)
-        if not piece:
-            raise UserError(f"{path}: shard ends at byte {offset}; {REPAIR}")
-        pieces.append(piece)
-        offset, num_bytes = offset + len(piece), num_bytes - len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+def _open_remote(url: str, storage: StorageConfig, leave_out: Collection[str]) -> ShardDataset:
+    folder = RemoteFolder(url, storage)
+    manifest = _without(read_manifest(folder), leave_out, folder.url)
+    check_sizes(folder, manifest.shards)
+    indices = IndexFiles(
+        fetch_indices(folder, manifest.shards, storage.cache / "indices" / manifest.fingerprint[:32])
+    )
+    cache = BlockCache(storage.cache, manifest.fingerprint, int(storage.cache_gib * GIB))
+    payloads = RemoteShards(folder, manifest.shards, cache, storage.parallel_reads)
+    return ShardDataset(folder.url, manifest, indices, payloads)
 
 
-def _parse_sample(block: bytes, block_start: int, record: tuple[Any, ...], path: str) -> Sample:
+def _without(manifest: Manifest, leave_out: Collection[str], where: str | Path) -> Manifest:
+    """The manifest without some shards; the fingerprint stays. A name must not lead out of the folder."""
+    names = {entry.name for entry in manifest.shards}
+    for name in names:
+        if Path(name).name != name or name.startswith(".") or "\\" in name:
+            raise UserError(
+                f"{where}/{MANIFEST_NAME}: shard name {name!r} is no plain file name; do not use this data"
+            )
+    if not names.issuperset(leave_out):
+        unknown = sorted(set(leave_out) - names)[0]
+        raise UserError(
+            f"{where}: has no shard '{unknown}' to leave out; give the quarantine file of this data set"
+        )
+    shards = tuple(entry for entry in manifest.shards if entry.name not in leave_out)
+    if not shards:
+        raise UserError(f"{where}: every shard is left out; give other data")
+    return replace(manifest, shards=shards, num_samples=sum(entry.num_samples for entry in shards))
+
+
+def _parse_sample(block: bytes, block_start: int, row: tuple[Any, ...], path: str) -> Sample:
     """Cuts one sample out at its tar headers: names come from the headers, lengths from the index."""
-    expected_hash, offset, part_bytes, _, _, crc = record
+    offset, part_bytes, header_blocks, crc32, expected_hash = row
     begin = offset - block_start
     key, parts = "", {}
-    for num_bytes in part_bytes.tolist():
+    for num_bytes, num_headers in zip(part_bytes, header_blocks, strict=True):
         if num_bytes == 0:
             break
-        name = block[begin : begin + NAME_BYTES].split(b"\0", 1)[0].decode("ascii", "replace")
+        begin += num_headers * TAR_BLOCK_BYTES
+        header = begin - TAR_BLOCK_BYTES  # the last one is the payload's own
+        name = block[header : header + NAME_BYTES].partition(b"\0")[0].decode("ascii", "replace")
         key, _, part = name.partition(".")
-        begin += TAR_BLOCK_BYTES
         parts[part] = block[begin : begin + num_bytes]
         begin += -(-num_bytes // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-    if sample_crc32(key, parts) != crc or key_hash(key) != expected_hash:
-        raise UserError(f"{path}: sample '{key}' at byte {offset} is damaged (CRC-32); {REPAIR}")
+    if sample_crc32(key, parts) != crc32 or key_hash(key) != expected_hash:
+        raise DamagedSampleError(f"{path}: sample '{key}' at byte {offset} is damaged (CRC-32); {REPAIR}")
     return Sample(key, parts, shard=path)

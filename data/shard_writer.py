@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,7 @@ class ShardWriter:
         for side in _after_gap(self.directory, len(finished)):
             side.unlink()  # this writer goes in source order: what follows a lost shard is written again
         self._num_shards = len(finished)
-        self.num_written = sum(shard.entry.num_samples for shard in finished)  # samples in finished shards
+        self.num_written = sum(shard.num_read - len(shard.rejected) for shard in finished)
         self.num_rejected = sum(len(shard.rejected) for shard in finished)
 
     @property
@@ -98,9 +98,11 @@ class ShardWriter:
             return
         if self._shard is not None:
             self._close_shard()
-        write_manifest(
-            self.directory, source=self.source, latent=self._latent, rejected=tuple(self._rejected)
-        )
+        elif self._rejected:
+            self._shard = OpenShard(self.directory / shard_name(self._num_shards))
+            self._close_shard()
+        names = [shard_name(number) for number in range(self._num_shards)]
+        write_manifest(self.directory, names, source=self.source, latent=self._latent)
 
     def _close_shard(self) -> None:
         assert self._shard is not None
@@ -117,12 +119,12 @@ def write_shard(
     *,
     source: str,
     rejected: Rejections = (),
-) -> ShardEntry:
+) -> ShardEntry | None:
     """Writes one whole shard: temporary name, fsync, re-scan, rename, then the index and the side file.
 
     `token_counts` gives (num_image_tokens, num_text_tokens) of each sample, `rejected` the (key, reason) of
     inputs of this shard that were not written. The caller numbers the shards (`shard_name`) and ends with
-    `write_manifest` and the same `source`.
+    `write_manifest` and the same `source`. None: there was no sample, and there is no tar.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     shard = OpenShard(path)
@@ -135,37 +137,48 @@ def write_shard(
     return shard.close(source, rejected)
 
 
-def finished_shard(path: Path, *, source: str) -> ShardEntry | None:
-    """The entry of a shard that was finished earlier by the same `source`, else None.
+def finished_shard(path: Path, *, source: str) -> ShardProgress | None:
+    """What an earlier run by the same `source` recorded of the shard at `path`, else None.
 
-    Raises UserError when the shard there was made from another source.
+    Sizes and the index are checked. Raises UserError when the shard there was made from another source.
     """
-    progress = _progress(path, source)
-    return None if progress is None else progress.entry
+    side = path.with_name(progress_name(path.name))
+    if not side.is_file():
+        return None
+    progress: ShardProgress = parse(ShardProgress, side)
+    if progress.source != source:
+        raise UserError(f"{side}: was made from '{progress.source}', not '{source}'; use an empty directory")
+    if progress.entry is None:
+        return progress
+    if not path.is_file() or path.stat().st_size != progress.entry.num_bytes:
+        return None
+    index = path.with_name(index_name(path.name))
+    return progress if index.is_file() and files.sha256(index) == progress.entry.index_sha256 else None
 
 
 def write_manifest(
-    directory: Path, *, source: str, latent: LatentInfo | None = None, rejected: Rejections = ()
+    directory: Path, names: Sequence[str], *, source: str, latent: LatentInfo | None = None
 ) -> Manifest:
-    """Lists every finished shard of `directory`; `rejected` adds to what the shards recorded.
+    """Lists the finished shards `names` of `directory`, in this order, and gathers what they rejected.
 
-    Raises UserError: no sample at all, a gap in the numbering, a shard of another source, a key used twice.
+    Raises UserError: a shard missing or cut short, a shard of another source, no sample at all, a key used
+    twice.
     """
-    finished = _finished(directory, source)
-    if _after_gap(directory, len(finished)):
-        raise UserError(
-            f"{directory / shard_name(len(finished))}: missing or cut short; run the writer again"
-        )
-    all_rejected = [*(item for shard in finished for item in shard.rejected), *rejected]
-    lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in all_rejected]
+    finished: list[ShardProgress] = []
+    for name in names:
+        progress = finished_shard(directory / name, source=source)
+        if progress is None:
+            raise UserError(f"{directory / name}: missing or cut short; run the writer again")
+        finished.append(progress)
+    rejected = [item for shard in finished for item in shard.rejected]
+    lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in rejected]
     files.write_text(directory / REJECTED_NAME, "".join(lines))
-    if not finished:
+    entries = tuple(shard.entry for shard in finished if shard.entry is not None)
+    if not entries:
         raise UserError(
-            f"{directory}: no sample written, {len(all_rejected)} rejected; see {directory / REJECTED_NAME}"
+            f"{directory}: no sample written, {len(rejected)} rejected; see {directory / REJECTED_NAME}"
         )
-    hashes = np.concatenate(
-        [np.load(directory / index_name(shard.entry.name))["key_hash"] for shard in finished]
-    )
+    hashes = np.concatenate([np.load(directory / entry.index_name)["key_hash"] for entry in entries])
     if len(np.unique(hashes)) != len(hashes):
         raise UserError(
             f"{directory}: {len(hashes) - len(np.unique(hashes))} keys used twice; make keys unique"
@@ -173,34 +186,20 @@ def write_manifest(
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=source,
-        shards=tuple(shard.entry for shard in finished),
+        shards=entries,
         latent=latent,
         num_samples=len(hashes),
-        num_rejected=len(all_rejected),
+        num_rejected=len(rejected),
     )
     manifest = dataclasses.replace(manifest, fingerprint=manifest.digest())
     files.write_json(directory / MANIFEST_NAME, dataclasses.asdict(manifest))
     return manifest
 
 
-def _progress(path: Path, source: str) -> ShardProgress | None:
-    """Side file of the shard at `path`, or None when it is not finished (size and index are checked)."""
-    side = path.with_name(progress_name(path.name))
-    if not side.is_file():
-        return None
-    progress: ShardProgress = parse(ShardProgress, side)
-    if progress.source != source:
-        raise UserError(f"{side}: was made from '{progress.source}', not '{source}'; use an empty directory")
-    if not path.is_file() or path.stat().st_size != progress.entry.num_bytes:
-        return None
-    index = path.with_name(index_name(path.name))
-    return progress if index.is_file() and files.sha256(index) == progress.entry.index_sha256 else None
-
-
 def _finished(directory: Path, source: str) -> list[ShardProgress]:
     """The finished shards 0, 1, ... up to the first that is missing, cut short, or not finished."""
     finished: list[ShardProgress] = []
-    while (progress := _progress(directory / shard_name(len(finished)), source)) is not None:
+    while (progress := finished_shard(directory / shard_name(len(finished)), source=source)) is not None:
         finished.append(progress)
     return finished
 

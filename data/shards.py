@@ -1,19 +1,23 @@
 """Shards: WebDataset tars with an index and a manifest (contract 1). The public names in one place.
 
-Format: data/shard_index.py. Writing, resumable: data/shard_writer.py. Reading by index, verifying:
-data/shard_reader.py.
+Format: data/shard_index.py. Writing, resumable: data/shard_writer.py. Reading by index:
+data/shard_reader.py. Verifying: data/verify.py.
 """
 
-from data.shard_index import LatentInfo, Manifest, Sample, ShardEntry
-from data.shard_reader import ShardDataset, verify
+from data.shard_file import OpenShard
+from data.shard_index import LatentInfo, Manifest, Sample, ShardEntry, ShardProgress
+from data.shard_reader import ShardDataset
 from data.shard_writer import ShardWriter, finished_shard, shard_name, write_manifest, write_shard
+from data.verify import verify
 
 __all__ = [
     "LatentInfo",
     "Manifest",
+    "OpenShard",
     "Sample",
     "ShardDataset",
     "ShardEntry",
+    "ShardProgress",
     "ShardWriter",
     "finished_shard",
     "shard_name",

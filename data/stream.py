@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from data.cursor import StreamCursor
+from data.mixture import Mixture, SetConfig
+from data.prefetch import Prefetch
 from data.shards import Sample, ShardDataset
+from data.storage import StorageConfig
 from engine.config import ConfigError, UserError
 from engine.objective import Batch
 
@@ -23,15 +23,37 @@ from engine.objective import Batch
 class DataConfig:
     """Where batches come from and in which order."""
 
-    shards: str  # directory with manifest.json
-    num_streams: int = 8  # G: packs per global step; at least the most ranks this run may ever have
-    seed: int = 0  # of the order and of every random choice about samples, noise and timesteps
-    prefetch_steps: int = 2  # global steps read ahead by each rank's thread
+    shards: str | None = None
+    """Directory (or fsspec url) with manifest.json; or give `mixture`."""
+    quarantine: str | None = None
+    """File of samples of `shards` to leave out, as `make_shards.py doctor --quarantine` writes it."""
+    mixture: dict[str, SetConfig] = field(default_factory=dict)
+    """Several data sets by name, instead of `shards`."""
+    num_streams: int = 8
+    """G: packs per global step; at least the most ranks this run may ever have."""
+    seed: int = 0
+    """Of the order and of every random choice about samples, noise and timesteps."""
+    max_epochs: int | None = None
+    """Training ends before any sample is met more often than this, if `engine.steps` is not reached before."""
+    prefetch_steps: int = 2
+    """Global steps read ahead by each rank's thread."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
         for name in ("num_streams", "prefetch_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_epochs is not None and self.max_epochs < 1:
+            raise ConfigError(f"max_epochs must be at least 1, not {self.max_epochs}")
+        if (self.shards is None) == (not self.mixture):
+            raise ConfigError("give either shards or mixture (several sets by name)")
+        if self.quarantine is not None and self.mixture:
+            raise ConfigError("quarantine belongs to shards; in a mixture every set has its own")
+
+    @property
+    def sets(self) -> dict[str, SetConfig]:
+        """The sets of the mixture, or the only one."""
+        return self.mixture or {"": SetConfig(str(self.shards), quarantine=self.quarantine)}
 
 
 class Packer(Protocol):
@@ -68,7 +90,7 @@ class PackStream:
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        mixture: Mixture,
         packer: Packer,
         *,
         num_streams: int,
@@ -84,39 +106,46 @@ class PackStream:
                 "as the most ranks the run may ever have"
             )
         self.num_streams = num_streams
-        self._dataset = dataset
+        self._mixture = mixture
         self._packer = packer
         self._seed = seed
         self._prefetch_steps = prefetch_steps
-        self._lengths = packer.lengths(dataset)
+        self._lengths = _lengths(mixture, packer)
         too_long = np.flatnonzero(self._lengths > packer.budget)
         if len(too_long):
-            (sample,) = dataset.read([int(too_long[0])])
+            (sample,) = mixture.read(too_long[:1])
             raise UserError(
                 f"{sample.where}: length {self._lengths[too_long[0]]} is over the pack's budget of "
                 f"{packer.budget} ({len(too_long)} such samples); raise it or leave them out of the shards"
             )
-        self._cursors = {
-            stream: StreamCursor(
-                dataset,
-                self._lengths,
-                budget=packer.budget,
-                seed=seed,
-                num_streams=num_streams,
-                stream=stream,
-            )
-            for stream in range(rank, num_streams, world)
-        }
+        self._cursors = {stream: self._cursor(stream) for stream in range(rank, num_streams, world)}
         self._saved = self._snapshot()  # after the last returned step; self._cursors run ahead of it
         self._metrics: dict[str, float] = {}
-        self._prefetch: _Prefetch | None = None
+        self._prefetch: Prefetch[_Step] | None = None
+
+    def num_steps(self, max_epochs: int) -> int:
+        """Steps of a whole run in which every stream meets no sample more than `max_epochs` times.
+
+        Counted by planning them (some seconds for 10 million samples), the same on every rank. Raises UserError: not
+        even one step.
+        """
+        steps = min(
+            _num_packs(self._cursor(stream, read_ahead=False), max_epochs)
+            for stream in range(self.num_streams)
+        )
+        if steps == 0:
+            raise UserError(
+                f"{self._mixture.where}: too small for one pack of {self._packer.budget} in each of "
+                f"{self.num_streams} streams within {max_epochs} epochs; lower num_streams or the pack's budget"
+            )
+        return steps
 
     def next_step(self) -> Sequence[Batch]:
         """This rank's packs of the next global step, in stream order."""
         if self._prefetch is None:
             for stream, cursor in self._cursors.items():
                 cursor.load_state_dict(self._saved[stream])
-            self._prefetch = _Prefetch(self._steps(), self._prefetch_steps)
+            self._prefetch = Prefetch(self._steps(), self._prefetch_steps)
         begin = time.perf_counter()
         step = self._prefetch.next()
         self._saved = step.cursors
@@ -126,7 +155,7 @@ class PackStream:
     def state_dict(self) -> dict[str, Any]:
         """Cursors of this rank's streams after the last returned step; JSON-able, 2 KB a stream."""
         return {
-            "fingerprint": self._dataset.fingerprint,
+            "fingerprint": self._mixture.fingerprint,
             "seed": self._seed,
             "num_streams": self.num_streams,
             "streams": {str(stream): cursor for stream, cursor in self._saved.items()},
@@ -160,8 +189,9 @@ class PackStream:
     def metrics(self) -> Mapping[str, float]:
         """Of the last returned step on this rank; empty before the first.
 
-        samples; tokens (in the budget's unit, nothing dropped); fill, tokens / budget in (0, 1]; epoch (the
-        furthest any stream has read); data_wait_s, the time `next_step` waited for the thread.
+        samples; tokens (in the budget's unit, nothing dropped); fill, tokens / budget in (0, 1]; samples_seen, of this
+        run so far on this rank's streams; samples_pending, drawn and not yet packed; epoch (the furthest any stream
+        has come), of a mixture also epoch/NAME and samples/NAME; data_wait_s, the time `next_step` waited.
         """
         return self._metrics
 
@@ -178,53 +208,60 @@ class PackStream:
         """Endless; runs in the prefetch thread, which alone moves the cursors meanwhile."""
         while True:
             batches: list[Batch] = []
-            taken: list[int] = []
+            taken: list[npt.NDArray[np.int64]] = []
             for stream, cursor in self._cursors.items():
                 step = cursor.num_packs
-                epochs, indices = zip(*cursor.next_pack(), strict=True)
-                samples = self._dataset.read(indices)
+                epochs, addresses = cursor.next_pack()
                 batches.append(
-                    self._packer.collate(samples, step=step, stream=stream, epochs=epochs, seed=self._seed)
+                    self._packer.collate(
+                        self._mixture.read(addresses),
+                        step=step,
+                        stream=stream,
+                        epochs=epochs.tolist(),
+                        seed=self._seed,
+                    )
                 )
-                taken += indices
-            tokens = int(self._lengths[taken].sum())
-            metrics = {
-                "samples": float(len(taken)),
-                "tokens": float(tokens),
-                "fill": tokens / (self._packer.budget * len(batches)),
-                "epoch": float(max(cursor.epoch for cursor in self._cursors.values())),
-            }
-            yield _Step(tuple(batches), self._snapshot(), metrics)
+                taken.append(addresses)
+            yield _Step(tuple(batches), self._snapshot(), self._ledger(np.concatenate(taken)))
+
+    def _ledger(self, taken: npt.NDArray[np.int64]) -> dict[str, float]:
+        tokens = int(self._lengths[taken].sum())
+        cursors = self._cursors.values()
+        metrics = {
+            "samples": float(len(taken)),
+            "tokens": float(tokens),
+            "fill": tokens / (self._packer.budget * len(cursors)),
+            "samples_seen": float(sum(cursor.num_samples for cursor in cursors)),
+            "samples_pending": float(sum(cursor.num_pending for cursor in cursors)),
+            "epoch": float(max(max(cursor.epochs) for cursor in cursors)),
+        }
+        if len(self._mixture.members) > 1:
+            counts, _ = np.histogram(taken, [*self._mixture.first])
+            for number, member in enumerate(self._mixture.members):
+                metrics[f"samples/{member.name}"] = float(counts[number])
+                metrics[f"epoch/{member.name}"] = float(max(cursor.epochs[number] for cursor in cursors))
+        return metrics
+
+    def _cursor(self, stream: int, *, read_ahead: bool = True) -> StreamCursor:
+        return StreamCursor(
+            self._mixture,
+            self._lengths,
+            budget=self._packer.budget,
+            seed=self._seed,
+            num_streams=self.num_streams,
+            stream=stream,
+            read_ahead=read_ahead,
+        )
 
 
-class _Prefetch:
-    """Runs an iterator of steps in a thread, a few steps ahead; hands its exception to the consumer."""
+def _lengths(mixture: Mixture, packer: Packer) -> npt.NDArray[np.int64]:
+    """Of every address, int64 [len(mixture)]."""
+    columns = [member.select(packer.lengths(member.dataset)) for member in mixture.members]
+    return np.concatenate(columns).astype(np.int64, copy=False)
 
-    def __init__(self, steps: Iterator[_Step], depth: int) -> None:
-        self._ready: queue.Queue[_Step | BaseException] = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(steps,), name="prefetch", daemon=True)
-        self._thread.start()
 
-    def next(self) -> _Step:
-        if self._failure is None:
-            item = self._ready.get()
-            if isinstance(item, _Step):
-                return item
-            self._failure = item
-        raise self._failure
-
-    def close(self) -> None:
-        self._stopped.set()
-        with contextlib.suppress(queue.Empty):
-            while True:  # a thread that waits for room in the queue goes on and sees the flag
-                self._ready.get_nowait()
-        self._thread.join()
-
-    def _run(self, steps: Iterator[_Step]) -> None:
-        try:
-            while not self._stopped.is_set():
-                self._ready.put(next(steps))
-        except BaseException as error:
-            self._ready.put(error)
+def _num_packs(cursor: StreamCursor, max_epochs: int) -> int:
+    """Packs before the first that meets epoch number `max_epochs`."""
+    while (cursor.next_pack()[0] < max_epochs).all():
+        pass
+    return cursor.num_packs - 1

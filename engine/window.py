@@ -10,7 +10,9 @@ from engine.distributed import Ranks
 from engine.objective import LossOutput
 
 SUMMED = ("samples", "tokens")
-"""Entries of a source's ledger that add up over ranks and steps; the others are averaged."""
+"""Entries of a source's ledger (also NAME/part) that add up over ranks and steps."""
+LATEST = ("samples_seen", "samples_pending")
+"""Entries that add up over ranks, as of the last step. All others are averaged."""
 
 
 class Window:
@@ -43,7 +45,8 @@ class Window:
         for prefix, count in counts.items():
             self._counts[prefix] = self._counts.get(prefix, 0.0) + count
         for name, value in source_metrics.items():
-            self._source[name] = self._source.get(name, 0.0) + value
+            before = 0.0 if name in LATEST else self._source.get(name, 0.0)
+            self._source[name] = before + value
 
     def read(self) -> dict[str, float]:
         """Means per unit over the window and over ranks, the ledger, rates; then a new window. Collective."""
@@ -56,9 +59,11 @@ class Window:
         values["step_s"] = self._seconds / self._num_steps
         ledger = self._ranks.sum(list(self._source.values()))
         for name, total in zip(self._source, ledger, strict=True):
-            if name in SUMMED:
+            if name.partition("/")[0] in SUMMED:
                 values[name] = total
                 values[f"{name}_per_s"] = total / self._seconds
+            elif name in LATEST:
+                values[name] = total
             else:
                 values[name] = total / (self._num_steps * self._ranks.world)
         self._reset()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data.images import IMAGE_PARTS, fit_image, read_rgb
-from data.sources.write import Progress
+from data.progress import ProgressLine
 from engine import files
 from engine.config import UserError
 from evaluation.manifest import ImageSet, Item, write_image, write_manifest
@@ -72,8 +72,7 @@ def reconstruct(config: ReconstructConfig) -> Reconstructed:
     _claim(config)
     model = load_autoencoder(config.autoencoder).to(config.device)
     todo = [(name, path) for name, path in names.items() if not _is_done(config, name)]
-    progress, num_kept = Progress(len(names)), len(names) - len(todo)
-    progress.show(num_kept)
+    progress = ProgressLine(f"{len(todo)} to reconstruct, {len(names) - len(todo)} kept", "images")
     values: dict[str, float] = {}
     unreadable: dict[str, str] = {}
     for batch in _read_ahead(todo, model.config.image_px, config.batch_images):
@@ -82,7 +81,8 @@ def reconstruct(config: ReconstructConfig) -> Reconstructed:
             print(unreadable[name], file=sys.stderr, flush=True)
         if batch.names:
             values |= _write(config, model, batch)
-        progress.show(num_kept + len(values) + len(unreadable))
+        done = len(values) + len(unreadable)
+        progress.show(done, done / len(todo))
     items = [
         Item(
             name, {role: _image(role, name) for role in ROLES}, {"file": str(path.relative_to(config.images))}

@@ -40,7 +40,8 @@ def generator_run(run: GeneratorRun) -> str:
     """Report of a text-to-image or editing run. Without the shards, the paper's latents are assumed and said so."""
     note, latents = "", PAPER_LATENTS
     try:
-        latents = ShardDataset.open(run.data.shards).manifest.latent or latents
+        first = next(iter(run.data.sets.values())).shards
+        latents = ShardDataset.open(first, run.data.storage).manifest.latent or latents
     except UserError as error:
         note = f"note: {error}; sizes below are for latents of 64x16x16\n"
     with torch.device("meta"):

@@ -1,60 +1,94 @@
-"""Makes or checks shards: launch/make_shards.py emoji | folder | verify (each with --help)"""
+"""Makes shards of images from a source, or looks after shards: launch/make_shards.py COMMAND --help
+
+The same command again continues where it stopped; the bytes depend on neither the number of processes nor of nodes.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
+from data.doctor import diagnose
+from data.quarantine import add_to_quarantine
+from data.readiness import Launch
+from data.shard_indexing import index_shards
 from data.shards import verify
-from data.sources.emoji import EmojiConfig, emoji_sources
-from data.sources.folder import FolderSource
-from data.sources.write import Progress, write_source, write_sources
-from engine.config import UserError, load
-from launch import entry
+from data.sources.write import write_sources
+from engine.config import UserError
+from evaluation.report.doctor import write_page
+from launch import entry, shard_sources
 
 
 def main() -> None:
-    """Runs one of the three commands; run again, it continues where it stopped."""
+    """Runs one command."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    emoji = commands.add_parser("emoji", help="the embedded data set: scenes, edits, identities")
-    emoji.add_argument("--config", default=entry.REPOSITORY / "configs/quickstart/data.yaml")
-    emoji.add_argument("--out", type=Path, required=True, help="folder of the six data sets")
-    emoji.add_argument("--processes", type=int, default=2, help="the bytes do not depend on it")
-    emoji.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config to change")
-    folder = commands.add_parser("folder", help="a folder of images with captions, or one folder per class")
-    folder.add_argument("--images", type=Path, required=True)
-    folder.add_argument("--captions", type=Path, help='jsonl of {"file", "caption"}; without it NAME.txt')
-    folder.add_argument(
-        "--labels", action="store_true", help="folders below --images are classes; no captions"
+    shard_sources.add_commands(commands)
+    check = commands.add_parser("verify", help="recount everything: checksums, counts, json")
+    check.set_defaults(run=_verify)
+    look = commands.add_parser(
+        "doctor", help="verify, look into every sample, and say whether a launch would work"
     )
-    folder.add_argument("--out", type=Path, required=True, help="folder of the data set")
-    folder.add_argument("--reject-bad", action="store_true", help="list bad items in rejected.jsonl, go on")
-    folder.add_argument("--max-samples-per-shard", type=int, default=10_000)
-    commands.add_parser("verify", help="recount everything").add_argument("out", type=Path)
+    look.set_defaults(run=_doctor)
+    for command in (check, look):
+        command.add_argument("shards", type=Path)
+        command.add_argument("--processes", type=int, default=shard_sources.NUM_PROCESSES)
+    look.add_argument("--ranks", type=int, default=1, help="GPUs of the launch")
+    look.add_argument("--streams", type=int, default=8, help="data.num_streams of the launch")
+    look.add_argument("--tokens-per-pack", type=int, help="of latents: packing.tokens_per_pack")
+    look.add_argument("--images-per-pack", type=int, help="of pixels: pixels.images_per_pack")
+    look.add_argument("--max-side", type=int, help="of latents: packing.max_side")
+    look.add_argument("--samples", type=int, default=24, help="to show on the page")
+    look.add_argument("--out", type=Path, help="HTML page (default: SHARDS/doctor.html)")
+    look.add_argument("--quarantine", type=Path, help="write what is damaged here, for data.quarantine")
+    index = commands.add_parser("index", help="make shards that others wrote readable, in place")
+    index.add_argument("shards", type=Path)
+    index.set_defaults(run=_index)
     arguments = parser.parse_args()
-    for line in {"emoji": _emoji, "folder": _folder, "verify": _verify}[arguments.command](arguments):
+    for line in arguments.run(arguments) if "run" in arguments else _write(arguments):
         print(line)
 
 
-def _emoji(arguments: argparse.Namespace) -> list[str]:
-    config = load(EmojiConfig, arguments.config, arguments.overrides)
-    sources = {arguments.out / source.name: source for source in emoji_sources(config)}
-    ledgers = write_sources(sources, config.max_samples_per_shard, arguments.processes)
+def _write(arguments: argparse.Namespace) -> list[str]:
+    sources = shard_sources.sources(arguments)
+    ledgers = write_sources(
+        sources,
+        shard_sources.workers(arguments),
+        **shard_sources.settings(arguments),
+    )
     return [f"{directory}: {ledger}" for directory, ledger in ledgers.items()]
 
 
-def _folder(arguments: argparse.Namespace) -> list[str]:
-    source = FolderSource(arguments.images, arguments.captions, labels=arguments.labels)
-    report = Progress(len(source)).show
-    shard = arguments.max_samples_per_shard
-    ledger = write_source(source, arguments.out, shard, reject_bad=arguments.reject_bad, report=report)
-    return [f"{arguments.out}: {ledger}"]
-
-
 def _verify(arguments: argparse.Namespace) -> list[str]:
-    if problems := verify(arguments.out):
+    if problems := verify(arguments.shards, arguments.processes):
         raise UserError("; ".join(problems))
-    return [f"{arguments.out}: complete and undamaged"]
+    return [f"{arguments.shards}: complete and undamaged"]
+
+
+def _doctor(arguments: argparse.Namespace) -> list[str]:
+    launch = Launch(
+        arguments.ranks,
+        arguments.streams,
+        arguments.tokens_per_pack,
+        arguments.images_per_pack,
+        arguments.max_side,
+    )
+    found = diagnose(
+        arguments.shards, num_processes=arguments.processes, launch=launch, num_shown=arguments.samples
+    )
+    page = arguments.out or arguments.shards / "doctor.html"
+    write_page(found, page)
+    print(found.text())
+    if arguments.quarantine:
+        add_to_quarantine(arguments.quarantine, *found.lost())
+        print(f"{arguments.quarantine}: give it to the training as data.quarantine")
+    if found.problems:
+        raise UserError(f"{arguments.shards}: {found.verdict}; see {page}")
+    return [f"{page}: written"]
+
+
+def _index(arguments: argparse.Namespace) -> list[str]:
+    manifest = index_shards(arguments.shards)
+    return [f"{arguments.shards}: {manifest.num_samples} samples in {len(manifest.shards)} shards"]
 
 
 if __name__ == "__main__":

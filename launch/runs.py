@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from data.images import PixelConfig, PixelPacker
+from data.mixture import Mixture
 from data.packing import EditPacker, PackingConfig, T2IPacker
 from data.shards import ShardDataset
 from data.stream import DataConfig, Packer, PackStream
@@ -109,8 +110,8 @@ class EncodeRun(EncodeConfig):
 
 def train_on_pixels(run: PixelRun, build: Callable[[], Objective]) -> None:
     """Opens the pixel shards first (the cheapest thing to fail), then builds the objective and trains it."""
-    dataset = ShardDataset.open(run.data.shards)
-    _train(run, dataset, PixelPacker(run.pixels), build())
+    mixture = Mixture.open(run.data.sets, run.data.storage)
+    _train(run, mixture, PixelPacker(run.pixels), build())
 
 
 def train_generator(task: Literal["t2i", "edit"], run: GeneratorRun) -> None:
@@ -120,10 +121,10 @@ def train_generator(task: Literal["t2i", "edit"], run: GeneratorRun) -> None:
             f"packing.max_side {run.packing.max_side} and generator.max_side {run.generator.max_side} number the same "
             "position table; make them equal"
         )
-    dataset = ShardDataset.open(run.data.shards)
-    latents = dataset.manifest.latent
+    mixture = Mixture.open(run.data.sets, run.data.storage)
+    latents = mixture.members[0].dataset.manifest.latent
     if latents is None:
-        raise UserError(f"{run.data.shards}: holds pixels, not latents; run launch/encode_latents.py on it")
+        raise UserError(f"{mixture.where}: holds pixels, not latents; run launch/encode_latents.py on it")
     text_tokenizer = load_text_tokenizer(run.text_tokenizer)
     packer = PACKERS[task](run.packing, latents, text_tokenizer)
     objective = build_objective(
@@ -135,7 +136,7 @@ def train_generator(task: Literal["t2i", "edit"], run: GeneratorRun) -> None:
         seed=run.engine.seed,
         preview=_preview(run, text_tokenizer),
     )
-    _train(run, dataset, packer, objective)
+    _train(run, mixture, packer, objective)
 
 
 def preview_pixels(shards: str | None, num_images: int, pixels: PixelConfig) -> Tensor | None:
@@ -158,10 +159,10 @@ def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer) -> Preview | None
     return Preview(conditions, run.preview_sampling, autoencoder.decode)
 
 
-def _train(run: PixelRun | GeneratorRun, dataset: ShardDataset, packer: Packer, objective: Objective) -> None:
+def _train(run: PixelRun | GeneratorRun, mixture: Mixture, packer: Packer, objective: Objective) -> None:
     ranks = distributed.start()
     source = PackStream(
-        dataset,
+        mixture,
         packer,
         num_streams=run.data.num_streams,
         seed=run.data.seed,
@@ -172,5 +173,11 @@ def _train(run: PixelRun | GeneratorRun, dataset: ShardDataset, packer: Packer, 
     if ranks.is_first:
         for line in objective.describe():
             print(f"[{objective.name}] {line}", flush=True)
-    train(objective, source, run.engine, run_dir=Path(run.run_dir), resolved=to_dict(run), ranks=ranks)
+    engine = run.engine
+    if run.data.max_epochs is not None:
+        engine = dataclasses.replace(engine, steps=min(engine.steps, source.num_steps(run.data.max_epochs)))
+        if ranks.is_first:
+            line = f"{engine.steps} steps: at most data.max_epochs = {run.data.max_epochs}"
+            print(f"[{objective.name}] {line}", flush=True)
+    train(objective, source, engine, run_dir=Path(run.run_dir), resolved=to_dict(run), ranks=ranks)
     distributed.stop()

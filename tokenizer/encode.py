@@ -1,15 +1,14 @@
 """Pixel shards -> latent shards: same shard names, keys and json; several ranks; resumable by shard.
 
 Batches are cut inside a shard, in its order, so a shard's bytes do not depend on which rank wrote it, nor on
-whether the run was interrupted.
+whether the run was interrupted. Threads decode the next batch and write the last one while the encoder runs.
 
-Shapes: B batch, C latent channels, Y X token grid, H W pixels.
+Shapes: I images of a batch, K crops, V views, M moments (mean, log variance), C latent channels, Y X token grid.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,17 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import IMAGE_PARTS, decode_image, fit_image
-from data.packing import read_captions
-from data.shards import LatentInfo, Sample, ShardDataset, finished_shard, write_manifest, write_shard
+from data.images import image_parts
+from data.shards import LatentInfo, OpenShard, Sample, ShardDataset, finished_shard, write_manifest
 from data.text import TextTokenizer, load_text_tokenizer
 from engine import files
 from engine.config import ConfigError, UserError
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import fingerprint
+from tokenizer.latent_sample import latent_sample
 from tokenizer.moments import Moments
+from tokenizer.views import Views, ahead, read_crops
 
 LATENT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VIEWS_AT_ONCE = 8  # whose moments are taken together: as many in fp64 as stay in the cache
 MOMENTS_DIRECTORY = "moments"  # below the latent shards: one JSON a shard
 
 
@@ -45,43 +46,60 @@ class EncodeConfig:
     """Directory of finished pixel shards."""
     out: str
     """Directory for the latent shards."""
-    text_tokenizer: str
-    """Name or directory of the text tokenizer that counts the caption tokens for packing."""
+    text_tokenizer: str | None
+    """Name or directory of the text tokenizer that counts the caption tokens for packing; null where the samples have
+    class labels and no captions."""
     statistics_from: str | None = None
     """Latent shards whose mean and deviation are taken over: those that the model to fine-tune was trained on.
     None: this data set's own."""
+    resize_px: int | None = None
+    """Short side of an image before the crop, pixels; None: the autoencoder's image_px."""
+    num_crops: int = 1
+    """Crops of an image: the one in the centre, then random ones. A training step reads one view; an edit's source and
+    target share theirs."""
+    horizontal_flip: bool = False
+    """Every crop also as its mirror image: twice the views. Not for captions that say left and right."""
+    seed: int = 0
+    """Of the random crops."""
+    logvar: bool = False
+    """Store the posterior's log variance beside its mean, for packing.sample_latents: twice the bytes."""
     batch_images: int = 64
-    """Images per forward pass. Part of the run's identity: another batch size may round differently."""
+    """Views per forward pass. Part of the run's identity: another batch size may round differently."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of the stored latents; the encoder runs in fp32."""
+    num_decode_threads: int = 4
+    """Threads that decode images, per rank; the latents do not depend on it."""
     device: str = "cpu"
     """Where the encoder runs, e.g. cpu or cuda."""
 
     def __post_init__(self) -> None:
-        if self.batch_images < 1:
-            raise ConfigError(f"batch_images is {self.batch_images}; give at least 1")
+        for name in ("batch_images", "num_crops", "num_decode_threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
 
 
 def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Callable[[], None]) -> None:
     """Encodes the shards i with i % world == rank; after `barrier`, rank 0 writes the manifest.
 
     Every image part (png, source.jpg, ...) becomes a latent part (latent, source.latent, ...). A shard that
-    an earlier run finished is skipped. Raises UserError: no such autoencoder, shards or text tokenizer;
-    shards in `out` made from something else; a sample without image or caption; latents that are constant or
-    not finite.
+    an earlier run finished is skipped. Raises UserError: no such autoencoder, shards or text tokenizer; log variances
+    of an autoencoder without; shards in `out` made from something else; a sample without image, or with neither
+    caption nor class; latents that are constant, not finite or too large for the dtype.
     """
     job = _Job(config)
     entries = job.dataset.manifest.shards
     first = np.cumsum([0, *(entry.num_samples for entry in entries)])
     todo = [i for i in range(rank, len(entries), world) if not job.is_finished(entries[i].name)]
     total, done, start_s = sum(entries[i].num_samples for i in todo), 0, time.monotonic()
-    with ThreadPoolExecutor(max_workers=1) as writer:
-        writing: Future[None] | None = None
+    with ThreadPoolExecutor(max_workers=1) as closer:
+        closing: Future[None] | None = None
         for i in todo:
-            shard = job.encode(entries[i].name, range(int(first[i]), int(first[i + 1])))
-            if writing is not None:
-                writing.result()  # at most one shard waits in memory while the next is encoded
-            writing = writer.submit(job.write, shard)
+            close = job.write(entries[i].name, range(int(first[i]), int(first[i + 1])))
+            if closing is not None:
+                closing.result()
+            closing = closer.submit(
+                close
+            )  # fsync and hashes take a while; the next shard is encoded meanwhile
             done += entries[i].num_samples
             rate = done / (time.monotonic() - start_s)
             print(
@@ -89,21 +107,12 @@ def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Calla
                 f"{(total - done) / rate:.0f} s left",
                 flush=True,
             )
-        if writing is not None:
-            writing.result()
+        if closing is not None:
+            closing.result()
     barrier()
     if rank == 0:
         job.finish([entry.name for entry in entries])
     barrier()
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """What is written as one latent shard."""
-
-    name: str
-    encoded: list[tuple[Sample, int, int]]  # latent sample, image tokens, text tokens
-    moments: Moments
 
 
 class _Job:
@@ -115,12 +124,21 @@ class _Job:
         self.dataset = ShardDataset.open(config.shards)
         if self.dataset.manifest.latent is not None:
             raise UserError(f"{config.shards}: holds latents already; give the pixel shards")
-        self.text_tokenizer: TextTokenizer = load_text_tokenizer(config.text_tokenizer)
+        self.text_tokenizer: TextTokenizer | None = None
+        if config.text_tokenizer is not None:
+            self.text_tokenizer = load_text_tokenizer(config.text_tokenizer)
+        self.text_fingerprint = "" if self.text_tokenizer is None else self.text_tokenizer.fingerprint
         self.autoencoder_fingerprint = fingerprint(config.autoencoder)
         self.model = load_autoencoder(config.autoencoder).to(config.device)
+        if config.logvar and not self.model.has_logvar:
+            raise UserError(f"{config.autoencoder}: has no log variance (an RAE has none); set logvar: false")
+        image_px = self.model.config.image_px
+        resize_px = image_px if config.resize_px is None else config.resize_px
+        self.views = Views(image_px, resize_px, config.num_crops, config.horizontal_flip, config.seed)
+        variances = " with log variances" if config.logvar else ""
         self.source = (
-            f"{config.dtype} latents of data set {self.dataset.fingerprint}, autoencoder "
-            f"{self.autoencoder_fingerprint}, text tokenizer {self.text_tokenizer.fingerprint}, "
+            f"{config.dtype} latents{variances} of data set {self.dataset.fingerprint}, {self.views}, autoencoder "
+            f"{self.autoencoder_fingerprint}, text tokenizer {self.text_fingerprint or 'none'}, "
             f"batches of {config.batch_images}"
         )
 
@@ -131,19 +149,28 @@ class _Job:
             and self._moments_path(name).is_file()
         )
 
-    def encode(self, name: str, indices: range) -> _Shard:
-        """One latent shard, in memory."""
-        moments = Moments(self.model.latent_shape[0])
-        return _Shard(name, list(self._encoded(indices, moments)), moments)
+    def write(self, name: str, indices: range) -> Callable[[], None]:
+        """Encodes one shard into a file under a temporary name; what is returned makes it final."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        shard, moments = OpenShard(self.out / name), Moments(self.model.latent_shape[0])
+        try:
+            for samples, latents in ahead(self._encode(indices)):
+                images = iter(latents)
+                for sample in samples:
+                    shard.add(*latent_sample(sample, images, self.text_tokenizer))
+                means = latents[:, :, 0].flatten(0, 1)  # as they are stored
+                for few in torch.split(means, VIEWS_AT_ONCE):
+                    moments.add(few.double().numpy())
+        except BaseException:
+            shard.drop()
+            raise
 
-    def write(self, shard: _Shard) -> None:
-        """Its statistics go first, so that a finished shard always has them."""
-        files.write_json(self._moments_path(shard.name), shard.moments.state_dict())
-        samples = [sample for sample, _, _ in shard.encoded]
-        counts = [
-            (num_image_tokens, num_text_tokens) for _, num_image_tokens, num_text_tokens in shard.encoded
-        ]
-        write_shard(self.out / shard.name, samples, counts, source=self.source)
+        def close() -> None:
+            # The statistics go first, so that a finished shard always has them.
+            files.write_json(self._moments_path(name), moments.state_dict())
+            shard.close(self.source, rejected=())
+
+        return close
 
     def finish(self, names: list[str]) -> None:
         """Merges the statistics in shard order and writes the manifest."""
@@ -163,62 +190,39 @@ class _Job:
             mean=tuple(moments.mean.tolist()),
             std=tuple(std.tolist()),
             tokenizer_fingerprint=self.autoencoder_fingerprint,
-            text_tokenizer_fingerprint=self.text_tokenizer.fingerprint,
+            text_tokenizer_fingerprint=self.text_fingerprint,
+            num_views=self.views.num_views,
+            has_logvar=self.config.logvar,
         )
         if self.config.statistics_from is not None:
             latent = _with_statistics_of(self.config.statistics_from, latent)
-        manifest = write_manifest(self.out, source=self.source, latent=latent)
+        manifest = write_manifest(self.out, names, source=self.source, latent=latent)
         assert manifest.num_samples == len(self.dataset), "every sample of the input is in a finished shard"
 
     def _moments_path(self, name: str) -> Path:
         return self.out / MOMENTS_DIRECTORY / f"{name.removesuffix('.tar')}.json"
 
-    def _encoded(self, indices: range, moments: Moments) -> Iterator[tuple[Sample, int, int]]:
-        """(latent sample, image tokens, text tokens) in shard order."""
-        images_per_sample = len(_image_parts(self.dataset.read(indices[:1])[0]))
-        step = max(1, self.config.batch_images // images_per_sample)
+    def _encode(self, indices: range) -> Iterator[tuple[list[Sample], Tensor]]:
+        """Samples, and the latents [I, V, M, C, Y, X] of all their images, as they are stored, on the CPU."""
+        images_per_sample = len(image_parts(self.dataset.read(indices[:1])[0].parts))
+        step = max(1, self.config.batch_images // max(1, images_per_sample * self.views.num_views))
         batches = [indices[i : i + step] for i in range(0, len(indices), step)]
-        for samples, pixels in self._read_ahead(batches):
-            latents = iter(self._latents(pixels, moments))
-            for sample in samples:
-                yield self._latent_sample(sample, latents)
-
-    def _read_ahead(self, batches: list[range]) -> Iterator[tuple[list[Sample], Tensor]]:
-        """What `_read` gives for each batch, while a thread reads the next."""
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            pending = reader.submit(self._read, batches[0])
-            for batch in batches[1:]:
-                ready = pending.result()
-                pending = reader.submit(self._read, batch)
-                yield ready
-            yield pending.result()
-
-    def _read(self, indices: range) -> tuple[list[Sample], Tensor]:
-        """Samples, and the pixels of all their images, uint8 [B, 3, H, W]."""
-        samples = self.dataset.read(indices)
-        pixels = [
-            fit_image(decode_image(sample, part), self.model.config.image_px)
-            for sample in samples
-            for part in _image_parts(sample)
-        ]
-        return samples, torch.stack(pixels)
+        for samples, crops in ahead(
+            read_crops(self.dataset, batches, self.views, self.config.num_decode_threads)
+        ):
+            yield samples, self._latents(crops)
 
     @torch.inference_mode()
-    def _latents(self, pixels: Tensor, moments: Moments) -> list[bytes]:
-        """Raw little-endian values [C, Y, X] of each image; `moments` take the values as stored."""
-        z_BCYX = self.model.encode(pixels.to(self.config.device).float() / 255.0)
-        stored = z_BCYX.float().cpu().to(LATENT_DTYPES[self.config.dtype])
-        moments.add(stored.double().numpy())
-        return [latent.contiguous().view(torch.uint8).numpy().tobytes() for latent in stored]
-
-    def _latent_sample(self, sample: Sample, latents: Iterator[bytes]) -> tuple[Sample, int, int]:
-        parts = {part: payload for part, payload in sample.parts.items() if not _is_image(part)}
-        images = _image_parts(sample)
-        for part in images:
-            parts[".".join([*part.split(".")[:-1], "latent"])] = next(latents)
-        num_image_tokens = len(images) * math.prod(self.model.latent_shape[1:])
-        longest = max(len(self.text_tokenizer.encode(caption)) for caption in read_captions(sample))
-        return Sample(sample.key, parts), num_image_tokens, longest
+    def _latents(self, crops: Tensor) -> Tensor:
+        """uint8 [I, K, 3, H, W] -> [I, V, M, C, Y, X]"""
+        views = self.views.with_flips(crops.to(self.config.device))
+        pixels_01 = views.flatten(0, 1).float() / 255
+        if self.config.logvar:
+            moments = torch.stack(self.model.encode_moments(pixels_01), dim=1)
+        else:
+            moments = self.model.encode(pixels_01)[:, None]
+        stored = moments.float().to(LATENT_DTYPES[self.config.dtype]).cpu()
+        return stored.view(*views.shape[:2], *stored.shape[1:])
 
 
 def _with_statistics_of(directory: str, latent: LatentInfo) -> LatentInfo:
@@ -229,15 +233,3 @@ def _with_statistics_of(directory: str, latent: LatentInfo) -> LatentInfo:
             f"{directory}: not latents of this autoencoder; statistics_from needs such a data set"
         )
     return dataclasses.replace(latent, mean=other.mean, std=other.std)
-
-
-def _image_parts(sample: Sample) -> list[str]:
-    """Names of the sample's images, sorted: ["png"], or ["source.png", "target.png"]."""
-    parts = [part for part in sorted(sample.parts) if _is_image(part)]
-    if not parts:
-        raise UserError(f"{sample.where}: has no image part ({', '.join(IMAGE_PARTS)})")
-    return parts
-
-
-def _is_image(part: str) -> bool:
-    return part.split(".")[-1] in IMAGE_PARTS

@@ -47,9 +47,18 @@ class ImageAutoencoder(nn.Module, ABC):
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, Y, X) of one latent."""
 
+    @property
+    def has_logvar(self) -> bool:
+        """Whether z has a posterior, whose log variance `encode_moments` gives."""
+        return True
+
     @abstractmethod
     def encode(self, pixels_01: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> z [B, C, Y, X], without drawing: the posterior's mean where there is one."""
+
+    @abstractmethod
+    def encode_moments(self, pixels_01: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] in [0, 1] -> mean and log variance of the posterior, both [B, C, Y, X] fp32."""
 
     @abstractmethod
     def decode(self, z_BCYX: Tensor) -> Tensor:

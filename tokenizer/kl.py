@@ -70,8 +70,12 @@ class KlAutoencoder(ImageAutoencoder):
 
     def encode(self, pixels_01: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> the posterior's mean z [B, C, Y, X] fp32."""
-        z_BCYX: Tensor = self.vae.encode(channels_last_on_gpu(2 * pixels_01 - 1)).latent_dist.mean
-        return z_BCYX.float().contiguous()
+        return self.encode_moments(pixels_01)[0]
+
+    def encode_moments(self, pixels_01: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] in [0, 1] -> the posterior's mean and log variance in [-30, 20], both [B, C, Y, X] fp32."""
+        posterior = self.vae.encode(channels_last_on_gpu(2 * pixels_01 - 1)).latent_dist
+        return posterior.mean.float().contiguous(), posterior.logvar.float().contiguous()
 
     def decode(self, z_BCYX: Tensor) -> Tensor:
         """[B, C, Y, X] -> pixels_01 [B, 3, H, W] fp32, not clamped."""

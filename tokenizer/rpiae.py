@@ -92,17 +92,24 @@ class Autoencoder(ImageAutoencoder):
         bridge = self.config.bridge
         return (self.encoder.width if bridge is None else bridge.latent_channels, *self.encoder.grid)
 
+    @property
+    def has_logvar(self) -> bool:
+        """Whether there is a bridge."""
+        return self.config.bridge is not None
+
     def features(self, pixels_01: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> f [B, D, Y, X]."""
         return self.encoder(pixels_01)  # type: ignore[no-any-return]
 
     def encode(self, pixels_01: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> z [B, C, Y, X]: the bridge's mu, or f without a bridge."""
-        f_BDYX = self.features(pixels_01)
-        if self.bridge is None:
-            return f_BDYX
-        mu_BCYX: Tensor = self.bridge.encoder(f_BDYX)[0]
-        return mu_BCYX
+        return self.features(pixels_01) if self.bridge is None else self.encode_moments(pixels_01)[0]
+
+    def encode_moments(self, pixels_01: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] in [0, 1] -> the bridge's mu and logvar, both [B, C, Y, X] fp32; an RAE has none."""
+        assert self.bridge is not None
+        moments: tuple[Tensor, Tensor] = self.bridge.encoder(self.features(pixels_01))
+        return moments
 
     def decode(self, z_BCYX: Tensor) -> Tensor:
         """[B, C, Y, X] -> pixels_01 [B, 3, H, W] fp32, not clamped."""

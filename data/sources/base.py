@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -15,25 +16,83 @@ T = TypeVar("T")
 
 
 class BadItemError(UserError):
-    """One item of a source that cannot become a sample; `key` names it in rejected.jsonl."""
+    """One item of a source that cannot become a sample; `key` names it in rejected.jsonl.
+
+    `reason` starts with its kind and a colon ("too small: 120x80 px, ..."): the ledger counts by kind.
+    """
 
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(reason)
         self.key = key
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadItemError], tuple[str, str]]:
+        """Travels between processes."""
+        return BadItemError, (self.key, self.reason)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a source that becomes one shard: a range of items, an input file, a few row groups."""
+
+    name: str  # for messages
+    num_items: int | None = None  # None: known only once it has been read
+    num_bytes: int = 0  # of the input; tells the time left where num_items is unknown
 
 
 class Source(Protocol):
-    """Items in a fixed order; the same source gives the same bytes."""
+    """Units in a fixed order, each with items in a fixed order; the same source gives the same bytes."""
 
     @property
     def description(self) -> str:
-        """What this is, with licence and a digest of what it was made from; kept in the manifest."""
+        """What this is, with licence and a digest of what it is made from; kept in the manifest."""
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """Unit i becomes shard i; processes and nodes share them out."""
+
+    def items(self, unit: int) -> Iterator[Sample | BadItemError]:
+        """Every item of a unit, good and bad: nothing is left out without a word.
+
+        Raises UserError: the input is damaged, so that its items cannot be counted.
+        """
+
+
+class IndexedItems(Protocol):
+    """A source whose items are numbered."""
+
+    @property
+    def description(self) -> str:
+        """As of Source."""
 
     def __len__(self) -> int:
         """Number of items, good and bad."""
 
     def sample(self, index: int) -> Sample:
         """Item `index`. Raises BadItemError."""
+
+
+class InUnits:
+    """Numbered items as a Source: units of `max_samples_per_shard` neighbours."""
+
+    def __init__(self, indexed: IndexedItems, max_samples_per_shard: int) -> None:
+        """Raises UserError: less than one sample a shard."""
+        if max_samples_per_shard < 1:
+            raise UserError(f"max_samples_per_shard is {max_samples_per_shard}; give at least 1")
+        self._indexed = indexed
+        starts = range(0, len(indexed), max_samples_per_shard)
+        self._ranges = [range(a, min(a + max_samples_per_shard, len(indexed))) for a in starts]
+        self.description = f"{indexed.description}; {max_samples_per_shard} a shard"
+        self.units = [Unit(f"items {items[0]} to {items[-1]}", len(items)) for items in self._ranges]
+
+    def items(self, unit: int) -> Iterator[Sample | BadItemError]:
+        """See Source."""
+        for index in self._ranges[unit]:
+            try:
+                item: Sample | BadItemError = self._indexed.sample(index)
+            except BadItemError as error:
+                item = error
+            yield item
 
 
 class Draws:

@@ -1,114 +1,158 @@
-"""A folder of images with captions or class labels -> samples. Files are stored as they are, after a look inside."""
+"""A folder of images with captions, class labels or edits -> samples. Files are stored as they are."""
 
 from __future__ import annotations
 
 import bisect
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from data.images import IMAGE_PARTS, decode_image
+from data.captions import TEXT_FIELDS
+from data.images import IMAGE_PARTS, image_suffix
 from data.shards import Sample
 from data.sources.base import BadItemError
+from data.sources.prepare import select_texts
 from engine import files
 from engine.config import UserError
 
 
 class FolderSource:
-    """Images below a folder; implements data.sources.base.Source.
+    """Images below a folder; implements data.sources.base.IndexedItems.
 
-    With `labels`, there are no captions: every folder below `images` is a class, numbered in sorted order, and json
-    holds its number and name, as tokenizers and class-conditional generators need (ImageNet's layout).
-    Otherwise captions come from a jsonl file with one {"file": path below the folder, "caption": text} a line, in whose
-    order the samples are, or without it from NAME.txt beside every image, in the order of the paths.
+    - `listing`: a jsonl file with one sample a line, in this order: {"file": path below the folder, "caption": text},
+      or "captions": a list, or an object of kind -> text. Edits: {"source": file, "target": file, "instruction": text},
+      or "instructions": a list. Other fields are kept.
+    - `labels`: every folder below `images` is a class, numbered in sorted order, and json holds its number and name, as
+      tokenizers and class-conditional generators need (ImageNet's layout). No captions.
+    - else every image below the folder, in the order of the paths, with its caption beside it: NAME.json with fields as
+      in a listing, or NAME.txt.
     """
 
-    def __init__(self, images: Path, captions: Path | None = None, *, labels: bool = False) -> None:
-        """Raises UserError: no such folder or file, no images, captions and labels at once."""
-        if labels and captions is not None:
+    def __init__(self, images: Path, listing: Path | None = None, *, labels: bool = False) -> None:
+        """Raises UserError: no such folder or file, no images, listing and labels at once."""
+        if labels and listing is not None:
             raise UserError("give --captions or --labels, not both: labels are the names of the folders")
         self._images = images
+        self._root = images.resolve()
         if not images.is_dir():
             raise UserError(f"{images}: no such folder; give --images the folder that holds the images")
-        if captions is None:
+        if listing is None:
             found = (path for path in images.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_PARTS)
             self._paths = sorted(path.relative_to(images).as_posix() for path in found)
-            self._lines: list[str] | None = None
+            self._lines: list[bytes] | None = None
             if labels:
                 self._paths = [path for path in self._paths if "/" in path]
             digest = files.digest(self._paths)
         else:
-            if not captions.is_file():
-                raise UserError(f"{captions}: no such file; give --captions a jsonl file")
-            self._lines = [line for line in captions.read_text().splitlines() if line.strip()]
-            self._where = str(captions)
-            digest = files.sha256(captions)
+            if not listing.is_file():
+                raise UserError(f"{listing}: no such file; give --captions a jsonl file")
+            self._lines = [line for line in listing.read_bytes().splitlines() if line.strip()]
+            self._where = listing.name
+            digest = files.sha256(listing)
         if not len(self):
-            raise UserError(f"{captions or images}: lists no image; supported: {', '.join(IMAGE_PARTS)}")
+            raise UserError(f"{listing or images}: lists no image; supported: {', '.join(IMAGE_PARTS)}")
         self._classes: list[str] | None = None
         if labels:
             self._classes = sorted({path.partition("/")[0] for path in self._paths})
         kind = "captions" if self._classes is None else f"{len(self._classes)} classes"
-        self.description = f"folder {images.name} with {kind}, listing {digest[:12]}"
+        self.description = f"folder {self._root.name} with {kind}, listing {digest[:12]}"
 
     def __len__(self) -> int:
         """Number of images, good and bad."""
         return len(self._paths if self._lines is None else self._lines)
 
     def sample(self, index: int) -> Sample:
-        """Raises BadItemError: unreadable image, no caption, empty caption, bad jsonl line."""
+        """Raises BadItemError: unreadable image, outside the folder, no caption, bad json, bad line."""
         key = f"image-{index:09d}"
-        name, meta = self._from_folder(index) if self._classes else self._with_caption(key, index)
-        path = self._images / name
-        suffix = path.suffix.lower().lstrip(".")
-        if suffix not in IMAGE_PARTS:
-            raise BadItemError(key, f"{path}: not one of {', '.join(IMAGE_PARTS)}")
-        try:
-            payload = path.read_bytes()
-        except OSError as error:
-            raise BadItemError(key, f"{path}: cannot be read ({error.strerror})") from None
-        part = "jpg" if suffix == "jpeg" else suffix
-        text = json.dumps({**meta, "file": name}, sort_keys=True)
-        sample = Sample(key, {part: payload, "json": text.encode()})
-        try:
-            decode_image(sample, part)
-        except UserError:
-            raise BadItemError(
-                key, f"{path}: not a readable image; repair it, or run with --reject-bad"
-            ) from None
-        return sample
-
-    def _from_folder(self, index: int) -> tuple[str, dict[str, int | str]]:
-        assert self._classes is not None
+        if self._lines is not None:
+            return self._from_line(key, index)
         name = self._paths[index]
-        label = bisect.bisect_left(self._classes, name.partition("/")[0])
-        return name, {"label": label, "class": self._classes[label]}
+        if self._classes is None:
+            fields = self._from_sidecar(key, name)
+        else:
+            label = bisect.bisect_left(self._classes, name.partition("/")[0])
+            fields = {"label": label, "class": self._classes[label]}
+        return _sample(key, {"": self._read(key, name)}, {**fields, "file": name})
 
-    def _with_caption(self, key: str, index: int) -> tuple[str, dict[str, int | str]]:
-        name, caption = self._from_line(key, index) if self._lines else self._from_sidecar(key, index)
-        if not caption.strip():
-            raise BadItemError(
-                key, f"{self._images / name}: empty caption; write one, or run with --reject-bad"
-            )
-        return name, {"caption": caption.strip()}
-
-    def _from_line(self, key: str, index: int) -> tuple[str, str]:
+    def _from_line(self, key: str, index: int) -> Sample:
         assert self._lines is not None
-        try:
-            tree = json.loads(self._lines[index])
-            name, caption = tree["file"], tree["caption"]
-        except (ValueError, KeyError, TypeError):
-            name = caption = None
-        if not isinstance(name, str) or not isinstance(caption, str):
-            raise BadItemError(
-                key, f'{self._where}: entry {index + 1}: expected {{"file": ..., "caption": ...}}'
-            )
-        return name, caption
+        where = f"{self._where}: entry {index + 1}"
+        fields = _fields(key, self._lines[index], where)
+        is_edit = "target" in fields and "file" not in fields
+        roles = ("source", "target") if is_edit else ("file",)
+        names = {role: fields.get(role) for role in roles}
+        payloads = {}
+        for role, name in names.items():
+            if not isinstance(name, str) or not name:
+                raise BadItemError(key, f'bad line: {where}: expected "{role}" to be a path below the folder')
+            payloads["" if role == "file" else role] = self._read_listed(key, name)
+        return _sample(key, payloads, {**_with_texts(key, fields, where, is_edit), **names})
 
-    def _from_sidecar(self, key: str, index: int) -> tuple[str, str]:
-        name = self._paths[index]
+    def _from_sidecar(self, key: str, name: str) -> dict[str, Any]:
+        path = self._images / name
+        fields: dict[str, Any] = {}
         try:
-            return name, (self._images / name).with_suffix(".txt").read_text()
+            if (side := path.with_suffix(".json")).is_file():
+                fields = _fields(key, side.read_bytes(), f"{name}, {side.name}")
+            if not any(select_texts(fields.get(field)) for field in TEXT_FIELDS):
+                fields["caption"] = path.with_suffix(".txt").read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
             raise BadItemError(
-                key, f"{self._images / name}: no caption in a .txt beside it ({error})"
+                key, f"no caption: {name}: none in a .txt or .json beside it ({reason})"
             ) from None
+        return _with_texts(key, fields, name, is_edit=False)
+
+    def _read_listed(self, key: str, name: str) -> bytes:
+        """The file that a listing names: it may come from elsewhere and must not lead out of the folder."""
+        try:
+            is_inside = not PurePosixPath(name).is_absolute() and (
+                self._root / name
+            ).resolve().is_relative_to(self._root)
+        except (OSError, ValueError, RuntimeError):  # a loop of links, a zero byte
+            is_inside = False
+        if not is_inside:
+            raise BadItemError(key, f"outside the folder: '{name}'; list paths below {self._root.name}")
+        return self._read(key, name)
+
+    def _read(self, key: str, name: str) -> bytes:
+        try:
+            return (self._images / name).read_bytes()
+        except OSError as error:
+            raise BadItemError(key, f"unreadable image: {name}: {error.strerror}") from None
+
+
+def _fields(key: str, payload: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(payload)
+    except (ValueError, RecursionError):
+        raise BadItemError(key, f"bad json: {where}: not JSON") from None
+    if not isinstance(fields, dict):
+        raise BadItemError(key, f"bad json: {where}: not an object of fields")
+    return fields
+
+
+def _with_texts(key: str, fields: Mapping[str, Any], where: str, is_edit: bool) -> dict[str, Any]:
+    """`fields` with their captions, or instructions as a list, cleaned. Raises BadItemError: there are none."""
+    others = {name: value for name, value in fields.items() if name not in TEXT_FIELDS}
+    for name in ("instruction", "instructions") if is_edit else TEXT_FIELDS:
+        texts = select_texts(fields.get(name))
+        if texts and name.startswith("instruction"):
+            return {**others, "instructions": [texts] if isinstance(texts, str) else texts}
+        if texts:
+            return {**others, name: texts}
+    raise BadItemError(key, f"{'no instruction' if is_edit else 'no caption'}: {where}: missing or empty")
+
+
+def _sample(key: str, payloads: Mapping[str, bytes], fields: Mapping[str, Any]) -> Sample:
+    """`payloads`: role ("", "source", "target") -> file. Parts are named by what the files are, not by their names."""
+    parts = {"json": json.dumps(fields, sort_keys=True).encode()}
+    for role, payload in payloads.items():
+        try:
+            suffix = image_suffix(payload)
+        except ValueError as error:
+            name = fields[role or "file"]
+            raise BadItemError(key, f"unreadable image: {name}: {error}") from None
+        parts[f"{role}.{suffix}" if role else suffix] = payload
+    return Sample(key, parts)

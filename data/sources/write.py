@@ -1,23 +1,28 @@
-"""Sources -> shards: a ledger for each, several at a time, and a progress line."""
+"""Sources -> shards: over processes and nodes, resumable, every item accounted for.
+
+A unit of a source becomes one shard, so a shard's bytes depend on neither the number of processes nor on kills.
+"""
 
 from __future__ import annotations
 
+import collections
 import multiprocessing
-import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
-from typing import Any
 
-from data.shards import ShardWriter
+from data.processes import forked
+from data.progress import REPORT_EVERY_S, ProgressLine
+from data.shards import OpenShard, ShardProgress, finished_shard, shard_name, write_manifest
+from data.sources import deduplicate
 from data.sources.base import BadItemError, Source
+from data.sources.deduplicate import remove_duplicates
+from data.sources.prepare import Preparation
+from engine.config import UserError
 
-REPORT_EVERY_S = 1.0
+WAIT_REPORT_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -27,111 +32,177 @@ class Ledger:
     num_read: int
     num_written: int
     num_rejected: int
+    reasons: tuple[tuple[str, int], ...] = ()  # kinds of rejection, the most frequent first
 
     def __str__(self) -> str:
-        return f"read {self.num_read} = written {self.num_written} + rejected {self.num_rejected}"
+        reasons = ", ".join(f"{kind} {count}" for kind, count in self.reasons)
+        line = f"read {self.num_read} = written {self.num_written} + rejected {self.num_rejected}"
+        return f"{line} ({reasons})" if reasons else line
 
 
-def write_source(
-    source: Source,
-    directory: Path,
-    max_samples_per_shard: int,
-    *,
-    reject_bad: bool = False,
-    report: Callable[[int], None] = lambda num_done: None,
-) -> Ledger:
-    """Writes a whole source as shards, continuing after what a killed run finished.
+@dataclass(frozen=True)
+class Workers:
+    """Who shares the units. The shards do not depend on it."""
 
-    A bad item raises BadItemError, or with `reject_bad` goes to rejected.jsonl with its reason. `report` is
-    called with the number of items accounted for, after every item.
-    """
-    with ShardWriter(
-        directory, max_samples_per_shard=max_samples_per_shard, source=source.description
-    ) as writer:
-        report(writer.num_consumed)
-        for index in range(writer.num_consumed, len(source)):
-            try:
-                writer.write(source.sample(index))
-            except BadItemError as error:
-                if not reject_bad:
-                    raise
-                writer.reject(error.key, str(error))
-            report(writer.num_consumed)
-    ledger = Ledger(len(source), writer.num_written, writer.num_rejected)
-    assert ledger.num_read == ledger.num_written + ledger.num_rejected
-    return ledger
+    num_processes: int = 1
+    node: int = 0  # of num_nodes, each running the same command on the same storage
+    num_nodes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_processes < 1:
+            raise UserError(f"{self.num_processes} processes; give at least 1")
+        if not 0 <= self.node < self.num_nodes:
+            raise UserError(f"node {self.node} of {self.num_nodes}; nodes are numbered from 0")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One unit, and where it goes."""
+
+    source: Source
+    unit: int
+    path: Path
+    identity: str  # of source and preparation
 
 
 def write_sources(
-    sources: Mapping[Path, Source], max_samples_per_shard: int, num_processes: int
+    sources: Mapping[Path, Source],
+    workers: Workers | None = None,
+    *,
+    prepare: Preparation | None = None,
+    deduplicate_bits: int | None = None,
+    strict: bool = False,
 ) -> dict[Path, Ledger]:
-    """Writes each source into its own folder; the processes share them out, so the bytes do not depend on
-    their number. Prints a progress line. Bad items raise BadItemError."""
-    # Forked workers need not import everything again (4 s); they run no thread pool of the parent's.
-    context = multiprocessing.get_context("fork")
-    counts = context.Array("q", len(sources))
-    progress = Progress(sum(len(source) for source in sources.values()))
-    with ProcessPoolExecutor(
-        num_processes, mp_context=context, initializer=_start_worker, initargs=(counts,)
-    ) as pool:
-        futures = [
-            pool.submit(_write_counted, slot, source, folder, max_samples_per_shard)
-            for slot, (folder, source) in enumerate(sources.items())
-        ]
-        waiting = set(futures)
-        while waiting:
-            done, waiting = wait(waiting, REPORT_EVERY_S, FIRST_EXCEPTION)
-            progress.show(sum(counts.get_obj()))
-            if any(future.exception() for future in done):
-                pool.shutdown(cancel_futures=True)
-                break
-        return {folder: future.result() for folder, future in zip(sources, futures, strict=True)}
+    """Writes each source into its own folder; `prepare` filters and fits samples.
+
+    Units that an earlier run finished are kept. Bad items go to rejected.jsonl with their reason; with `strict` the
+    first one ends the run. `deduplicate_bits`: see remove_duplicates. Node 0 waits for the others and writes the
+    manifests; it returns the ledgers, the other nodes nothing. Prints a progress line. Raises UserError: damaged inputs
+    (each is named, all others are finished first), shards of another source in the folder.
+    """
+    workers = workers or Workers()
+    tasks = [
+        _Task(
+            source,
+            unit,
+            directory / shard_name(unit),
+            _identity(source, prepare, deduplicate_bits),
+        )
+        for directory, source in sources.items()
+        for unit in range(len(source.units))
+    ]
+    mine = tasks[workers.node :: workers.num_nodes]
+    todo = [task for task in mine if finished_shard(task.path, source=task.identity) is None]
+    for directory in sources:
+        directory.mkdir(parents=True, exist_ok=True)
+    problems = _run(todo, len(mine) - len(todo), workers.num_processes, prepare, strict)
+    if problems:
+        others = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UserError(
+            f"{len(problems)} of {len(mine)} inputs could not be used, the others are done: "
+            f"{'; '.join(problems[:3])}{others}. Repair or remove them and run the same command again"
+        )
+    if workers.node != 0:
+        return {}
+    _wait_for_nodes(tasks)
+    ledgers = {}
+    for directory in sources:
+        names = [task.path.name for task in tasks if task.path.parent == directory]
+        identity = _identity(sources[directory], prepare, deduplicate_bits)
+        if deduplicate_bits is not None:
+            remove_duplicates(directory, names, identity, deduplicate_bits, workers.num_processes)
+        write_manifest(directory, names, source=identity)
+        shards = [finished_shard(directory / name, source=identity) for name in names]
+        ledgers[directory] = ledger([shard for shard in shards if shard is not None])
+    return ledgers
 
 
-class Progress:
-    """A line on stderr at most once a second: items, items a second, time left."""
-
-    def __init__(self, num_items: int) -> None:
-        self._num_items = num_items
-        self._start_s = self._shown_s = time.monotonic()
-        self._first: int | None = None  # items that an earlier run had done
-
-    def show(self, num_done: int) -> None:
-        """Notes that `num_done` items are accounted for."""
-        now_s = time.monotonic()
-        if self._first is None:
-            if num_done == 0:
-                return  # the workers are still starting
-            self._first, self._start_s = num_done, now_s
-        if now_s - self._shown_s < REPORT_EVERY_S and num_done < self._num_items:
-            return
-        self._shown_s = now_s
-        rate = (num_done - self._first) / max(now_s - self._start_s, 1e-3)
-        left = f"{(self._num_items - num_done) / rate:.0f} s" if rate else "unknown"
-        line = f"{num_done}/{self._num_items} items, {rate:.0f}/s, ETA {left}"
-        print(line, file=sys.stderr, flush=True)
+def _identity(source: Source, prepare: Preparation | None, deduplicate_bits: int | None) -> str:
+    """What a shard was made of and how, kept in its side file."""
+    told = [source.description]
+    if prepare is not None:
+        told.append(prepare.description)
+    if deduplicate_bits is not None:
+        told.append(deduplicate.description(deduplicate_bits))
+    return "; ".join(told)
 
 
-_counts: Any = None  # in a worker: items accounted for, by source
+def _run(
+    todo: Sequence[_Task], num_kept: int, num_processes: int, prepare: Preparation | None, strict: bool
+) -> list[str]:
+    """Writes the units of `todo`; returns what is wrong with each that could not be written."""
+    if not todo:
+        return []
+    counts = multiprocessing.get_context("fork").Array(
+        "q", 2 * len(todo), lock=False
+    )  # items read, 1 when done
+    progress = ProgressLine(f"{len(todo)} shards to write, {num_kept} kept", "items")
+
+    def work(slot: int) -> str | None:
+        try:
+            _write_unit(todo[slot], counts, slot, prepare, strict)
+        except BadItemError:
+            raise
+        except UserError as error:
+            return str(error)
+        counts[len(todo) + slot] = 1
+        return None
+
+    def tick() -> None:
+        progress.show(sum(counts[: len(todo)]), _share(todo, counts))
+
+    return [problem for problem in forked(work, len(todo), num_processes, tick) if problem is not None]
 
 
-def _start_worker(counts: Any) -> None:
-    """A worker ends with its parent even if that is killed: two writers must never share a folder."""
-    global _counts
-    _counts = counts
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def follow() -> None:
-        connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+def _share(todo: Sequence[_Task], counts: Sequence[int]) -> float:
+    """How much of the work is done: by items, or by bytes where inputs of unknown length are among them."""
+    units = [task.source.units[task.unit] for task in todo]
+    num_items = [unit.num_items for unit in units if unit.num_items is not None]
+    if len(num_items) == len(units):
+        return sum(counts[: len(todo)]) / max(sum(num_items), 1)
+    done = sum(unit.num_bytes for unit, is_done in zip(units, counts[len(todo) :], strict=True) if is_done)
+    return done / max(sum(unit.num_bytes for unit in units), 1)
 
 
-def _write_counted(slot: int, source: Source, folder: Path, max_samples_per_shard: int) -> Ledger:
-    def report(num_done: int) -> None:
-        _counts[slot] = num_done
+def _wait_for_nodes(tasks: Sequence[_Task]) -> None:
+    """Until the other nodes have written their units."""
+    said_s = 0.0
+    while waiting := [task for task in tasks if finished_shard(task.path, source=task.identity) is None]:
+        if time.monotonic() - said_s > WAIT_REPORT_EVERY_S:
+            said_s = time.monotonic()
+            line = f"waiting for {len(waiting)} shards of other nodes, the first is {waiting[0].path}"
+            print(line, file=sys.stderr, flush=True)
+        tasks = waiting
+        time.sleep(REPORT_EVERY_S)
 
-    return write_source(source, folder, max_samples_per_shard, report=report)
+
+def ledger(shards: Sequence[ShardProgress]) -> Ledger:
+    """The sums over shards, with the kinds of rejection counted."""
+    kinds = collections.Counter(reason.partition(":")[0] for shard in shards for _, reason in shard.rejected)
+    num_rejected = sum(len(shard.rejected) for shard in shards)
+    num_written = sum(shard.entry.num_samples for shard in shards if shard.entry is not None)
+    return Ledger(
+        sum(shard.num_read for shard in shards), num_written, num_rejected, tuple(kinds.most_common())
+    )
+
+
+def _write_unit(
+    task: _Task, counts: MutableSequence[int], slot: int, prepare: Preparation | None, strict: bool
+) -> None:
+    rejected: list[tuple[str, str]] = []
+    shard = OpenShard(task.path)
+    try:
+        for item in task.source.items(task.unit):
+            counts[slot] += 1
+            try:
+                if isinstance(item, BadItemError):
+                    raise item
+                shard.add(item if prepare is None else prepare(item))
+            except BadItemError as error:
+                if strict:
+                    raise
+                rejected.append((error.key, error.reason))
+    except BaseException:
+        shard.drop()
+        raise
+    shard.close(task.identity, tuple(rejected), counts[slot])

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from data.images import PixelConfig, PixelPacker, decode_image, fit_image
+from data.mixture import Mixture
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 from data.stream import PackStream
 from engine.config import ConfigError, UserError
@@ -124,7 +125,7 @@ def test_pixel_packs_through_the_stream_are_full(tmp_path: Path) -> None:
         for number in range(20):
             writer.write(Sample(f"k{number}", {"png": encoded(noise(8, 8, seed=number))}))
     dataset, packer = ShardDataset.open(tmp_path), PixelPacker(PixelConfig(4, image_px=8))
-    stream = PackStream(dataset, packer, num_streams=2, seed=0, rank=0, world=1, prefetch_steps=1)
+    stream = PackStream(Mixture.of(dataset), packer, num_streams=2, seed=0, rank=0, world=1, prefetch_steps=1)
     seen = [batch.sample_ids for _ in range(5) for batch in stream.next_step()]
     stream.close()
     assert {len(keys) for keys in seen} == {4}

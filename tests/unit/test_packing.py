@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from data.packing import (
     T2IPacker,
     TextSplit,
     build_packed_batch,
+    read_captions,
+    read_latents,
 )
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
-from engine.config import UserError
+from engine.config import ConfigError, UserError
 
 C, Y, X = 3, 2, 2
 LATENT = LatentInfo("bf16", (C, Y, X), (0.5, 0.0, -1.0), (2.0, 1.0, 0.5), "autoencoder", "letters")
@@ -158,6 +161,154 @@ def test_seed_of_a_pack_is_of_the_step_and_stream() -> None:
     packer = T2IPacker(config(), LATENT, Letters())
     assert collate(packer, [t2i_sample(0)], step=1).seed != collate(packer, [t2i_sample(0)], step=2).seed
     assert collate(packer, [t2i_sample(0)], step=1).seed == collate(packer, [t2i_sample(5)], step=1).seed
+
+
+# Kinds of caption ---------------------------------------------------------------------------------
+
+KINDS = {"short": "s", "long": "ll", "tags": "ttt"}
+
+
+def weighted(weights: dict[str, float]) -> T2IPacker:
+    return T2IPacker(replace(config(), caption_weights=weights), LATENT, Letters())
+
+
+def texts(packer: T2IPacker, samples: list[Sample], epoch: int = 0) -> list[bytes]:
+    """The caption that each sample got."""
+    return [bytes(collate(packer, [sample], epoch).text_ids[1:-3].tolist()) for sample in samples]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"caption": "a"}, ["a"]),
+        ({"captions": ["a", "b"]}, ["a", "b"]),
+        ({"captions": {"long": "bb", "short": "a"}}, ["bb", "a"]),
+        ({"instructions": ["do"], "label": 3}, ["do"]),
+    ],
+)
+def test_captions_are_a_text_a_list_or_named(fields: dict[str, object], expected: list[str]) -> None:
+    assert read_captions(t2i_sample(0, **fields)) == expected
+
+
+def test_kinds_of_caption_are_drawn_alike_or_by_their_weights() -> None:
+    samples = [t2i_sample(number, captions=KINDS) for number in range(1000)]
+    alike = Counter(texts(weighted({}), samples))
+    assert all(abs(alike[text.encode()] - 333) < 45 for text in KINDS.values())  # 3 standard deviations
+    counts = Counter(texts(weighted({"tags": 1, "short": 3}), samples))
+    assert counts.keys() == {b"s", b"ttt"}, "a kind without a weight is never taken"
+    assert abs(counts[b"s"] - 750) < 42
+    assert texts(weighted({"short": 6, "tags": 2}), samples[:50]) == texts(
+        weighted({"tags": 1, "short": 3}), samples[:50]
+    )
+    assert texts(weighted({}), samples[:50], epoch=1) != texts(weighted({}), samples[:50], epoch=2)
+
+
+def test_a_kind_that_a_sample_lacks_leaves_its_share_to_the_others() -> None:
+    samples = [t2i_sample(number, captions={"long": "ll", "tags": "ttt"}) for number in range(300)]
+    counts = Counter(texts(weighted({"short": 100, "long": 1, "tags": 1}), samples))
+    assert abs(counts[b"ll"] - 150) < 27 and counts[b"ll"] + counts[b"ttt"] == 300
+
+
+@pytest.mark.parametrize("captions", [{"long": "ll"}, ["ll"], {"long": "ll", "short": "s"}])
+def test_a_sample_without_a_caption_of_the_asked_kinds_is_named(captions: object) -> None:
+    with pytest.raises(
+        UserError, match=r"sample 't0': has captions .* none of packing.caption_weights \['short'"
+    ):
+        collate(weighted({"short": 0, "tags": 1}), [t2i_sample(0, captions=captions)])
+
+
+@pytest.mark.parametrize(
+    "weights", [{"a": -1.0, "b": 2.0}, {"a": 0.0}, {"a": float("nan")}, {"a": float("inf")}]
+)
+def test_weights_that_are_no_proportions_are_refused(weights: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="caption_weights"):
+        replace(config(), caption_weights=weights)
+
+
+# Views and variances --------------------------------------------------------------------------------
+
+VIEWS = replace(LATENT, dtype="fp32", num_views=3, has_logvar=True)
+
+
+def viewed_sample(key: str, parts: Sequence[str] = ("latent",), logvar: float = -2.0) -> Sample:
+    """View v of part p has the mean 10 v + p everywhere."""
+    values = torch.full((len(parts), 3, 2, C, Y, X), logvar)
+    values[:, :, 0] = 10.0 * torch.arange(3).view(1, 3, 1, 1, 1) + torch.arange(len(parts)).view(
+        -1, 1, 1, 1, 1
+    )
+    payloads = {part: values[number].numpy().tobytes() for number, part in enumerate(parts)}
+    return Sample(key, {**payloads, "json": b'{"caption": "a"}'})
+
+
+def raw(z: torch.Tensor) -> torch.Tensor:
+    """Normalised [..., C] back to what was stored."""
+    return z * torch.tensor(LATENT.std) + torch.tensor(LATENT.mean)
+
+
+def views_of(packer: T2IPacker, samples: list[Sample], epoch: int) -> list[float]:
+    return raw(collate(packer, samples, epoch).latents).view(len(samples), -1)[:, 0].tolist()
+
+
+def test_the_view_is_a_function_of_seed_epoch_and_key_and_every_view_is_met() -> None:
+    packer = T2IPacker(config(), VIEWS, Letters())
+    samples = [viewed_sample(f"v{number}") for number in range(300)]
+    seen = views_of(packer, samples, epoch=1)
+    # Through the statistics and back: roundings of fp32 at 20.
+    assert {round(value, 4) for value in seen} == {0.0, 10.0, 20.0}
+    assert all(abs([round(value) for value in seen].count(view) - 100) < 25 for view in (0, 10, 20))
+    assert views_of(packer, samples[::-1], epoch=1) == seen[::-1]
+    assert views_of(packer, samples, epoch=2) != seen
+
+
+def test_source_and_target_of_an_edit_are_of_one_view() -> None:
+    packer = EditPacker(config(), VIEWS, Letters())
+    parts = ("source.latent", "target.latent")
+    for number in range(30):
+        batch = collate(packer, [viewed_sample(f"e{number}", parts)])
+        source, target = raw(batch.latents).view(2, -1)[:, 0].tolist()
+        assert target - source == pytest.approx(1, abs=1e-4)
+
+
+def test_reading_alone_gives_the_first_view_and_the_mean() -> None:
+    z = read_latents([viewed_sample("a", ("latent", "other"))], ("other", "latent"), VIEWS)
+    assert z.shape == (1, 2, C, Y, X)
+    expected = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1, 1).expand(1, 2, C, Y, X)
+    torch.testing.assert_close(raw(z.movedim(2, -1)).movedim(-1, 2), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_every_value_stands_where_it_was_stored() -> None:
+    values = torch.randn(2, 3, 2, C, Y, X, generator=torch.Generator().manual_seed(1))
+    samples = [Sample(f"s{number}", {"latent": values[number].numpy().tobytes()}) for number in range(2)]
+    z = read_latents(samples, ("latent",), VIEWS, views=[2, 1])
+    expected = torch.stack([normalised(values[0, 2, 0]), normalised(values[1, 1, 0])])[:, None]
+    assert torch.equal(z, expected)
+
+
+def test_drawn_latents_have_the_stored_variance_and_are_drawn_anew_each_epoch() -> None:
+    packer = T2IPacker(replace(config(), sample_latents=True), replace(VIEWS, num_views=1), Letters())
+    logvar = -2.0
+
+    def sample(number: int) -> Sample:
+        values = torch.full((1, 2, C, Y, X), logvar)
+        values[:, 0] = number
+        return Sample(f"d{number}", {"latent": values.numpy().tobytes(), "json": b'{"caption": "a"}'})
+
+    samples = [sample(number) for number in range(400)]
+    means = torch.arange(400.0).repeat_interleave(Y * X)[:, None]
+    noise = raw(collate(packer, samples).latents) - means
+    # 4800 values: the mean deviates by 0.0053, the deviation of 0.3679 by 0.0038 (one standard deviation).
+    assert noise.mean().abs() < 0.02
+    assert abs(noise.std() - np.exp(logvar / 2)) < 0.015
+    alone = raw(collate(packer, samples[7:8], step=9).latents) - 7
+    assert torch.equal(alone, noise[7 * Y * X : 8 * Y * X]), "the same epoch, another pack and step"
+    assert not torch.equal(raw(collate(packer, samples[7:8], epoch=1).latents) - 7, alone)
+    mean = T2IPacker(config(), replace(VIEWS, num_views=1), Letters())
+    torch.testing.assert_close(raw(collate(mean, samples).latents), means.expand(-1, C), rtol=1e-6, atol=1e-5)
+
+
+def test_drawing_needs_stored_variances() -> None:
+    with pytest.raises(UserError, match="stored without a variance; encode with logvar: true"):
+        T2IPacker(replace(config(), sample_latents=True), LATENT, Letters())
 
 
 # Refusals -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from data.mixture import Mixture, SetConfig
 from data.plan import epoch_order
 from data.shards import Sample, ShardDataset, ShardWriter
 from data.stream import DataConfig, PackStream
 from engine.config import ConfigError, UserError
 
 NUM_SAMPLES = 700
-NUM_STREAMS = 3
+NUM_STREAMS = 8
+WORLDS = (1, 2, 3, 5, 8)
 BUDGET = 100
-NUM_STEPS = 40  # about two epochs: a pack holds about 10 samples of 4 to 16 tokens, three packs a step
+NUM_STEPS = 20  # about two epochs: a pack holds about 10 samples of 4 to 16 tokens, eight packs a step
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
 
 def open_ranks(dataset: ShardDataset, world: int, **change: Any) -> list[PackStream]:
     settings: dict[str, Any] = {"num_streams": NUM_STREAMS, "seed": 5, "world": world, "prefetch_steps": 2}
-    return [PackStream(dataset, Recorder(), rank=rank, **{**settings, **change}) for rank in range(world)]
+    return [
+        PackStream(Mixture.of(dataset), Recorder(), rank=rank, **{**settings, **change})
+        for rank in range(world)
+    ]
 
 
 def run(ranks: list[PackStream], num_steps: int) -> list[list[Any]]:
@@ -108,7 +113,7 @@ def test_each_step_takes_one_pack_of_each_stream(uninterrupted: list[list[Pack]]
         assert all(pack.sample_ids for pack in packs)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_packs_do_not_depend_on_the_number_of_ranks(
     dataset: ShardDataset, uninterrupted: list[list[Pack]], world: int
 ) -> None:
@@ -117,7 +122,7 @@ def test_packs_do_not_depend_on_the_number_of_ranks(
     close(ranks)
 
 
-@pytest.mark.parametrize("trial", range(6))
+@pytest.mark.parametrize("trial", range(10))
 def test_resume_on_other_ranks_continues_the_same_packs(
     dataset: ShardDataset, uninterrupted: list[list[Pack]], trial: int
 ) -> None:
@@ -126,9 +131,7 @@ def test_resume_on_other_ranks_continues_the_same_packs(
     steps: list[list[Pack]] = []
     state = None
     for stop in [*stops, NUM_STEPS]:
-        ranks = open_ranks(
-            dataset, int(rng.integers(1, NUM_STREAMS + 1)), prefetch_steps=int(rng.integers(1, 5))
-        )
+        ranks = open_ranks(dataset, int(rng.choice(WORLDS)), prefetch_steps=int(rng.integers(1, 5)))
         for rank in ranks:
             if state is not None:
                 rank.load_state_dict(state)
@@ -140,10 +143,10 @@ def test_resume_on_other_ranks_continues_the_same_packs(
 
 def test_each_epoch_is_an_exact_permutation(dataset: ShardDataset) -> None:
     ranks = open_ranks(dataset, 1)
-    steps = run(ranks, 100)
+    steps = run(ranks, 40)
     close(ranks)
     cursors = merged_state(ranks)["streams"].values()
-    num_complete = min(epoch for cursor in cursors for epoch, _ in cursor["pending"])
+    num_complete = min([c["places"][0][0] for c in cursors] + [e for c in cursors for e, _ in c["pending"]])
     assert num_complete >= 3
     seen: dict[int, Counter[str]] = {}
     for packs in steps:
@@ -172,8 +175,34 @@ def test_every_sample_taken_from_the_plan_is_packed_or_pending(dataset: ShardDat
     num_packed = sum(len(packs[0].sample_ids) for packs in run(ranks, 60))
     close(ranks)
     cursor = merged_state(ranks)["streams"]["0"]
-    assert len(cursor["pending"]) <= 128
-    assert cursor["position"] + cursor["epoch"] * NUM_SAMPLES == num_packed + len(cursor["pending"])
+    assert len(cursor["pending"]) < 128
+    assert cursor["num_samples"] == num_packed
+    assert cursor["num_draws"] == num_packed + len(cursor["pending"])
+    ((epoch, position),) = cursor["places"]
+    assert cursor["num_draws"] == epoch * NUM_SAMPLES + position
+
+
+def test_packs_follow_the_rule_word_by_word(dataset: ShardDataset) -> None:
+    """The rule as a sentence: in order while they fit; then, among the next 128, the longest that still fits."""
+    plan = [
+        (epoch, int(index))
+        for epoch in range(4)
+        for index in epoch_order(NUM_SAMPLES, dataset.fingerprint, 5, epoch, NUM_STREAMS, 2)
+    ]
+    lengths = dataset.num_image_tokens.tolist()
+    stream = open_ranks(dataset, 1)[0]
+    cursor = stream._cursor(2)
+    for _ in range(25):
+        pack, free = [], BUDGET
+        while plan and lengths[plan[0][1]] <= free:
+            pack.append(plan.pop(0))
+            free -= lengths[pack[-1][1]]
+        while fitting := [item for item in plan[:128] if lengths[item[1]] <= free]:
+            pack.append(max(fitting, key=lambda item: lengths[item[1]]))  # the first of the longest
+            plan.remove(pack[-1])
+            free -= lengths[pack[-1][1]]
+        epochs, addresses = cursor.next_pack()
+        assert list(zip(epochs.tolist(), addresses.tolist(), strict=True)) == pack
 
 
 def test_sample_that_was_passed_over_opens_the_next_pack(tmp_path: Path) -> None:
@@ -245,9 +274,9 @@ def test_tiny_data_set_feeds_every_stream(tmp_path: Path) -> None:
 
 
 def test_more_ranks_than_streams_is_refused(dataset: ShardDataset) -> None:
-    message = "4 ranks but num_streams = 3: num_streams must be at least as many as the most ranks the run"
+    message = "9 ranks but num_streams = 8: num_streams must be at least as many as the most ranks the run"
     with pytest.raises(UserError, match=message):
-        open_ranks(dataset, 4)
+        open_ranks(dataset, 9)
 
 
 def test_sample_over_the_budget_is_named(tmp_path: Path) -> None:
@@ -260,11 +289,11 @@ def test_sample_over_the_budget_is_named(tmp_path: Path) -> None:
 
 def test_fewer_samples_than_streams_is_refused(tmp_path: Path) -> None:
     tiny = write(tmp_path, [10, 10])
-    with pytest.raises(UserError, match="2 samples cannot feed num_streams = 3"):
+    with pytest.raises(UserError, match="2 samples cannot feed num_streams = 8"):
         open_ranks(tiny, 1)
 
 
-@pytest.mark.parametrize("change", [{"seed": 6}, {"num_streams": 4}])
+@pytest.mark.parametrize("change", [{"seed": 6}, {"num_streams": 9}])
 def test_resume_with_another_plan_is_refused(dataset: ShardDataset, change: dict[str, int]) -> None:
     state = merged_state(open_ranks(dataset, 1))
     with pytest.raises(UserError, match=f"resume: the data's {next(iter(change))} was"):
@@ -283,8 +312,9 @@ def test_resume_whose_pending_samples_have_other_keys_is_refused(dataset: ShardD
     state = merged_state(ranks)
     close(ranks)
     changed = copy.deepcopy(state)
-    changed["streams"]["1"]["pending"][0][1] += 1
-    with pytest.raises(UserError, match="data stream 1 would continue with other samples"):
+    stream = next(name for name, cursor in changed["streams"].items() if cursor["pending"])
+    changed["streams"][stream]["pending"][0][1] += 1
+    with pytest.raises(UserError, match=f"data stream {stream} would continue with other samples"):
         open_ranks(dataset, 1)[0].load_state_dict(changed)
 
 
@@ -305,6 +335,131 @@ def test_config_refuses_zero_streams() -> None:
         DataConfig("shards", num_streams=0)
 
 
+@pytest.mark.parametrize("sets", [{}, {"shards": "a", "mixture": {"b": SetConfig("b")}}])
+def test_config_asks_for_shards_or_a_mixture(sets: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="either shards or mixture"):
+        DataConfig(**sets)
+
+
+# Epochs, mixtures, quarantine ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_epochs", [1, 2])
+def test_max_epochs_ends_before_a_sample_comes_once_more(dataset: ShardDataset, max_epochs: int) -> None:
+    (rank,) = ranks = open_ranks(dataset, 1)
+    num_steps = rank.num_steps(max_epochs)
+    steps = run(ranks, num_steps + 1)
+    close(ranks)
+    assert {epoch for packs in steps[:-1] for pack in packs for epoch in pack.epochs} == set(
+        range(max_epochs)
+    )
+    assert any(epoch == max_epochs for pack in steps[-1] for epoch in pack.epochs)
+    assert [rank.num_steps(max_epochs) for rank in open_ranks(dataset, 3)] == [num_steps] * 3
+
+
+def test_too_small_for_one_pack_within_the_epochs_is_refused(tmp_path: Path) -> None:
+    tiny = write(tmp_path, [10] * NUM_STREAMS)
+    with pytest.raises(UserError, match="too small for one pack of 100 in each of 8 streams within 1 epochs"):
+        open_ranks(tiny, 1)[0].num_steps(1)
+
+
+@pytest.fixture(scope="module")
+def mixture(dataset: ShardDataset, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    """700 samples three times as often as 200 others."""
+    other = write(tmp_path_factory.mktemp("other"), [8] * 200, name="o")
+    return Mixture.open({"s": SetConfig(str(dataset.directory), 3.0), "o": SetConfig(str(other.directory))})
+
+
+def open_mixture(mixture: Mixture, world: int) -> list[PackStream]:
+    return [
+        PackStream(
+            mixture, Recorder(), num_streams=NUM_STREAMS, seed=5, rank=rank, world=world, prefetch_steps=2
+        )
+        for rank in range(world)
+    ]
+
+
+def test_a_mixture_draws_by_weight_and_each_set_keeps_its_own_exact_epochs(mixture: Mixture) -> None:
+    (rank,) = ranks = open_mixture(mixture, 1)
+    steps = run(ranks, 60)
+    metrics = rank.metrics()
+    close(ranks)
+    drawn = [
+        (key, epoch)
+        for packs in steps
+        for p in packs
+        for key, epoch in zip(p.sample_ids, p.epochs, strict=True)
+    ]
+    share = sum(key.startswith("s") for key, _ in drawn) / len(drawn)
+    assert abs(share - 0.75) < 0.03  # 4,800 draws: sd 0.006
+    cursors = merged_state(ranks)["streams"].values()
+    for number, (letter, size) in enumerate((("s", NUM_SAMPLES), ("o", 200))):
+        first = mixture.first[number]
+        pending = [e for c in cursors for e, a in c["pending"] if first <= a < first + size]
+        num_complete = min([c["places"][number][0] for c in cursors] + pending)
+        assert num_complete >= 3
+        for epoch in range(num_complete):
+            seen = [key for key, e in drawn if e == epoch and key.startswith(letter)]
+            assert len(seen) == len(set(seen)) == size
+    assert metrics["samples/s"] + metrics["samples/o"] == metrics["samples"]
+    assert metrics["epoch/o"] >= 4
+
+
+@pytest.mark.parametrize("trial", range(5))
+def test_a_mixture_resumes_exactly_on_other_ranks(mixture: Mixture, trial: int) -> None:
+    whole = open_mixture(mixture, 1)
+    uninterrupted = run(whole, 12)
+    close(whole)
+    rng = np.random.Generator(np.random.Philox(key=trial))
+    first, second = (open_mixture(mixture, int(world)) for world in rng.choice(WORLDS, 2))
+    stop = int(rng.integers(1, 12))
+    steps = run(first, stop)
+    for rank in second:
+        rank.load_state_dict(merged_state(first))
+    steps += run(second, 12 - stop)
+    close([*first, *second])
+    assert steps == uninterrupted
+
+
+def test_a_mixture_of_other_weights_is_another_plan(mixture: Mixture) -> None:
+    heavier = Mixture([mixture.members[0], replace(mixture.members[1], weight=2.0)])
+    assert heavier.fingerprint != mixture.fingerprint
+
+
+def test_quarantined_samples_are_left_out_and_change_the_plan(dataset: ShardDataset, tmp_path: Path) -> None:
+    bad = ["s0007", "s0444"]
+    quarantine = tmp_path / "quarantine.jsonl"
+    quarantine.write_text("".join(json.dumps({"key": key, "reason": "damaged"}) + "\n" for key in bad))
+    config = SetConfig(str(dataset.directory), quarantine=str(quarantine))
+    clean = Mixture.open({"": config})
+    assert len(clean) == NUM_SAMPLES - 2
+    assert clean.fingerprint != dataset.fingerprint
+    ranks = open_mixture(clean, 2)
+    seen = {key for packs in run(ranks, 20) for pack in packs for key in pack.sample_ids}
+    close(ranks)
+    assert seen == {f"s{number:04d}" for number in range(NUM_SAMPLES)} - set(bad)
+
+
+def test_a_lost_shard_can_be_quarantined(tmp_path: Path) -> None:
+    directory = tmp_path / "set"
+    write(directory, [10] * 600)
+    (directory / "shard-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000001\.tar"):
+        Mixture.open({"": SetConfig(str(directory))})
+    quarantine = tmp_path / "quarantine.jsonl"
+    quarantine.write_text(json.dumps({"shard": "shard-000001.tar", "reason": "lost"}) + "\n")
+    rest = Mixture.open({"": SetConfig(str(directory), quarantine=str(quarantine))})
+    keys = {sample.key for sample in rest.read(np.arange(len(rest)))}
+    assert keys == {f"s{number:04d}" for number in [*range(256), *range(512, 600)]}
+
+
+def test_quarantine_of_another_data_set_is_refused(dataset: ShardDataset, tmp_path: Path) -> None:
+    quarantine = tmp_path / "quarantine.jsonl"
+    quarantine.write_text(json.dumps({"key": "elsewhere", "reason": "damaged"}) + "\n")
+    with pytest.raises(UserError, match=r"1 samples are not in .*, the first is 'elsewhere'"):
+        Mixture.open({"": SetConfig(str(dataset.directory), quarantine=str(quarantine))})
+
+
 # The thread ---------------------------------------------------------------------------------------
 
 
@@ -318,7 +473,9 @@ class Failing(Recorder):
 
 
 def test_error_of_the_thread_comes_out_of_next_step_at_its_step(dataset: ShardDataset) -> None:
-    stream = PackStream(dataset, Failing(), num_streams=1, seed=0, rank=0, world=1, prefetch_steps=2)
+    stream = PackStream(
+        Mixture.of(dataset), Failing(), num_streams=1, seed=0, rank=0, world=1, prefetch_steps=2
+    )
     for _ in range(3):
         stream.next_step()
     for _ in range(2):

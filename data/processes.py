@@ -1,0 +1,82 @@
+"""Work shared out over forked processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from typing import Any, TypeVar
+
+from data.progress import REPORT_EVERY_S, ProgressLine
+from engine.config import UserError
+
+R = TypeVar("R")
+
+
+def over_shards(
+    work: Callable[[int], R], num_samples: Sequence[int], num_processes: int, what: str
+) -> Iterator[R]:
+    """`work(shard)` for shards 0, 1, ... of `num_samples` samples, in this order, with a line of progress on stderr.
+
+    One process works in this one; more are forked. Raises UserError: less than one process, a process that was killed.
+    """
+    if num_processes < 1:
+        raise UserError(f"{num_processes} processes; give at least 1")
+    progress = ProgressLine(what, "samples")
+    count, done = len(num_samples), 0
+    results = map(work, range(count)) if num_processes == 1 else forked(work, count, num_processes)
+    for shard, result in enumerate(results):
+        yield result
+        done += num_samples[shard]
+        progress.show(done, done / max(sum(num_samples), 1))
+
+
+def forked(
+    work: Callable[[int], R], count: int, num_processes: int, tick: Callable[[], None] = lambda: None
+) -> Iterator[R]:
+    """`work(0)` to `work(count - 1)` in forked processes; results in this order. Calls `tick` about once a second.
+
+    Raises UserError: a process that was killed; and what `work` raises, in its turn.
+    """
+    # Forked workers need not import everything again (4 s), and inherit `work` without pickling.
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start, initargs=(work,))
+    try:
+        for future in [pool.submit(_call, number) for number in range(count)]:
+            while not future.done():
+                wait([future], REPORT_EVERY_S)
+                tick()
+            yield future.result()
+        tick()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, perhaps for memory; run again with fewer --processes"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_work: Any = None  # in a worker: inherited by the fork, never pickled
+
+
+def _start(work: Callable[[int], Any]) -> None:
+    """A worker ends with its parent even if that is killed: two writers must never share a folder."""
+    global _work
+    _work = work
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def follow() -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _call(shard: int) -> Any:
+    return _work(shard)

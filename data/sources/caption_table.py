@@ -1,0 +1,208 @@
+"""Captions that come apart from their images, such as LLaVA-NeXT's for CC12M: a table to look them up in.
+
+A SQLite file, built once from parquet or jsonl files and read by many processes. Keys and urls are kept as 64-bit
+hashes: among 11 M rows two share one with a chance of 3e-6.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sqlite3
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from data.progress import ProgressLine
+from data.sources.base import BadItemError, stable_hash
+from data.sources.caption_files import batches
+from engine import files
+from engine.config import UserError
+
+LAYOUT = 1  # raise it when the same files would give another table
+# Columns of CaptionEmporium/conceptual-captions-cc12m-llavanext -> names in json's "captions".
+LLAVA_NEXT = {"caption_llava": "llava", "caption_llava_short": "llava_short", "caption": "alt"}
+
+
+class CaptionTable:
+    """Captions by the image's key or url; built by `build_caption_table`. May be used in forked processes."""
+
+    def __init__(self, path: Path, *, join: Literal["key", "url"] = "url") -> None:
+        """`join`: what finds a sample's row. Keys are numbers of one download: another one counts otherwise.
+
+        Raises UserError: no finished table.
+        """
+        self._path = path
+        self._join = join
+        self._connection: tuple[int, sqlite3.Connection] | None = None
+        identity = _identity(path)
+        if identity is None:
+            raise UserError(f"{path}: no finished caption table; build it first")
+        self._names = list(identity["columns"].values())
+        columns = ", ".join(f"{column} as {name}" for column, name in identity["columns"].items())
+        digest = files.digest([file["sha256"] for file in identity["files"]])[:12]
+        self.description = f"captions {columns} by {join}, of files with digest {digest}"
+
+    def find(self, item: str, key: str, url: str) -> dict[str, str]:
+        """{name: caption} of the image with this `key` or `url`, without empty ones; `item` is for messages.
+
+        Of several rows the first counts. Raises BadItemError: no row, all captions empty, joined by key to a row of
+        another url.
+        """
+        wanted = _key_hash(key) if self._join == "key" else _url_hash(url)
+        row = (
+            self._connected()
+            .execute(f"SELECT * FROM captions WHERE {self._join} = ? ORDER BY rowid LIMIT 1", (wanted,))
+            .fetchone()
+        )
+        if row is None:
+            raise BadItemError(
+                item, f"no caption: no row with {self._join} '{key if self._join == 'key' else url}'"
+            )
+        if self._join == "key" and url and row[1] is not None and row[1] != _url_hash(url):
+            raise BadItemError(item, f"other image: the row with key '{key}' has another url; join by url")
+        found = {name: text for name, text in zip(self._names, row[2:], strict=True) if text}
+        if not found:
+            raise BadItemError(item, f"no caption: those of key '{key}' are empty")
+        return found
+
+    def _connected(self) -> sqlite3.Connection:
+        """This process's connection: one must not be carried over a fork."""
+        if self._connection is None or self._connection[0] != os.getpid():
+            self._connection = os.getpid(), _open(self._path)
+        return self._connection[1]
+
+
+def build_caption_table(
+    captions: Sequence[Path],
+    path: Path,
+    *,
+    columns: Mapping[str, str] = LLAVA_NEXT,
+    key_column: str = "key",
+    url_column: str = "url",
+) -> None:
+    """Writes the table `path` from .parquet, .jsonl or .jsonl.gz files, unless it was made of the same before.
+
+    `columns`: the files' columns with captions -> their names in json's "captions". Files are the same if names and
+    content are; the content is hashed again only where size or time have changed. A killed build leaves no table.
+    Raises UserError: a missing or damaged file, a column that is nowhere filled.
+    """
+    if not captions or not columns or len(set(columns.values())) != len(columns):
+        raise UserError("a caption table needs a file, and columns of captions, each with a name of its own")
+    wanted = {"layout": LAYOUT, "columns": dict(columns), "key": key_column, "url": url_column}
+    old = _identity(path) or {}
+    new = {**wanted, "files": [_describe(file, old.get("files", [])) for file in captions]}
+    if _without_times(old) == _without_times(new) and list(old["columns"]) == list(columns):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.{socket.gethostname()}-*.tmp"):  # of a killed build
+        stale.unlink()
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        connection = sqlite3.connect(temporary)
+        with contextlib.closing(connection), connection:
+            connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")
+            _fill(connection, captions, columns, key_column, url_column)
+            connection.execute("CREATE TABLE identity (json TEXT)")
+            connection.execute("INSERT INTO identity VALUES (?)", (json.dumps(new),))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        files.fsync_directory(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _fill(
+    connection: sqlite3.Connection,
+    captions: Sequence[Path],
+    columns: Mapping[str, str],
+    key_column: str,
+    url_column: str,
+) -> None:
+    texts = ", ".join(f"text{number} TEXT" for number in range(len(columns)))
+    connection.execute(f"CREATE TABLE captions (key INTEGER, url INTEGER, {texts})")
+    insert = f"INSERT INTO captions VALUES ({', '.join('?' * (len(columns) + 2))})"
+    names = [key_column, url_column, *columns]
+    filled = dict.fromkeys(names, 0)
+    progress, count = ProgressLine("caption table", "rows"), 0
+    for number, file in enumerate(captions):
+        for rows, share in batches(file, names):
+            records = []
+            for row in rows:
+                key, url, *found = (_text(file, name, row.get(name)) for name in names)
+                records.append((_key_hash(key) if key else None, _url_hash(url) if url else None, *found))
+                for name, text in zip(names, (key, url, *found), strict=True):
+                    filled[name] += bool(text)
+            connection.executemany(insert, records)
+            count += len(records)
+            progress.show(count, (number + share) / len(captions) * 0.9)  # the rest is sorting
+    missing = [name for name in columns if not filled[name]]
+    if missing or not filled[key_column] + filled[url_column]:
+        missing = missing or [key_column, url_column]
+        raise UserError(
+            f"{', '.join(map(str, captions))}: nothing in column {', '.join(missing)}; name columns that are filled"
+        )
+    for name in ("key", "url"):
+        connection.execute(f"CREATE INDEX by_{name} ON captions ({name})")
+    progress.show(count, 1)
+
+
+def _text(file: Path, column: str, value: object) -> str:
+    if isinstance(value, int):  # a key
+        return str(value)
+    if not isinstance(value, str | None):
+        raise UserError(f"{file}: column '{column}' holds {type(value).__name__}, not text; name another one")
+    # Half a surrogate pair can be written in JSON but not stored.
+    return (value or "").strip().encode("utf-8", "replace").decode()
+
+
+def _key_hash(key: str) -> int:
+    """000000012 and 12 are one key: tables and tars pad numbers differently. Signed, as SQLite wants it."""
+    return stable_hash(key.lstrip("0") if key.isdecimal() else key) - (1 << 63)
+
+
+def _url_hash(url: str) -> int:
+    return stable_hash(url.strip()) - (1 << 63)
+
+
+def _describe(file: Path, known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Name, size, time and SHA-256; the last from `known` if the others are the same there."""
+    try:
+        status = file.stat()
+    except OSError:
+        raise UserError(f"{file}: no such file; download it, or correct the path") from None
+    described = {"name": file.name, "num_bytes": status.st_size, "time_ns": status.st_mtime_ns}
+    for other in known:
+        if {**other, "sha256": ""} == {**described, "sha256": ""}:
+            return dict(other)
+    return {**described, "sha256": files.sha256(file)}
+
+
+def _without_times(identity: Mapping[str, Any]) -> dict[str, Any]:
+    rest = [{name: file[name] for name in ("name", "sha256")} for file in identity.get("files", [])]
+    return {**identity, "files": rest}
+
+
+def _identity(path: Path) -> dict[str, Any] | None:
+    """What a table was made of; None: there is none."""
+    if not path.is_file():
+        return None
+    connection = _open(path)
+    try:
+        identity: dict[str, Any] = json.loads(connection.execute("SELECT json FROM identity").fetchone()[0])
+    except (sqlite3.DatabaseError, ValueError):
+        raise UserError(f"{path}: not a caption table; delete it, or give another path") from None
+    finally:
+        connection.close()
+    return identity
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """Read-only and without locks: the file never changes, it is only replaced."""
+    location = urllib.parse.quote(str(path.resolve()))
+    return sqlite3.connect(f"file:{location}?mode=ro&immutable=1", uri=True)

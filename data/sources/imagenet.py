@@ -1,0 +1,176 @@
+"""ImageNet (ILSVRC 2012) as it is distributed: tars of JPEG files, read in place.
+
+Training: ILSVRC2012_img_train.tar, a tar of 1000 tars nXXXXXXXX.tar, or a folder of those; once unpacked to folders
+it is FolderSource's with `labels`. Validation: ILSVRC2012_img_val.tar and a file of labels. Labels are the places of
+the synsets nXXXXXXXX in sorted order. Training images come class by class: wrap this in shuffled.Shuffled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from data.images import IMAGE_PARTS
+from data.progress import ProgressLine
+from data.shard_index import KEY_PATTERN
+from data.shards import Sample
+from data.sources.base import BadItemError
+from data.sources.tar_file import Member, TarReader
+from engine import files
+from engine.config import UserError
+
+NUM_CLASSES = 1000
+SYNSET = re.compile(r"n[0-9]{8}")
+
+
+@dataclass(frozen=True)
+class _Archive:
+    """A tar of images: a file, or a member of one."""
+
+    path: Path
+    inside: Member | None
+    synset: str  # "": the images are of all classes
+
+
+class ImageNetSource:
+    """The images of one split; implements data.sources.base.IndexedItems.
+
+    All headers are read once at construction (1.28 M small reads for training); no archive is unpacked.
+    """
+
+    def __init__(self, tars: Path, labels: Path | None = None, *, num_classes: int = NUM_CLASSES) -> None:
+        """`labels` makes it the validation split: one line per image in the order of their names, a synset or a number.
+
+        A file of synsets is TensorFlow's imagenet_2012_validation_synset_labels.txt; numbers, from 0, are the second
+        column of Caffe's val.txt. The numbers of the development kit (from 1, in another order) are refused.
+        Raises UserError: a missing or damaged archive, another number of classes or labels than there should be.
+        """
+        if labels is None:
+            archives = _training_archives(tars)
+            self._classes: list[str] | None = [archive.synset for archive in archives]
+            if len(set(self._classes)) != num_classes:
+                raise UserError(
+                    f"{tars}: {len(set(self._classes))} classes, expected {num_classes}; download what is missing, or "
+                    "say how many classes there are: labels are places in their sorted list"
+                )
+        else:
+            archives = [_Archive(tars, None, "")]
+        self._paths = [archive.path for archive in archives]
+        owners, members = _list(archives)
+        if not members:
+            raise UserError(f"{tars}: holds no image; give an archive of ILSVRC 2012")
+        self._archive = np.array(owners, np.int32)
+        self._places = np.array([(member.data_offset, member.num_bytes) for member in members], np.int64)
+        self._names = np.array(
+            [member.name.encode() for member in members]
+        )  # one block: forked workers share it
+        about, self._labels = "training", self._archive
+        if labels is not None:
+            order = np.argsort(self._names, kind="stable")
+            self._places, self._names = self._places[order], self._names[order]  # all of one archive
+            self._classes, self._labels = _read_labels(labels, len(order), num_classes)
+            about = f"validation with labels {files.sha256(labels)[:12]}"
+        digest = hashlib.sha256(self._places.tobytes() + self._names.tobytes()).hexdigest()[:12]
+        self.description = (
+            f"ImageNet (ILSVRC 2012, image-net.org terms) {about}, {len(self)} images of {num_classes} classes, "
+            f"listing {digest}"
+        )
+
+    def __len__(self) -> int:
+        """Number of images, good and bad."""
+        return len(self._names)
+
+    def sample(self, index: int) -> Sample:
+        """Raises BadItemError: a file that is no image by its name. UserError: the archive became shorter."""
+        name = self._names[index].decode()
+        label = int(self._labels[index])
+        key, suffix = PurePosixPath(name).stem, PurePosixPath(name).suffix.lower().lstrip(".")
+        if suffix not in IMAGE_PARTS or not KEY_PATTERN.fullmatch(key):
+            raise BadItemError(key, f"no image: file '{name}'")
+        offset, num_bytes = self._places[index].tolist()
+        if num_bytes == 0:
+            raise BadItemError(key, f"no image: file '{name}' is empty")
+        with TarReader(self._paths[self._archive[index]]) as tar:
+            payload = tar.read(offset, num_bytes)
+        meta: dict[str, int | str] = {"label": label, "file": name}
+        if self._classes is not None:
+            meta["class"] = self._classes[label]
+        part = "jpg" if suffix == "jpeg" else suffix
+        return Sample(key, {part: payload, "json": json.dumps(meta, sort_keys=True).encode()})
+
+
+def _training_archives(path: Path) -> list[_Archive]:
+    """The archives of the classes, sorted by synset."""
+    if path.is_dir():
+        found = [_Archive(tar, None, tar.stem) for tar in path.glob("*.tar") if SYNSET.fullmatch(tar.stem)]
+    else:
+        found = []
+        with TarReader(path) as tar:
+            for member in tar.members():
+                name = PurePosixPath(member.name)
+                if member.kind == "folder":
+                    continue
+                if member.kind != "file" or name.suffix != ".tar" or not SYNSET.fullmatch(name.stem):
+                    raise UserError(
+                        f"{path}: holds '{member.name}', not nXXXXXXXX.tar; for training give "
+                        "ILSVRC2012_img_train.tar, for validation the labels too"
+                    )
+                found.append(_Archive(path, member, name.stem))
+    return sorted(found, key=lambda archive: archive.synset)
+
+
+def _list(archives: Sequence[_Archive]) -> tuple[list[int], list[Member]]:
+    """Every file of the archives, in their order, and the number of its archive."""
+    owners: list[int] = []
+    members: list[Member] = []
+    progress = ProgressLine("headers of ImageNet", "images")
+    for number, archive in enumerate(archives):
+        with TarReader(archive.path) as tar:
+            start = archive.inside.data_offset if archive.inside else 0
+            num_bytes = archive.inside.num_bytes if archive.inside else tar.num_bytes
+            for member in tar.members(archive.inside):
+                if member.kind == "other":
+                    raise UserError(
+                        f"{archive.path}: '{member.name}' is a link or device; pack the files themselves"
+                    )
+                if member.kind == "file":
+                    owners.append(number)
+                    members.append(member)
+                progress.show(len(members), (number + (member.offset - start) / num_bytes) / len(archives))
+    progress.show(len(members), 1)
+    return owners, members
+
+
+def _read_labels(
+    path: Path, num_images: int, num_classes: int
+) -> tuple[list[str] | None, npt.NDArray[np.int32]]:
+    """(synsets in the order of their labels, or None where the file has numbers; labels, int32 [num_images])."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a text file with one synset or number a line")
+    words = path.read_text(errors="replace").split()
+    if len(words) != num_images:
+        raise UserError(f"{path}: {len(words)} labels for {num_images} images; one line for each is needed")
+    classes: list[str] | None = None
+    if all(SYNSET.fullmatch(word) for word in words):
+        classes = sorted(set(words))
+        numbers = {synset: label for label, synset in enumerate(classes)}
+        labels = [numbers[word] for word in words]
+    elif all(re.fullmatch(r"[0-9]{1,6}", word) for word in words):
+        labels = [int(word) for word in words]
+    else:
+        raise UserError(
+            f"{path}: not every line is a synset nXXXXXXXX, nor every one a number; convert the file"
+        )
+    if set(labels) != set(range(num_classes)):
+        raise UserError(
+            f"{path}: {len(set(labels))} classes, {min(labels)} to {max(labels)}; expected each of 0 to "
+            f"{num_classes - 1}, in the order of the synsets (the development kit's numbers must be converted)"
+        )
+    return classes, np.array(labels, np.int32)

@@ -1,0 +1,174 @@
+"""Parquet files with images in their columns -> samples: text-to-image, classes, edits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from pathlib import PurePosixPath
+from typing import Any, Protocol
+
+from data.images import image_suffix
+from data.shard_index import KEY_PATTERN
+from data.shards import Sample
+from data.sources.base import BadItemError, Unit
+from data.sources.parquet_files import Footer, Row, expand, in_units
+from data.sources.prepare import select_texts
+from engine import files
+from engine.config import UserError
+
+FOOTERS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class ParquetColumns:
+    """Which columns hold what. An image column holds a file's bytes, or a struct with a field `bytes` (the hub's)."""
+
+    image: str | None = None  # one image; or an edit's `source` and `target`
+    source: str | None = None
+    target: str | None = None
+    captions: tuple[str, ...] = ()  # text, or list of texts; of several columns each is a kind of caption
+    instruction: str | None = None  # of an edit: text, or list of texts
+    label: str | None = None  # class number; json gets the name as well where the hub's features have it
+    key: str | None = None  # unique; without it, or where it is no valid key, rows are numbered
+    kept: tuple[str, ...] = ()  # further columns, kept in json under their names
+
+    def __post_init__(self) -> None:
+        """Raises UserError: columns that make no sample."""
+        is_edit = self.source is not None and self.target is not None
+        if is_edit == (self.image is not None) or (self.source is None) != (self.target is None):
+            raise UserError("parquet columns: give an image column, or a source and a target column")
+        if is_edit and (self.instruction is None or self.captions or self.label is not None):
+            raise UserError("parquet columns: an edit has an instruction column, no captions and no label")
+        if not is_edit and (self.instruction is not None or not (self.captions or self.label is not None)):
+            raise UserError("parquet columns: an image has caption columns or a label column")
+
+    @property
+    def images(self) -> dict[str, str]:
+        """Role ("", "source", "target") -> column."""
+        named = {"": self.image, "source": self.source, "target": self.target}
+        return {role: column for role, column in named.items() if column is not None}
+
+    @property
+    def names(self) -> list[str]:
+        """All columns, each once."""
+        single = (self.instruction, self.label, self.key)
+        named = (*self.images.values(), *self.captions, *filter(None, single), *self.kept)
+        return list(dict.fromkeys(named))
+
+
+class RowFilter(Protocol):
+    """Rows that are not wanted."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """What it looks at; must be read."""
+
+    @property
+    def description(self) -> str:
+        """Part of the source's description."""
+
+    def reason(self, row: Row) -> str | None:
+        """Why the row is rejected, "kind: detail"; None: it is not."""
+
+
+class ParquetSource:
+    """Rows of parquet files; implements data.sources.base.Source. A unit is neighbouring row groups of one file."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        columns: ParquetColumns,
+        max_samples_per_shard: int,
+        *,
+        name: str = "parquet",
+        row_filter: RowFilter | None = None,
+    ) -> None:
+        """`paths`: files, folders and globs, local or any fsspec url. Reads every footer.
+
+        Row groups are not cut: one with more rows than `max_samples_per_shard` makes a shard of its own. Raises
+        UserError: no files, damaged ones, a column that is missing or of the wrong type.
+        """
+        if max_samples_per_shard < 1:
+            raise UserError(f"max_samples_per_shard is {max_samples_per_shard}; give at least 1")
+        self._columns = columns
+        self._filter = row_filter
+        self._names = list(dict.fromkeys([*columns.names, *(row_filter.columns if row_filter else ())]))
+        found = [file for path in paths for file in expand(path)]
+        if not found:
+            raise UserError(f"{', '.join(paths)}: no parquet file there; give files, a folder or a glob")
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+            footers = list(pool.map(Footer.read, found))
+        for footer in footers:
+            footer.check(self._names, list(columns.images.values()))
+        self._class_names = [] if columns.label is None else footers[0].class_names(columns.label)
+        self._row_groups = list(in_units(footers, max_samples_per_shard))
+        self.units = [Unit(work.name, work.num_rows, work.num_bytes) for work in self._row_groups]
+        listing = [[PurePosixPath(work.file).name, *astuple(work)[1:]] for work in self._row_groups]
+        about = [f"{name}, {len(found)} files, listing {files.digest([listing, repr(columns)])[:12]}"]
+        self.description = "; ".join([*about, *([row_filter.description] if row_filter else [])])
+
+    def items(self, unit: int) -> Iterator[Sample | BadItemError]:
+        """See Source. Raises UserError: a damaged file."""
+        work = self._row_groups[unit]
+        for number, row in enumerate(work.rows(self._names), work.first_row):
+            try:
+                item: Sample | BadItemError = self._sample(f"row-{number:09d}", row)
+            except BadItemError as error:
+                item = error
+            yield item
+
+    def _sample(self, number: str, row: Row) -> Sample:
+        columns = self._columns
+        key = number if columns.key is None or row[columns.key] is None else str(row[columns.key])
+        # Null and NaN are left out: neither is JSON that everybody reads.
+        fields = {
+            name: row[name] for name in columns.kept if row[name] is not None and row[name] == row[name]
+        }
+        if not KEY_PATTERN.fullmatch(key):
+            fields["source_key"], key = key, number
+        reason = self._filter.reason(row) if self._filter is not None else None
+        if reason is not None:
+            raise BadItemError(key, reason)
+        fields |= self._texts(key, row)
+        if columns.label is not None:
+            fields |= self._label(key, row[columns.label])
+        parts = {"json": json.dumps(fields, sort_keys=True, default=str).encode()}
+        for role, column in columns.images.items():
+            payload = row[column]["bytes"] if isinstance(row[column], dict) else row[column]
+            if not payload:
+                raise BadItemError(key, f"no image: column '{column}' is empty")
+            try:
+                suffix = image_suffix(payload)
+            except ValueError as error:
+                raise BadItemError(key, f"unreadable image: column '{column}': {error}") from None
+            parts[f"{role}.{suffix}" if role else suffix] = payload
+        return Sample(key, parts)
+
+    def _texts(self, key: str, row: Row) -> dict[str, Any]:
+        columns = self._columns
+        if columns.instruction is not None:
+            texts = select_texts(row[columns.instruction])
+            if texts is None:
+                raise BadItemError(key, f"no instruction: column '{columns.instruction}' is empty")
+            return {"instructions": [texts] if isinstance(texts, str) else texts}
+        if not columns.captions:
+            return {}
+        texts = select_texts(
+            {column: row[column] for column in columns.captions}
+            if len(columns.captions) > 1
+            else row[columns.captions[0]]
+        )
+        if texts is None:
+            raise BadItemError(key, f"no caption: empty in {', '.join(columns.captions)}")
+        return {"caption" if isinstance(texts, str) else "captions": texts}
+
+    def _label(self, key: str, label: object) -> dict[str, int | str]:
+        if not isinstance(label, int) or label < 0:  # the hub writes -1 for images without a label
+            raise BadItemError(key, f"no label: {label}")
+        if not self._class_names:
+            return {"label": label}
+        if label >= len(self._class_names):
+            raise BadItemError(key, f"no label: {label}, there are {len(self._class_names)} classes")
+        return {"label": label, "class": self._class_names[label]}

@@ -1,0 +1,142 @@
+"""Parquet files: where they are, what their footers say, their rows a few at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.config import UserError
+
+ROWS_AT_ONCE = 16  # in memory, with their images
+PAGE_BUFFER_BYTES = 1 << 20  # read ahead in each column
+READ_ERRORS = (OSError, ValueError, pa.ArrowException)
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a parquet file says about itself."""
+
+    file: str
+    schema: pa.Schema
+    groups: tuple[tuple[int, int], ...]  # rows and bytes, decompressed, of each row group
+
+    @staticmethod
+    def read(file: str) -> Footer:
+        """`file`: a path or an fsspec url. Raises UserError: damaged, not there."""
+        try:
+            with fsspec.open(file, "rb") as stream:
+                opened = pq.ParquetFile(stream, pre_buffer=False)
+                groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
+        except READ_ERRORS as error:
+            raise _damaged(file, error) from None
+        return Footer(
+            file, opened.schema_arrow, tuple((group.num_rows, group.total_byte_size) for group in groups)
+        )
+
+    def check(self, columns: Sequence[str], images: Sequence[str]) -> None:
+        """Raises UserError: one of `columns` is missing, one of `images` holds no bytes or another one does."""
+        for name in columns:
+            if name not in self.schema.names:
+                raise UserError(
+                    f"{self.file}: has no column '{name}'; its columns are {', '.join(self.schema.names)}"
+                )
+            kind = self.schema.field(name).type
+            if name in images and pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+                kind = kind.field("bytes").type
+            if (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)) != (name in images):
+                raise UserError(
+                    f"{self.file}: column '{name}' holds {kind}; images, and only they, are stored as bytes"
+                )
+
+    def class_names(self, label: str) -> list[str]:
+        """The names of a label column that the hub's `datasets` keeps beside the schema; [] without them."""
+        try:
+            about = json.loads((self.schema.metadata or {})[b"huggingface"])
+            return [str(name) for name in about["info"]["features"][label]["names"]]
+        except (KeyError, ValueError, TypeError):
+            return []
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """Neighbouring row groups of one file."""
+
+    file: str
+    groups: tuple[int, ...]
+    first_row: int  # of all rows of all files
+    num_rows: int
+    num_bytes: int  # decompressed
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.file}, row groups {self.groups[0]} to {self.groups[-1]}"
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Row]:
+        """Every row. Holds a few rows and a page of each column, which in the hub's files is often a row group.
+
+        Raises UserError: damaged, not as many rows as the footer says.
+        """
+        num_rows = 0
+        try:
+            with fsspec.open(self.file, "rb") as stream:
+                opened = pq.ParquetFile(
+                    stream, buffer_size=PAGE_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+                )
+                for group in self.groups:  # without threads: this runs in forked processes
+                    batches = opened.iter_batches(
+                        ROWS_AT_ONCE, row_groups=[group], columns=list(columns), use_threads=False
+                    )
+                    for batch in batches:
+                        num_rows += len(batch)
+                        yield from batch.to_pylist()
+        except READ_ERRORS as error:
+            raise _damaged(self.name, error) from None
+        if num_rows != self.num_rows:
+            raise _damaged(self.name, f"{num_rows} of {self.num_rows} rows")
+
+
+def expand(path: str) -> list[str]:
+    """The parquet files that a path means, sorted: a file, a folder with all below it, or a glob."""
+    # A file is not looked up: over http that could fetch all of it.
+    if path.endswith(".parquet") and "*" not in path:
+        return [path]
+    try:
+        system, root = fsspec.core.url_to_fs(path)
+        pattern = root if "*" in root else f"{root.rstrip('/')}/**/*.parquet"
+        found = sorted(system.glob(pattern))
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"{path}: cannot be listed ({error}); give parquet files, a folder or a glob"
+        ) from None
+    return [str(system.unstrip_protocol(name)).removeprefix("file://") for name in found]
+
+
+def in_units(footers: Sequence[Footer], max_rows: int) -> Iterator[RowGroups]:
+    """Neighbouring row groups of one file, as many as have `max_rows` rows together, at least one."""
+    first_row = 0
+    for footer in footers:
+        start = 0
+        while start < len(footer.groups):
+            end = start + 1
+            while (
+                end < len(footer.groups)
+                and sum(rows for rows, _ in footer.groups[start : end + 1]) <= max_rows
+            ):
+                end += 1
+            num_rows, num_bytes = map(sum, zip(*footer.groups[start:end], strict=True))
+            yield RowGroups(footer.file, tuple(range(start, end)), first_row, num_rows, num_bytes)
+            first_row, start = first_row + num_rows, end
+
+
+def _damaged(what: str, error: object) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"{what}: cannot be read as parquet ({reason}); download it again or take it out")

@@ -1,0 +1,202 @@
+"""Samples as training wants them: readable images of a useful size, captions of a useful length, fitted to a square."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from PIL import ExifTags, Image
+
+from data.captions import TEXT_FIELDS
+from data.images import DECODE_ERRORS, fit_square, image_parts, image_suffix, open_image, to_rgb
+from data.shards import Sample
+from data.sources.base import BadItemError
+from engine.config import UserError
+
+JPEG_QUALITY = 95
+EQUAL_ASPECT = 0.01  # source and target of an edit, relative
+TURNS = {  # by the EXIF orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+
+Texts = str | list[str] | dict[str, str]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What every sample goes through before it is written; a `prepare` of data.sources.write.write_sources.
+
+    An image keeps its own bytes where no pixel changes. Pixels change where the file says that the camera was held
+    sideways, and where `resolution` asks for another size.
+    """
+
+    resolution: int | None = None  # side of the square to fit images to, px; None: any size stays
+    min_px: int | None = (
+        None  # shortest side of an image, px; None: `resolution`, so that nothing is enlarged
+    )
+    max_aspect: float | None = None  # longer side / shorter side
+    min_words: int = 0  # of a caption; captions outside are dropped, a sample without any left is rejected
+    max_words: int | None = None
+    min_letters: int = 0  # of a caption, spaces included
+    max_letters: int | None = None
+    encoding: Literal["jpeg", "png", "webp"] = "jpeg"  # of changed images: JPEG 95 4:4:4, or without loss
+
+    def __post_init__(self) -> None:
+        """Raises UserError: a limit that nothing passes, an unknown encoding."""
+        if self.encoding not in SUFFIXES:
+            raise UserError(f"encoding '{self.encoding}': choose one of {', '.join(SUFFIXES)}")
+        for name in ("resolution", "min_px", "max_words", "max_letters"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; give at least 1")
+        if self.max_aspect is not None and not self.max_aspect >= 1:
+            raise UserError(f"max_aspect is {self.max_aspect}; it is longer side / shorter side, at least 1")
+        for kind in ("words", "letters"):
+            low, high = getattr(self, f"min_{kind}"), getattr(self, f"max_{kind}")
+            if low < 0 or (high is not None and high < low):
+                raise UserError(f"min_{kind} is {low} and max_{kind} {high}; no caption can have both")
+
+    @property
+    def description(self) -> str:
+        """The settings in words; part of the identity of the shards."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        told = [f"{name} {value}" for name, value in named.items() if value not in (None, 0)]
+        return f"prepared: {', '.join(told)}"
+
+    def __call__(self, sample: Sample) -> Sample:
+        """`sample`, fitted. json gets "width" and "height" of the original (an edit's target) where one is resized.
+
+        Raises BadItemError: no image, unclear images, bad json, caption length, unreadable image, too small, aspect,
+        sizes differ.
+        """
+        meta = _read_meta(sample)
+        images = {part: _open_upright(sample, part) for part in _one_of_each_role(sample)}
+        fitted = self._kept_captions(sample.key, meta)
+        for part, (image, _) in images.items():
+            self._check_size(sample.key, part, image)
+        _check_aspects(sample.key, [image for image, _ in images.values()])
+        prepared = {part: payload for part, payload in sample.parts.items() if part not in images}
+        for part, (image, is_turned) in images.items():
+            suffix, payload = image_suffix(sample.parts[part]), sample.parts[part]
+            if is_turned or not self._fits(image):
+                suffix, payload = SUFFIXES[self.encoding], self._encode(image)
+            role = part.rpartition(".")[0]
+            prepared[f"{role}.{suffix}" if role else suffix] = payload
+        if not all(self._fits(image) for image, _ in images.values()):
+            fitted |= {"width": image.width, "height": image.height}
+        if fitted != meta:
+            prepared["json"] = json.dumps(fitted, sort_keys=True).encode()
+        return replace(sample, parts=prepared)
+
+    def _fits(self, image: Image.Image) -> bool:
+        return self.resolution is None or image.size == (self.resolution, self.resolution)
+
+    def _kept_captions(self, key: str, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """The json with the captions of allowed length. Raises BadItemError: none of them is."""
+        texts = {name: meta[name] for name in TEXT_FIELDS if name in meta}
+        kept = {name: select_texts(value, self._has_good_length) for name, value in texts.items()}
+        if texts and not any(kept.values()):
+            raise BadItemError(key, f"caption length: {json.dumps(texts)[:200]}")
+        others = {name: value for name, value in meta.items() if name not in TEXT_FIELDS}
+        return {**others, **{name: value for name, value in kept.items() if value is not None}}
+
+    def _has_good_length(self, text: str) -> bool:
+        num_words = len(text.split())
+        return (
+            self.min_words <= num_words
+            and self.min_letters <= len(text)
+            and (self.max_words is None or num_words <= self.max_words)
+            and (self.max_letters is None or len(text) <= self.max_letters)
+        )
+
+    def _check_size(self, key: str, part: str, image: Image.Image) -> None:
+        short_px, long_px = sorted(image.size)
+        shape = f"'{part}' has {image.width}x{image.height} px"
+        min_px = self.min_px or self.resolution
+        if min_px is not None and short_px < min_px:
+            raise BadItemError(key, f"too small: {shape}, the shorter side must have {min_px}")
+        if self.max_aspect is not None and long_px > self.max_aspect * short_px:
+            raise BadItemError(key, f"aspect: {shape}, sides may differ by a factor of {self.max_aspect:g}")
+
+    def _encode(self, image: Image.Image) -> bytes:
+        """RGB pixels and nothing else: the camera's notes and colour profile stay behind, as in training."""
+        image = to_rgb(image)
+        if self.resolution is not None:
+            image = fit_square(image, self.resolution)
+        image.info.clear()
+        buffer = io.BytesIO()
+        if self.encoding == "jpeg":
+            image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        elif self.encoding == "png":
+            image.save(buffer, "PNG")
+        else:
+            image.save(buffer, "WEBP", lossless=True)
+        return buffer.getvalue()
+
+
+def select_texts(value: object, keep: Callable[[str], bool] = bool) -> Texts | None:
+    """What `keep` takes of a caption field (a text, a list, or kind -> text), stripped; empty texts never.
+
+    None: nothing is left.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        return text if text and keep(text) else None
+    if isinstance(value, list):
+        found = (select_texts(item, keep) for item in value)
+        return [item for item in found if isinstance(item, str)] or None
+    if isinstance(value, Mapping):
+        named = ((kind, select_texts(item, keep)) for kind, item in value.items())
+        return {kind: item for kind, item in named if isinstance(item, str)} or None
+    return None
+
+
+def _read_meta(sample: Sample) -> dict[str, Any]:
+    try:
+        meta = json.loads(sample.parts.get("json", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise BadItemError(sample.key, f"bad json: {error}") from None
+    if not isinstance(meta, dict):
+        raise BadItemError(sample.key, f"bad json: a {type(meta).__name__}, not an object")
+    return meta
+
+
+def _one_of_each_role(sample: Sample) -> list[str]:
+    """The image parts: one image, or a source and a target, in this order."""
+    parts = image_parts(sample.parts)
+    if not parts:
+        raise BadItemError(sample.key, f"no image: the parts are {', '.join(sorted(sample.parts))}")
+    if len({part.rpartition(".")[0] for part in parts}) < len(parts):
+        raise BadItemError(sample.key, f"unclear images: {', '.join(parts)} are several of one role")
+    return parts
+
+
+def _open_upright(sample: Sample, part: str) -> tuple[Image.Image, bool]:
+    """The image as it is to be looked at, and whether it had to be turned for that."""
+    try:
+        image = open_image(io.BytesIO(sample.parts[part]))
+    except ValueError as error:
+        raise BadItemError(sample.key, f"unreadable image: '{part}': {error}") from None
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DECODE_ERRORS:
+        turn = None  # damaged notes of the camera beside a sound image
+    return (image, False) if turn is None else (image.transpose(turn), True)
+
+
+def _check_aspects(key: str, images: list[Image.Image]) -> None:
+    """Source and target of an edit show the same: cut to a square they must still do so."""
+    aspects = [image.width / image.height for image in images]
+    if max(aspects) > min(aspects) * (1 + EQUAL_ASPECT):
+        sizes = " and ".join(f"{image.width}x{image.height}" for image in images)
+        raise BadItemError(key, f"sizes differ: {sizes} px")

@@ -1,0 +1,29 @@
+"""Numbered items in a random order, so that every shard holds all classes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data.shards import Sample
+from data.sources.base import IndexedItems, stable_hash
+
+
+class Shuffled:
+    """Another order of `indexed`, a pure function of (its length, seed); implements IndexedItems.
+
+    Made from Philox's raw words and a stable sort, which numpy keeps stable.
+    """
+
+    def __init__(self, indexed: IndexedItems, seed: int) -> None:
+        self._indexed = indexed
+        key = np.array([seed, stable_hash("order of a source")], np.uint64)
+        self._order = np.argsort(np.random.Philox(key=key).random_raw(len(indexed)), kind="stable")
+        self.description = f"{indexed.description}; in random order, seed {seed}"
+
+    def __len__(self) -> int:
+        """Number of items, good and bad."""
+        return len(self._order)
+
+    def sample(self, index: int) -> Sample:
+        """The item at place `index` of the new order. Raises BadItemError."""
+        return self._indexed.sample(int(self._order[index]))

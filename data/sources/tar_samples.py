@@ -1,0 +1,79 @@
+"""Tars of WebDataset: which members make a sample."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.sources.base import BadItemError
+from data.sources.tar_file import Member, TarReader
+from engine.config import UserError
+
+# The key goes up to the first dot of the last piece, as in WebDataset.
+NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The neighbouring members KEY.part of one sample; part names in lower case, in file order."""
+
+    key: str
+    parts: Mapping[str, Member]
+
+
+def groups(tar: TarReader) -> Iterator[Group | BadItemError]:
+    """The samples of a WebDataset tar in file order; members that belong to none come as BadItemError.
+
+    Raises UserError: what `TarReader.members` raises, and members of one key that are not neighbours.
+    """
+    seen: set[str] = set()
+    key, parts, repeated = "", dict[str, Member](), ""
+    for member in tar.members():
+        match = NAME.fullmatch(member.name)
+        if member.kind == "folder":
+            continue
+        if match is None or member.kind == "other":
+            reason = "no file name KEY.part" if match is None else "a link or device"
+            yield BadItemError(member.name, f"not a sample: '{member.name}' is {reason}")
+            continue
+        if match[1] != key:
+            if parts:
+                yield _group(key, parts, repeated)
+            key, parts, repeated = match[1], {}, ""
+            if key in seen:
+                raise UserError(
+                    f"{tar.path}: the members of '{key}' are not neighbours (byte {member.offset}); "
+                    "pack it again with the names sorted"
+                )
+            seen.add(key)
+        part = match[2].lower()
+        if part in parts:
+            repeated = member.name
+        parts[part] = member
+    if parts:
+        yield _group(key, parts, repeated)
+
+
+def find_tars(paths: Sequence[Path]) -> list[Path]:
+    """The tars `paths`, in their order; a folder stands for every *.tar below it, in the order of their paths.
+
+    Raises UserError: no such file or folder, no tar at all, a tar given twice.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder; give tars, or folders with tars")
+        found += sorted(path.rglob("[!.]*.tar")) if path.is_dir() else [path]
+    if not found:
+        raise UserError(f"{', '.join(map(str, paths)) or 'no path given'}: no *.tar there")
+    if len({path.resolve() for path in found}) != len(found):
+        raise UserError(f"{found[0].parent}: a tar is given twice; name each once")
+    return found
+
+
+def _group(key: str, parts: Mapping[str, Member], repeated: str) -> Group | BadItemError:
+    if repeated:
+        return BadItemError(key, f"repeated part: '{repeated}' is there more than once")
+    return Group(key, parts)

@@ -1,0 +1,214 @@
+"""WebDataset tars (img2dataset's, the hub's, our own pixel shards) -> samples. Payloads are stored as they are.
+
+A sample has an image part, or `source.*` and `target.*`; texts come from the parts `txt` and `json`, a class from `cls`
+or json's "label". data/sources/prepare.py looks inside the images.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.captions import TEXT_FIELDS
+from data.images import IMAGE_PARTS
+from data.shard_index import KEY_PATTERN
+from data.shards import Sample
+from data.sources.base import BadItemError, Unit
+from data.sources.caption_table import CaptionTable
+from data.sources.tar_file import TarReader
+from data.sources.tar_samples import Group, groups
+from engine import files
+from engine.config import UserError
+
+MAX_KEY_LETTERS = 64
+DIGEST_LETTERS = 16  # of a key that had to be changed
+# Of img2dataset: how the download went, and a block of text about the camera.
+DROPPED_FIELDS = ("status", "error_message", "exif")
+TEXT_PARTS = ("json", "txt", "cls")
+
+
+class WebDatasetSource:
+    """Tars as a source, each a unit; implements data.sources.base.Source.
+
+    Keys are `{tar's stem}-{key in the tar}`, made fit for our shards; json's "source_key" holds the key in the tar.
+    Captions are, in this order: those of `captions` for the sample; the json fields `caption_fields` ("txt" stands for
+    the part), as "captions" {field: text} if several; json's "captions"; the part txt; json's "caption".
+    Other fields of json are kept, all but null ones and DROPPED_FIELDS.
+    """
+
+    def __init__(
+        self,
+        tars: Sequence[Path],
+        *,
+        caption_fields: Sequence[str] = (),
+        captions: CaptionTable | None = None,
+    ) -> None:
+        """Raises UserError: no tars, one that is missing, caption fields and a caption table at once."""
+        if not tars:
+            raise UserError("no tars given; name at least one, or a folder that holds them")
+        if caption_fields and captions is not None:
+            raise UserError("give caption fields or a caption table, not both")
+        for path in tars:
+            if not path.is_file():
+                raise UserError(f"{path}: no such file; download it, or leave it out")
+        self._tars = list(tars)
+        self._caption_fields = tuple(caption_fields)
+        self._table = captions
+        self.units = [Unit(str(path), num_bytes=path.stat().st_size) for path in tars]
+        root = os.path.commonpath([path.resolve().parent for path in tars])
+        names = [path.resolve().relative_to(root).as_posix() for path in tars]
+        self._prefixes = _prefixes(names)
+        listing = files.digest([[name, unit.num_bytes] for name, unit in zip(names, self.units, strict=True)])
+        about = [f"{len(tars)} WebDataset tars of {Path(root).name}, listing {listing[:12]}"]
+        if caption_fields:
+            about.append(f"captions from {', '.join(caption_fields)}")
+        if captions is not None:
+            about.append(captions.description)
+        self.description = "; ".join(about)
+
+    def items(self, unit: int) -> Iterator[Sample | BadItemError]:
+        """See Source. Raises UserError: a damaged tar."""
+        with TarReader(self._tars[unit]) as tar:
+            for group in groups(tar):
+                key = _shard_key(self._prefixes[unit], group.key)
+                if isinstance(group, BadItemError):
+                    yield BadItemError(key, group.reason)
+                    continue
+                try:
+                    item: Sample | BadItemError = self._sample(key, group, tar)
+                except BadItemError as error:
+                    item = error
+                yield item
+
+    def _sample(self, key: str, group: Group, tar: TarReader) -> Sample:
+        images = _image_parts(key, group)
+        payloads = {part: tar.payload(group.parts[part]) for part in TEXT_PARTS if part in group.parts}
+        tree = _tree(key, payloads.get("json", b"{}"))
+        if "cls" in payloads:
+            tree["label"] = _label(key, payloads["cls"])
+        if "target" in images:
+            instructions = tree.get("instructions", [tree.get("instruction", "")])
+            texts = {"instructions": _texts(key, "instructions", instructions)}
+            if not texts["instructions"]:
+                raise BadItemError(key, "no instruction: json has no text in 'instructions'")
+        else:
+            texts = self._captions(key, group.key, tree, _decoded(key, "txt", payloads.get("txt", b"")))
+            is_class = isinstance(tree.get("label"), int) and self._table is None and not self._caption_fields
+            if not texts and not is_class:
+                raise BadItemError(
+                    key, f"no caption: all are empty or missing; the parts are {', '.join(group.parts)}"
+                )
+        fields = {name: value for name, value in tree.items() if name not in TEXT_FIELDS}
+        meta = json.dumps({**fields, **texts, "source_key": group.key}, sort_keys=True)
+        parts = {"json": meta.encode()}
+        for role, part in images.items():
+            suffix = part.rpartition(".")[2].replace("jpeg", "jpg")
+            parts[f"{role}.{suffix}" if role else suffix] = tar.payload(group.parts[part])
+        return Sample(key, parts)
+
+    def _captions(self, key: str, source_key: str, tree: Mapping[str, Any], txt: str) -> dict[str, Any]:
+        """{"caption": text} or {"captions": list or object}, or {} without any."""
+        if self._table is not None:
+            own_key = str(tree.get("key", source_key.rpartition("/")[2]))
+            return {"captions": self._table.find(key, own_key, str(tree.get("url", "")))}
+        if self._caption_fields:
+            named = {field: txt if field == "txt" else tree.get(field, "") for field in self._caption_fields}
+            found = _texts(key, "captions", named)
+            if len(self._caption_fields) == 1:
+                return {"caption": next(iter(found.values()))} if found else {}
+            return {"captions": found} if found else {}
+        if found := _texts(key, "captions", tree.get("captions", [])):
+            return {"captions": found}
+        found = _texts(key, "caption", [txt or tree.get("caption", "")])
+        return {"caption": found[0]} if found else {}
+
+
+def _image_parts(key: str, group: Group) -> dict[str, str]:
+    """{"": part}, or {"source": part, "target": part}."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for part in group.parts:
+        role, _, suffix = part.rpartition(".")
+        if suffix in IMAGE_PARTS and role in ("", "source", "target"):
+            found[role].append(part)
+    if not found:
+        raise BadItemError(key, f"no image: the parts are {', '.join(group.parts)}")
+    if set(found) not in ({""}, {"source", "target"}) or any(len(parts) > 1 for parts in found.values()):
+        raise BadItemError(key, f"unclear images: the parts are {', '.join(group.parts)}")
+    images = {role: part for role, (part,) in found.items()}
+    for part in images.values():
+        if group.parts[part].num_bytes == 0:
+            raise BadItemError(key, f"no image: part '{part}' is empty")
+    return images
+
+
+def _tree(key: str, payload: bytes) -> dict[str, Any]:
+    """The fields of the part json that are kept."""
+    try:
+        tree = json.loads(payload, parse_constant=lambda _: None)  # NaN is not JSON, but written
+    except (ValueError, RecursionError) as error:
+        raise BadItemError(key, f"bad json: {error}") from None
+    if not isinstance(tree, dict):
+        raise BadItemError(key, "bad json: not an object")
+    return {name: value for name, value in tree.items() if value is not None and name not in DROPPED_FIELDS}
+
+
+def _texts(key: str, field: str, texts: Any) -> Any:
+    """A list, or an object, of texts without the empty ones."""
+    values = texts.values() if isinstance(texts, dict) else texts
+    if not isinstance(texts, dict | list) or not all(isinstance(text, str) for text in values):
+        raise BadItemError(key, f"bad json: '{field}' is not made of texts")
+    if isinstance(texts, dict):
+        return {name: text.strip() for name, text in texts.items() if text.strip()}
+    return [text.strip() for text in texts if text.strip()]
+
+
+def _decoded(key: str, part: str, payload: bytes) -> str:
+    try:
+        return payload.decode().strip()
+    except UnicodeDecodeError as error:
+        raise BadItemError(key, f"bad text: part '{part}' is not UTF-8 ({error.reason})") from None
+
+
+def _label(key: str, payload: bytes) -> int:
+    text = _decoded(key, "cls", payload)
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise BadItemError(key, f"bad label: '{text[:20]}' in part 'cls' is not a whole number")
+    return int(text)
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """What keys of each tar start with, so that no two tars can give one key.
+
+    A digest of the path is added to a stem that others share, or that others continue with "-": train.tar's 1-5 and
+    train-1.tar's 5 would be one key.
+    """
+    stems = [_fit(Path(name).stem) or "tar" for name in names]
+    counts = collections.Counter(stems)
+    heads = {stem[:place] for stem in counts for place, letter in enumerate(stem) if letter == "-"}
+    return [
+        f"{stem}-{_digest(name)[:8]}" if counts[stem] > 1 or stem in heads else stem
+        for stem, name in zip(stems, names, strict=True)
+    ]
+
+
+def _shard_key(prefix: str, source_key: str) -> str:
+    """A key of our shards: as it is where that is allowed, else changed and with a digest of what it was."""
+    key = f"{prefix}-{source_key}"
+    if KEY_PATTERN.fullmatch(key):
+        return key
+    head = _fit(key)[: MAX_KEY_LETTERS - DIGEST_LETTERS - 1]
+    return f"{head}-{_digest(key)[:DIGEST_LETTERS]}"
+
+
+def _fit(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text).lstrip("_-")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

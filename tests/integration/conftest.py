@@ -1,0 +1,78 @@
+"""Writers that are killed again and again: shared by the tests of what they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import select
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+NUM_KILLS = 20
+MAX_RUNS = 100
+Write = Callable[[Path], None]
+
+
+@pytest.fixture
+def assert_kills_change_nothing(tmp_path: Path) -> Callable[[Write], None]:
+    """Compares folders that a writer left after kills -9 at random moments with one that it wrote undisturbed."""
+
+    def check(write: Write) -> None:
+        draws = random.Random(0)
+        start_s = time.monotonic()
+        assert run(write, tmp_path / "whole", None), "the undisturbed run failed, see its output"
+        whole, duration_s = tree(tmp_path / "whole"), time.monotonic() - start_s
+        assert "manifest.json" in whole
+        num_kills = num_half_done = folder = 0
+        for number in range(MAX_RUNS):
+            out = tmp_path / f"killed-{folder}"
+            if run(write, out, draws.uniform(0, duration_s), whole_group=number % 2 == 0):
+                assert tree(out) == whole
+                folder += 1
+                if num_kills >= NUM_KILLS:
+                    break
+            else:
+                num_kills += 1
+                has_shards = any(out.glob("shard-*.json"))
+                num_half_done += has_shards and not (out / "manifest.json").exists()
+        assert num_kills >= NUM_KILLS, f"{MAX_RUNS} runs, {folder} folders finished"
+        assert num_half_done >= NUM_KILLS // 4, "kills with something done and something left to do"
+
+    return check
+
+
+def run(write: Write, out: Path, kill_after_s: float | None, *, whole_group: bool = True) -> bool:
+    """Whether write(out), in a process of its own, ended before it was killed; waits for its children, too."""
+    alive, held_open = os.pipe()  # ends when the last process that inherited `held_open` is gone
+
+    def child() -> None:
+        os.setpgid(0, 0)
+        write(out)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    os.close(held_open)
+    process.join(kill_after_s)
+    if process.is_alive():
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        if whole_group:
+            with contextlib.suppress(ProcessLookupError):  # killed before it had a group of its own
+                os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), "the writer failed, see its output"
+    assert select.select([alive], [], [], 30)[0], "a worker outlived its killed parent"
+    os.close(alive)
+    return process.exitcode == 0
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file but the hidden temporary ones that a kill can leave, which no reader looks at."""
+    found = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}

@@ -1,0 +1,57 @@
+"""One sample as it is stored: latents in place of its images, and the token counts that packing plans with.
+
+Shapes: V views, M moments (mean, log variance), C latent channels, Y X token grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from data.captions import is_class_sample, read_captions
+from data.images import image_parts
+from data.shards import Sample
+from data.text import TextTokenizer
+from engine.config import UserError
+
+
+def latent_sample(
+    sample: Sample, latents: Iterator[Tensor], text_tokenizer: TextTokenizer | None
+) -> tuple[Sample, int, int]:
+    """Latent sample, image tokens, text tokens of the longest caption (0 for a class).
+
+    `latents` gives the next image's values [V, M, C, Y, X] in the stored dtype, images in sorted order.
+    Raises UserError naming the sample: neither caption nor class, a caption without a text tokenizer, values that are
+    not finite.
+    """
+    parts = dict(sample.parts)
+    num_image_tokens = 0
+    for part in image_parts(sample.parts):
+        latent = next(latents)
+        _check_finite(latent, f"{sample.where}: the latent of '{part}'")
+        del parts[part]
+        parts[".".join([*part.split(".")[:-1], "latent"])] = (
+            latent.contiguous().view(torch.uint8).numpy().tobytes()
+        )
+        num_image_tokens += math.prod(latent.shape[-2:])
+    return Sample(sample.key, parts), num_image_tokens, _num_text_tokens(sample, text_tokenizer)
+
+
+def _check_finite(latent: Tensor, what: str) -> None:
+    if bool(latent.isfinite().all()):
+        return
+    if latent.dtype == torch.float16 and not bool(latent.isnan().any()):
+        raise UserError(f"{what} is too large for fp16 (65504); store dtype bf16 or fp32, in another folder")
+    raise UserError(f"{what} is not finite; check the autoencoder's training")
+
+
+def _num_text_tokens(sample: Sample, text_tokenizer: TextTokenizer | None) -> int:
+    if is_class_sample(sample):
+        return 0
+    captions = read_captions(sample)
+    if text_tokenizer is None:
+        raise UserError(f"{sample.where}: has a caption; give text_tokenizer, which counts its tokens")
+    return max(len(text_tokenizer.encode(caption)) for caption in captions)
