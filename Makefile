@@ -38,7 +38,7 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install
-	$(BIN)/python -m benchmarks.reading
+	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.adaptive
 
 clean:

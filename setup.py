@@ -36,6 +36,7 @@ setup(
         "fsspec>=2024.6",
         "huggingface_hub>=0.23",
         "imagehash>=4.3.1",
+        "isal>=1.5",  # CRC-32 of every byte that is read
         "lpips>=0.1.4",
         "numpy>=1.26",
         "pillow>=10.1",

@@ -1,7 +1,7 @@
 """The data layer against its targets, one run, page cache warm: python -m benchmarks.data
 
-1. Reading: samples a second of one process, ours (planned order, every byte checked) against plain webdataset and
-   against what the page cache gives.
+1. Reading (benchmarks/reading.py): samples a second of one process, ours (planned order, every byte checked) against
+   plain webdataset (target 5x) and against what the page cache gives.
 2. Packing: fill of packs of 49,152 tokens on text-to-image and edit lengths, and samples lost.
 3. Planning: 11 million samples in 1,100 shards: opening, and every pack of one epoch of all 32 streams, in a process of
    its own.

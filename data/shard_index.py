@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from isal import isal_zlib  # the same CRC-32 as zlib, 4 times as fast
 
 from engine import files
 from engine.config import ConfigError, UserError, from_dict
@@ -205,7 +205,7 @@ def sample_crc32(key: str, parts: Mapping[str, bytes]) -> int:
     """CRC-32 over `KEY.part`, payload, `KEY.part`, payload ... in sorted order of the part names."""
     crc = 0
     for part in sorted(parts):
-        crc = zlib.crc32(parts[part], zlib.crc32(f"{key}.{part}".encode(), crc))
+        crc = isal_zlib.crc32(parts[part], isal_zlib.crc32(f"{key}.{part}".encode(), crc))
     return crc
 
 

@@ -160,7 +160,7 @@ class ShardDataset:
         ranges = list(zip(shards[firsts].tolist(), starts[firsts].tolist(), num_bytes.tolist(), strict=True))
         return ranges, cuts, records
 
-    def _parse(self, run: Range, block: bytes, rows: Sequence[tuple[Any, ...]]) -> list[Sample]:
+    def _parse(self, run: Range, block: bytes | memoryview, rows: Sequence[tuple[Any, ...]]) -> list[Sample]:
         shard, start, _ = run
         path = self._paths[shard]
         return [_parse_sample(block, start, row, path) for row in rows]
@@ -175,11 +175,15 @@ class LocalShards:
             lambda shard: Descriptor(paths[shard])
         )
 
-    def read(self, ranges: Sequence[Range]) -> Iterator[bytes]:
+    def read(self, ranges: Sequence[Range]) -> Iterator[memoryview]:
         """See ShardBytes. An I/O error is tried again on a fresh descriptor."""
-        for block in ranges:
-            action = functools.partial(self._pread, *block)
-            yield retrying(action, self._paths[block[0]], READ_ATTEMPTS, RETRY_WAIT_S)
+        # One buffer for all: fresh memory for every range would cost more page faults than reading costs.
+        buffer = memoryview(bytearray(max((num_bytes for _, _, num_bytes in ranges), default=0)))
+        for shard, offset, num_bytes in ranges:
+            block = buffer[:num_bytes]
+            action = functools.partial(self._pread, shard, offset, block)
+            retrying(action, self._paths[shard], READ_ATTEMPTS, RETRY_WAIT_S)
+            yield block
 
     def will_need(self, ranges: Sequence[Range]) -> None:
         """See ShardBytes: asks the kernel."""
@@ -193,20 +197,18 @@ class LocalShards:
         """See ShardBytes: there are no copies."""
         return False
 
-    def _pread(self, shard: int, offset: int, num_bytes: int) -> bytes:
-        pieces: list[bytes] = []
+    def _pread(self, shard: int, offset: int, block: memoryview) -> None:
+        """Fills `block`."""
         try:
             descriptor = self._descriptor(shard)
-            while num_bytes > 0:
-                piece = os.pread(descriptor.number, num_bytes, offset)
-                if not piece:
+            while block:
+                num_bytes = os.preadv(descriptor.number, [block], offset)
+                if num_bytes == 0:
                     raise UserError(f"{self._paths[shard]}: shard ends at byte {offset}; {REPAIR}")
-                pieces.append(piece)
-                offset, num_bytes = offset + len(piece), num_bytes - len(piece)
+                offset, block = offset + num_bytes, block[num_bytes:]
         except OSError:
             self._descriptor.cache_clear()
             raise
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def open_shard(directory: Path, entry: ShardEntry) -> Records:
@@ -257,7 +259,7 @@ def _without(manifest: Manifest, leave_out: Collection[str], where: str | Path) 
     return replace(manifest, shards=shards, num_samples=sum(entry.num_samples for entry in shards))
 
 
-def _parse_sample(block: bytes, block_start: int, row: tuple[Any, ...], path: str) -> Sample:
+def _parse_sample(block: bytes | memoryview, block_start: int, row: tuple[Any, ...], path: str) -> Sample:
     """Cuts one sample out at its tar headers: names come from the headers, lengths from the index."""
     offset, part_bytes, header_blocks, crc32, expected_hash = row
     begin = offset - block_start
@@ -267,9 +269,9 @@ def _parse_sample(block: bytes, block_start: int, row: tuple[Any, ...], path: st
             break
         begin += num_headers * TAR_BLOCK_BYTES
         header = begin - TAR_BLOCK_BYTES  # the last one is the payload's own
-        name = block[header : header + NAME_BYTES].partition(b"\0")[0].decode("ascii", "replace")
+        name = bytes(block[header : header + NAME_BYTES]).partition(b"\0")[0].decode("ascii", "replace")
         key, _, part = name.partition(".")
-        parts[part] = block[begin : begin + num_bytes]
+        parts[part] = bytes(block[begin : begin + num_bytes])
         begin += -(-num_bytes // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
     if sample_crc32(key, parts) != crc32 or key_hash(key) != expected_hash:
         raise DamagedSampleError(f"{path}: sample '{key}' at byte {offset} is damaged (CRC-32); {REPAIR}")

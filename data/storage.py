@@ -70,8 +70,11 @@ class MissingFileError(UserError):
 class ShardBytes(Protocol):
     """The bytes of a data set's shards. Safe to use from several threads."""
 
-    def read(self, ranges: Sequence[Range]) -> Iterator[bytes]:
-        """Exactly these bytes, range by range. Raises UserError: the storage fails for good, a shard is shorter."""
+    def read(self, ranges: Sequence[Range]) -> Iterator[bytes | memoryview]:
+        """Exactly these bytes, range by range; each may be overwritten when the next is asked for.
+
+        Raises UserError: the storage fails for good, a shard is shorter.
+        """
 
     def will_need(self, ranges: Sequence[Range]) -> None:
         """A hint that these bytes are read soon."""

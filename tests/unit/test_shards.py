@@ -78,8 +78,8 @@ def test_what_was_written_is_read_in_any_order(shards: Path) -> None:
 def test_neighbours_are_read_with_one_pread(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = ShardDataset.open(shards)
     calls = []
-    pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda *arguments: calls.append(arguments) or pread(*arguments))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *arguments: calls.append(arguments) or preadv(*arguments))
     dataset.read([2, 0, 1, 3, 4, 5, 9])  # shard 0 whole, two neighbours in shard 1, one in shard 2
     assert len(calls) == 3
 
@@ -210,14 +210,14 @@ def test_key_used_in_two_shards_is_refused(tmp_path: Path) -> None:
 
 def test_transient_read_errors_are_tried_again(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = ShardDataset.open(shards)
-    pread, failures = os.pread, [OSError("stale handle"), OSError("stale handle")]
+    preadv, failures = os.preadv, [OSError("stale handle"), OSError("stale handle")]
 
     def flaky(*arguments: int) -> bytes:
         if failures:
             raise failures.pop()
-        return pread(*arguments)
+        return preadv(*arguments)
 
-    monkeypatch.setattr(os, "pread", flaky)
+    monkeypatch.setattr(os, "preadv", flaky)
     monkeypatch.setattr(shard_reader, "RETRY_WAIT_S", 0.0)
     assert dataset.read([0]) == [make_sample(0)]
     failures += [OSError("disk on fire")] * 3
@@ -226,8 +226,8 @@ def test_transient_read_errors_are_tried_again(shards: Path, monkeypatch: pytest
 
 
 def test_short_reads_are_completed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda number, size, offset: pread(number, min(size, 100), offset))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda number, views, offset: preadv(number, [views[0][:100]], offset))
     assert ShardDataset.open(shards).read([1]) == [make_sample(1)]
 
 
