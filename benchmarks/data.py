@@ -119,7 +119,7 @@ def fill() -> None:
         )  # type: ignore[arg-type]
         used, num_packs, packed = 0, 0, np.zeros(len(lengths), np.int64)
         for number in range(NUM_STREAMS):
-            cursor = stream._cursor(number, read_ahead=False)
+            cursor = stream._cursor(number, only_counts=True)
             while (pack := cursor.next_pack())[0].max() == 0:
                 used += int(lengths[pack[1]].sum())
                 num_packs += 1

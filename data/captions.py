@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +15,32 @@ from engine.config import UserError
 TEXT_FIELDS = ("caption", "captions", "instruction", "instructions")
 
 
+def read_object(payload: bytes) -> dict[str, Any]:
+    """The object that a JSON text holds; NaN and infinities, which are no JSON but are written, become null.
+
+    Raises ValueError: not JSON, nested too deep, not an object.
+    """
+    try:
+        tree = json.loads(payload, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"a {type(tree).__name__}, not an object")
+    return tree
+
+
+def read_meta(sample: Sample) -> dict[str, Any]:
+    """The sample's json, {} without one. Raises UserError naming the sample: no JSON object."""
+    try:
+        return read_object(sample.parts.get("json", b"{}"))
+    except ValueError as error:
+        raise UserError(f"{sample.where}: bad json ({error}); make this shard again") from None
+
+
 def read_captions(sample: Sample) -> list[str]:
     """The captions or instructions in the sample's json: one text, a list, or an object of kind -> text.
 
-    Raises UserError: no json, no text, an empty text.
+    Raises UserError: no json, no text, an empty text, a caption that is no text.
     """
     return [text for _, text in _named_captions(sample)]
 
@@ -43,33 +66,42 @@ def choose_caption(sample: Sample, draw: float, weights: Mapping[str, float]) ->
 
 def is_class_sample(sample: Sample) -> bool:
     """Whether the json has a class label and no text. Raises UserError: no json."""
-    tree = _read_json(sample)
-    return isinstance(tree.get("label"), int) and not any(name in tree for name in TEXT_FIELDS)
+    return is_class(_read_json(sample))
+
+
+def is_class(tree: Mapping[str, Any]) -> bool:
+    """Whether a sample's json has a class label and no text; null is none."""
+    return isinstance(tree.get("label"), int) and all(tree.get(name) is None for name in TEXT_FIELDS)
 
 
 def _named_captions(sample: Sample) -> list[tuple[str, str]]:
     """(kind, text) of each caption; the kind is "" where the json names none."""
     tree = _read_json(sample)
-    found = next((tree[name] for name in TEXT_FIELDS if name in tree), None)
+    found = next((tree[name] for name in TEXT_FIELDS if tree.get(name) is not None), None)
     if found is None:
         raise _no_text(sample)
     if isinstance(found, Mapping):
         captions = list(found.items())
     else:
-        captions = [("", text) for text in ([found] if isinstance(found, str) else found)]
+        captions = [("", text) for text in (found if isinstance(found, list) else [found])]
     if not captions or not all(isinstance(text, str) and text.strip() for _, text in captions):
-        raise UserError(f"{sample.where}: has an empty caption; reject such samples when the shards are made")
+        raise UserError(
+            f"{sample.where}: has an empty caption, or one that is no text; reject such samples when the "
+            "shards are made"
+        )
     return captions
 
 
 def _read_json(sample: Sample) -> dict[str, Any]:
     try:
-        tree = json.loads(sample.parts["json"])
+        return read_object(sample.parts["json"])
     except (KeyError, ValueError):
         raise _no_text(sample) from None
-    if not isinstance(tree, dict):
-        raise _no_text(sample)
-    return tree
+
+
+def _finite(number: str) -> float | None:
+    value = float(number)  # 1e999 is infinite too
+    return value if math.isfinite(value) else None
 
 
 def _no_text(sample: Sample) -> UserError:

@@ -38,15 +38,16 @@ class StreamCursor:
         seed: int,
         num_streams: int,
         stream: int,
-        read_ahead: bool = True,
+        only_counts: bool = False,
     ) -> None:
         self._mixture = mixture
         self._lengths = lengths
         self._budget = budget
         self._seed = seed
         self._stream = stream
+        self._only_counts = only_counts  # nothing is read, and no state is saved
         self._walks = [
-            _SetWalk(mixture, number, seed, num_streams, stream, read_ahead)
+            _SetWalk(mixture, number, seed, num_streams, stream, read_ahead=not only_counts)
             for number in range(len(mixture.members))
         ]
         self._num_packs = 0
@@ -77,7 +78,8 @@ class StreamCursor:
         self._remove(begin, picked)
         self._num_packs += 1
         self._num_samples += pack.shape[1]
-        self._order_hash = self._hash(self._order_hash, pack[ADDRESS])
+        if not self._only_counts:
+            self._order_hash = self._hash(self._order_hash, pack[ADDRESS])
         return pack[EPOCH], pack[ADDRESS]
 
     @property
@@ -197,7 +199,7 @@ class _SetWalk:
     """One stream's way through the epochs of one set."""
 
     def __init__(
-        self, mixture: Mixture, number: int, seed: int, num_streams: int, stream: int, read_ahead: bool
+        self, mixture: Mixture, number: int, seed: int, num_streams: int, stream: int, *, read_ahead: bool
     ) -> None:
         self._mixture = mixture
         self._number = number

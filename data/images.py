@@ -6,7 +6,6 @@ Shapes: B images, H = W = image_px.
 from __future__ import annotations
 
 import io
-import json
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from data.captions import read_meta
 from data.plan import pack_seed, sample_uniforms
 from data.shards import Sample, ShardDataset
 from engine.config import ConfigError, UserError
@@ -29,7 +29,7 @@ IMAGE_FORMATS = (
     "JPEG",
     "WEBP",
 )  # as Pillow names them; it knows many more, with more ways to go wrong
-MAX_PIXELS = 1 << 26  # of a file's image: 8192 x 8192
+MAX_PIXELS = 1 << 26  # of a file's image, and of one resized: 8192 x 8192
 # What Pillow raises for damaged files.
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -89,7 +89,8 @@ class PixelPacker:
     ) -> PixelBatch:
         """Decodes `samples`, each met in its epoch of `epochs`; `seed` is the run's.
 
-        Raises UserError naming shard and key: no image or several, an image that cannot be decoded.
+        Raises UserError naming shard and key: no image or several, one that cannot be decoded or is too long and
+        thin to be resized, bad json.
         """
         config = self._config
         pixels = []
@@ -101,12 +102,15 @@ class PixelPacker:
                     f"{sample.where}: {len(parts)} of png, jpg, jpeg, webp; one is needed for training"
                 )
             image = decode_image(sample, parts[0])
-            pixels.append(fit_image(image, config.image_px, resize_px=config.resize_px, corner=corner))
+            try:
+                pixels.append(fit_image(image, config.image_px, resize_px=config.resize_px, corner=corner))
+            except UserError as error:
+                raise UserError(f"{sample.where}: '{parts[0]}': {error}") from None
         return PixelBatch(
             pixels=torch.stack(pixels),
             sample_ids=tuple(sample.key for sample in samples),
             seed=pack_seed(seed, step, stream),
-            meta=tuple(json.loads(sample.parts.get("json", b"{}")) for sample in samples),
+            meta=tuple(read_meta(sample) for sample in samples),
         )
 
 
@@ -166,6 +170,11 @@ def image_suffix(payload: bytes) -> str:
     raise ValueError("neither PNG, JPEG nor WebP" if payload else "no bytes")
 
 
+def part_name(role: str, suffix: str) -> str:
+    """The name of an image part: "jpg", or with a role ("source", "target") "source.jpg"."""
+    return f"{role}.{suffix}" if role else suffix
+
+
 def image_parts(parts: Iterable[str]) -> list[str]:
     """The names of image parts ("jpg", "source.png"), sorted: a source comes before its target."""
     return sorted(part for part in parts if part.rpartition(".")[2] in IMAGE_PARTS)
@@ -178,7 +187,7 @@ def fit_image(
     resize_px: int | None = None,
     corner: tuple[float, float] | None = None,
 ) -> Tensor:
-    """`fit_square` as uint8 [3, image_px, image_px]."""
+    """`fit_square` as uint8 [3, image_px, image_px]. Raises UserError: as fit_square."""
     image = fit_square(image, image_px, resize_px=resize_px, corner=corner)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
@@ -194,13 +203,18 @@ def fit_square(
 
     `corner`, two numbers in [0, 1), places the crop between left and right, top and bottom; None: in the
     centre. Halving by boxes before the bicubic step, as in ADM (Dhariwal & Nichol 2021), keeps large
-    photographs free of aliasing.
+    photographs free of aliasing. Raises UserError: so long and thin that it would be enlarged beyond MAX_PIXELS.
     """
     short_px = image_px if resize_px is None else resize_px
     while min(image.size) >= 2 * short_px:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = short_px / min(image.size)
     size = (max(short_px, round(image.width * scale)), max(short_px, round(image.height * scale)))
+    if size[0] * size[1] > max(MAX_PIXELS, image.width * image.height):
+        raise UserError(
+            f"{image.width}x{image.height} px would be enlarged to {size[0]}x{size[1]}, over the limit of "
+            f"{MAX_PIXELS} pixels; reject such images (max_aspect) when the shards are made"
+        )
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
     free_x, free_y = image.width - image_px, image.height - image_px

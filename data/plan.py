@@ -75,7 +75,8 @@ def pack_seed(seed: int, step: int, stream: int) -> int:
 
 def sample_uniforms(seed: int, epoch: int, key: str) -> tuple[float, float, float, float]:
     """Four numbers in [0, 1) for the choices about one sample in one epoch: caption, dropouts, crop."""
-    a, b, c, d = (int(word) / 2**64 for word in _digest_words("sample", seed, epoch, key))
+    # 53 bits: 64 would round up to 1 once in a while.
+    a, b, c, d = ((int(word) >> 11) / 2**53 for word in _digest_words("sample", seed, epoch, key))
     return a, b, c, d
 
 

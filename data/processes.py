@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -56,6 +57,10 @@ def forked(
         raise UserError(
             "a worker process was killed, perhaps for memory; run again with fewer --processes"
         ) from None
+    except BaseException:
+        for child in multiprocessing.active_children():  # what is half done is done again by the next run
+            child.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -67,6 +72,7 @@ def _start(work: Callable[[int], Any]) -> None:
     """A worker ends with its parent even if that is killed: two writers must never share a folder."""
     global _work
     _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
     parent = multiprocessing.parent_process()
     assert parent is not None
     sentinel = parent.sentinel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -67,20 +68,25 @@ class OpenShard:
 
     def drop(self) -> None:
         """Removes the temporary file."""
-        self._tar.close()
-        self._file.close()
-        self._temporary.unlink()
+        with contextlib.suppress(OSError):  # closing writes, and the disk may be full
+            self._tar.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
     def close(self, source: str, rejected: Rejections, num_read: int | None = None) -> ShardEntry | None:
-        """Makes the shard final. The side file comes last: a stop before it leaves an unfinished shard.
+        """Makes the shard final. The side file comes last: a stop before it leaves an unfinished shard, or beside the
+        side file of a shard that is replaced, one that does not fit it.
 
         Without samples there is no tar, only the side file, and None is returned.
         """
-        side = self.path.with_name(progress_name(self.path.name))
-        side.unlink(missing_ok=True)  # of a damaged shard that is now replaced
         entry = None
         if self._records:
-            entry = self._publish()
+            try:
+                entry = self._publish()
+            except BaseException:
+                self.drop()
+                raise
         else:
             self.drop()
             self.path.unlink(missing_ok=True)

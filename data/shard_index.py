@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,10 +204,18 @@ def key_hash(key: str) -> int:
 
 def sample_crc32(key: str, parts: Mapping[str, bytes]) -> int:
     """CRC-32 over `KEY.part`, payload, `KEY.part`, payload ... in sorted order of the part names."""
+    return members_crc32([(f"{key}.{part}".encode(), payload) for part, payload in parts.items()])
+
+
+def members_crc32(members: Iterable[tuple[bytes, bytes]]) -> int:
+    """`sample_crc32` from the tar's members, each (`KEY.part`, payload), in any order."""
     crc = 0
-    for part in sorted(parts):
-        crc = isal_zlib.crc32(parts[part], isal_zlib.crc32(f"{key}.{part}".encode(), crc))
+    for name, payload in sorted(members, key=_name):
+        crc = isal_zlib.crc32(payload, isal_zlib.crc32(name, crc))
     return crc
+
+
+_name = operator.itemgetter(0)
 
 
 def extents(records: Records) -> npt.NDArray[np.int64]:

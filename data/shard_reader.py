@@ -27,8 +27,7 @@ from data.shard_index import (
     Sample,
     ShardEntry,
     extents,
-    key_hash,
-    sample_crc32,
+    members_crc32,
 )
 from data.storage import GIB, Range, ShardBytes, StorageConfig, in_threads, is_remote, retrying
 from engine import files
@@ -112,7 +111,7 @@ class ShardDataset:
         ordered, place = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         ranges, cuts, records = self._runs(ordered)
         # Columns as lists of Python numbers: one by one, numpy's take longer than the samples' bytes.
-        fields = ("offset", "part_bytes", "header_blocks", "crc32", "key_hash")
+        fields = ("offset", "part_bytes", "header_blocks", "crc32")
         rows = list(zip(*(records[name].tolist() for name in fields), strict=True))
         samples: list[Sample] = []
         for run, block, (a, b) in zip(
@@ -261,18 +260,22 @@ def _without(manifest: Manifest, leave_out: Collection[str], where: str | Path) 
 
 def _parse_sample(block: bytes | memoryview, block_start: int, row: tuple[Any, ...], path: str) -> Sample:
     """Cuts one sample out at its tar headers: names come from the headers, lengths from the index."""
-    offset, part_bytes, header_blocks, crc32, expected_hash = row
+    offset, part_bytes, header_blocks, crc32 = row
     begin = offset - block_start
-    key, parts = "", {}
+    members = []
     for num_bytes, num_headers in zip(part_bytes, header_blocks, strict=True):
         if num_bytes == 0:
             break
         begin += num_headers * TAR_BLOCK_BYTES
         header = begin - TAR_BLOCK_BYTES  # the last one is the payload's own
-        name = bytes(block[header : header + NAME_BYTES]).partition(b"\0")[0].decode("ascii", "replace")
-        key, _, part = name.partition(".")
-        parts[part] = bytes(block[begin : begin + num_bytes])
+        name = bytes(block[header : header + NAME_BYTES]).partition(b"\0")[0]
+        members.append((name, bytes(block[begin : begin + num_bytes])))
         begin += -(-num_bytes // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-    if sample_crc32(key, parts) != crc32 or key_hash(key) != expected_hash:
-        raise DamagedSampleError(f"{path}: sample '{key}' at byte {offset} is damaged (CRC-32); {REPAIR}")
-    return Sample(key, parts, shard=path)
+    found = members_crc32(members)
+    names = [name.decode("ascii", "replace").partition(".") for name, _ in members]
+    if found != crc32:  # of names and payloads: another sample's bytes are found as well
+        raise DamagedSampleError(
+            f"{path}: sample '{names[0][0]}' at byte {offset} is damaged (CRC-32); {REPAIR}"
+        )
+    parts = {part: payload for (_, _, part), (_, payload) in zip(names, members, strict=True)}
+    return Sample(names[0][0], parts, shard=path)

@@ -179,9 +179,14 @@ def write_manifest(
             f"{directory}: no sample written, {len(rejected)} rejected; see {directory / REJECTED_NAME}"
         )
     hashes = np.concatenate([np.load(directory / entry.index_name)["key_hash"] for entry in entries])
-    if len(np.unique(hashes)) != len(hashes):
+    order = np.argsort(hashes, kind="stable")
+    repeated = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    if len(repeated):
+        ends = np.cumsum([entry.num_samples for entry in entries])
+        places = order[repeated[0] : repeated[0] + 2]
+        first, second = (entries[int(np.searchsorted(ends, place, side="right"))].name for place in places)
         raise UserError(
-            f"{directory}: {len(hashes) - len(np.unique(hashes))} keys used twice; make keys unique"
+            f"{directory}: {len(repeated)} keys used twice, the first in {first} and {second}; make keys unique"
         )
     manifest = Manifest(
         format_version=FORMAT_VERSION,

@@ -130,7 +130,7 @@ class PackStream:
         even one step.
         """
         steps = min(
-            _num_packs(self._cursor(stream, read_ahead=False), max_epochs)
+            _num_packs(self._cursor(stream, only_counts=True), max_epochs)
             for stream in range(self.num_streams)
         )
         if steps == 0:
@@ -158,13 +158,14 @@ class PackStream:
             "fingerprint": self._mixture.fingerprint,
             "seed": self._seed,
             "num_streams": self.num_streams,
+            "budget": self._packer.budget,
             "streams": {str(stream): cursor for stream, cursor in self._saved.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the cursors of all streams, merged over the ranks that saved them, and continues after them.
 
-        Raises UserError: another data set, seed or number of streams; a stream missing; streams at different
+        Raises UserError: another data set, seed, number of streams or budget; a stream missing; streams at different
         steps; cursors whose samples have other keys here.
         """
         for name, now in self.state_dict().items():
@@ -242,7 +243,7 @@ class PackStream:
                 metrics[f"epoch/{member.name}"] = float(max(cursor.epochs[number] for cursor in cursors))
         return metrics
 
-    def _cursor(self, stream: int, *, read_ahead: bool = True) -> StreamCursor:
+    def _cursor(self, stream: int, *, only_counts: bool = False) -> StreamCursor:
         return StreamCursor(
             self._mixture,
             self._lengths,
@@ -250,7 +251,7 @@ class PackStream:
             seed=self._seed,
             num_streams=self.num_streams,
             stream=stream,
-            read_ahead=read_ahead,
+            only_counts=only_counts,
         )
 
 

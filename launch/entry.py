@@ -19,19 +19,27 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ConfigT = TypeVar("ConfigT")
 
 
-def run(main: Callable[[], None]) -> int:
-    """Calls `main` and returns the exit status: 0, or 2 after printing a UserError as one line."""
+def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
+    """Calls `main` and returns the exit status: 0, 2 after printing a UserError as one line, 130 after Ctrl-C.
+
+    `has_ranks`: the program is started once per rank, and before they meet rank 0 speaks for all.
+    """
     try:
         check_packages()
         main()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ.get("RANK", "0") if has_ranks else "0"
         if distributed.is_started():
             print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
             os._exit(2)  # the other ranks may wait in a collective: no clean-up that would wait for them
         if rank == "0":  # before the ranks meet, all of them see the same mistake
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        if not has_ranks:
+            print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+            return 130
+        raise
     return 0
 
 

@@ -140,6 +140,11 @@ def sources(arguments: argparse.Namespace) -> Mapping[Path, Source]:
 
 
 def _source(arguments: argparse.Namespace) -> Source:
+    for path in arguments.tars if arguments.command in ("cc12m", "webdataset") else []:
+        if arguments.out.resolve().is_relative_to(path.resolve()):
+            raise UserError(
+                f"--out {arguments.out} lies in --tars {path}: its shards would be read as input; move it"
+            )
     match arguments.command:
         case "folder":
             folder = FolderSource(arguments.images, arguments.captions, labels=arguments.labels)

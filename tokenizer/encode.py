@@ -9,10 +9,9 @@ Shapes: I images of a batch, K crops, V views, M moments (mean, log variance), C
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,9 @@ import torch
 from torch import Tensor
 
 from data.images import image_parts
+from data.progress import ProgressLine
 from data.shards import LatentInfo, OpenShard, Sample, ShardDataset, finished_shard, write_manifest
+from data.storage import StorageConfig
 from data.text import TextTokenizer, load_text_tokenizer
 from engine import files
 from engine.config import ConfigError, UserError
@@ -69,6 +70,8 @@ class EncodeConfig:
     """Of the stored latents; the encoder runs in fp32."""
     num_decode_threads: int = 4
     """Threads that decode images, per rank; the latents do not depend on it."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """How shards behind a url are read."""
     device: str = "cpu"
     """Where the encoder runs, e.g. cpu or cuda."""
 
@@ -90,7 +93,8 @@ def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Calla
     entries = job.dataset.manifest.shards
     first = np.cumsum([0, *(entry.num_samples for entry in entries)])
     todo = [i for i in range(rank, len(entries), world) if not job.is_finished(entries[i].name)]
-    total, done, start_s = sum(entries[i].num_samples for i in todo), 0, time.monotonic()
+    total, done = sum(entries[i].num_samples for i in todo), 0
+    progress = ProgressLine(f"rank {rank}: {len(todo)} shards to encode", "samples")
     with ThreadPoolExecutor(max_workers=1) as closer:
         closing: Future[None] | None = None
         for i in todo:
@@ -101,12 +105,7 @@ def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Calla
                 close
             )  # fsync and hashes take a while; the next shard is encoded meanwhile
             done += entries[i].num_samples
-            rate = done / (time.monotonic() - start_s)
-            print(
-                f"rank {rank}: {entries[i].name} encoded, {done}/{total} samples, {rate:.0f} samples/s, "
-                f"{(total - done) / rate:.0f} s left",
-                flush=True,
-            )
+            progress.show(done, done / total)
         if closing is not None:
             closing.result()
     barrier()
@@ -121,7 +120,7 @@ class _Job:
     def __init__(self, config: EncodeConfig) -> None:
         self.config = config
         self.out = Path(config.out)
-        self.dataset = ShardDataset.open(config.shards)
+        self.dataset = ShardDataset.open(config.shards, config.storage)
         if self.dataset.manifest.latent is not None:
             raise UserError(f"{config.shards}: holds latents already; give the pixel shards")
         self.text_tokenizer: TextTokenizer | None = None

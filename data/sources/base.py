@@ -1,14 +1,17 @@
-"""What every source of samples shares: what it is, and reproducible draws."""
+"""What every source of samples shares: what it is, reproducible draws, and a walk through folders."""
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
+from data.shard_index import key_hash
 from data.shards import Sample
 from engine.config import UserError
 
@@ -22,7 +25,7 @@ class BadItemError(UserError):
     """
 
     def __init__(self, key: str, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(f"{key}: {reason}")
         self.key = key
         self.reason = reason
 
@@ -102,8 +105,9 @@ class Draws:
     """
 
     def __init__(self, seed: int, stream: str, index: int) -> None:
-        words = np.array([seed, stable_hash(stream)], np.uint64)
-        self._bits = np.random.Philox(key=words, counter=np.array([0, index, 0, 0], np.uint64))
+        """Raises UserError: a seed below 0 or above 64 bits."""
+        counter = np.array([0, index, 0, 0], np.uint64)
+        self._bits = np.random.Philox(key=philox_key(seed, stream), counter=counter)
 
     def below(self, limit: int) -> int:
         """Uniform in [0, limit)."""
@@ -127,6 +131,27 @@ class Draws:
         return [rest.pop(self.below(len(rest))) for _ in range(number)]
 
 
-def stable_hash(text: str) -> int:
-    """64 bits of SHA-256: the same in every process, unlike hash()."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+def philox_key(seed: int, stream: str) -> npt.NDArray[np.uint64]:
+    """The key of Philox for the draws named `stream`, uint64 [2]. Raises UserError: a seed below 0 or above 64 bits."""
+    if not 0 <= seed < 1 << 64:
+        raise UserError(f"seed {seed}: give a whole number from 0 to 2^64 - 1")
+    return np.array([seed, key_hash(stream)], np.uint64)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below `folder`, in no order. Linked folders are entered, unless that leads back to one above.
+
+    Raises UserError: a folder that cannot be read.
+    """
+    for name, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+        here = Path(name)
+        links = [child for child in folders if (here / child).is_symlink()]
+        if links:
+            way = {above.resolve() for above in (here, *here.absolute().parents)}
+            loops = {child for child in links if (here / child).resolve() in way}
+            folders[:] = [child for child in folders if child not in loops]
+        yield from (here / file for file in names)
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check the folder's permissions")

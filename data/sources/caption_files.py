@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from data.captions import read_object
 from engine.config import UserError
 
 BATCH_ROWS = 10_000
@@ -52,9 +52,7 @@ def _jsonl_batches(file: Path) -> Iterator[tuple[Sequence[Row], float]]:
                 number += 1
                 if not line.strip():
                     continue
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
-                    raise ValueError("not an object")
+                rows.append(read_object(line))
                 if len(rows) == BATCH_ROWS:
                     yield rows, raw.tell() / num_bytes
                     rows = []

@@ -7,17 +7,19 @@ hashes: among 11 M rows two share one with a chance of 3e-6.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
 import sqlite3
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from data.progress import ProgressLine
-from data.sources.base import BadItemError, stable_hash
+from data.shard_index import key_hash
+from data.sources.base import BadItemError
 from data.sources.caption_files import batches
 from engine import files
 from engine.config import UserError
@@ -52,6 +54,7 @@ class CaptionTable:
         Of several rows the first counts. Raises BadItemError: no row, all captions empty, joined by key to a row of
         another url.
         """
+        key, url = _cleaned(key), _cleaned(url)
         wanted = _key_hash(key) if self._join == "key" else _url_hash(url)
         row = (
             self._connected()
@@ -87,17 +90,37 @@ def build_caption_table(
     """Writes the table `path` from .parquet, .jsonl or .jsonl.gz files, unless it was made of the same before.
 
     `columns`: the files' columns with captions -> their names in json's "captions". Files are the same if names and
-    content are; the content is hashed again only where size or time have changed. A killed build leaves no table.
-    Raises UserError: a missing or damaged file, a column that is nowhere filled.
+    content are; the content is hashed again only where size or time have changed. A killed build leaves no table; of
+    several commands one builds and the others wait for it. Raises UserError: a missing or damaged file, a column that
+    is nowhere filled, no folder to write to.
     """
     if not captions or not columns or len(set(columns.values())) != len(columns):
         raise UserError("a caption table needs a file, and columns of captions, each with a name of its own")
     wanted = {"layout": LAYOUT, "columns": dict(columns), "key": key_column, "url": url_column}
     old = _identity(path) or {}
     new = {**wanted, "files": [_describe(file, old.get("files", [])) for file in captions]}
-    if _without_times(old) == _without_times(new) and list(old["columns"]) == list(columns):
+    if _is_made_of(new, path):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _only_builder(path):
+        if not _is_made_of(new, path):
+            _build(path, new, captions)
+
+
+@contextlib.contextmanager
+def _only_builder(path: Path) -> Iterator[None]:
+    """Waits while another command builds the table `path`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock").open("w")
+    except OSError as error:
+        raise UserError(f"{path.parent}: no folder to write to ({error.strerror}); choose another") from None
+    with lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(path: Path, identity: Mapping[str, Any], captions: Sequence[Path]) -> None:
     for stale in path.parent.glob(f".{path.name}.{socket.gethostname()}-*.tmp"):  # of a killed build
         stale.unlink()
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
@@ -105,9 +128,9 @@ def build_caption_table(
         connection = sqlite3.connect(temporary)
         with contextlib.closing(connection), connection:
             connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")
-            _fill(connection, captions, columns, key_column, url_column)
+            _fill(connection, captions, list(identity["columns"]), identity["key"], identity["url"])
             connection.execute("CREATE TABLE identity (json TEXT)")
-            connection.execute("INSERT INTO identity VALUES (?)", (json.dumps(new),))
+            connection.execute("INSERT INTO identity VALUES (?)", (json.dumps(identity),))
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -120,7 +143,7 @@ def build_caption_table(
 def _fill(
     connection: sqlite3.Connection,
     captions: Sequence[Path],
-    columns: Mapping[str, str],
+    columns: Sequence[str],
     key_column: str,
     url_column: str,
 ) -> None:
@@ -157,17 +180,21 @@ def _text(file: Path, column: str, value: object) -> str:
         return str(value)
     if not isinstance(value, str | None):
         raise UserError(f"{file}: column '{column}' holds {type(value).__name__}, not text; name another one")
-    # Half a surrogate pair can be written in JSON but not stored.
-    return (value or "").strip().encode("utf-8", "replace").decode()
+    return _cleaned(value or "")
+
+
+def _cleaned(text: str) -> str:
+    """Half a surrogate pair can be written in JSON, but not be stored or hashed."""
+    return text.strip().encode("utf-8", "replace").decode()
 
 
 def _key_hash(key: str) -> int:
     """000000012 and 12 are one key: tables and tars pad numbers differently. Signed, as SQLite wants it."""
-    return stable_hash(key.lstrip("0") if key.isdecimal() else key) - (1 << 63)
+    return key_hash(key.lstrip("0") if key.isdecimal() else key) - (1 << 63)
 
 
 def _url_hash(url: str) -> int:
-    return stable_hash(url.strip()) - (1 << 63)
+    return key_hash(url) - (1 << 63)
 
 
 def _describe(file: Path, known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -181,6 +208,14 @@ def _describe(file: Path, known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if {**other, "sha256": ""} == {**described, "sha256": ""}:
             return dict(other)
     return {**described, "sha256": files.sha256(file)}
+
+
+def _is_made_of(wanted: Mapping[str, Any], path: Path) -> bool:
+    """Whether `path` is a table of the same files and columns, in the same order."""
+    found = _identity(path)
+    if found is None or _without_times(found) != _without_times(wanted):
+        return False
+    return list(found["columns"]) == list(wanted["columns"])
 
 
 def _without_times(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,12 +15,12 @@ import imagehash
 import numpy as np
 import numpy.typing as npt
 
+from data.captions import read_meta
 from data.images import decode_image, image_parts
 from data.processes import over_shards
 from data.shard_index import FORMAT_VERSION, Manifest, key_hash, progress_name, sample_crc32
 from data.shard_reader import open_shard
 from data.shards import OpenShard, Sample, ShardDataset, ShardEntry, ShardProgress, finished_shard
-from data.sources.base import stable_hash
 from engine import files
 from engine.config import UserError
 
@@ -170,7 +170,7 @@ def _hashes(path: Path, progress: ShardProgress) -> Hashed:
 
 
 def _hash_sample(sample: Sample) -> tuple[str, int, int, int, int]:
-    """Values of HASHED. Raises UserError: no image, or one that cannot be decoded."""
+    """Values of HASHED. Raises UserError: no image, one that cannot be decoded, bad json of an edit."""
     parts = image_parts(sample.parts)
     if not parts:
         raise UserError(f"{sample.where}: has no image; duplicates are looked for among images only")
@@ -179,13 +179,13 @@ def _hash_sample(sample: Sample) -> tuple[str, int, int, int, int]:
     crc = sample_crc32(sample.key, sample.parts)
     if len(parts) == 1:
         return sample.key, crc, words[0], 0, 0
-    instructions = json.loads(sample.parts.get("json", b"{}")).get("instructions")
-    return sample.key, crc, words[1], words[0], stable_hash(json.dumps(instructions))
+    instructions = read_meta(sample).get("instructions")
+    return sample.key, crc, words[1], words[0], key_hash(json.dumps(instructions))
 
 
 def _rewrite(path: Path, progress: ShardProgress, drops: Mapping[str, str]) -> None:
     """The shard without the samples `drops` names, which join the rejected ones; nothing if they are gone already."""
-    done = {key for key, _ in progress.rejected}
+    done = {key for key, reason in progress.rejected if reason.partition(":")[0] == KIND}
     new = [(key, f"{KIND}: of {original}") for key, original in drops.items() if key not in done]
     if not new:
         return

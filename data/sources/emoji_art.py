@@ -13,7 +13,7 @@ from importlib import metadata, resources
 import emoji
 from PIL import Image
 
-from data.sources.base import stable_hash
+from data.shard_index import key_hash
 from data.sources.emoji_scenes import BACKGROUNDS, Scene
 from engine.config import UserError
 
@@ -81,4 +81,4 @@ def identities() -> tuple[tuple[str, str], ...]:
     }
     single = [(glyph, name) for glyph, name in found.items() if len(glyph) == 1]
     apart = [item for item in single if not any(word in item[1] for word in LETTERING)]
-    return tuple(sorted(apart, key=lambda item: stable_hash(item[0])))
+    return tuple(sorted(apart, key=lambda item: key_hash(item[0])))

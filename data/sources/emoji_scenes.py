@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from data.sources.base import Draws, stable_hash
+from data.shard_index import key_hash
+from data.sources.base import Draws
 
 CANVAS = 64
 HELD_OUT_SHARE = 10  # one combination in so many is for validation
@@ -141,7 +142,7 @@ class Scene:
     @property
     def held_out(self) -> bool:
         """Whether the combination belongs to validation; the same for every seed."""
-        return stable_hash(self.combination) % HELD_OUT_SHARE == 0
+        return key_hash(self.combination) % HELD_OUT_SHARE == 0
 
     def describe(self, image_px: int) -> dict[str, Any]:
         """The truth for a judge, ready for JSON: names, boxes in pixels, background, relation."""

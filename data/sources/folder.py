@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data.captions import TEXT_FIELDS
-from data.images import IMAGE_PARTS, image_suffix
+from data.captions import TEXT_FIELDS, read_object
+from data.images import IMAGE_PARTS, image_suffix, part_name
 from data.shards import Sample
 from data.sources.base import BadItemError
 from data.sources.prepare import select_texts
@@ -22,15 +23,19 @@ class FolderSource:
 
     - `listing`: a jsonl file with one sample a line, in this order: {"file": path below the folder, "caption": text},
       or "captions": a list, or an object of kind -> text. Edits: {"source": file, "target": file, "instruction": text},
-      or "instructions": a list. Other fields are kept.
+      or "instructions": a list. Other fields are kept, all but null ones.
     - `labels`: every folder below `images` is a class, numbered in sorted order, and json holds its number and name, as
-      tokenizers and class-conditional generators need (ImageNet's layout). No captions.
+      tokenizers and class-conditional generators need (ImageNet's layout). No captions. An image beside the folders
+      has no class and is rejected.
     - else every image below the folder, in the order of the paths, with its caption beside it: NAME.json with fields as
       in a listing, or NAME.txt.
+
+    Images are files named *.png, *.jpg, *.jpeg or *.webp; without a listing, other files are ignored and links to
+    folders are followed.
     """
 
     def __init__(self, images: Path, listing: Path | None = None, *, labels: bool = False) -> None:
-        """Raises UserError: no such folder or file, no images, listing and labels at once."""
+        """Raises UserError: no such folder or file, no images, no classes, listing and labels at once."""
         if labels and listing is not None:
             raise UserError("give --captions or --labels, not both: labels are the names of the folders")
         self._images = images
@@ -38,11 +43,9 @@ class FolderSource:
         if not images.is_dir():
             raise UserError(f"{images}: no such folder; give --images the folder that holds the images")
         if listing is None:
-            found = (path for path in images.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_PARTS)
+            found = (path for path in _files_below(images) if path.suffix.lower().lstrip(".") in IMAGE_PARTS)
             self._paths = sorted(path.relative_to(images).as_posix() for path in found)
             self._lines: list[bytes] | None = None
-            if labels:
-                self._paths = [path for path in self._paths if "/" in path]
             digest = files.digest(self._paths)
         else:
             if not listing.is_file():
@@ -54,7 +57,9 @@ class FolderSource:
             raise UserError(f"{listing or images}: lists no image; supported: {', '.join(IMAGE_PARTS)}")
         self._classes: list[str] | None = None
         if labels:
-            self._classes = sorted({path.partition("/")[0] for path in self._paths})
+            self._classes = sorted({path.partition("/")[0] for path in self._paths if "/" in path})
+            if not self._classes:
+                raise UserError(f"{images}: no folder with images in it; --labels needs one for each class")
         kind = "captions" if self._classes is None else f"{len(self._classes)} classes"
         self.description = f"folder {self._root.name} with {kind}, listing {digest[:12]}"
 
@@ -63,13 +68,15 @@ class FolderSource:
         return len(self._paths if self._lines is None else self._lines)
 
     def sample(self, index: int) -> Sample:
-        """Raises BadItemError: unreadable image, outside the folder, no caption, bad json, bad line."""
+        """Raises BadItemError: unreadable image, outside the folder, no caption, no class, bad json, bad line."""
         key = f"image-{index:09d}"
         if self._lines is not None:
             return self._from_line(key, index)
         name = self._paths[index]
         if self._classes is None:
             fields = self._from_sidecar(key, name)
+        elif "/" not in name:
+            raise BadItemError(key, f"no class: {name} lies in no folder below {self._root.name}")
         else:
             label = bisect.bisect_left(self._classes, name.partition("/")[0])
             fields = {"label": label, "class": self._classes[label]}
@@ -123,19 +130,40 @@ class FolderSource:
             raise BadItemError(key, f"unreadable image: {name}: {error.strerror}") from None
 
 
+def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Links to folders are followed, but for those that lead back to a folder on the way here, `above`."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}); allow it, or move it away") from None
+    for entry in entries:
+        path = folder / entry.name
+        if _is_folder(entry):
+            yield from _files_below(path, above | {real})
+        else:
+            yield path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _fields(key: str, payload: bytes, where: str) -> dict[str, Any]:
     try:
-        fields = json.loads(payload)
-    except (ValueError, RecursionError):
-        raise BadItemError(key, f"bad json: {where}: not JSON") from None
-    if not isinstance(fields, dict):
-        raise BadItemError(key, f"bad json: {where}: not an object of fields")
-    return fields
+        return read_object(payload)
+    except ValueError as error:
+        raise BadItemError(key, f"bad json: {where}: {error}") from None
 
 
 def _with_texts(key: str, fields: Mapping[str, Any], where: str, is_edit: bool) -> dict[str, Any]:
     """`fields` with their captions, or instructions as a list, cleaned. Raises BadItemError: there are none."""
-    others = {name: value for name, value in fields.items() if name not in TEXT_FIELDS}
+    others = {name: value for name, value in fields.items() if name not in TEXT_FIELDS and value is not None}
     for name in ("instruction", "instructions") if is_edit else TEXT_FIELDS:
         texts = select_texts(fields.get(name))
         if texts and name.startswith("instruction"):
@@ -154,5 +182,5 @@ def _sample(key: str, payloads: Mapping[str, bytes], fields: Mapping[str, Any]) 
         except ValueError as error:
             name = fields[role or "file"]
             raise BadItemError(key, f"unreadable image: {name}: {error}") from None
-        parts[f"{role}.{suffix}" if role else suffix] = payload
+        parts[part_name(role, suffix)] = payload
     return Sample(key, parts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -50,14 +51,20 @@ class ImageNetSource:
 
         A file of synsets is TensorFlow's imagenet_2012_validation_synset_labels.txt; numbers, from 0, are the second
         column of Caffe's val.txt. The numbers of the development kit (from 1, in another order) are refused.
-        Raises UserError: a missing or damaged archive, another number of classes or labels than there should be.
+        Raises UserError: a missing or damaged archive, a class twice, another number of classes or labels than there
+        should be.
         """
         if labels is None:
             archives = _training_archives(tars)
             self._classes: list[str] | None = [archive.synset for archive in archives]
-            if len(set(self._classes)) != num_classes:
+            synset, times = Counter(self._classes).most_common(1)[0] if self._classes else ("", 0)
+            if times > 1:
                 raise UserError(
-                    f"{tars}: {len(set(self._classes))} classes, expected {num_classes}; download what is missing, or "
+                    f"{tars}: holds {times} archives of class {synset}; leave one: labels are places in the sorted list"
+                )
+            if len(self._classes) != num_classes:
+                raise UserError(
+                    f"{tars}: {len(self._classes)} classes, expected {num_classes}; download what is missing, or "
                     "say how many classes there are: labels are places in their sorted list"
                 )
         else:

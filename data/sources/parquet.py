@@ -9,16 +9,18 @@ from dataclasses import astuple, dataclass
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-from data.images import image_suffix
+from data.captions import TEXT_FIELDS, read_object
+from data.images import image_suffix, part_name
 from data.shard_index import KEY_PATTERN
 from data.shards import Sample
 from data.sources.base import BadItemError, Unit
-from data.sources.parquet_files import Footer, Row, expand, in_units
+from data.sources.parquet_files import Footer, Row, find_parquet, in_units
 from data.sources.prepare import select_texts
 from engine import files
 from engine.config import UserError
 
 FOOTERS_AT_ONCE = 16
+OWN_FIELDS = (*TEXT_FIELDS, "label", "class", "source_key")  # of json, with a meaning for training
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class ParquetColumns:
             raise UserError("parquet columns: an edit has an instruction column, no captions and no label")
         if not is_edit and (self.instruction is not None or not (self.captions or self.label is not None)):
             raise UserError("parquet columns: an image has caption columns or a label column")
+        for name in self.kept:
+            if name in OWN_FIELDS:
+                raise UserError(
+                    f"parquet columns: '{name}' cannot be kept, training would read it; name it as a column of "
+                    "captions, instructions or labels, or leave it out"
+                )
 
     @property
     def images(self) -> dict[str, str]:
@@ -88,16 +96,14 @@ class ParquetSource:
         """`paths`: files, folders and globs, local or any fsspec url. Reads every footer.
 
         Row groups are not cut: one with more rows than `max_samples_per_shard` makes a shard of its own. Raises
-        UserError: no files, damaged ones, a column that is missing or of the wrong type.
+        UserError: no files, damaged ones, one given twice, a column that is missing or of the wrong type.
         """
         if max_samples_per_shard < 1:
             raise UserError(f"max_samples_per_shard is {max_samples_per_shard}; give at least 1")
         self._columns = columns
         self._filter = row_filter
         self._names = list(dict.fromkeys([*columns.names, *(row_filter.columns if row_filter else ())]))
-        found = [file for path in paths for file in expand(path)]
-        if not found:
-            raise UserError(f"{', '.join(paths)}: no parquet file there; give files, a folder or a glob")
+        found = find_parquet(paths)
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
             footers = list(pool.map(Footer.read, found))
         for footer in footers:
@@ -122,10 +128,8 @@ class ParquetSource:
     def _sample(self, number: str, row: Row) -> Sample:
         columns = self._columns
         key = number if columns.key is None or row[columns.key] is None else str(row[columns.key])
-        # Null and NaN are left out: neither is JSON that everybody reads.
-        fields = {
-            name: row[name] for name in columns.kept if row[name] is not None and row[name] == row[name]
-        }
+        kept = read_object(json.dumps({name: row[name] for name in columns.kept}, default=str).encode())
+        fields = {name: value for name, value in kept.items() if value is not None}  # NaN is null by now
         if not KEY_PATTERN.fullmatch(key):
             fields["source_key"], key = key, number
         reason = self._filter.reason(row) if self._filter is not None else None
@@ -134,7 +138,7 @@ class ParquetSource:
         fields |= self._texts(key, row)
         if columns.label is not None:
             fields |= self._label(key, row[columns.label])
-        parts = {"json": json.dumps(fields, sort_keys=True, default=str).encode()}
+        parts = {"json": json.dumps(fields, sort_keys=True).encode()}
         for role, column in columns.images.items():
             payload = row[column]["bytes"] if isinstance(row[column], dict) else row[column]
             if not payload:
@@ -143,7 +147,7 @@ class ParquetSource:
                 suffix = image_suffix(payload)
             except ValueError as error:
                 raise BadItemError(key, f"unreadable image: column '{column}': {error}") from None
-            parts[f"{role}.{suffix}" if role else suffix] = payload
+            parts[part_name(role, suffix)] = payload
         return Sample(key, parts)
 
     def _texts(self, key: str, row: Row) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,22 @@ class RowGroups:
             raise _damaged(self.name, f"{num_rows} of {self.num_rows} rows")
 
 
-def expand(path: str) -> list[str]:
+def find_parquet(paths: Sequence[str]) -> list[str]:
+    """The parquet files that `paths` mean, in their order. Raises UserError: none, one that is given twice."""
+    found = [file for path in paths for file in _expand(path)]
+    if not found:
+        raise UserError(f"{', '.join(paths)}: no parquet file there; give files, a folder or a glob")
+    seen: set[str] = set()
+    for file in found:
+        local = file.removeprefix("file://")
+        real = local if "://" in local else os.path.realpath(local)
+        if real in seen:
+            raise UserError(f"{file}: a parquet file is given twice; name each once")
+        seen.add(real)
+    return found
+
+
+def _expand(path: str) -> list[str]:
     """The parquet files that a path means, sorted: a file, a folder with all below it, or a glob."""
     # A file is not looked up: over http that could fetch all of it.
     if path.endswith(".parquet") and "*" not in path:

@@ -8,10 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+import PIL
 from PIL import ExifTags, Image
 
-from data.captions import TEXT_FIELDS
-from data.images import DECODE_ERRORS, fit_square, image_parts, image_suffix, open_image, to_rgb
+from data.captions import TEXT_FIELDS, is_class, read_object
+from data.images import (
+    DECODE_ERRORS,
+    fit_square,
+    image_parts,
+    image_suffix,
+    open_image,
+    part_name,
+    to_rgb,
+)
 from data.shards import Sample
 from data.sources.base import BadItemError
 from engine.config import UserError
@@ -71,6 +80,8 @@ class Preparation:
         """The settings in words; part of the identity of the shards."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         told = [f"{name} {value}" for name, value in named.items() if value not in (None, 0)]
+        if self.resolution is not None:  # the bytes of changed images are the library's
+            told.append(f"Pillow {PIL.__version__}")
         return f"prepared: {', '.join(told)}"
 
     def __call__(self, sample: Sample) -> Sample:
@@ -89,9 +100,8 @@ class Preparation:
         for part, (image, is_turned) in images.items():
             suffix, payload = image_suffix(sample.parts[part]), sample.parts[part]
             if is_turned or not self._fits(image):
-                suffix, payload = SUFFIXES[self.encoding], self._encode(image)
-            role = part.rpartition(".")[0]
-            prepared[f"{role}.{suffix}" if role else suffix] = payload
+                suffix, payload = SUFFIXES[self.encoding], self._encode(sample.key, part, image)
+            prepared[part_name(part.rpartition(".")[0], suffix)] = payload
         if not all(self._fits(image) for image, _ in images.values()):
             fitted |= {"width": image.width, "height": image.height}
         if fitted != meta:
@@ -105,7 +115,7 @@ class Preparation:
         """The json with the captions of allowed length. Raises BadItemError: none of them is."""
         texts = {name: meta[name] for name in TEXT_FIELDS if name in meta}
         kept = {name: select_texts(value, self._has_good_length) for name, value in texts.items()}
-        if texts and not any(kept.values()):
+        if texts and not any(kept.values()) and not is_class(meta):
             raise BadItemError(key, f"caption length: {json.dumps(texts)[:200]}")
         others = {name: value for name, value in meta.items() if name not in TEXT_FIELDS}
         return {**others, **{name: value for name, value in kept.items() if value is not None}}
@@ -128,11 +138,14 @@ class Preparation:
         if self.max_aspect is not None and long_px > self.max_aspect * short_px:
             raise BadItemError(key, f"aspect: {shape}, sides may differ by a factor of {self.max_aspect:g}")
 
-    def _encode(self, image: Image.Image) -> bytes:
+    def _encode(self, key: str, part: str, image: Image.Image) -> bytes:
         """RGB pixels and nothing else: the camera's notes and colour profile stay behind, as in training."""
         image = to_rgb(image)
         if self.resolution is not None:
-            image = fit_square(image, self.resolution)
+            try:
+                image = fit_square(image, self.resolution)
+            except UserError as error:
+                raise BadItemError(key, f"aspect: '{part}': {error}") from None
         image.info.clear()
         buffer = io.BytesIO()
         if self.encoding == "jpeg":
@@ -147,28 +160,27 @@ class Preparation:
 def select_texts(value: object, keep: Callable[[str], bool] = bool) -> Texts | None:
     """What `keep` takes of a caption field (a text, a list, or kind -> text), stripped; empty texts never.
 
-    None: nothing is left.
+    Half a surrogate pair, which JSON can hold and tokenizers refuse, becomes "?". None: nothing is left.
     """
-    if isinstance(value, str):
-        text = value.strip()
-        return text if text and keep(text) else None
     if isinstance(value, list):
-        found = (select_texts(item, keep) for item in value)
-        return [item for item in found if isinstance(item, str)] or None
+        return [text for item in value if (text := _select_text(item, keep))] or None
     if isinstance(value, Mapping):
-        named = ((kind, select_texts(item, keep)) for kind, item in value.items())
-        return {kind: item for kind, item in named if isinstance(item, str)} or None
-    return None
+        return {kind: text for kind, item in value.items() if (text := _select_text(item, keep))} or None
+    return _select_text(value, keep)
+
+
+def _select_text(value: object, keep: Callable[[str], bool]) -> str | None:
+    if not isinstance(value, str):
+        return None
+    text = value.encode("utf-8", "replace").decode().strip()
+    return text if text and keep(text) else None
 
 
 def _read_meta(sample: Sample) -> dict[str, Any]:
     try:
-        meta = json.loads(sample.parts.get("json", b"{}"))
-    except (ValueError, RecursionError) as error:
+        return read_object(sample.parts.get("json", b"{}"))
+    except ValueError as error:
         raise BadItemError(sample.key, f"bad json: {error}") from None
-    if not isinstance(meta, dict):
-        raise BadItemError(sample.key, f"bad json: a {type(meta).__name__}, not an object")
-    return meta
 
 
 def _one_of_each_role(sample: Sample) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from data.shards import Sample
-from data.sources.base import IndexedItems, stable_hash
+from data.sources.base import IndexedItems, philox_key
 
 
 class Shuffled:
@@ -15,8 +15,9 @@ class Shuffled:
     """
 
     def __init__(self, indexed: IndexedItems, seed: int) -> None:
+        """Raises UserError: a seed below 0 or above 64 bits."""
         self._indexed = indexed
-        key = np.array([seed, stable_hash("order of a source")], np.uint64)
+        key = philox_key(seed, "order of a source")
         self._order = np.argsort(np.random.Philox(key=key).random_raw(len(indexed)), kind="stable")
         self.description = f"{indexed.description}; in random order, seed {seed}"
 

@@ -176,10 +176,10 @@ class TarReader:
         """An octal number, or GNU's base 256 for what does not fit."""
         if text[0] == 0x80:
             return int.from_bytes(text[1:], "big")
-        try:
-            return int(text.replace(b"\0", b" ").strip() or b"0", 8)
-        except ValueError:
-            raise self._damaged(position, NO_HEADER) from None
+        digits = text.replace(b"\0", b" ").strip()
+        if not re.fullmatch(rb"[0-7]*", digits):  # int() would take a sign too, and a size below 0 leads back
+            raise self._damaged(position, NO_HEADER)
+        return int(digits or b"0", 8)
 
     def _decimal(self, text: str, position: int) -> int:
         if not re.fullmatch(r"[0-9]{1,18}", text):

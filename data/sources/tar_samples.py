@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.sources.base import BadItemError
+from data.sources.base import BadItemError, files_below
 from data.sources.tar_file import Member, TarReader
 from engine.config import UserError
 
@@ -59,17 +60,23 @@ def groups(tar: TarReader) -> Iterator[Group | BadItemError]:
 def find_tars(paths: Sequence[Path]) -> list[Path]:
     """The tars `paths`, in their order; a folder stands for every *.tar below it, in the order of their paths.
 
-    Raises UserError: no such file or folder, no tar at all, a tar given twice.
+    Linked folders count; other files and those whose names start with a dot are ignored. Raises UserError: no such
+    file or folder, no tar at all, a tar given twice or reached by two links.
     """
     found: list[Path] = []
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; give tars, or folders with tars")
-        found += sorted(path.rglob("[!.]*.tar")) if path.is_dir() else [path]
+        if path.is_dir():
+            below = files_below(path)
+            found += sorted(tar for tar in below if tar.suffix == ".tar" and tar.name[0] != ".")
+        else:
+            found.append(path)
     if not found:
         raise UserError(f"{', '.join(map(str, paths)) or 'no path given'}: no *.tar there")
-    if len({path.resolve() for path in found}) != len(found):
-        raise UserError(f"{found[0].parent}: a tar is given twice; name each once")
+    tar, times = Counter(path.resolve() for path in found).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{tar}: given twice, or by two links; name each tar once")
     return found
 
 

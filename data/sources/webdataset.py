@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.captions import TEXT_FIELDS
-from data.images import IMAGE_PARTS
+from data.captions import TEXT_FIELDS, read_object
+from data.images import IMAGE_PARTS, part_name
 from data.shard_index import KEY_PATTERN
 from data.shards import Sample
 from data.sources.base import BadItemError, Unit
 from data.sources.caption_table import CaptionTable
+from data.sources.prepare import Texts, select_texts
 from data.sources.tar_file import TarReader
 from data.sources.tar_samples import Group, groups
 from engine import files
@@ -93,10 +94,10 @@ class WebDatasetSource:
         if "cls" in payloads:
             tree["label"] = _label(key, payloads["cls"])
         if "target" in images:
-            instructions = tree.get("instructions", [tree.get("instruction", "")])
-            texts = {"instructions": _texts(key, "instructions", instructions)}
-            if not texts["instructions"]:
+            found = select_texts(tree.get("instructions")) or select_texts(tree.get("instruction"))
+            if found is None:
                 raise BadItemError(key, "no instruction: json has no text in 'instructions'")
+            texts: dict[str, Texts] = {"instructions": [found] if isinstance(found, str) else found}
         else:
             texts = self._captions(key, group.key, tree, _decoded(key, "txt", payloads.get("txt", b"")))
             is_class = isinstance(tree.get("label"), int) and self._table is None and not self._caption_fields
@@ -109,24 +110,22 @@ class WebDatasetSource:
         parts = {"json": meta.encode()}
         for role, part in images.items():
             suffix = part.rpartition(".")[2].replace("jpeg", "jpg")
-            parts[f"{role}.{suffix}" if role else suffix] = tar.payload(group.parts[part])
+            parts[part_name(role, suffix)] = tar.payload(group.parts[part])
         return Sample(key, parts)
 
-    def _captions(self, key: str, source_key: str, tree: Mapping[str, Any], txt: str) -> dict[str, Any]:
+    def _captions(self, key: str, source_key: str, tree: Mapping[str, Any], txt: str) -> dict[str, Texts]:
         """{"caption": text} or {"captions": list or object}, or {} without any."""
         if self._table is not None:
             own_key = str(tree.get("key", source_key.rpartition("/")[2]))
             return {"captions": self._table.find(key, own_key, str(tree.get("url", "")))}
         if self._caption_fields:
-            named = {field: txt if field == "txt" else tree.get(field, "") for field in self._caption_fields}
-            found = _texts(key, "captions", named)
-            if len(self._caption_fields) == 1:
-                return {"caption": next(iter(found.values()))} if found else {}
-            return {"captions": found} if found else {}
-        if found := _texts(key, "captions", tree.get("captions", [])):
-            return {"captions": found}
-        found = _texts(key, "caption", [txt or tree.get("caption", "")])
-        return {"caption": found[0]} if found else {}
+            named = {field: txt if field == "txt" else tree.get(field) for field in self._caption_fields}
+            found = select_texts(named if len(named) > 1 else next(iter(named.values())))
+        else:
+            found = select_texts(tree.get("captions")) or select_texts(txt or tree.get("caption"))
+        if found is None:
+            return {}
+        return {"caption" if isinstance(found, str) else "captions": found}
 
 
 def _image_parts(key: str, group: Group) -> dict[str, str]:
@@ -150,22 +149,10 @@ def _image_parts(key: str, group: Group) -> dict[str, str]:
 def _tree(key: str, payload: bytes) -> dict[str, Any]:
     """The fields of the part json that are kept."""
     try:
-        tree = json.loads(payload, parse_constant=lambda _: None)  # NaN is not JSON, but written
-    except (ValueError, RecursionError) as error:
+        tree = read_object(payload)
+    except ValueError as error:
         raise BadItemError(key, f"bad json: {error}") from None
-    if not isinstance(tree, dict):
-        raise BadItemError(key, "bad json: not an object")
     return {name: value for name, value in tree.items() if value is not None and name not in DROPPED_FIELDS}
-
-
-def _texts(key: str, field: str, texts: Any) -> Any:
-    """A list, or an object, of texts without the empty ones."""
-    values = texts.values() if isinstance(texts, dict) else texts
-    if not isinstance(texts, dict | list) or not all(isinstance(text, str) for text in values):
-        raise BadItemError(key, f"bad json: '{field}' is not made of texts")
-    if isinstance(texts, dict):
-        return {name: text.strip() for name, text in texts.items() if text.strip()}
-    return [text.strip() for text in texts if text.strip()]
 
 
 def _decoded(key: str, part: str, payload: bytes) -> str:

@@ -6,10 +6,12 @@ A unit of a source becomes one shard, so a shard's bytes depend on neither the n
 from __future__ import annotations
 
 import collections
+import contextlib
+import fcntl
 import multiprocessing
 import sys
 import time
-from collections.abc import Mapping, MutableSequence, Sequence
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,9 @@ from data.sources.prepare import Preparation
 from engine.config import UserError
 
 WAIT_REPORT_EVERY_S = 30.0
+LOCK_WAIT_S = 5.0
+DEDUPLICATING = ".deduplicating"  # there while node 0 takes duplicates out
+RECIPE = 1  # raise it when the same input would give other bytes
 
 
 @dataclass(frozen=True)
@@ -81,45 +86,91 @@ def write_sources(
     (each is named, all others are finished first), shards of another source in the folder.
     """
     workers = workers or Workers()
+    identities = {
+        directory: _identity(source, prepare, deduplicate_bits) for directory, source in sources.items()
+    }
     tasks = [
-        _Task(
-            source,
-            unit,
-            directory / shard_name(unit),
-            _identity(source, prepare, deduplicate_bits),
-        )
+        _Task(source, unit, directory / shard_name(unit), identities[directory])
         for directory, source in sources.items()
         for unit in range(len(source.units))
     ]
-    mine = tasks[workers.node :: workers.num_nodes]
-    todo = [task for task in mine if finished_shard(task.path, source=task.identity) is None]
-    for directory in sources:
+    with contextlib.ExitStack() as locks:
+        for directory in sources:
+            locks.enter_context(_only_writer(directory, workers.node))
+        # Once node 0 takes duplicates out, shards change, and what is missing is its business alone.
+        is_late = any((directory / DEDUPLICATING).exists() for directory in sources)
+        mine = tasks[workers.node :: workers.num_nodes]
+        if is_late:
+            mine = tasks if workers.node == 0 else []
+        todo = [task for task in mine if finished_shard(task.path, source=task.identity) is None]
+        problems = _run(todo, len(mine) - len(todo), workers.num_processes, prepare, strict)
+        if problems:
+            others = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise UserError(
+                f"{len(problems)} of {len(mine)} inputs could not be used, the others are done: "
+                f"{'; '.join(problems[:3])}{others}. Repair or remove them and run the same command again"
+            )
+        if workers.node != 0:
+            return {}
+        _wait_for_nodes(tasks)
+        return {
+            directory: _finish(
+                directory,
+                [task.path.name for task in tasks if task.path.parent == directory],
+                identity,
+                deduplicate_bits,
+                workers.num_processes,
+            )
+            for directory, identity in identities.items()
+        }
+
+
+def _finish(
+    directory: Path, names: Sequence[str], identity: str, deduplicate_bits: int | None, num_processes: int
+) -> Ledger:
+    """Takes duplicates out, and writes the manifest."""
+    if deduplicate_bits is not None:
+        (directory / DEDUPLICATING).touch()
+        remove_duplicates(directory, names, identity, deduplicate_bits, num_processes)
+    write_manifest(directory, names, source=identity)
+    (directory / DEDUPLICATING).unlink(missing_ok=True)
+    shards = [finished_shard(directory / name, source=identity) for name in names]
+    return ledger([shard for shard in shards if shard is not None])
+
+
+@contextlib.contextmanager
+def _only_writer(directory: Path, node: int) -> Iterator[None]:
+    """Two commands must not write the same shards. Raises UserError: another one does, no folder can be made."""
+    try:
         directory.mkdir(parents=True, exist_ok=True)
-    problems = _run(todo, len(mine) - len(todo), workers.num_processes, prepare, strict)
-    if problems:
-        others = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        lock = (directory / f".node-{node}.lock").open("w")
+    except OSError as error:
         raise UserError(
-            f"{len(problems)} of {len(mine)} inputs could not be used, the others are done: "
-            f"{'; '.join(problems[:3])}{others}. Repair or remove them and run the same command again"
-        )
-    if workers.node != 0:
-        return {}
-    _wait_for_nodes(tasks)
-    ledgers = {}
-    for directory in sources:
-        names = [task.path.name for task in tasks if task.path.parent == directory]
-        identity = _identity(sources[directory], prepare, deduplicate_bits)
-        if deduplicate_bits is not None:
-            remove_duplicates(directory, names, identity, deduplicate_bits, workers.num_processes)
-        write_manifest(directory, names, source=identity)
-        shards = [finished_shard(directory / name, source=identity) for name in names]
-        ledgers[directory] = ledger([shard for shard in shards if shard is not None])
-    return ledgers
+            f"{directory}: no folder to write to ({error.strerror}); choose another --out"
+        ) from None
+    with lock:
+        give_up_s = (
+            time.monotonic() + LOCK_WAIT_S
+        )  # workers of a killed command need a moment to see that it is gone
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up_s:
+                    raise UserError(
+                        f"{directory}: another command writes here as node {node}; wait for it or stop it, or give "
+                        "each node its own --node"
+                    ) from None
+                time.sleep(0.1)
+            except OSError:
+                break  # a file system without locks
+        yield
 
 
 def _identity(source: Source, prepare: Preparation | None, deduplicate_bits: int | None) -> str:
     """What a shard was made of and how, kept in its side file."""
-    told = [source.description]
+    told = [source.description, f"recipe {RECIPE}"]
     if prepare is not None:
         told.append(prepare.description)
     if deduplicate_bits is not None:
@@ -145,6 +196,8 @@ def _run(
             raise
         except UserError as error:
             return str(error)
+        except OSError as error:
+            return f"{todo[slot].path}: cannot be written ({error.strerror or error}); free some space"
         counts[len(todo) + slot] = 1
         return None
 

@@ -3,10 +3,14 @@
 import gzip
 import io
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,7 @@ import webdataset
 from PIL import Image
 
 from data.shards import ShardDataset
+from data.sources import write
 from launch import entry, make_shards
 
 
@@ -230,3 +235,88 @@ def test_doctor_names_damage_and_writes_the_quarantine(command, tmp_path):
     )
     assert status == 2 and "page.html" in err and "shard-000001.tar" in out
     assert [json.loads(line)["key"] for line in quarantine.read_text().splitlines()] == ["00001-000000006"]
+
+
+# Mistakes -----------------------------------------------------------------------------------------
+
+
+def script(*arguments) -> list[str]:
+    return [sys.executable, str(entry.REPOSITORY / "launch/make_shards.py"), *map(str, arguments)]
+
+
+def only_line(status: int, err: str) -> str:
+    (line,) = [line for line in err.splitlines() if not line.startswith(("1 shards", "2 shards"))]
+    assert status == 2 and line.startswith("error: ")
+    return line
+
+
+def test_out_among_the_inputs_or_no_folder_is_one_line(command, tmp_path):
+    tars, _ = write_cc12m(tmp_path / "tars")
+    status, _, err = command("webdataset", "--tars", tars, "--out", tars / "out")
+    assert "its shards would be read as input" in only_line(status, err)
+    (tmp_path / "file").write_text("")
+    status, _, err = command("webdataset", "--tars", tars, "--out", tmp_path / "file")
+    assert "no folder to write to" in only_line(status, err)
+
+
+def test_strict_names_the_item(command, tmp_path):
+    tars, _ = write_cc12m(tmp_path / "tars")
+    status, _, err = command(
+        "webdataset", "--tars", tars, "--out", tmp_path / "out", "--min-px", 20, "--strict"
+    )
+    assert "00001-000000007: too small" in only_line(status, err)
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_finishes(tmp_path):
+    tars, _ = write_cc12m(tmp_path / "tars")
+    arguments = script("webdataset", "--tars", tars, "--out", tmp_path / "out", "--processes", 1)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # noqa: E731
+    full = subprocess.run(arguments, check=False, capture_output=True, text=True, preexec_fn=limit)
+    assert "cannot be written" in only_line(full.returncode, full.stderr)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.endswith(".tmp")]
+    assert subprocess.run(arguments, check=False, capture_output=True).returncode == 0
+    assert len(ShardDataset.open(tmp_path / "out")) == 12
+
+
+def test_two_commands_do_not_write_one_folder(command, tmp_path, monkeypatch):
+    tars, _ = write_cc12m(tmp_path / "tars")
+    monkeypatch.setattr(write, "LOCK_WAIT_S", 0.0)
+    with write._only_writer(tmp_path / "out", 0):
+        status, _, err = command("webdataset", "--tars", tars, "--out", tmp_path / "out")
+    assert "another command writes here as node 0" in only_line(status, err)
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path):
+    arguments = script("emoji", "--out", tmp_path / "out", "max_samples_per_shard=50", "--processes", 2)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list((tmp_path / "out").rglob("shard-*.json")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "stopped; the same command goes on from here" and "Traceback" not in err
+
+
+def test_a_late_node_leaves_shards_alone_that_lose_their_duplicates(command, tmp_path):
+    tars, _ = write_cc12m(tmp_path / "tars")
+    arguments = [
+        "webdataset",
+        "--tars",
+        tars,
+        "--out",
+        tmp_path / "out",
+        "--deduplicate",
+        0,
+        "--processes",
+        1,
+    ]
+    assert command(*arguments)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out/.deduplicating").touch()
+    (tmp_path / "out/shard-000001.json").unlink()  # as for a moment while it is rewritten
+    assert command(*arguments, "--nodes", 2, "--node", 1)[0] == 0
+    assert not (tmp_path / "out/shard-000001.json").exists()
+    assert command(*arguments)[0] == 0  # node 0 was killed there, and goes on
+    assert {
+        path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name in before
+    } == before

@@ -6,7 +6,10 @@ import gzip
 import io
 import json
 import multiprocessing
+import socket
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from data.sources import caption_table
 from data.sources.base import BadItemError
 from data.sources.caption_table import CaptionTable, build_caption_table
 from data.sources.webdataset import WebDatasetSource
-from data.sources.write import Workers, write_source
+from data.sources.write import Workers, write_sources
 from engine.config import UserError
 
 
@@ -109,6 +112,46 @@ def test_half_a_surrogate_pair_does_not_stop_the_build(tmp_path: Path) -> None:
     assert table.find("item", "", row(0)["url"])["alt"] == "a ? b"
 
 
+@pytest.mark.parametrize("join", ["key", "url"])
+def test_half_a_surrogate_pair_in_key_or_url_is_found_as_it_was_stored(tmp_path: Path, join: Any) -> None:
+    key, url = "k\ud83d", "http://example.org/\ud83d.jpg"
+    table = CaptionTable(build(tmp_path, rows=[row(0, key=key, url=url), row(1)]), join=join)
+    assert table.find("item", key, url) == captions(0)
+    with pytest.raises(BadItemError, match="no caption: no row"):
+        table.find("item", "other \ud83d", "other \ud83d")
+
+
+def test_two_commands_build_a_table_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on two nodes that share the folder and have equal host names and process ids."""
+    original, is_filling, go_on, fills = caption_table._fill, threading.Event(), threading.Event(), []
+
+    def slow(*arguments: Any) -> None:
+        fills.append(arguments)
+        is_filling.set()
+        go_on.wait(10)
+        original(*arguments)
+
+    monkeypatch.setattr(caption_table, "_fill", slow)
+    rows, path = write_rows(tmp_path / "train.jsonl"), tmp_path / "captions.sqlite"
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(build_caption_table, [rows], path)
+        assert is_filling.wait(10)
+        second = pool.submit(build_caption_table, [rows], path)
+        assert not wait([second], timeout=0.3).done
+        go_on.set()
+        first.result()
+        second.result()
+    assert len(fills) == 1
+    assert CaptionTable(path).find("item", "", row(1)["url"]) == captions(1)
+
+
+def test_a_temporary_of_a_killed_build_is_removed(tmp_path: Path) -> None:
+    stale = tmp_path / f".captions.sqlite.{socket.gethostname()}-1.tmp"
+    stale.write_bytes(b"half")
+    build(tmp_path)
+    assert not stale.exists()
+
+
 def test_the_table_is_built_once_and_again_when_its_inputs_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +179,8 @@ def test_a_failed_build_leaves_the_old_table_and_no_other_file(tmp_path: Path) -
     (tmp_path / "train.jsonl").write_bytes(whole + b'{"url": ')
     with pytest.raises(UserError, match="line 41"):
         build_caption_table([tmp_path / "train.jsonl"], path)
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["captions.sqlite", "train.jsonl"]
+    names = sorted(found.name for found in tmp_path.iterdir())
+    assert names == [".captions.sqlite.lock", "captions.sqlite", "train.jsonl"]
     assert CaptionTable(path).find("item", "", row(1)["url"]) == captions(1)
 
 
@@ -188,8 +232,7 @@ def test_cc12m_gets_its_captions_in_forked_workers(tmp_path: Path) -> None:
     table = CaptionTable(path)
     table.find("item", "", row(0)["url"])  # the parent's connection must not be used by the workers
     source = WebDatasetSource(cc12m_tars(tmp_path), captions=table)
-    ledger = write_source(source, tmp_path / "out", Workers(2))
-    assert ledger is not None
+    ledger = write_sources({tmp_path / "out": source}, Workers(2))[tmp_path / "out"]
     assert (ledger.num_read, ledger.num_written) == (12, 10)
     assert ledger.reasons == (("no caption", 2),)
     dataset = ShardDataset.open(tmp_path / "out")

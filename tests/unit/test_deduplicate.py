@@ -181,6 +181,24 @@ def test_killed_and_run_again_gives_the_same_bytes(
     assert tree(shards) == tree(tmp_path / "whole")
 
 
+def test_duplicate_with_the_key_of_a_rejected_item_is_dropped(tmp_path: Path) -> None:
+    samples = [Sample(key, {"png": picture(0)}) for key in ("a", "b")]
+    rejected = (("b", "no caption: x"),)
+    write_shard(tmp_path / NAMES[0], samples, [(0, 0)] * 2, source=IDENTITY, rejected=rejected)
+    for _ in range(2):
+        assert remove_duplicates(tmp_path, NAMES[:1], IDENTITY, 0, 1) == 1
+        progress = finished_shard(tmp_path / NAMES[0], source=IDENTITY)
+        assert progress is not None and progress.entry is not None and progress.entry.num_samples == 1
+        assert progress.rejected == (*rejected, ("b", "duplicate: of a"))
+
+
+def test_bad_json_of_an_edit_is_named(tmp_path: Path) -> None:
+    sample = Sample("a", {**edit_sample("a", 0, 1, "x").parts, "json": b"[]"})
+    write_shard(tmp_path / NAMES[0], [sample], [(0, 0)], source=IDENTITY)
+    with pytest.raises(UserError, match="sample 'a': bad json"):
+        remove_duplicates(tmp_path, NAMES[:1], IDENTITY, 0, 1)
+
+
 def test_hashes_of_other_images_are_not_believed(tmp_path: Path) -> None:
     """A shard that was written anew from changed images under the same keys."""
     for seed, num_dropped in ((1, 0), (0, 1)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,53 @@ def test_json_beside_an_image_comes_first_and_its_fields_are_kept(images: Path) 
 def test_labels_are_the_folders_in_sorted_order(images: Path) -> None:
     write_image(images / "apple/x.png")
     source = FolderSource(images, labels=True)
-    assert [meta(source, index) for index in range(len(source))] == [
-        {"label": 0, "class": "apple", "file": "apple/x.png"},
-        {"label": 1, "class": "deep", "file": "deep/c.WEBP"},
+    assert len(source) == 4
+    assert reason(source, 0) == "no class: a.png lies in no folder below images"
+    assert meta(source, 1) == {"label": 0, "class": "apple", "file": "apple/x.png"}
+    assert reason(source, 2).startswith("no class: b.jpg")
+    assert meta(source, 3) == {"label": 1, "class": "deep", "file": "deep/c.WEBP"}
+
+
+def test_folders_are_entered_through_links_but_never_in_a_circle(images: Path) -> None:
+    """A hundred classes of ImageNet are often a folder of links."""
+    subset = images.parent / "subset"
+    subset.mkdir()
+    (subset / "deep").symlink_to(images / "deep")
+    write_image(images.parent / "other/x.png")
+    (subset / "other").symlink_to("../other")
+    (subset / "self").symlink_to("self")
+    (images / "deep/up").symlink_to(images / "deep")  # back to where it lies
+    (images.parent / "other/round").symlink_to(subset)
+    (subset / "folder.png").mkdir()  # no image, whatever its name
+    files = [
+        meta(source, index)["file"]
+        for source in [FolderSource(subset, labels=True)]
+        for index in range(len(source))
     ]
+    assert files == ["deep/c.WEBP", "other/x.png"]
+
+
+def test_folder_that_cannot_be_listed_is_not_left_out(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: Path) -> Any:
+        if Path(path).name == "deep":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"deep: cannot be listed \(Permission denied\)"):
+        FolderSource(images)
+
+
+def test_what_json_cannot_hold_or_a_tokenizer_read_is_left_out(images: Path) -> None:
+    line = '{"file": "a.png", "caption": "smile \\ud83d", "score": NaN, "all": [1.5, Infinity, 1e999], "none": null}'
+    payload = listing(images, line).sample(0).parts["json"]
+    assert json.loads(payload, parse_constant=pytest.fail) == {
+        "file": "a.png",
+        "caption": "smile ?",
+        "all": [1.5, None, None],
+    }
 
 
 def test_listing_gives_order_captions_and_further_fields(images: Path) -> None:
@@ -203,6 +247,8 @@ def test_folder_becomes_shards_with_every_image_accounted_for(images: Path, tmp_
 def test_wrong_folders_are_one_line(images: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         FolderSource(images / "none")
+    with pytest.raises(UserError, match="--labels needs one for each class"):
+        FolderSource(images / "deep", labels=True)
     with pytest.raises(UserError, match="no such file"):
         FolderSource(images, images / "none.jsonl")
     with pytest.raises(UserError, match="not both"):

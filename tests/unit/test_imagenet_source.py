@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from data.shards import Sample, ShardDataset
-from data.sources.base import BadItemError, InUnits
+from data.sources.base import BadItemError, Draws, InUnits
 from data.sources.imagenet import ImageNetSource
 from data.sources.shuffled import Shuffled
-from data.sources.write import Workers, write_source
+from data.sources.write import Workers, write_sources
 from engine.config import UserError
 
 SYNSETS = ["n01440764", "n01443537", "n02099601"]  # three of the 1000
@@ -117,6 +117,15 @@ def test_a_missing_class_is_refused_for_it_would_shift_the_labels(tmp_path: Path
         ImageNetSource(training_tar(tmp_path))
 
 
+def test_a_class_that_is_there_twice_is_refused_for_it_would_shift_the_labels(tmp_path: Path) -> None:
+    path = tmp_path / "ILSVRC2012_img_train.tar"
+    path.write_bytes(
+        pack({f"{folder}/{synset}.tar": class_tar(synset) for folder in "ab" for synset in SYNSETS[:2]})
+    )
+    with pytest.raises(UserError, match=rf"2 archives of class {SYNSETS[0]}"):
+        ImageNetSource(path, num_classes=2)
+
+
 def test_a_damaged_class_inside_is_named_by_its_byte(tmp_path: Path) -> None:
     path = training_tar(tmp_path)
     with tarfile.open(path) as tar:
@@ -145,8 +154,9 @@ def test_what_is_no_image_is_a_bad_item(tmp_path: Path) -> None:
     )
     source = ImageNetSource(tmp_path, num_classes=1)
     for index in range(3):
-        with pytest.raises(BadItemError, match=r"^no image: "):
+        with pytest.raises(BadItemError) as caught:
             source.sample(index)
+        assert caught.value.reason.startswith("no image: ")
     assert len(source) == 3
 
 
@@ -154,8 +164,8 @@ def test_every_shard_gets_all_classes_in_an_order_of_the_seed(tmp_path: Path) ->
     source = ImageNetSource(training_tar(tmp_path), num_classes=3)
     out = {seed: tmp_path / f"seed-{seed}" for seed in (0, 1)}
     for seed, folder in out.items():
-        ledger = write_source(InUnits(Shuffled(source, seed), 11), folder, Workers(2), strict=True)
-        assert ledger is not None
+        units = InUnits(Shuffled(source, seed), 11)
+        ledger = write_sources({folder: units}, Workers(2), strict=True)[folder]
         assert ledger.num_written == 3 * PER_CLASS
     sets = {seed: ShardDataset.open(folder) for seed, folder in out.items()}
     keys = {seed: [sample.key for sample in data.read(range(len(data)))] for seed, data in sets.items()}
@@ -175,6 +185,14 @@ class Numbers:
 
     def sample(self, index: int) -> Sample:
         return Sample(f"k{index}", {"json": b"{}"})
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 64])
+def test_a_seed_of_more_than_64_bits_is_refused(seed: int) -> None:
+    with pytest.raises(UserError, match=f"seed {seed}: give a whole number from 0"):
+        Shuffled(Numbers(), seed)
+    with pytest.raises(UserError, match=f"seed {seed}: give a whole number from 0"):
+        Draws(seed, "test", 0)
 
 
 def test_the_random_order_never_changes() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import PixelConfig, PixelPacker, decode_image, fit_image
+from data.images import PixelConfig, PixelPacker, decode_image, fit_image, part_name
 from data.mixture import Mixture
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 from data.stream import PackStream
@@ -105,6 +105,26 @@ def test_corrupt_payload_inside_a_valid_png_is_named() -> None:
 def test_sample_without_exactly_one_image_is_refused(parts: dict[str, bytes]) -> None:
     with pytest.raises(UserError, match=r"sample 'a': . of png, jpg, jpeg, webp"):
         collate([Sample("a", parts)], PixelConfig(1, image_px=8))
+
+
+def test_long_thin_image_is_named_before_it_takes_all_memory() -> None:
+    """60000x2 px at 256 px would be 7.9 GB; at the limit every image still becomes the square."""
+    thin = Sample("thin", {"png": encoded(np.zeros((2, 60_000, 3), np.uint8))})
+    with pytest.raises(UserError, match=r"sample 'thin': 'png': 60000x2 px would be enlarged to 7680000x256"):
+        collate([thin], PixelConfig(1, image_px=256))
+    assert collate([thin], PixelConfig(1, image_px=16)).pixels.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("payload", [b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_bad_json_beside_an_image_is_named(payload: bytes) -> None:
+    sample = Sample("cat", {"png": encoded(noise(8, 8)), "json": payload}, shard="set/shard-000003.tar")
+    with pytest.raises(UserError, match=r"set/shard-000003.tar: sample 'cat': bad json") as error:
+        collate([sample], PixelConfig(1, image_px=8))
+    assert "\n" not in str(error.value)
+
+
+def test_image_parts_are_named_by_role_and_suffix() -> None:
+    assert [part_name("", "jpg"), part_name("source", "png")] == ["jpg", "source.png"]
 
 
 def test_shards_of_latents_are_refused(tmp_path: Path) -> None:

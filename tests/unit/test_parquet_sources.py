@@ -19,7 +19,7 @@ from PIL import Image
 from data.shards import Sample, ShardDataset
 from data.sources.base import BadItemError
 from data.sources.omniedit import OmniEditFilter, omniedit_source
-from data.sources.parquet import ParquetColumns, ParquetSource
+from data.sources.parquet import OWN_FIELDS, ParquetColumns, ParquetSource
 from data.sources.write import Workers, write_sources
 from engine.config import UserError
 
@@ -160,6 +160,28 @@ def test_columns_become_keys_kinds_of_captions_and_fields(tmp_path: Path) -> Non
     assert reasons(one)["row-000000001"] == "no caption: empty in long"
 
 
+@pytest.mark.parametrize("again", ["in/a.parquet", "in", "*/*.parquet", "in/../in/a.parquet", "link.parquet"])
+def test_file_given_twice_is_refused(tmp_path: Path, again: str) -> None:
+    path = write_captioned(tmp_path / "in/a.parquet", range(3))
+    (tmp_path / "link.parquet").symlink_to(path)
+    for other in (f"{tmp_path}/{again}", f"file://{tmp_path}/{again}"):
+        with pytest.raises(UserError, match="a parquet file is given twice; name each once"):
+            ParquetSource([path, other], CAPTIONED, 10)
+
+
+def test_kept_columns_are_json_that_everybody_reads(tmp_path: Path) -> None:
+    rows = {"scores": [[1.5, math.nan], [math.inf]], "about": [{"x": math.nan, "y": 0.1}, None]}
+    images = pa.array([hub(picture(n)) for n in range(2)], HUB_IMAGE)
+    pq.write_table(pa.table({"image": images, "text": ["a", "b"], **rows}), tmp_path / "a.parquet")
+    columns = ParquetColumns(image="image", captions=("text",), kept=("scores", "about"))
+    found = items(ParquetSource([str(tmp_path)], columns, 10))
+    payloads = [item.parts["json"] for item in found if isinstance(item, Sample)]
+    assert [json.loads(payload, parse_constant=pytest.fail) for payload in payloads] == [
+        {"caption": "a", "scores": [1.5, None], "about": {"x": None, "y": 0.1}},
+        {"caption": "b", "scores": [None]},
+    ]
+
+
 def test_rows_without_image_or_caption_are_named(tmp_path: Path) -> None:
     images = [hub(None, "elsewhere.jpg"), None, hub(b""), hub(b"GIF89a"), hub(picture(4)), hub(picture(5))]
     texts = ["a", "b", "c", "d", None, "  "]
@@ -194,6 +216,8 @@ def test_wrong_columns_are_refused_with_those_there_are(tmp_path: Path) -> None:
         {"source": "a", "target": "b", "instruction": "c", "image": "d"},
         {"source": "a", "target": "b", "instruction": "c", "captions": ("d",)},
         {"image": "a", "captions": ("b",), "instruction": "c"},
+        *({"image": "a", "captions": ("b",), "kept": ("score", name)} for name in OWN_FIELDS),
+        {"source": "a", "target": "b", "instruction": "c", "kept": ("caption",)},
     ],
 )
 def test_columns_that_make_no_sample_are_refused(columns: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import ExifTags, Image
 
@@ -128,6 +129,14 @@ def test_decompression_bombs_are_rejected_before_they_are_decoded(monkeypatch: p
     assert "over the limit" in reason(Preparation(), make(bomb))
 
 
+def test_long_thin_image_is_rejected_before_it_takes_all_memory() -> None:
+    bomb = make(Image.new("L", (60_000, 2)), caption="a")
+    assert reason(Preparation(resolution=256, min_px=1), bomb).startswith(
+        "aspect: 'png': 60000x2 px would be"
+    )
+    assert Preparation()(bomb).parts == bomb.parts
+
+
 @pytest.mark.parametrize(
     "preparation, size, kind",
     [
@@ -165,6 +174,10 @@ def test_limits_are_included_and_enlarging_can_be_allowed() -> None:
             {"instructions": ["one two"], "task": "style"},
         ),
         ({"label": 3}, {"label": 3}),
+        ({"label": 3, "caption": None}, {"label": 3}),
+        ({"caption": "smile \ud83d", "aesthetic": float("nan")}, {"caption": "smile ?", "aesthetic": None}),
+        ({"captions": {"alt": "one", "llava": "smile \ud83d"}}, {"captions": {"llava": "smile ?"}}),
+        ({"captions": [["one two"], 3, "one two"]}, {"captions": ["one two"]}),
     ],
 )
 def test_captions_of_other_lengths_are_dropped_while_one_is_left(
@@ -174,7 +187,16 @@ def test_captions_of_other_lengths_are_dropped_while_one_is_left(
     assert json.loads(preparation(make(picture(8, 8), **meta)).parts["json"]) == kept
 
 
-@pytest.mark.parametrize("meta", [{"caption": "one"}, {"captions": []}, {"captions": {"alt": "a b c d"}}])
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"caption": "one"},
+        {"caption": None},
+        {"captions": []},
+        {"captions": {"alt": "a b c d"}},
+        {"caption": 5},
+    ],
+)
 def test_sample_without_a_caption_of_good_length_is_rejected(meta: dict[str, Any]) -> None:
     preparation = Preparation(min_words=2, max_words=3)
     assert reason(preparation, make(picture(8, 8), **meta)).startswith("caption length: ")
@@ -203,6 +225,11 @@ def test_edits_stay_aligned_and_are_refused_where_they_cannot() -> None:
         ({"png": encoded(picture(8, 8)), "jpg": encoded(picture(8, 8), "jpeg")}, "unclear images: "),
         ({"png": encoded(picture(8, 8)), "json": b"{"}, "bad json: "),
         ({"png": encoded(picture(8, 8)), "json": b"[]"}, "bad json: "),
+        ({"png": encoded(picture(8, 8)), "json": b'{"a": ' * 100_000}, "bad json: "),
+        (
+            {"png": encoded(picture(8, 8)), "json": b'{"caption": ' + b"[" * 600 + b"]" * 600 + b"}"},
+            "caption length: ",
+        ),
     ],
 )
 def test_samples_that_say_nothing_clear_are_rejected(parts: dict[str, bytes], kind: str) -> None:
@@ -223,6 +250,14 @@ def test_samples_that_say_nothing_clear_are_rejected(parts: dict[str, bytes], ki
 def test_settings_that_nothing_passes_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(reversed(settings))):
         Preparation(**settings)
+
+
+def test_fitted_bytes_belong_to_the_version_that_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, kept = Preparation(resolution=256).description, Preparation(min_px=256).description
+    assert f"Pillow {PIL.__version__}" in fitted
+    monkeypatch.setattr(PIL, "__version__", "99.0")
+    assert Preparation(resolution=256).description != fitted
+    assert Preparation(min_px=256).description == kept
 
 
 def test_description_tells_settings_apart() -> None:

@@ -300,6 +300,16 @@ def test_resume_with_another_plan_is_refused(dataset: ShardDataset, change: dict
         open_ranks(dataset, 1, **change)[0].load_state_dict(state)
 
 
+def test_resume_with_another_budget_is_refused(dataset: ShardDataset) -> None:
+    """max_epochs counts the packs of the whole run: they must all have one size."""
+    state = merged_state(open_ranks(dataset, 1))
+    other = PackStream(
+        Mixture.of(dataset), Recorder(50), num_streams=NUM_STREAMS, seed=5, rank=0, world=1, prefetch_steps=1
+    )
+    with pytest.raises(UserError, match="resume: the data's budget was 100, is 50"):
+        other.load_state_dict(state)
+
+
 def test_resume_on_another_data_set_is_refused(dataset: ShardDataset, tmp_path: Path) -> None:
     state = merged_state(open_ranks(dataset, 1))
     with pytest.raises(UserError, match="resume: the data's fingerprint was"):

@@ -18,7 +18,7 @@ from data.sources.base import BadItemError
 from data.sources.tar_file import TarReader
 from data.sources.tar_samples import find_tars
 from data.sources.webdataset import WebDatasetSource
-from data.sources.write import write_source
+from data.sources.write import write_sources
 from engine.config import UserError
 
 BLOCK = 512
@@ -156,6 +156,18 @@ def test_a_file_whose_rest_was_never_written_is_refused(tar: Path) -> None:
         list(WebDatasetSource([tar]).items(0))
 
 
+@pytest.mark.parametrize("field", [b"-0000001000", b"+0000001000", b"000_0001000", b"0o000001000"])
+def test_a_size_that_is_no_plain_octal_number_is_refused(tmp_path: Path, field: bytes) -> None:
+    """A size of -512 would lead back to the same header for ever."""
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = field + b"\0"
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    (tmp_path / "a.tar").write_bytes(header + bytes(2 * BLOCK))
+    with TarReader(tmp_path / "a.tar") as reader, pytest.raises(UserError, match="damaged at byte 0"):
+        next(reader.members())
+
+
 def test_img2dataset_samples_keep_their_facts_and_drop_the_rest(tar: Path) -> None:
     items = everything(WebDatasetSource([tar]))
     assert [item.key for item in items] == [f"00000-{number:09d}" for number in range(5)]
@@ -239,12 +251,12 @@ GOOD = picture(1)
         ({"jpg": GOOD, "txt": b"t", "json": b"{"}, "bad json"),
         ({"jpg": GOOD, "txt": b"t", "json": b"[1]"}, "bad json"),
         ({"jpg": GOOD, "txt": b"t", "json": b"\xff"}, "bad json"),
-        ({"jpg": GOOD, "json": b'{"caption": 3}'}, "bad json"),
-        ({"jpg": GOOD, "json": b'{"captions": [3]}'}, "bad json"),
+        ({"jpg": GOOD, "json": b'{"caption": 3}'}, "no caption"),
+        ({"jpg": GOOD, "json": b'{"captions": [3]}'}, "no caption"),
         ({"jpg": GOOD, "json": b"[" * 100_000}, "bad json"),
         ({"jpg": GOOD, "cls": b"cat"}, "bad label"),
         ({"source.jpg": GOOD, "target.jpg": GOOD, "json": b"{}"}, "no instruction"),
-        ({"source.jpg": GOOD, "target.jpg": GOOD, "json": b'{"instructions": "x"}'}, "bad json"),
+        ({"source.jpg": GOOD, "target.jpg": GOOD, "json": b'{"instructions": [3]}'}, "no instruction"),
     ],
 )
 def test_bad_samples_are_rejected_by_kind(tmp_path: Path, parts: dict[str, bytes], kind: str) -> None:
@@ -272,6 +284,21 @@ def test_captions_come_from_the_fields_that_are_named(tmp_path: Path) -> None:
     missing = only(tmp_path, parts, caption_fields=("short", "gone"))
     assert isinstance(missing, BadItemError)
     assert missing.reason.startswith("no caption")
+
+
+def test_captions_and_instructions_may_be_one_text_or_several(tmp_path: Path) -> None:
+    tree = {"caption": ["a", " b ", 3], "recaption": {"long": "l", "short": ""}}
+    parts = {"jpg": GOOD, "json": json.dumps(tree).encode()}
+    assert meta(only(tmp_path, parts))["captions"] == ["a", "b"]
+    assert meta(only(tmp_path, parts, caption_fields=("recaption",)))["captions"] == {"long": "l"}
+    edit = {"source.jpg": GOOD, "target.jpg": GOOD, "json": b'{"instructions": " make it red "}'}
+    assert meta(only(tmp_path, edit))["instructions"] == ["make it red"]
+
+
+@pytest.mark.parametrize("name", ["caption", "captions"])
+def test_half_an_emoji_does_not_reach_a_tokenizer(tmp_path: Path, name: str) -> None:
+    tree = json.dumps({name: "a \ud83d b"}).encode()  # a text cut between the two halves
+    assert meta(only(tmp_path, {"jpg": GOOD, "json": tree}))["caption"] == "a ? b"
 
 
 def test_labels_need_no_caption(tmp_path: Path) -> None:
@@ -313,8 +340,7 @@ def test_our_own_pixel_shards_are_a_source(tmp_path: Path) -> None:
             writer.write(Sample(f"old-{number}", {**image, "json": json.dumps(tree).encode()}))
     tars = find_tars([tmp_path / "old"])
     assert [path.name for path in tars] == ["shard-000000.tar", "shard-000001.tar"]
-    ledger = write_source(WebDatasetSource(tars), tmp_path / "new", strict=True)
-    assert ledger is not None
+    ledger = write_sources({tmp_path / "new": WebDatasetSource(tars)}, strict=True)[tmp_path / "new"]
     assert (ledger.num_read, ledger.num_rejected) == (4, 0)
     old, new = ShardDataset.open(tmp_path / "old"), ShardDataset.open(tmp_path / "new")
     for before, after in zip(old.read(range(4)), new.read(range(4)), strict=True):
@@ -343,8 +369,7 @@ def test_no_name_in_a_tar_writes_outside_the_folder(tmp_path: Path) -> None:
         [(f"{name}.{part}", GOOD if part == "jpg" else b"t") for name in names for part in ("jpg", "txt")],
     )
     before = set(tmp_path.parent.rglob("*"))
-    ledger = write_source(WebDatasetSource([path]), tmp_path / "out")
-    assert ledger is not None
+    ledger = write_sources({tmp_path / "out": WebDatasetSource([path])})[tmp_path / "out"]
     assert ledger.num_read == ledger.num_written + ledger.num_rejected >= 4
     new = set(tmp_path.parent.rglob("*")) - before
     assert all(found.is_relative_to(tmp_path / "out") for found in new)
@@ -359,12 +384,24 @@ def test_one_damaged_tar_does_not_stop_the_others(tmp_path: Path) -> None:
     whole = tars[2].read_bytes()
     tars[2].write_bytes(whole[: 4 * BLOCK])
     with pytest.raises(UserError, match=r"1 of 4 inputs .*00002\.tar"):
-        write_source(WebDatasetSource(tars), tmp_path / "out")
+        write_sources({tmp_path / "out": WebDatasetSource(tars)})
     assert len(list((tmp_path / "out").glob("*.tar"))) == 3
     tars[2].write_bytes(whole)
-    ledger = write_source(WebDatasetSource(tars), tmp_path / "other")
-    assert ledger is not None
+    ledger = write_sources({tmp_path / "other": WebDatasetSource(tars)})[tmp_path / "other"]
     assert (ledger.num_read, ledger.num_written) == (8, 8)
+
+
+def test_tars_in_linked_folders_are_found(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name in ("b/1.tar", "a.deep/0.tar", "a.deep/.hidden.tar", "a.deep/0.txt"):
+        write_tar(tmp_path / "elsewhere" / name, img2dataset(1))
+    for name in ("b", "a.deep"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere/b/loop").symlink_to(tmp_path / "set")
+    assert find_tars([tmp_path / "set"]) == [tmp_path / "set/a.deep/0.tar", tmp_path / "set/b/1.tar"]
+    (tmp_path / "set" / "c").symlink_to(tmp_path / "elsewhere" / "b")
+    with pytest.raises(UserError, match=r"b/1\.tar: given twice, or by two links"):
+        find_tars([tmp_path / "set"])
 
 
 def test_the_description_tells_tars_apart_but_not_where_they_are(tmp_path: Path) -> None:
