@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data.images import image_parts
+from data.latents import TORCH_DTYPES
 from data.progress import ProgressLine
 from data.shards import LatentInfo, OpenShard, Sample, ShardDataset, finished_shard, write_manifest
 from data.storage import StorageConfig
@@ -32,7 +33,6 @@ from tokenizer.latent_sample import latent_sample
 from tokenizer.moments import Moments
 from tokenizer.views import Views, ahead, read_crops
 
-LATENT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VIEWS_AT_ONCE = 8  # whose moments are taken together: as many in fp64 as stay in the cache
 MOMENTS_DIRECTORY = "moments"  # below the latent shards: one JSON a shard
 
@@ -220,7 +220,7 @@ class _Job:
             moments = torch.stack(self.model.encode_moments(pixels_01), dim=1)
         else:
             moments = self.model.encode(pixels_01)[:, None]
-        stored = moments.float().to(LATENT_DTYPES[self.config.dtype]).cpu()
+        stored = moments.float().to(TORCH_DTYPES[self.config.dtype]).cpu()
         return stored.view(*views.shape[:2], *stored.shape[1:])
 
 

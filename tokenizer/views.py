@@ -60,10 +60,15 @@ class Views:
             for number in range(self.num_crops)
         ]
         cropped = []
-        for image in (decode_image(sample, part) for part in parts):
-            cropped += [
-                fit_image(image, self.image_px, resize_px=self.resize_px, corner=corner) for corner in corners
-            ]
+        for part in parts:
+            image = decode_image(sample, part)
+            try:
+                cropped += [
+                    fit_image(image, self.image_px, resize_px=self.resize_px, corner=corner)
+                    for corner in corners
+                ]
+            except UserError as error:
+                raise UserError(f"{sample.where}: '{part}': {error}") from None
         return torch.stack(cropped).unflatten(0, (len(parts), self.num_crops))  # type: ignore[no-any-return, no-untyped-call]
 
     def with_flips(self, crops: Tensor) -> Tensor:

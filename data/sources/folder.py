@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.captions import TEXT_FIELDS, read_object
 from data.images import IMAGE_PARTS, image_suffix, part_name
 from data.shards import Sample
-from data.sources.base import BadItemError
+from data.sources.base import BadItemError, files_below
 from data.sources.prepare import select_texts
 from engine import files
 from engine.config import UserError
@@ -43,7 +42,7 @@ class FolderSource:
         if not images.is_dir():
             raise UserError(f"{images}: no such folder; give --images the folder that holds the images")
         if listing is None:
-            found = (path for path in _files_below(images) if path.suffix.lower().lstrip(".") in IMAGE_PARTS)
+            found = (path for path in files_below(images) if path.suffix.lower().lstrip(".") in IMAGE_PARTS)
             self._paths = sorted(path.relative_to(images).as_posix() for path in found)
             self._lines: list[bytes] | None = None
             digest = files.digest(self._paths)
@@ -128,30 +127,6 @@ class FolderSource:
             return (self._images / name).read_bytes()
         except OSError as error:
             raise BadItemError(key, f"unreadable image: {name}: {error.strerror}") from None
-
-
-def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Links to folders are followed, but for those that lead back to a folder on the way here, `above`."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}); allow it, or move it away") from None
-    for entry in entries:
-        path = folder / entry.name
-        if _is_folder(entry):
-            yield from _files_below(path, above | {real})
-        else:
-            yield path
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 def _fields(key: str, payload: bytes, where: str) -> dict[str, Any]:

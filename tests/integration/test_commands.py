@@ -190,6 +190,7 @@ def error_of(
     """The one line that an entry point prints for a mistake found before the ranks meet."""
     module = __import__(f"launch.{Path(arguments[1]).stem}", fromlist=["main"])
     monkeypatch.setattr(sys, "argv", arguments[1:])
+    capsys.readouterr()  # what was printed before the command
     assert entry.run(module.main) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")

@@ -114,7 +114,7 @@ def test_folder_that_cannot_be_listed_is_not_left_out(images: Path, monkeypatch:
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=r"deep: cannot be listed \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"deep: cannot be read \(Permission denied\)"):
         FolderSource(images)
 
 
