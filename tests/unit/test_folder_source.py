@@ -110,7 +110,7 @@ def test_folder_that_cannot_be_listed_is_not_left_out(images: Path, monkeypatch:
 
     def refuse(path: Path) -> Any:
         if Path(path).name == "deep":
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
