@@ -33,9 +33,9 @@ class Launch:
     def budget(self, latent: LatentInfo | None) -> int | None:
         """Of one pack, in the unit of `sample_lengths`; None: not given. Raises UserError: given in another unit."""
         if latent is None and self.tokens_per_pack is not None:
-            raise UserError("the shards hold pixels; give the budget as images per pack")
+            raise UserError("the shards hold pixels; give the budget as --images-per-pack")
         if latent is not None and self.images_per_pack is not None:
-            raise UserError("the shards hold latents; give the budget as tokens per pack")
+            raise UserError("the shards hold latents; give the budget as --tokens-per-pack")
         return self.images_per_pack if latent is None else self.tokens_per_pack
 
 
