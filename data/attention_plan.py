@@ -21,6 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from data.transfer import to_device
+
 Rows = npt.NDArray[np.int64]
 
 # Lengths that share a bucket: steps of 8, or of a quarter of their power of two where that is more.
@@ -50,7 +52,7 @@ class VarlenGroup:
     def to(self, device: torch.device) -> VarlenGroup:
         """A copy on `device`."""
         cu_q, cu_k, kv_index = (
-            x.to(device, non_blocking=True) for x in (self.cu_q, self.cu_k, self.kv_index)
+            to_device(x, device) for x in (self.cu_q, self.cu_k, self.kv_index)
         )
         return VarlenGroup(self.q_lens, self.k_lens, cu_q, cu_k, self.max_q, self.max_k, kv_index)
 
@@ -76,7 +78,7 @@ class PaddedBucket:
     def to(self, device: torch.device) -> PaddedBucket:
         """A copy on `device`."""
         tensors = (self.q_index, self.q_valid, self.kv_index, self.num_visible)
-        return PaddedBucket(*(x.to(device, non_blocking=True) for x in tensors))
+        return PaddedBucket(*(to_device(x, device) for x in tensors))
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,14 @@ class AttentionPlan:
     image for its two special tokens, then one per image for its latent tokens, non-causal. Keys: see `Split`.
     """
 
-    num_tokens: int  # T
+    num_tokens: int  # T: rows that ask, all of the pack; fewer in `outputs`
     num_causal: int  # rows of text splits
     causal: VarlenGroup
     full: VarlenGroup
     buckets: tuple[PaddedBucket, ...]
     out_index: Tensor  # int64 [T]: row t is row out_index[t] of the buckets' flattened outputs, concatenated
+    # For a last layer of which only noisy latents are read: they ask, numbered from 0, and all rows answer.
+    outputs: AttentionPlan | None = None
 
     def to(self, device: torch.device) -> AttentionPlan:
         """A copy on `device`."""
@@ -103,8 +107,16 @@ class AttentionPlan:
             self.causal.to(device),
             self.full.to(device),
             tuple(bucket.to(device) for bucket in self.buckets),
-            self.out_index.to(device, non_blocking=True),
+            to_device(self.out_index, device),
+            None if self.outputs is None else self.outputs.to(device),
         )
+
+    def of(self, num_queries: int) -> AttentionPlan:
+        """This plan, or `outputs` when so many queries are the outputs."""
+        if num_queries == self.num_tokens:
+            return self
+        assert self.outputs is not None and self.outputs.num_tokens == num_queries, "queries of another plan"
+        return self.outputs
 
     @property
     def attended_area(self) -> int:
@@ -115,20 +127,30 @@ class AttentionPlan:
         return causal + sum(q * k for q, k in zip(self.full.q_lens, self.full.k_lens, strict=True))
 
 
-def build_attention_plan(num_tokens: int, text: Sequence[Split], images: Sequence[Split]) -> AttentionPlan:
-    """Splits come in storage order; an image's rows are its two special tokens, then its latents."""
+def build_attention_plan(
+    num_tokens: int,
+    text: Sequence[Split],
+    images: Sequence[Split],
+    *,
+    num_special: int = 2,
+    outputs: AttentionPlan | None = None,
+) -> AttentionPlan:
+    """Splits come in storage order; an image's rows are its `num_special` special tokens, then its latents."""
     num_causal = sum(len(split.rows) for split in text)
     buckets, out_index = _build_buckets(num_tokens, text, images)
+    parts = [[len(split.rows) - num_special for split in images]]
+    if num_special:
+        parts.insert(0, [num_special] * len(images))
     return AttentionPlan(
         num_tokens=num_tokens,
         num_causal=num_causal,
         causal=_build_group([len(split.rows) for split in text], [split.keys for split in text]),
         full=_build_group(
-            [2] * len(images) + [len(split.rows) - 2 for split in images],
-            [split.keys for split in images] * 2,
+            [length for part in parts for length in part], [split.keys for split in images] * len(parts)
         ),
         buckets=buckets,
         out_index=out_index,
+        outputs=outputs,
     )
 
 

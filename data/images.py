@@ -21,6 +21,7 @@ from torch import Tensor
 from data.captions import read_meta
 from data.plan import pack_seed, sample_uniforms
 from data.shards import Sample, ShardDataset
+from data.transfer import to_device
 from engine.config import ConfigError, UserError
 
 IMAGE_PARTS = ("png", "jpg", "jpeg", "webp")
@@ -50,7 +51,7 @@ class PixelBatch:
 
     def to(self, device: torch.device) -> PixelBatch:
         """A copy with the pixels on `device`."""
-        return replace(self, pixels=self.pixels.to(device, non_blocking=True))
+        return replace(self, pixels=to_device(self.pixels, device))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data.attention_plan import AttentionPlan, Split, build_attention_plan
+from data.transfer import to_device
 from engine.config import UserError
 
 TEXT_SPECIAL_TOKENS = 2  # <|im_start|>, <|im_end|>
@@ -25,6 +26,7 @@ class TextSplit:
     """Text that attends causally."""
 
     ids: Sequence[int]  # <|im_start|> and <|im_end|> included
+    loss: bool = False  # whether every id after the first is predicted from those before it
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class ImageSplit:
 class PackedBatch:
     """One pack. Tokens are stored by expert: rows 0 .. Tu - 1 understanding, Tu .. Tu + Tg - 1 generation.
 
-    Latents are clean: the objective draws timesteps and noise from `seed` and replaces those of noisy images.
+    Images are numbered clean ones first, then noisy ones, each in the order of the samples: what is trained, the
+    latents of the noisy ones, is the last `num_loss_tokens` rows. Latents are clean: the objective draws timesteps and
+    noise from `seed` and replaces those of noisy images.
     """
 
     text_ids: Tensor  # int64 [Tu]: all text splits, then <|vision_start|>, <|vision_end|> of every image
@@ -48,24 +52,29 @@ class PackedBatch:
     grid_positions: Tensor  # int64 [Tg], y * max_side + x
     image_index: Tensor  # int64 [Tg], in [0, I)
     image_noisy: Tensor  # bool [I]
-    loss_mask: Tensor  # bool [Tg], True on the tokens of noisy images
+    text_loss_rows: Tensor  # int64 [Tl]: text rows whose successor is predicted
+    text_loss_ids: Tensor  # int64 [Tl]: those successors
     attention: AttentionPlan
+    noisy_attention: AttentionPlan  # noisy latents, numbered from 0, each with those of its own image
     seed: int  # 63 bits, of (run seed, global step, stream)
     sample_ids: tuple[str, ...]
-    num_loss_tokens: int  # loss_mask.sum(), known without a device sync
+    num_loss_tokens: int  # tokens of noisy images
+    num_targets: int  # noisy images
 
     def to(self, device: torch.device) -> PackedBatch:
         """A copy with every tensor on `device`."""
         return replace(
             self,
-            text_ids=self.text_ids.to(device, non_blocking=True),
-            latents=self.latents.to(device, non_blocking=True),
-            rope_positions=self.rope_positions.to(device, non_blocking=True),
-            grid_positions=self.grid_positions.to(device, non_blocking=True),
-            image_index=self.image_index.to(device, non_blocking=True),
-            image_noisy=self.image_noisy.to(device, non_blocking=True),
-            loss_mask=self.loss_mask.to(device, non_blocking=True),
+            text_ids=to_device(self.text_ids, device),
+            latents=to_device(self.latents, device),
+            rope_positions=to_device(self.rope_positions, device),
+            grid_positions=to_device(self.grid_positions, device),
+            image_index=to_device(self.image_index, device),
+            image_noisy=to_device(self.image_noisy, device),
+            text_loss_rows=to_device(self.text_loss_rows, device),
+            text_loss_ids=to_device(self.text_loss_ids, device),
             attention=self.attention.to(device),
+            noisy_attention=self.noisy_attention.to(device),
         )
 
 
@@ -86,7 +95,10 @@ def build_packed_batch(
     """
     splits = [split for sample in samples for split in sample]
     texts = [split for split in splits if isinstance(split, TextSplit)]
-    images = [split for split in splits if isinstance(split, ImageSplit)]
+    met = [split for split in splits if isinstance(split, ImageSplit)]
+    order = sorted(range(len(met)), key=lambda i: met[i].noisy)  # stable: clean ones first
+    number = np.argsort(order)
+    images = [met[i] for i in order]
     text_lens = [len(split.ids) for split in texts]
     grids = [(split.latents.shape[1], split.latents.shape[2]) for split in images]
     image_lens = [height * width for height, width in grids]
@@ -97,7 +109,7 @@ def build_packed_batch(
 
     rope_positions = np.zeros(num_tokens, np.int64)
     text_segments: list[Split] = []
-    image_segments: list[Split] = []
+    image_segments: dict[int, Split] = {}
     for sample in samples:
         position = 0
         visible = np.zeros(0, np.int64)
@@ -110,33 +122,63 @@ def build_packed_batch(
                 keys = visible = np.concatenate([visible, rows])
                 text_segments.append(Split(rows, keys))
             else:
-                image = len(image_segments)
+                image = int(number[len(image_segments)])
                 special = num_causal + IMAGE_SPECIAL_TOKENS * image
                 latent = np.arange(latent_starts[image], latent_starts[image + 1])
                 rows = np.concatenate([[special, special + 1], latent])
                 rope_positions[rows] = position
                 keys = np.concatenate([visible, rows])
-                image_segments.append(Split(rows, keys))
+                image_segments[image] = Split(rows, keys)
                 if not split.noisy:
                     visible = keys
                     position += 1
 
     noisy = np.array([split.noisy for split in images], bool)
-    image_index = np.repeat(np.arange(len(images)), image_lens)
+    segments = [image_segments[image] for image in range(len(images))]
+    noisy_lens = [length for length, is_noisy in zip(image_lens, noisy, strict=True) if is_noisy]
+    predicted = [split.loss for split in texts for _ in split.ids]
+    predicted_rows = np.flatnonzero(predicted)
     text_ids = [id_ for split in texts for id_ in split.ids] + [vision_start_id, vision_end_id] * len(images)
+    loss_rows = np.setdiff1d(predicted_rows, text_starts[1:] - 1)
     return PackedBatch(
         text_ids=torch.tensor(text_ids, dtype=torch.int64),
         latents=torch.cat([split.latents.flatten(1).T for split in images]),
         rope_positions=torch.from_numpy(rope_positions),
         grid_positions=torch.cat([grid_positions(height, width, max_side) for height, width in grids]),
-        image_index=torch.from_numpy(image_index),
+        image_index=torch.from_numpy(np.repeat(np.arange(len(images)), image_lens)),
         image_noisy=torch.from_numpy(noisy),
-        loss_mask=torch.from_numpy(noisy[image_index]),
-        attention=build_attention_plan(num_tokens, text_segments, image_segments),
+        text_loss_rows=torch.from_numpy(loss_rows),
+        text_loss_ids=torch.tensor(text_ids, dtype=torch.int64)[loss_rows + 1],
+        attention=build_attention_plan(
+            num_tokens,
+            text_segments,
+            segments,
+            outputs=output_plan([split for split, is_noisy in zip(segments, noisy, strict=True) if is_noisy]),
+        ),
+        noisy_attention=within_images(noisy_lens),
         seed=seed,
         sample_ids=tuple(sample_ids),
-        num_loss_tokens=sum(n for n, split in zip(image_lens, images, strict=True) if split.noisy),
+        num_loss_tokens=sum(noisy_lens),
+        num_targets=len(noisy_lens),
     )
+
+
+def output_plan(noisy: Sequence[Split]) -> AttentionPlan:
+    """The plan of the noisy images' latents alone as queries, numbered from 0."""
+    lengths = [len(split.rows) - IMAGE_SPECIAL_TOKENS for split in noisy]
+    starts = np.cumsum([0, *lengths])
+    queries = [
+        Split(np.arange(start, start + length), split.keys)
+        for start, length, split in zip(starts, lengths, noisy, strict=False)
+    ]
+    return build_attention_plan(sum(lengths), [], queries, num_special=0)
+
+
+def within_images(lengths: Sequence[int]) -> AttentionPlan:
+    """Images of so many tokens, each attending to itself only."""
+    starts = np.cumsum([0, *lengths])
+    rows = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
+    return build_attention_plan(sum(lengths), [], [Split(own, own) for own in rows], num_special=0)
 
 
 def grid_positions(height: int, width: int, max_side: int) -> Tensor:

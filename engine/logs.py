@@ -63,6 +63,8 @@ class RunLog:
         ]
         shown = [f"step {int(values['step'])}/{num_steps}", f"loss {values['loss']:.4f}"]
         shown += [f"lr {values['lr']:.2e}", f"grad {values['grad_norm']:.2f}", *rates]
+        if "mfu" in values:
+            shown.append(f"MFU {values['mfu']:.1%}")
         self.line(" | ".join([*shown, f"ETA {seconds_text(eta_s)}"]))
 
     def samples(self, step: int, grid: npt.NDArray[np.uint8]) -> None:

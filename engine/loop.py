@@ -19,6 +19,7 @@ from engine.guard import Guard
 from engine.logs import RunLog, seconds_text
 from engine.objective import Batch, BatchSource, LossOutput, Objective
 from engine.schedule import OptimizerConfig, learning_rate, set_learning_rate
+from engine.spans import Spans, peak_flops
 from engine.window import Window
 
 EXPORT = "export"
@@ -78,7 +79,8 @@ class _Run:
             files.write_json(run_dir / "config.json", dict(resolved))
             self.log = RunLog(run_dir, objective.name, resolved, self.step, config.wandb)
         self._stop_requested = False
-        self._window = Window(ranks)
+        self.spans = Spans(ranks.device)
+        self._window = Window(ranks, peak_flops(ranks.device))
 
     def train(self) -> Path:
         """Steps until the end or a stop signal; then the export."""
@@ -98,10 +100,12 @@ class _Run:
                 start_s, start_step = time.monotonic(), self.step
                 continue
             if self.config.sample_every_steps and self.step % self.config.sample_every_steps == 0:
-                self._write_samples()
+                with self.spans("samples"):
+                    self._write_samples()
             stop = self._stop_agreed()
             if stop or self.step % self.config.checkpoint_every_steps == 0 or self.step == self.config.steps:
-                self._save()
+                with self.spans("checkpoint"):
+                    self._save()
             if stop and self.step < self.config.steps:
                 raise UserError(
                     f"stopped by a signal at step {self.step}, saved; run the same command to go on"
@@ -131,26 +135,33 @@ class _Run:
     def _train_step(self) -> None:
         """One global step: one pack of every stream, the loss divided by the global count."""
         begin_s = time.monotonic()
-        batches: list[Batch] = [batch.to(self.ranks.device) for batch in self.source.next_step()]
-        counts = [self.objective.count(batch) for batch in batches]
-        (count,) = self.ranks.sum([sum(counts)])
+        with self.spans("data"):
+            batches: list[Batch] = [batch.to(self.ranks.device) for batch in self.source.next_step()]
+        count, further = self._global_counts(batches)
         # A rank with fewer streams than others runs its last pack again at weight 0: collectives must match.
         weights = [1.0] * len(batches) + [0.0] * (self.accumulation_steps - len(batches))
         batches += [batches[-1]] * (self.accumulation_steps - len(batches))
         for name, optimizer in self._optimizers():
             groups = self.engines[name].optimizer.param_groups
             set_learning_rate(groups, optimizer, self.step, self.config.steps)
-        scale = self.ranks.world / max(count, 1.0)  # DeepSpeed averages over ranks
         skipped_before = self._skipped_steps()
         adversarial = self.objective.adversary_active(self.step)
         for batch, weight in zip(batches, weights, strict=True):
-            output = self._forward_backward("main", batch, weight * scale)
+            output = self._forward_backward("main", batch, weight, count, further)
             self._window.add("", output, weight)
+            for name, term in output.further.items():
+                self._window.add(f"{name}_", LossOutput(term.loss_sum), weight)
             if adversarial:
-                adversary_output = self._forward_backward("adversary", output.adversary_batch, weight * scale)
+                adversary_output = self._forward_backward(
+                    "adversary", output.adversary_batch, weight, count, {}
+                )
                 self._window.add("adversary_", adversary_output, weight)
         self._window.close_step(
-            {"": count, "adversary_": count if adversarial else 0.0},
+            {
+                "": count,
+                "adversary_": count if adversarial else 0.0,
+                **{f"{name}_": float(value) for name, value in further.items()},
+            },
             self.source.metrics(),
             time.monotonic() - begin_s,
         )
@@ -160,11 +171,28 @@ class _Run:
             self.ema.update(self.engines["main"], self.step)
         self.step += 1
 
-    def _forward_backward(self, name: str, batch: Any, scale: float) -> LossOutput:
+    def _global_counts(self, batches: list[Batch]) -> tuple[float, dict[str, float]]:
+        """Units of the loss, and of its further terms, over this step's micro-batches on all ranks."""
+        counts = sum(self.objective.count(batch) for batch in batches)
+        further = [self.objective.further_counts(batch) for batch in batches]
+        names = sorted(further[0])
+        total, *totals = self.ranks.sum([counts, *(sum(part[name] for part in further) for name in names)])
+        return total, dict(zip(names, totals, strict=True))
+
+    def _forward_backward(
+        self, name: str, batch: Any, weight: float, count: float, further: Mapping[str, float]
+    ) -> LossOutput:
         engine = self.engines[name]
-        output: LossOutput = engine(batch, self.step)
-        engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
-        engine.step()
+        scale = weight * self.ranks.world  # DeepSpeed averages over ranks
+        with self.spans("forward"):
+            output: LossOutput = engine(batch, self.step)
+            loss = output.loss_sum * (scale / max(count, 1.0))
+            for key, term in output.further.items():
+                loss = loss + term.loss_sum * (term.weight * scale / max(further[key], 1.0))
+        with self.spans("backward"):
+            engine.backward(loss, scale_wrt_gas=False)
+        with self.spans("optimizer"):
+            engine.step()
         return output
 
     def _optimizers(self) -> list[tuple[str, OptimizerConfig]]:
@@ -178,7 +206,7 @@ class _Run:
         return sum(int(engine.skipped_steps) for engine in self.engines.values())
 
     def _write_metrics(self, eta_s: float) -> None:
-        values = self._window.read()
+        values = self._window.read() | self.spans.read()
         norm = self.engines["main"].get_global_grad_norm()
         values.update(
             step=self.step,
@@ -201,7 +229,7 @@ class _Run:
         complete = checkpoint.agreed(self.run_dir / CHECKPOINTS, self.ranks)
         reason = self.guard.begin_roll_back(alarm_step, bool(complete))
         state = self._load(complete[0])
-        self._window = Window(self.ranks)
+        self._window = Window(self.ranks, peak_flops(self.ranks.device))
         state = {**state, "data": self._data_state(), **self.guard.state_dict()}
         checkpoint.keep_alone(complete[0], state, self.ranks)
         if self.log:

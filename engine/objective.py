@@ -29,6 +29,14 @@ class Batch(Protocol):
 
 
 @dataclass
+class Term:
+    """A part of the loss with units of its own: `weight` times the mean of `loss_sum` over them."""
+
+    loss_sum: Tensor
+    weight: float
+
+
+@dataclass
 class LossOutput:
     """What one micro-batch gives.
 
@@ -36,11 +44,15 @@ class LossOutput:
     divides by the global count over micro-batches and ranks.
     `metrics`: detached fp32 scalars, sums over the same units (the loop logs sum / count).
     `adversary_batch`: what the adversary's update needs, detached, or None.
+    `further`: terms over other units than `count`'s, by the names in `further_counts`; logged as NAME_loss.
+    `flops`: useful floating-point operations of forward and backward pass; 0: unknown.
     """
 
     loss_sum: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     adversary_batch: Any = None
+    further: dict[str, Term] = field(default_factory=dict)
+    flops: float = 0.0
 
 
 class Objective(Protocol):
@@ -69,6 +81,9 @@ class Objective(Protocol):
 
     def count(self, batch: Any) -> int:
         """Units (images or loss tokens) in a micro-batch, known before the forward pass; >= 0."""
+
+    def further_counts(self, batch: Any) -> Mapping[str, int]:
+        """Units of `LossOutput.further` in a micro-batch: the same names for every batch; {}: there are none."""
 
     def loss(self, batch: Any, step: int) -> LossOutput:
         """Forward pass and loss of one micro-batch at global step `step`."""

@@ -18,8 +18,10 @@ LATEST = ("samples_seen", "samples_pending")
 class Window:
     """Sums of metrics since the last log line. Values stay on the device until `read`."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, peak_flops: float | None = None) -> None:
+        """`peak_flops`: of one device, per second; None: unknown, no MFU."""
         self._ranks = ranks
+        self._peak_flops = peak_flops
         self._reset()
 
     def _reset(self) -> None:
@@ -28,9 +30,11 @@ class Window:
         self._source: dict[str, float] = {}
         self._seconds = 0.0
         self._num_steps = 0
+        self._flops = 0.0
 
     def add(self, prefix: str, output: LossOutput, weight: float) -> None:
-        """One micro-batch's sums; `prefix` names the engine they come from."""
+        """One micro-batch's sums; `prefix` names the engine or the term of the loss they come from."""
+        self._flops += output.flops * weight
         for name, value in {"loss": output.loss_sum.detach(), **output.metrics}.items():
             term = value.float() * weight
             known = self._sums.get((prefix, name))
@@ -66,5 +70,11 @@ class Window:
                 values[name] = total
             else:
                 values[name] = total / (self._num_steps * self._ranks.world)
+        (flops,) = self._ranks.sum([self._flops])
+        if flops:
+            per_s = flops / self._seconds / self._ranks.world
+            values["tflops_per_s"] = per_s / 1e12
+            if self._peak_flops:
+                values["mfu"] = per_s / self._peak_flops
         self._reset()
         return values

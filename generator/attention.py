@@ -34,7 +34,9 @@ def planned_attention(plan: AttentionPlan, forced: Backend) -> JointAttention:
     """The joint attention of one pack: its plan, on the backend that suits the tensors each layer brings."""
 
     def attention(_layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        return attend(q_TNH, k_TKH, v_TKH, plan, choose_backend(q_TNH.device, q_TNH.dtype, forced))
+        return attend(
+            q_TNH, k_TKH, v_TKH, plan.of(len(q_TNH)), choose_backend(q_TNH.device, q_TNH.dtype, forced)
+        )
 
     return attention
 

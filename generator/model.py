@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data.packed_batch import PackedBatch
 from data.shards import LatentInfo
 from engine.config import ConfigError, UserError, from_dict, to_dict
 from engine.files import read_json, write_json
-from generator.attention import Backend, JointAttention, planned_attention
+from generator.attention import Backend, JointAttention, attend, choose_backend, planned_attention
 from generator.embeddings import MAX_PERIOD, LatentEmbedding
+from generator.heads import DdtHead, DdtHeadConfig
 from generator.mot import Mot, MotConfig, init_mimetic, init_weights
 from generator.qwen import load_qwen
 from tokenizer.weights import load_exact, read_tensors, write_tensors
@@ -26,6 +29,8 @@ QWEN_PREFIX = "qwen:"
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 KIND = "rpiae.generator"
+LOGIT_ROWS = 2048
+"""Text tokens whose logits exist at once: 2048 x 151,936 fp32 are 1.2 GB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,12 @@ class GeneratorConfig:
     position_max_period: float = MAX_PERIOD
     """Base of the position table's periods (MAE, Bagel: 10,000). On a small grid a small one tells places apart:
     with 10,000, neighbours of a 4x4 grid differ in a few of the table's columns only.
+    """
+    head: DdtHeadConfig | None = None
+    """A DDT head between the backbone and the velocities; None: a linear map."""
+    text_output: bool = False
+    """Whether text is an output too (a text loss): keeps what only it reads trainable. Logits are products with the
+    rows of the text embedding, as in Qwen2.5-0.5B.
     """
     init: str = "random"
     """Start of both experts: "random"; "mimetic", random but for attention that looks for its like (small models from
@@ -55,7 +66,7 @@ class GeneratorConfig:
 
 
 class Generator(nn.Module):
-    """Bagel's generator: latent tokens in, a mixture of transformers, velocities out (no text loss).
+    """Bagel's generator: latent tokens in, a mixture of transformers, velocities out; with `text_output`, text as well.
 
     `latents` says what the model was trained on; it travels with the weights. `attention_backend` may be
     forced to one of generator.attention.Kernel; "auto" follows the device.
@@ -74,9 +85,13 @@ class Generator(nn.Module):
             channels, config.backbone.width, config.max_side, config.position_max_period
         )
         self.backbone = Mot(config.backbone)
-        self.latent_out = nn.Linear(config.backbone.width, channels)
-        for parameter in self.backbone.text_output_parameters():
-            parameter.requires_grad_(False)
+        self.head: DdtHead | None = None
+        if config.head is not None:
+            self.head = DdtHead(
+                config.head, channels, config.backbone.width, config.max_side, config.position_max_period
+            )
+        self.latent_out = nn.Linear((config.head or config.backbone).width, channels)
+        self.set_text_output(config.text_output)
 
     @classmethod
     def create(cls, config: GeneratorConfig, latents: LatentInfo, seed: int) -> Generator:
@@ -86,27 +101,88 @@ class Generator(nn.Module):
         init_weights(model, generator)
         if config.init == "mimetic":
             init_mimetic(model.backbone, generator)
+        if model.head is not None:
+            model.head.reset_modulation()
         with torch.no_grad():
             model.latent_out.weight.zero_()
         if config.init.startswith(QWEN_PREFIX):
             load_qwen(model.backbone, config.init.removeprefix(QWEN_PREFIX))
         return model
 
+    def set_text_output(self, text_output: bool) -> None:
+        """Whether what only a text loss reads is trained."""
+        self.config = dataclasses.replace(self.config, text_output=text_output)
+        for parameter in self.backbone.text_output_parameters():
+            parameter.requires_grad_(text_output)
+
     def forward(
         self, batch: PackedBatch, x_GC: Tensor, t_I: Tensor, attention: JointAttention | None = None
     ) -> Tensor:
-        """Velocity v = d x_t / dt of every latent token, fp32 [G, C]; that of clean images means nothing.
+        """Velocity v = d x_t / dt of the tokens of noisy images (the last of the pack), fp32 [num_loss_tokens, C].
 
         `x_GC`: fp32 noisy (or clean) latents in the batch's order. `t_I`: fp32, one time per image, 0 =
         clean. `attention`: another joint attention than the batch's own plan (the sampler's prefix cache).
         """
+        _, hidden_GD = self._hidden(batch, x_GC, t_I, attention, text_output=False)
+        return self._velocity(batch, x_GC, t_I, hidden_GD)
+
+    def forward_with_text(self, batch: PackedBatch, x_GC: Tensor, t_I: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`, and the cross entropy summed over the batch's `text_loss_ids` (nats), fp32."""
+        assert self.config.text_output, "the config names no text output"
+        hidden_UD, hidden_GD = self._hidden(batch, x_GC, t_I, None, text_output=True)
+        assert hidden_UD is not None
+        rows = hidden_UD.index_select(0, batch.text_loss_rows)
+        loss = (
+            rows.new_zeros((), dtype=torch.float32) + 0 * rows.sum()
+        )  # ZeRO waits for a gradient of all of them
+        chunks = (torch.split(whole, LOGIT_ROWS) for whole in (rows, batch.text_loss_ids))
+        for few, ids in zip(*chunks, strict=True):
+            loss = loss + checkpoint(
+                self._cross_entropy, few, ids, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._velocity(batch, x_GC, t_I, hidden_GD), loss
+
+    def _hidden(
+        self,
+        batch: PackedBatch,
+        x_GC: Tensor,
+        t_I: Tensor,
+        attention: JointAttention | None,
+        *,
+        text_output: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        """The backbone's outputs: of text tokens if asked for, and of noisy latents."""
         x_UD = self.backbone.embed_tokens(batch.text_ids)
         x_GD = self.latent_embedding(x_GC, t_I, batch.image_index, batch.grid_positions)
         if attention is None:
             attention = planned_attention(batch.attention, self.attention_backend)
-        _, hidden_GD = self.backbone(x_UD, x_GD, batch.rope_positions, attention)
-        velocity_GC: Tensor = self.latent_out(hidden_GD)
-        return velocity_GC.float()
+        hidden: tuple[Tensor | None, Tensor] = self.backbone(
+            x_UD, x_GD, batch.rope_positions, attention, batch.num_loss_tokens, text_output
+        )
+        return hidden
+
+    def _velocity(self, batch: PackedBatch, x_GC: Tensor, t_I: Tensor, hidden_TD: Tensor) -> Tensor:
+        if self.head is not None:
+            first = len(x_GC) - batch.num_loss_tokens
+
+            def attention(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
+                kernel = choose_backend(q_TNH.device, q_TNH.dtype, self.attention_backend)
+                return attend(q_TNH, k_TNH, v_TNH, batch.noisy_attention, kernel)
+
+            hidden_TD = self.head(
+                hidden_TD,
+                x_GC[first:],
+                t_I,
+                batch.image_index[first:],
+                batch.grid_positions[first:],
+                attention,
+            )
+        velocity_TC: Tensor = self.latent_out(hidden_TD)
+        return velocity_TC.float()
+
+    def _cross_entropy(self, rows_TD: Tensor, ids_T: Tensor) -> Tensor:
+        logits = F.linear(rows_TD, self.backbone.embed_tokens.weight.to(rows_TD.dtype))
+        return F.cross_entropy(logits.float(), ids_T, reduction="sum")
 
     def save(self, directory: Path) -> None:
         """Writes model.safetensors and config.json (shape, latents) into an existing directory."""

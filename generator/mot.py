@@ -73,7 +73,7 @@ class RmsNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> the same shape."""
-        return super().forward(x.to(self.weight.dtype))
+        return super().forward(x if self.weight is None else x.to(self.weight.dtype))
 
 
 class SwiGlu(nn.Module):
@@ -111,6 +111,11 @@ class Expert(nn.Module):
         self.k_norm = RmsNorm(config.head_dim, eps=eps) if config.qk_norm else nn.Identity()
         self.post_attention_layernorm = RmsNorm(width, eps=eps)
         self.mlp = SwiGlu(width, config.mlp_width)
+
+    def compile_parts(self) -> None:
+        """torch.compile on everything but the attention, for any number of tokens."""
+        for name in ("queries", "keys_values", "finish"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
 
     def queries(self, normed_TD: Tensor) -> Tensor:
         """[T, D] -> [T, N, H], before rotation."""
@@ -150,31 +155,31 @@ class MotLayer(nn.Module):
         x_GD: Tensor,
         rope: tuple[Tensor, Tensor],
         attention: JointAttention,
-        text_output: bool,
+        num_outputs: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """[U, D], [G, D] -> the same. Both experts are always called, on [0, D] if they have no token: a rank
         that skipped one would leave its gradients unreduced (ZeRO-1/2) or hang the others (ZeRO-3).
 
-        `text_output=False` (last layer, no text loss): understanding tokens give keys and values but ask
-        nothing, and x_UD is returned as it came.
+        `num_outputs` (last layer, no text loss): only the last so many generation tokens are read, so only they ask;
+        all others give keys and values. Returns x_UD as it came, and [num_outputs, D].
         """
         understanding, generation = self.understanding, self.generation
         num_text = x_UD.shape[0]
         normed_UD, normed_GD = understanding.input_layernorm(x_UD), generation.input_layernorm(x_GD)
-        q_GNH = generation.queries(normed_GD)
-        if text_output:
-            q_UNH = understanding.queries(normed_UD)
-        else:
-            q_UNH = q_GNH.new_zeros((num_text, *q_GNH.shape[1:]))
         k_UKH, v_UKH = understanding.keys_values(normed_UD)
         k_GKH, v_GKH = generation.keys_values(normed_GD)
+        k_TKH = rotate(torch.cat([k_UKH, k_GKH]), rope, v_GKH.dtype)
         v_TKH = torch.cat([v_UKH, v_GKH])
-        q_TNH = rotate(torch.cat([q_UNH, q_GNH]), rope, v_TKH.dtype)
-        k_TKH = rotate(torch.cat([k_UKH, k_GKH]), rope, v_TKH.dtype)
-        attended_TNH = attention(self.index, q_TNH, k_TKH, v_TKH)
-        if text_output:
+        if num_outputs is None:
+            q_TNH = torch.cat([understanding.queries(normed_UD), generation.queries(normed_GD)])
+            attended_TNH = attention(self.index, rotate(q_TNH, rope, v_TKH.dtype), k_TKH, v_TKH)
             x_UD = understanding.finish(x_UD, attended_TNH[:num_text])
-        return x_UD, generation.finish(x_GD, attended_TNH[num_text:])
+            return x_UD, generation.finish(x_GD, attended_TNH[num_text:])
+        first = x_GD.shape[0] - num_outputs
+        cos, sin = rope
+        asking = cos[num_text + first :], sin[num_text + first :]
+        q_GNH = rotate(generation.queries(normed_GD[first:]), asking, v_TKH.dtype)
+        return x_UD, generation.finish(x_GD[first:], attention(self.index, q_GNH, k_TKH, v_TKH))
 
 
 class Mot(nn.Module):
@@ -195,20 +200,34 @@ class Mot(nn.Module):
         x_GD: Tensor,
         positions_T: Tensor,
         attention: JointAttention,
+        num_outputs: int | None = None,
         text_output: bool = False,
     ) -> tuple[Tensor | None, Tensor]:
-        """Embedded tokens [U, D], [G, D] and int64 RoPE positions [T] -> normed outputs.
+        """Embedded tokens [U, D], [G, D] and int64 RoPE positions [T] -> normed outputs [U, D], [num_outputs, D].
 
-        The first is None unless `text_output` is asked for: without a text loss nothing reads it.
+        The second is of the last `num_outputs` generation tokens (None: of all). The first is None unless
+        `text_output` is asked for: without a text loss nothing reads it, nor the last layer's other outputs, which are
+        then not computed.
         """
         rope = rope_table(positions_T, self.config.head_dim, self.config.rope_theta)
+        last = len(self.layers) - 1
+        num_outputs = x_GD.shape[0] if num_outputs is None else num_outputs
         for index, layer in enumerate(self.layers):
-            arguments = (x_UD, x_GD, rope, attention, text_output or index + 1 < len(self.layers))
+            skips = index == last and not text_output
+            arguments = (x_UD, x_GD, rope, attention, num_outputs if skips else None)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_UD, x_GD = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_UD, x_GD = layer(*arguments)
-        return self.understanding_norm(x_UD) if text_output else None, self.generation_norm(x_GD)
+        noisy_GD = self.generation_norm(x_GD[x_GD.shape[0] - num_outputs :])
+        return self.understanding_norm(x_UD) if text_output else None, noisy_GD
+
+    def compile_layers(self) -> None:
+        """See Expert.compile_parts. The layers share what is compiled: they differ in their weights only."""
+        for layer in self.layers:
+            assert isinstance(layer, MotLayer)
+            layer.understanding.compile_parts()
+            layer.generation.compile_parts()
 
     def text_output_parameters(self) -> Iterator[nn.Parameter]:
         """What `forward(text_output=False)` never reads. Without a text loss these can get no gradient and
@@ -251,7 +270,7 @@ def init_weights(module: nn.Module, generator: torch.Generator) -> None:
                 layer.bias.zero_()
         elif isinstance(layer, nn.Embedding):
             layer.weight.normal_(0.0, EMBEDDING_STD, generator=generator)
-        elif isinstance(layer, RmsNorm):
+        elif isinstance(layer, RmsNorm) and layer.elementwise_affine:
             layer.weight.fill_(1.0)
 
 

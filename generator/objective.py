@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from data.packed_batch import PackedBatch
 from data.shards import LatentInfo
 from data.text import TextTokenizer
+from data.transfer import to_device
 from engine.config import UserError, to_dict
 from engine.files import digest, sha256
-from engine.objective import LossOutput
+from engine.objective import LossOutput, Term
 from generator.attention import Backend, choose_backend
 from generator.flow import TimeShift, draw_times, interpolate, resolve_shift, velocity_target
 from generator.model import WEIGHTS_NAME, Generator, GeneratorConfig
@@ -43,6 +44,12 @@ class FlowConfig:
     """
     attention_backend: Backend = "auto"
     """Forces one attention kernel; "auto" follows the device."""
+    text_loss_weight: float = 0.0
+    """Weight of the mean cross entropy of text marked for it, beside the mean squared error of velocities (Bagel: 1);
+    0 = none. Above it, generator.text_output must be true.
+    """
+    compile: bool = False
+    """torch.compile on each layer's work before and after the attention: fused norms, rotations and SwiGLU."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: about a third more time, activations of one layer instead of
     all.
@@ -85,6 +92,14 @@ class FlowObjective:
         self._preview = preview
         model.attention_backend = config.attention_backend
         model.backbone.activation_checkpointing = config.activation_checkpointing
+        if config.text_loss_weight and not model.config.text_output:
+            raise UserError("flow.text_loss_weight needs generator.text_output: true")
+        if model.config.text_output and not config.text_loss_weight:
+            raise UserError(
+                "generator.text_output is true, but flow.text_loss_weight is 0: set one of them right"
+            )
+        if config.compile:
+            model.backbone.compile_layers()
 
     def to(self, device: torch.device) -> None:
         """Moves the model."""
@@ -94,19 +109,32 @@ class FlowObjective:
         """Noisy latent tokens."""
         return batch.num_loss_tokens
 
+    def further_counts(self, batch: PackedBatch) -> Mapping[str, int]:
+        """Text tokens that are predicted, where there is a text loss."""
+        return {"text": len(batch.text_loss_ids)} if self._config.text_loss_weight else {}
+
     def loss(self, batch: PackedBatch, step: int) -> LossOutput:
-        """Sum over noisy tokens of mean_c (v - (eps - z))^2; t per image and eps are drawn from the batch's
-        seed.
+        """Sum over noisy tokens of mean_c (v - (eps - z))^2; t per noisy image and eps are drawn from the batch's seed.
+        With a text loss also the sum of the cross entropies.
         """
-        device = batch.latents.device
+        device, num_noisy = batch.latents.device, batch.num_loss_tokens
+        num_clean = len(batch.latents) - num_noisy
+        num_targets = batch.num_targets
         generator = torch.Generator().manual_seed(batch.seed)
-        t_I = draw_times(len(batch.image_noisy), self._shift, generator).to(device)
-        t_I = torch.where(batch.image_noisy, t_I, 0.0)  # clean images enter at t = 0, as themselves
-        noise_TC = torch.randn(batch.latents.shape, generator=generator).to(device)
-        x_TC = interpolate(batch.latents, noise_TC, t_I[batch.image_index][:, None])
-        error_TC = self.model(batch, x_TC, t_I) - velocity_target(batch.latents, noise_TC)
-        loss_sum = (error_TC.square().mean(1) * batch.loss_mask).sum()
-        return LossOutput(loss_sum, {"loss": loss_sum.detach()})
+        t_I = torch.zeros(len(batch.image_noisy))  # clean images enter at t = 0, as themselves
+        t_I[len(t_I) - num_targets :] = draw_times(num_targets, self._shift, generator)
+        noise_TC = torch.randn((num_noisy, batch.latents.shape[1]), generator=generator)
+        noise_TC, t_I = to_device(noise_TC, device), to_device(t_I, device)
+        z_TC, times_T = batch.latents[num_clean:], t_I[batch.image_index[num_clean:]]
+        x_GC = torch.cat([batch.latents[:num_clean], interpolate(z_TC, noise_TC, times_T[:, None])])
+        further: dict[str, Term] = {}
+        if self._config.text_loss_weight:
+            velocity_TC, text_loss = self.model.forward_with_text(batch, x_GC, t_I)
+            further["text"] = Term(text_loss, self._config.text_loss_weight)
+        else:
+            velocity_TC = self.model(batch, x_GC, t_I)
+        loss_sum = (velocity_TC - velocity_target(z_TC, noise_TC)).square().mean(1).sum()
+        return LossOutput(loss_sum, {"loss": loss_sum.detach()}, further=further)
 
     def adversary_active(self, step: int) -> bool:
         """There is none."""
@@ -187,6 +215,7 @@ def build_objective(
     else:
         model = Generator.load(flow.init_from)
         check_latents(latents, model.latents, where=flow.init_from)
+        model.set_text_output(generator.text_output)
         if dataclasses.replace(model.config, init=generator.init) != generator:
             raise UserError(
                 f"{flow.init_from}: its shape differs from this run's generator config; make them equal"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.attention_plan import AttentionPlan, Rows, Split, build_attention_plan
-from data.packed_batch import IMAGE_SPECIAL_TOKENS, PackedBatch
+from data.packed_batch import IMAGE_SPECIAL_TOKENS, PackedBatch, output_plan, within_images
 from generator.attention import Backend, JointAttention, attend, choose_backend
 
 
@@ -38,8 +38,10 @@ def split_prefix(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch]:
         Split(rank[split.rows], in_cache[split.keys]) for image, split in enumerate(images) if noisy[image]
     ]
     keep = torch.from_numpy(is_noisy)
-    prefix_plan = build_attention_plan(int((~keep).sum()), prefix_texts, prefix_images)
-    noisy_plan = build_attention_plan(int(keep.sum()), [], noisy_images)
+    prefix_plan = build_attention_plan(
+        int((~keep).sum()), prefix_texts, prefix_images, outputs=output_plan([])
+    )
+    noisy_plan = build_attention_plan(int(keep.sum()), [], noisy_images, outputs=output_plan(noisy_images))
     return _rows(batch, ~keep, prefix_plan, noisy=False), _rows(batch, keep, noisy_plan, noisy=True)
 
 
@@ -58,7 +60,7 @@ class PrefixCache:
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             assert layer == len(self._layers), "the cache is filled by one pass"
             self._layers.append((k, v))
-            return attend(q, k, v, plan, choose_backend(q.device, q.dtype, self._backend))
+            return attend(q, k, v, plan.of(len(q)), choose_backend(q.device, q.dtype, self._backend))
 
         return attention
 
@@ -68,7 +70,7 @@ class PrefixCache:
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cached_k, cached_v = self._layers[layer]
             k, v = torch.cat([cached_k, k]), torch.cat([cached_v, v])
-            return attend(q, k, v, plan, choose_backend(q.device, q.dtype, self._backend))
+            return attend(q, k, v, plan.of(len(q)), choose_backend(q.device, q.dtype, self._backend))
 
         return attention
 
@@ -97,7 +99,7 @@ def _rows(batch: PackedBatch, keep: Tensor, plan: AttentionPlan, *, noisy: bool)
     keep_text, keep_latent = keep[: len(batch.text_ids)], keep[len(batch.text_ids) :]
     kept_images = batch.image_noisy == noisy
     new_number = kept_images.cumsum(0) - 1
-    loss_mask = batch.loss_mask[keep_latent]
+    none = torch.zeros(0, dtype=torch.int64)
     return replace(
         batch,
         text_ids=batch.text_ids[keep_text],
@@ -106,7 +108,10 @@ def _rows(batch: PackedBatch, keep: Tensor, plan: AttentionPlan, *, noisy: bool)
         grid_positions=batch.grid_positions[keep_latent],
         image_index=new_number[batch.image_index[keep_latent]],
         image_noisy=batch.image_noisy[kept_images],
-        loss_mask=loss_mask,
+        text_loss_rows=none,  # sampling trains nothing
+        text_loss_ids=none,
         attention=plan,
-        num_loss_tokens=int(loss_mask.sum()),
+        noisy_attention=batch.noisy_attention if noisy else within_images([]),
+        num_loss_tokens=batch.num_loss_tokens if noisy else 0,
+        num_targets=batch.num_targets if noisy else 0,
     )

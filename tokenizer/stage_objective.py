@@ -74,6 +74,10 @@ class StageObjective:
         """Images in the micro-batch."""
         return len(batch.sample_ids)
 
+    def further_counts(self, batch: PixelBatch) -> Mapping[str, int]:
+        """There are none."""
+        return {}
+
     def loss(self, batch: PixelBatch, step: int) -> LossOutput:
         """Defined by each stage."""
         raise NotImplementedError

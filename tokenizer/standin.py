@@ -87,6 +87,10 @@ class IdentityObjective:
         """Images in the micro-batch."""
         return len(batch.sample_ids)
 
+    def further_counts(self, batch: PixelBatch) -> Mapping[str, int]:
+        """There are none."""
+        return {}
+
     def loss(self, batch: PixelBatch, step: int) -> LossOutput:
         """Cross-entropy and training accuracy. Raises UserError: a label that is missing or too large."""
         logits, pixels_hat = self.model(batch.pixels_01)

@@ -124,6 +124,10 @@ class JudgeObjective:
         """Images in the micro-batch."""
         return len(batch.sample_ids)
 
+    def further_counts(self, batch: PixelBatch) -> Mapping[str, int]:
+        """There are none."""
+        return {}
+
     def loss(self, batch: PixelBatch, step: int) -> LossOutput:
         """Cross entropies of cells and background; metrics: share of images with the exact set of objects,
         and with the right background. Raises UserError: a sample without a scene, an unknown class."""

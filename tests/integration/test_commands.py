@@ -184,6 +184,16 @@ def test_two_ranks_give_the_loss_curve_of_one(finished, inputs, tmp_path) -> Non
     assert curve(tmp_path / "two") == pytest.approx(curve(one), rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_every_zero_stage_trains_a_generator_with_a_head_alike(zero, inputs, tmp_path) -> None:
+    head = "generator.head={width: 32, num_layers: 1, num_heads: 2}"
+    alone, two = (tmp_path / name for name in ("one", "two"))
+    finish(command("t2i", inputs, alone, head))
+    finish(command("t2i", inputs, two, head, f"engine.zero_stage={zero}", ranks=2))
+    assert curve(two) == pytest.approx(curve(alone), rel=1e-4)  # as above
+
+
 def error_of(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> str:

@@ -61,6 +61,16 @@ def test_two_ranks_give_the_curve_of_one_rank_with_two_micro_batches(reference, 
     # The same packs, summed in another order: fp32 rounding (6e-8 relative) through 8 AdamW steps.
     assert curve(run) == pytest.approx(curve(reference), rel=1e-5)
     assert curve(run, "adversary_loss")[2:] == pytest.approx(curve(reference, "adversary_loss")[2:], rel=1e-5)
+    assert curve(run, "positive_loss") == pytest.approx(curve(reference, "positive_loss"), rel=1e-5)
+
+
+def test_metrics_say_where_the_time_of_a_step_went(reference):
+    rows = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        shares = [row[f"{part}_share"] for part in ("data", "forward", "backward", "optimizer")]
+        assert all(share > 0 for share in shares) and sum(shares) < 1
+        assert row["tflops_per_s"] > 0 and "mfu" not in row  # nobody knows what this CPU could do
+    assert any("checkpoint_share" in row for row in rows)
 
 
 def test_muon_moves_layer_matrices_by_a_nearly_orthogonal_step(tmp_path):

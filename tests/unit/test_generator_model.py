@@ -67,8 +67,12 @@ def times_of(batch: PackedBatch) -> Tensor:
     return torch.where(batch.image_noisy, torch.linspace(0.2, 0.9, len(batch.image_noisy)), 0.0)
 
 
+def is_noisy(token: tuple) -> bool:
+    return token[4]
+
+
 def rule_mask(samples: list[list[TextSplit | ImageSplit]]) -> Tensor:
-    """bool [T, T] straight from the rule, token by token, in storage order."""
+    """bool [T, T] straight from the rule, token by token, in storage order: clean images before noisy ones."""
     text, special, latent = [], [], []
     for s, sample in enumerate(samples):
         for p, split in enumerate(sample):
@@ -77,7 +81,7 @@ def rule_mask(samples: list[list[TextSplit | ImageSplit]]) -> Tensor:
             else:
                 special += [(s, p, 0, "image", split.noisy)] * 2
                 latent += [(s, p, 0, "image", split.noisy)] * split.latents[0].numel()
-    tokens = text + special + latent
+    tokens = text + sorted(special, key=is_noisy) + sorted(latent, key=is_noisy)
 
     def sees(query: tuple, key: tuple) -> bool:
         if query[0] != key[0] or key[1] > query[1]:
@@ -161,27 +165,54 @@ def test_a_sample_has_the_same_velocity_alone_and_in_a_pack() -> None:
     whole = pack(SAMPLES)
     velocity = model(whole, whole.latents, times_of(whole))
     assert velocity.abs().max() > 0.1
-    first = 0
+    # Which images (clean ones are numbered first) and which noisy ones each sample has.
+    images_of, noisy_of = [], []
+    num_clean = int((~whole.image_noisy).sum())
+    clean, noisy = 0, num_clean
     for sample in SAMPLES:
+        images = [split.noisy for split in sample if isinstance(split, ImageSplit)]
+        images_of.append(
+            [*range(clean, clean + images.count(False)), *range(noisy, noisy + images.count(True))]
+        )
+        noisy_of.append(range(noisy - num_clean, noisy - num_clean + images.count(True)))
+        clean, noisy = clean + images.count(False), noisy + images.count(True)
+    velocity_of = velocity.unflatten(0, (-1, SIDE * SIDE))
+    for sample, images, outputs in zip(SAMPLES, images_of, noisy_of, strict=True):
         alone = pack([sample])
-        num_images = len(alone.image_noisy)
-        times = times_of(whole)[first : first + num_images]
-        rows = (whole.image_index >= first) & (whole.image_index < first + num_images)
+        found = model(alone, alone.latents, times_of(whole)[images])
         # 1e-5: other paddings, other summation orders
-        torch.testing.assert_close(model(alone, alone.latents, times), velocity[rows], rtol=0, atol=1e-5)
-        first += num_images
+        torch.testing.assert_close(found, velocity_of[list(outputs)].flatten(0, 1), rtol=0, atol=1e-5)
 
 
 def test_a_noisy_target_is_seen_by_no_later_split_and_clean_ones_are() -> None:
     model = model_with_random_head()
-    batch = pack(SAMPLES[3:])  # text, noisy 0, text, clean 1, noisy 2
-    before = model(batch, batch.latents, times_of(batch))
-    for changed, visible in ((0, False), (1, True)):
+    batch = pack(SAMPLES[3:])  # text, noisy image 1, text, clean image 0, noisy image 2
+    before = model(batch, batch.latents, times_of(batch)).unflatten(0, (2, -1))
+    for changed, sees in ((1, (True, False)), (0, (False, True))):
         rows = batch.image_index == changed
-        after = model(batch, batch.latents + rows[:, None], times_of(batch))
-        difference = (after - before)[batch.image_index == 2].abs().max()
-        assert (difference > 1e-3) if visible else (difference == 0)
-        assert (after - before)[rows].abs().max() > 1e-3
+        after = model(batch, batch.latents + rows[:, None], times_of(batch)).unflatten(0, (2, -1))
+        for output, is_seen in enumerate(sees):
+            difference = (after - before)[output].abs().max()
+            assert (difference > 1e-3) if is_seen else (difference == 0)
+
+
+def test_the_last_layer_computes_only_what_is_read() -> None:
+    model, batch = model_with_random_head(), pack(SAMPLES)
+    asked = []
+
+    def watch(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        asked.append(len(q))
+        return attend(q, k, v, batch.attention.of(len(q)), "sdpa")
+
+    short = model(batch, batch.latents, times_of(batch), attention=watch)
+    assert asked == [batch.attention.num_tokens, batch.num_loss_tokens]
+    x_text = model.backbone.embed_tokens(batch.text_ids)
+    x_latent = model.latent_embedding(batch.latents, times_of(batch), batch.image_index, batch.grid_positions)
+    whole = model.backbone(
+        x_text, x_latent, batch.rope_positions, watch, batch.num_loss_tokens, text_output=True
+    )
+    assert asked[2:] == [batch.attention.num_tokens] * 2
+    torch.testing.assert_close(short, model.latent_out(whole[1]), rtol=0, atol=1e-6)  # other paddings
 
 
 def test_a_new_model_predicts_zero_velocity() -> None:

@@ -124,9 +124,9 @@ def test_the_loss_sum_counts_noisy_tokens_only() -> None:
     assert objective.count(batch) == 12
     # a new model says v = 0, so the loss is the mean square of eps - z over the noisy tokens
     generator = torch.Generator().manual_seed(batch.seed)
-    torch.randn(3, generator=generator)  # one time per image is drawn first
-    noise = torch.randn(batch.latents.shape, generator=generator)
-    expected = (noise - batch.latents)[batch.loss_mask].square().mean(1).sum()
+    torch.randn(2, generator=generator)  # one time per noisy image is drawn first
+    noise = torch.randn((12, 4), generator=generator)
+    expected = (noise - batch.latents[-12:]).square().mean(1).sum()
     torch.testing.assert_close(output.loss_sum, expected)
     assert torch.equal(output.metrics["loss"], output.loss_sum.detach())
 
@@ -143,13 +143,13 @@ def test_clean_images_enter_as_themselves_at_time_zero(monkeypatch) -> None:
 
     def spy(_batch: PackedBatch, x: Tensor, t: Tensor) -> Tensor:
         seen.update(x=x, t=t)
-        return torch.zeros_like(x)
+        return torch.zeros(12, 4)
 
     monkeypatch.setattr(objective.model, "forward", spy)
     objective.loss(batch, 0)
-    clean = batch.image_index == 1
+    clean = batch.image_index == 0  # numbered first
     assert torch.equal(seen["x"][clean], batch.latents[clean])
-    assert seen["t"][1] == 0 and (seen["t"][[0, 2]] > 0).all()
+    assert seen["t"][0] == 0 and (seen["t"][1:] > 0).all()
     assert not torch.equal(seen["x"][~clean], batch.latents[~clean])
 
 

@@ -13,7 +13,7 @@ from engine import distributed
 from engine.config import UserError
 from engine.engine_config import EngineConfig
 from engine.loop import train
-from engine.objective import LossOutput
+from engine.objective import LossOutput, Term
 from engine.schedule import OptimizerConfig
 
 WIDTH = 6
@@ -81,12 +81,16 @@ class ToyObjective:
     def count(self, batch):
         return len(batch.x)
 
+    def further_counts(self, batch):
+        return {"positive": int((batch.x[:, 0] > 0).sum())}  # differs between batches and ranks
+
     def loss(self, batch, step):
         fake = self.model(batch.x)
         rec = (fake - batch.x).square().sum()
         # A gradient towards an inner tensor, as the adaptive weights need it.
         (inner,) = torch.autograd.grad(self.critic(fake).sum(), fake, retain_graph=True)
-        return LossOutput(rec + 0.01 * (fake * inner).sum(), {"rec": rec.detach()}, fake.detach())
+        further = {"positive": Term(fake[batch.x[:, 0] > 0].square().sum(), 0.1)}
+        return LossOutput(rec + 0.01 * (fake * inner).sum(), {"rec": rec.detach()}, fake.detach(), further, flops=1e6)
 
     def adversary_active(self, step):
         return self.adversary is not None and step >= 2

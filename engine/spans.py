@@ -1,0 +1,82 @@
+"""Where the time of a step goes, and what the device could have done in it."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+# Dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name; the first that fits.
+PEAK_FLOPS = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "MI300X": 1307e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of the device; None: a CPU, or one that the table does not know."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+class Spans:
+    """Seconds spent in named parts of the loop since the last `read`.
+
+    On a GPU, parts of the stream are timed by events: nothing waits for them before `read`. The host's own waits
+    (data, checkpoint, samples) are wall time.
+    """
+
+    HOST = ("data", "checkpoint", "samples")
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_stream = device.type == "cuda"
+        self._measured: dict[str, list[Callable[[], float]]] = defaultdict(list)
+        self._begin_s = time.monotonic()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """The block's time counts for `name`."""
+        if self._on_stream and name not in self.HOST:
+            begin, end = _event(), _event()
+            begin.record()
+            yield
+            end.record()
+            self._measured[name].append(lambda: begin.elapsed_time(end) / 1000)
+        else:
+            begin_s = time.monotonic()
+            yield
+            spent_s = time.monotonic() - begin_s
+            self._measured[name].append(lambda: spent_s)
+
+    def read(self) -> dict[str, float]:
+        """{NAME_share: share of the wall time since the last call}. Waits for the device."""
+        if self._on_stream:
+            torch.cuda.synchronize()
+        now_s = time.monotonic()
+        wall_s = max(now_s - self._begin_s, 1e-9)
+        shares = {
+            f"{name}_share": sum(measure() for measure in measures) / wall_s
+            for name, measures in self._measured.items()
+        }
+        self._measured.clear()
+        self._begin_s = now_s
+        return shares
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
