@@ -9,6 +9,7 @@ EXTRAS = {
     "dev": [
         "hypothesis>=6.100",
         "import-linter>=2.1",
+        "matplotlib>=3.8",  # benchmarks only: plots
         "mypy>=1.11",
         "pre-commit>=3.7",
         "pytest>=8.0",

@@ -50,7 +50,7 @@ def build_engine(
     """A DeepSpeed engine around `forward`; every default that surprised somebody is written out."""
     import deepspeed
 
-    if not torch.cuda.is_available():
+    if config.name == "muon" and not torch.cuda.is_available():
         # DeepSpeed compiles its Muon kernels: on a CPU that needs a C++ compiler, takes minutes and gains nothing.
         torch.compiler.set_stance("force_eager")
     engine, _, _, _ = deepspeed.initialize(
