@@ -40,6 +40,8 @@ format: install
 bench: install
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.adaptive
+	$(BIN)/python -m benchmarks.mot
+	$(BIN)/python -m benchmarks.scaling
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

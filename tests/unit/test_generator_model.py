@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 import sys
 import types
 
@@ -351,3 +352,19 @@ def test_a_mimetic_start_looks_at_the_same_place_of_the_source_image() -> None:
     mimetic_share = sum(share_of_same_place("mimetic", seed) for seed in seeds) / 4
     assert 0.08 < random_share < 0.14
     assert mimetic_share > 1.5 * random_share
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_layers_change_no_gradient() -> None:
+    gradients = []
+    for is_compiled in (False, True):
+        model = model_with_random_head()
+        if is_compiled:
+            model.backbone.compile_layers()
+        for samples in (SAMPLES, SAMPLES[:1]):  # another number of tokens
+            batch = pack(samples)
+            model(batch, batch.latents, times_of(batch)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for eager, fused in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-5)  # fp32 sums in another order
