@@ -51,9 +51,7 @@ class VarlenGroup:
 
     def to(self, device: torch.device) -> VarlenGroup:
         """A copy on `device`."""
-        cu_q, cu_k, kv_index = (
-            to_device(x, device) for x in (self.cu_q, self.cu_k, self.kv_index)
-        )
+        cu_q, cu_k, kv_index = (to_device(x, device) for x in (self.cu_q, self.cu_k, self.kv_index))
         return VarlenGroup(self.q_lens, self.k_lens, cu_q, cu_k, self.max_q, self.max_k, kv_index)
 
 

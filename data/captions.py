@@ -1,4 +1,4 @@
-"""What a sample's json says: captions or instructions, of one kind or several, or a class label."""
+"""What a sample's json says: captions or instructions, of one kind or several, texts of splits, or a class label."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ def read_meta(sample: Sample) -> dict[str, Any]:
 def read_captions(sample: Sample) -> list[str]:
     """The captions or instructions in the sample's json: one text, a list, or an object of kind -> text.
 
+    Of an interleaved sample (data/layouts.py) the texts of its splits.
+
     Raises UserError: no json, no text, an empty text, a caption that is no text.
     """
     return [text for _, text in _named_captions(sample)]
@@ -74,10 +76,20 @@ def is_class(tree: Mapping[str, Any]) -> bool:
     return isinstance(tree.get("label"), int) and all(tree.get(name) is None for name in TEXT_FIELDS)
 
 
+def split_texts(tree: Mapping[str, Any]) -> list[Any] | None:
+    """What the texts of json's "splits" are, good and bad; None without splits."""
+    splits = tree.get("splits")
+    if not isinstance(splits, list):
+        return None
+    return [split["text"] for split in splits if isinstance(split, Mapping) and "text" in split]
+
+
 def _named_captions(sample: Sample) -> list[tuple[str, str]]:
     """(kind, text) of each caption; the kind is "" where the json names none."""
     tree = _read_json(sample)
     found = next((tree[name] for name in TEXT_FIELDS if tree.get(name) is not None), None)
+    if found is None:
+        found = split_texts(tree)
     if found is None:
         raise _no_text(sample)
     if isinstance(found, Mapping):

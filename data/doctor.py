@@ -118,7 +118,7 @@ def diagnose(
     tabled = tables(tally, manifest.latent)
     if launch is not None:
         try:
-            ready = readiness(ShardDataset.open(directory), launch, tally.latents_per_sample)
+            ready = readiness(ShardDataset.open(directory), launch)
         except UserError as error:
             remarks.append(f"launch not looked at: {error}")
         else:

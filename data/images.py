@@ -172,12 +172,12 @@ def image_suffix(payload: bytes) -> str:
 
 
 def part_name(role: str, suffix: str) -> str:
-    """The name of an image part: "jpg", or with a role ("source", "target") "source.jpg"."""
+    """The name of an image part: "jpg", or with a role (data/layouts.py) "source.jpg", "target1.jpg"."""
     return f"{role}.{suffix}" if role else suffix
 
 
 def image_parts(parts: Iterable[str]) -> list[str]:
-    """The names of image parts ("jpg", "source.png"), sorted: a source comes before its target."""
+    """The names of image parts ("jpg", "source.png"), sorted: sources come before targets, numbers ascend."""
     return sorted(part for part in parts if part.rpartition(".")[2] in IMAGE_PARTS)
 
 

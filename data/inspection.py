@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data.captions import TEXT_FIELDS
+from data.captions import TEXT_FIELDS, split_texts
 from data.images import IMAGE_PARTS, decode_image
+from data.layouts import check_roles, image_roles, is_interleaved, of_kind, read_splits
 from data.shard_index import LatentInfo, Records, Sample, key_hash
 from engine.config import UserError
 
@@ -52,14 +53,6 @@ class Tally:
     )  # [C]: values, then sums over (z - mean) / std
     latent_sums: Vector = field(default_factory=lambda: np.zeros(1))
     latent_squares: Vector = field(default_factory=lambda: np.zeros(1))
-
-    @property
-    def latents_per_sample(self) -> int:
-        """2 of edits, 1 of others: what most samples have."""
-        parts = self.parts.most_common(1)
-        return (
-            max(1, sum(part.split(".")[-1] == "latent" for part in parts[0][0].split(" + "))) if parts else 1
-        )
 
     def merge(self, other: Tally, num_chosen: int) -> None:
         """Adds `other`; of the chosen samples `num_chosen` remain."""
@@ -115,19 +108,22 @@ class ShardInspector:
         for name in ("task", "kind"):
             if isinstance(tree.get(name), str):
                 add(self.tally.groups, f"{name}: {tree[name]}")
-        yield from self._look_at_text(tree)
+        splits = split_texts(tree) if is_interleaved(image_roles(sample.parts)) else None
+        yield from self._look_at_text(tree, splits)
         if self._latent is None:
-            yield from self._look_at_images(sample)
+            yield from self._look_at_images(sample, tree)
         else:
-            yield from self._look_at_latents(position, sample, self._latent)
+            yield from self._look_at_latents(position, sample, tree, self._latent)
 
-    def _look_at_text(self, tree: dict[str, Any]) -> Iterator[str]:
+    def _look_at_text(self, tree: dict[str, Any], splits: list[Any] | None) -> Iterator[str]:
+        """`splits`: the texts of an interleaved sample."""
         label, name = tree.get("label"), tree.get("class", "")
         if "label" in tree and (not isinstance(label, int) or isinstance(label, bool) or label < 0):
             yield f"bad label: {label!r:.80} is no number from 0"
         elif isinstance(label, int):
             self.tally.classes[label, str(name)] += 1
         texts = [(field, tree[field]) for field in TEXT_FIELDS if field in tree][:1]  # as training reads them
+        texts = texts if splits is None else [("splits", splits)]
         if texts:
             texts = _flat(*texts[0])
         if not texts and label is None:
@@ -144,7 +140,7 @@ class ShardInspector:
                 self.tally.words[len(text.split())] += 1
                 self._hashes.append(key_hash(text))
 
-    def _look_at_images(self, sample: Sample) -> Iterator[str]:
+    def _look_at_images(self, sample: Sample, tree: dict[str, Any]) -> Iterator[str]:
         images: dict[str, Image.Image] = {}
         roles = [part.rpartition(".")[0] for part in sample.parts if part.split(".")[-1] in IMAGE_PARTS]
         if len(set(roles)) != len(roles):
@@ -160,12 +156,12 @@ class ShardInspector:
                 continue
             images[part.rpartition(".")[0]] = image
             self._measure(image)
-        yield from _check_roles(set(roles), "image")
-        if "source" in images and "target" in images:
-            source, target = images["source"], images["target"]
+        yield from _check_layout(image_roles(sample.parts), tree, "image")
+        for source_role, target_role in _pairs(images):
+            source, target = images[source_role], images[target_role]
             if source.size != target.size:
                 sizes = " and ".join(f"{image.width}x{image.height} px" for image in (source, target))
-                yield f"unequal sizes: source and target have {sizes}"
+                yield f"unequal sizes: {source_role} and {target_role} have {sizes}"
             else:
                 self.tally.num_unchanged += source.tobytes() == target.tobytes()
 
@@ -176,10 +172,12 @@ class ShardInspector:
         pixels = np.asarray(image)
         self.tally.num_grey += bool((pixels[..., :1] == pixels[..., 1:]).all())
 
-    def _look_at_latents(self, position: int, sample: Sample, latent: LatentInfo) -> Iterator[str]:
+    def _look_at_latents(
+        self, position: int, sample: Sample, tree: dict[str, Any], latent: LatentInfo
+    ) -> Iterator[str]:
         parts = {part.rpartition(".")[0]: part for part in sample.parts if part.split(".")[-1] == "latent"}
-        yield from _check_roles(set(parts), "latent")
-        num_tokens = len(parts) * latent.shape[1] * latent.shape[2]
+        yield from _check_layout(image_roles(parts.values()), tree, "latent")
+        num_tokens = _num_images(parts, tree) * latent.shape[1] * latent.shape[2]
         if parts and num_tokens != self._image_tokens[position]:
             yield f"bad index: {self._image_tokens[position]} image tokens, its latents have {num_tokens}"
         is_measured = position % self._stride == 0
@@ -196,8 +194,8 @@ class ShardInspector:
                 yield f"bad latent: '{part}' holds one value everywhere"
             elif is_measured:
                 self._add_latents(values[:, 0], latent)
-        if {"source", "target"} <= set(parts):
-            self.tally.num_unchanged += sample.parts[parts["source"]] == sample.parts[parts["target"]]
+        for source, target in _pairs(parts):
+            self.tally.num_unchanged += sample.parts[parts[source]] == sample.parts[parts[target]]
 
     def _add_latents(self, means_VCYX: npt.NDArray[np.float32], latent: LatentInfo) -> None:
         z = normalised(means_VCYX, latent)
@@ -229,8 +227,29 @@ def _flat(field: str, found: Any) -> list[tuple[str, Any]]:
     return [(field, text) for text in (found if isinstance(found, list) else [found])]
 
 
-def _check_roles(roles: set[str], what: str) -> Iterator[str]:
-    """One image, or a source and its target."""
-    if roles != {""} and not roles >= {"source", "target"}:
-        held = ", ".join(sorted(filter(None, roles))) or "none"
-        yield f"no {what}: expected one, or source and target; found {held}"
+def _check_layout(roles: list[str], tree: dict[str, Any], what: str) -> Iterator[str]:
+    """Images as data/layouts.py names them, and the splits of an interleaved sample."""
+    try:
+        check_roles(roles)
+    except ValueError as error:
+        yield f"no {what}: {error}"
+        return
+    if is_interleaved(roles):
+        try:
+            read_splits(tree, roles)
+        except ValueError as error:
+            yield f"bad splits: {error}"
+
+
+def _num_images(roles: Collection[str], tree: dict[str, Any]) -> int:
+    """Images of a sample as its index counts them: those of an interleaved one as often as its splits name them."""
+    splits = tree.get("splits")
+    if not is_interleaved(roles) or not isinstance(splits, list):
+        return len(roles)
+    return sum(isinstance(split, dict) and "image" in split for split in splits)
+
+
+def _pairs(roles: Collection[str]) -> list[tuple[str, str]]:
+    """The source and each target of an edit with one source: they show the same."""
+    sources, targets = sorted(of_kind(roles, "source")), sorted(of_kind(roles, "target"))
+    return [(source, target) for source in sources for target in targets] if len(sources) == 1 else []

@@ -1,26 +1,35 @@
-"""Samples -> packs of a token budget (contract 3): a caption, a view, condition dropout; all keyed by the sample."""
+"""Samples -> packs of a token budget (contract 3): a caption, a view, condition dropout; all keyed by the sample.
+
+Which images and texts a sample has, and in which order: data/layouts.py.
+"""
 
 from __future__ import annotations
 
+import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from data.attention_plan import AttentionPlan, PaddedBucket, VarlenGroup
-from data.captions import choose_caption, read_captions
+from data.captions import read_captions
+from data.images import part_name
 from data.latents import read_latents
-from data.packed_batch import (
-    IMAGE_SPECIAL_TOKENS,
-    TEXT_SPECIAL_TOKENS,
-    ImageSplit,
-    PackedBatch,
-    TextSplit,
-    build_packed_batch,
+from data.layouts import (
+    LATENT_SUFFIX,
+    ImagePart,
+    Layout,
+    TextPart,
+    image_roles,
+    is_target,
+    packed_lengths,
+    read_layout,
 )
+from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.plan import pack_seed, sample_uniforms
 from data.shards import LatentInfo, Sample, ShardDataset
 from engine import files
@@ -52,17 +61,21 @@ class PackingConfig:
 
     tokens_per_pack: int  # budget of one pack, tokens; a micro-batch of one rank
     max_side: int = 64  # rows of the position table per axis, latent pixels; at least the latents' Y and X
-    text_dropout: float = 0.1  # probability that a sample's text is left out (classifier-free guidance)
-    source_dropout: float = (
-        0.3  # probability that an edit's source image is left out (Bagel's fine-tune default)
-    )
+    # Probability of leaving a condition out (classifier-free guidance), drawn for each text and each clean image of a
+    # sample alone; a text with a loss stays. Bagel's fine-tune defaults.
+    text_dropout: float = 0.1
+    source_dropout: float = 0.3
     # Kind of caption -> weight, for captions with names; other kinds are never taken. Empty: all are alike.
     caption_weights: dict[str, float] = field(default_factory=dict)
     sample_latents: bool = False  # draw z by its stored variance, anew each epoch; False: z is the mean
+    # Noisy images that follow one prefix: a target with so many times and noises, at little more cost than its own
+    # tokens. They share caption and dropout. Of several targets each has one, and the rest goes round among them.
+    draws_per_caption: int = 1
 
     def __post_init__(self) -> None:
-        if self.tokens_per_pack < 1 or self.max_side < 1:
-            raise ConfigError("tokens_per_pack and max_side must be positive")
+        for name in ("tokens_per_pack", "max_side", "draws_per_caption"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
         weights = self.caption_weights.values()
         if weights and not (all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0):
             raise ConfigError(
@@ -75,8 +88,6 @@ class PackingConfig:
 
 class T2IPacker:
     """Text-to-image samples as [text, noisy image]. Shards with KEY.latent and KEY.json."""
-
-    latent_parts: tuple[str, ...] = ("latent",)  # the last one is the target, those before it are clean
 
     def __init__(self, config: PackingConfig, latent: LatentInfo, text_tokenizer: TextTokenizer) -> None:
         if max(latent.shape[1:]) > config.max_side:
@@ -109,41 +120,24 @@ class T2IPacker:
             raise UserError(
                 f"{where}: text was counted by another text tokenizer; encode again with this run's"
             )
-        special = TEXT_SPECIAL_TOKENS + IMAGE_SPECIAL_TOKENS * len(self.latent_parts)
-        return dataset.num_text_tokens + dataset.num_image_tokens + special
+        return packed_lengths(dataset, latent, self._config.draws_per_caption)
 
     def collate(
         self, samples: Sequence[Sample], *, step: int, stream: int, epochs: Sequence[int], seed: int
     ) -> PackedBatch:
         """Packs `samples`, each met in its epoch of `epochs`; `seed` is the run's.
 
-        Raises UserError naming shard and key: missing part, wrong latent size, empty or missing caption, none of a
-        kind that has a weight.
+        Raises UserError naming shard and key: missing part, wrong latent size, images of another kind of sample, bad
+        splits, empty or missing caption, none of a kind that has a weight.
         """
-        met = list(zip(samples, epochs, strict=True))
-        draws = [sample_uniforms(seed, epoch, sample.key) for sample, epoch in met]
-        seeds: list[int] | None = None
-        if self._config.sample_latents:
-            seeds = [_latent_seed(seed, epoch, sample.key) for sample, epoch in met]
-        latents = read_latents(
-            samples,
-            self.latent_parts,
-            self._latent,
-            views=[int(view_draw * self._latent.num_views) for *_, view_draw in draws],
-            seeds=seeds,
-        )
-        packed: list[list[TextSplit | ImageSplit]] = []
-        for sample, (which, text_draw, source_draw, _), images in zip(samples, draws, latents, strict=True):
-            # Also when it is dropped: a bad one shows up in the first epoch.
-            caption = choose_caption(sample, which, self._config.caption_weights)
-            splits: list[TextSplit | ImageSplit] = []
-            if source_draw >= self._config.source_dropout:
-                splits += [ImageSplit(image, noisy=False) for image in images[:-1]]
-            if text_draw >= self._config.text_dropout:
-                splits.append(text_split(caption, self._text_tokenizer))
-            packed.append([*splits, ImageSplit(images[-1], noisy=True)])
+        choices = [_Choices(seed, epoch, sample.key) for sample, epoch in zip(samples, epochs, strict=True)]
+        # Captions are read also when they are dropped: a bad one shows up in the first epoch.
+        layouts = [
+            self._layout(sample, choice.caption) for sample, choice in zip(samples, choices, strict=True)
+        ]
+        images = self._images(samples, layouts, choices)
         batch = build_packed_batch(
-            packed,
+            [self._splits(*of_sample) for of_sample in zip(layouts, images, choices, strict=True)],
             vision_start_id=self._text_tokenizer.vision_start_id,
             vision_end_id=self._text_tokenizer.vision_end_id,
             max_side=self._config.max_side,
@@ -157,21 +151,106 @@ class T2IPacker:
             )
         return batch
 
+    def _layout(self, sample: Sample, draw: float) -> Layout:
+        """Raises UserError: not one image without a role."""
+        if (roles := image_roles(sample.parts)) != [""]:
+            raise UserError(
+                f"{sample.where}: no text-to-image sample, it needs a part 'latent' and has the images "
+                f"{', '.join(roles) or 'none'}; edits are trained by launch/train_edit.py"
+            )
+        return read_layout(sample, draw, self._config.caption_weights)
+
+    def _images(
+        self, samples: Sequence[Sample], layouts: Sequence[Layout], choices: Sequence[_Choices]
+    ) -> list[dict[str, Tensor]]:
+        """Normalised latents of each sample, role -> float32 [C, Y, X]; samples of the same roles are read together."""
+        alike: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
+        for index, layout in enumerate(layouts):
+            roles = dict.fromkeys(part.role for part in layout if isinstance(part, ImagePart))
+            alike[tuple(roles)].append(index)
+        images: list[dict[str, Tensor]] = [{} for _ in samples]
+        is_drawn = self._config.sample_latents
+        for names, indices in alike.items():
+            latents = read_latents(
+                [samples[index] for index in indices],
+                [part_name(role, LATENT_SUFFIX) for role in names],
+                self._latent,
+                views=[int(choices[index].view * self._latent.num_views) for index in indices],
+                seeds=[choices[index].latent_seed for index in indices] if is_drawn else None,
+            )
+            for index, of_sample in zip(indices, latents, strict=True):
+                images[index] = dict(zip(names, of_sample, strict=True))
+        return images
+
+    def _splits(
+        self, layout: Layout, images: Mapping[str, Tensor], choices: _Choices
+    ) -> list[TextSplit | ImageSplit]:
+        """The targets of a sample, some of them repeated, and those of its conditions that are kept."""
+        splits: list[TextSplit | ImageSplit] = []
+        num_draws = choices.num_draws(layout, self._config.draws_per_caption)
+        dropouts = choices.dropouts(layout)
+        for number, part in enumerate(layout):
+            if isinstance(part, TextPart):
+                if part.loss or dropouts[number] >= self._config.text_dropout:
+                    splits.append(text_split(part.text, self._text_tokenizer, loss=part.loss))
+            elif part.target:
+                splits += [ImageSplit(images[part.role], noisy=True)] * num_draws[number]
+            elif dropouts[number] >= self._config.source_dropout:
+                splits.append(ImageSplit(images[part.role], noisy=False))
+        return splits
+
 
 class EditPacker(T2IPacker):
-    """Edit samples as [clean source, instruction, noisy target].
+    """Edits as [clean sources, instruction, noisy targets], and interleaved samples as they say (data/layouts.py).
 
-    KEY.source.latent, KEY.target.latent, KEY.json.
+    KEY.source.latent or KEY.source0.latent, ..., KEY.target.latent or KEY.target0.latent, ..., or KEY.image0.latent,
+    ...; KEY.json.
     """
 
-    latent_parts = ("source.latent", "target.latent")
+    def _layout(self, sample: Sample, draw: float) -> Layout:
+        """Raises UserError: an image without a role, images of no layout, bad splits."""
+        if image_roles(sample.parts) == [""]:
+            raise UserError(
+                f"{sample.where}: no edit, its image has no role; text-to-image is trained by launch/train_t2i.py"
+            )
+        return read_layout(sample, draw, self._config.caption_weights)
 
 
-def text_split(text: str, text_tokenizer: TextTokenizer) -> TextSplit:
-    """[<|im_start|>, ids, <|im_end|>]"""
-    return TextSplit([text_tokenizer.im_start_id, *text_tokenizer.encode(text), text_tokenizer.im_end_id])
+class _Choices:
+    """The random choices about one sample in one epoch; numbers in [0, 1)."""
+
+    def __init__(self, seed: int, epoch: int, key: str) -> None:
+        self._names = seed, epoch, key
+        self.caption, self._text, self._source, self.view = sample_uniforms(seed, epoch, key)
+
+    @property
+    def latent_seed(self) -> int:
+        """Seed of the draw of its latents, 60 bits."""
+        return int(files.digest(["latent", *self._names])[:15], 16)
+
+    def dropouts(self, layout: Layout) -> dict[int, float]:
+        """A number for each condition, by its place in `layout`; of the first text and image they are the sample's."""
+        own = {TextPart: self._text, ImagePart: self._source}
+        draws: dict[int, float] = {}
+        for number, part in enumerate(layout):
+            if not is_target(part):
+                draw = own.pop(type(part), None)
+                draws[number] = self._further(number) if draw is None else draw
+        return draws
+
+    def num_draws(self, layout: Layout, draws_per_caption: int) -> collections.Counter[int]:
+        """How often each target stands in the pack, by its place in `layout`: once, the others in turn."""
+        targets = [number for number, part in enumerate(layout) if is_target(part)]
+        start = int(self._further("targets") * len(targets))
+        further = (targets[(start + draw) % len(targets)] for draw in range(draws_per_caption - 1))
+        return collections.Counter([*targets, *further])
+
+    def _further(self, name: object) -> float:
+        seed, epoch, key = self._names
+        return sample_uniforms(seed, epoch, f"{key}/{name}")[0]  # no key has a "/"
 
 
-def _latent_seed(seed: int, epoch: int, key: str) -> int:
-    """Seed of the draw of one sample's latents in one epoch, 60 bits."""
-    return int(files.digest(["latent", seed, epoch, key])[:15], 16)
+def text_split(text: str, text_tokenizer: TextTokenizer, *, loss: bool = False) -> TextSplit:
+    """[<|im_start|>, ids, <|im_end|>]; `loss`: see TextSplit."""
+    ids = [text_tokenizer.im_start_id, *text_tokenizer.encode(text), text_tokenizer.im_end_id]
+    return TextSplit(ids, loss)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data.packed_batch import IMAGE_SPECIAL_TOKENS, TEXT_SPECIAL_TOKENS
+from data.layouts import packed_lengths
 from data.plan import epoch_order
 from data.shards import LatentInfo, ShardDataset
 from engine.config import UserError
@@ -21,11 +21,20 @@ class Launch:
     num_streams: int = 8  # data.num_streams
     tokens_per_pack: int | None = None  # packing.tokens_per_pack, for latents
     images_per_pack: int | None = None  # pixels.images_per_pack, for pixels
+    draws_per_caption: int = 1  # packing.draws_per_caption, for latents
     max_side: int | None = None  # packing.max_side, latent pixels; None: not looked at
     seed: int = 0  # data.seed: which samples a stream gets
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "num_streams", "tokens_per_pack", "images_per_pack", "max_side"):
+        counts = (
+            "num_ranks",
+            "num_streams",
+            "tokens_per_pack",
+            "images_per_pack",
+            "draws_per_caption",
+            "max_side",
+        )
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; give at least 1")
@@ -48,24 +57,24 @@ class Readiness:
     facts: tuple[tuple[str, str], ...]
 
 
-def sample_lengths(dataset: ShardDataset, latents_per_sample: int) -> npt.NDArray[np.int64]:
+def sample_lengths(dataset: ShardDataset, draws_per_caption: int = 1) -> npt.NDArray[np.int64]:
     """What each sample takes of a pack's budget, int64 [len(dataset)]: tokens of latents, 1 of pixels.
 
     The index holds the counts of text tokens, so the text tokenizer is not needed.
     """
-    if dataset.manifest.latent is None:
+    latent = dataset.manifest.latent
+    if latent is None:
         return np.ones(len(dataset), np.int64)
-    special = TEXT_SPECIAL_TOKENS + IMAGE_SPECIAL_TOKENS * latents_per_sample
-    return np.asarray(dataset.num_text_tokens + dataset.num_image_tokens + special, np.int64)
+    return packed_lengths(dataset, latent, draws_per_caption)
 
 
-def readiness(dataset: ShardDataset, launch: Launch, latents_per_sample: int) -> Readiness:
-    """`latents_per_sample`: 1, or 2 for edits. Raises UserError: a budget in the wrong unit."""
+def readiness(dataset: ShardDataset, launch: Launch) -> Readiness:
+    """Raises UserError: a budget in the wrong unit."""
     latent = dataset.manifest.latent
     budget = launch.budget(latent)
     unit = "images" if latent is None else "tokens"
     num_streams, num_ranks = launch.num_streams, launch.num_ranks
-    lengths = sample_lengths(dataset, latents_per_sample)
+    lengths = sample_lengths(dataset, launch.draws_per_caption)
     problems: list[str] = []
     notes: list[str] = []
     if num_ranks > num_streams:

@@ -43,8 +43,8 @@ RECORD = np.dtype(
         ("offset", "<u8"),  # of the sample's first tar header, bytes
         ("part_bytes", "<u4", (MAX_PARTS,)),  # payload lengths in file order; 0 = no such part
         ("header_blocks", "<u1", (MAX_PARTS,)),  # tar blocks before each payload: 1, more in others' PAX tars
-        ("num_image_tokens", "<u4"),  # of all images of the sample
-        ("num_text_tokens", "<u4"),  # of its longest caption
+        ("num_image_tokens", "<u4"),  # of all images of the sample, as often as they stand in it
+        ("num_text_tokens", "<u4"),  # of its longest caption, or of all its splits
         ("crc32", "<u4"),  # of name and payload of every part, see sample_crc32
     ]
 )

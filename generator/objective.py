@@ -27,6 +27,7 @@ from generator.attention import Backend, choose_backend
 from generator.flow import TimeShift, draw_times, interpolate, resolve_shift, velocity_target
 from generator.model import WEIGHTS_NAME, Generator, GeneratorConfig
 from generator.sampling import Condition, SamplingConfig, sample_latents
+from generator.sizing import PackSize, training_flops
 
 Decode = Callable[[Tensor], Tensor]
 """Raw latents float32 [N, C, Y, X] -> pixels_01 [N, 3, H, W]."""
@@ -134,7 +135,8 @@ class FlowObjective:
         else:
             velocity_TC = self.model(batch, x_GC, t_I)
         loss_sum = (velocity_TC - velocity_target(z_TC, noise_TC)).square().mean(1).sum()
-        return LossOutput(loss_sum, {"loss": loss_sum.detach()}, further=further)
+        flops = training_flops(PackSize.of(batch), self.model.config, self.model.latents.shape[0])
+        return LossOutput(loss_sum, {"loss": loss_sum.detach()}, further=further, flops=flops)
 
     def adversary_active(self, step: int) -> bool:
         """There is none."""

@@ -36,6 +36,9 @@ def main() -> None:
     look.add_argument("--streams", type=int, default=8, help="data.num_streams of the launch")
     look.add_argument("--tokens-per-pack", type=int, help="of latents: packing.tokens_per_pack")
     look.add_argument("--images-per-pack", type=int, help="of pixels: pixels.images_per_pack")
+    look.add_argument(
+        "--draws-per-caption", type=int, default=1, help="of latents: packing.draws_per_caption"
+    )
     look.add_argument("--max-side", type=int, help="of latents: packing.max_side")
     look.add_argument("--samples", type=int, default=24, help="to show on the page")
     look.add_argument("--out", type=Path, help="HTML page (default: SHARDS/doctor.html)")
@@ -70,6 +73,7 @@ def _doctor(arguments: argparse.Namespace) -> list[str]:
         arguments.streams,
         arguments.tokens_per_pack,
         arguments.images_per_pack,
+        arguments.draws_per_caption,
         arguments.max_side,
     )
     found = diagnose(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.captions import is_class_sample, read_captions
 from data.images import image_parts
+from data.layouts import image_roles, is_interleaved, num_split_tokens, read_layout
 from data.shards import Sample
 from data.text import TextTokenizer
 from engine.config import UserError
@@ -21,14 +22,14 @@ from engine.config import UserError
 def latent_sample(
     sample: Sample, latents: Iterator[Tensor], text_tokenizer: TextTokenizer | None
 ) -> tuple[Sample, int, int]:
-    """Latent sample, image tokens, text tokens of the longest caption (0 for a class).
+    """Latent sample, image tokens, text tokens of the longest caption (0 for a class; of splits: see num_split_tokens).
 
     `latents` gives the next image's values [V, M, C, Y, X] in the stored dtype, images in sorted order.
-    Raises UserError naming the sample: neither caption nor class, a caption without a text tokenizer, values that are
-    not finite.
+    Raises UserError naming the sample: neither caption nor class, bad splits, a text without a text tokenizer, values
+    that are not finite.
     """
     parts = dict(sample.parts)
-    num_image_tokens = 0
+    num_image_tokens = tokens_per_image = 0
     for part in image_parts(sample.parts):
         latent = next(latents)
         _check_finite(latent, f"{sample.where}: the latent of '{part}'")
@@ -36,8 +37,13 @@ def latent_sample(
         parts[".".join([*part.split(".")[:-1], "latent"])] = (
             latent.contiguous().view(torch.uint8).numpy().tobytes()
         )
-        num_image_tokens += math.prod(latent.shape[-2:])
-    return Sample(sample.key, parts), num_image_tokens, _num_text_tokens(sample, text_tokenizer)
+        tokens_per_image = math.prod(latent.shape[-2:])
+        num_image_tokens += tokens_per_image
+    encoded = Sample(sample.key, parts)
+    if is_interleaved(image_roles(sample.parts)):
+        layout = read_layout(sample)
+        return encoded, *num_split_tokens(layout, tokens_per_image, _needed(text_tokenizer, sample))
+    return encoded, num_image_tokens, _num_text_tokens(sample, text_tokenizer)
 
 
 def _check_finite(latent: Tensor, what: str) -> None:
@@ -52,6 +58,11 @@ def _num_text_tokens(sample: Sample, text_tokenizer: TextTokenizer | None) -> in
     if is_class_sample(sample):
         return 0
     captions = read_captions(sample)
+    text_tokenizer = _needed(text_tokenizer, sample)
+    return max(len(text_tokenizer.encode(caption)) for caption in captions)
+
+
+def _needed(text_tokenizer: TextTokenizer | None, sample: Sample) -> TextTokenizer:
     if text_tokenizer is None:
         raise UserError(f"{sample.where}: has a caption; give text_tokenizer, which counts its tokens")
-    return max(len(text_tokenizer.encode(caption)) for caption in captions)
+    return text_tokenizer

@@ -179,8 +179,10 @@ def _hash_sample(sample: Sample) -> tuple[str, int, int, int, int]:
     crc = sample_crc32(sample.key, sample.parts)
     if len(parts) == 1:
         return sample.key, crc, words[0], 0, 0
-    instructions = read_meta(sample).get("instructions")
-    return sample.key, crc, words[1], words[0], key_hash(json.dumps(instructions))
+    tree = read_meta(sample)
+    # Of more images than two the others must be equal, as the texts must.
+    rest = [tree.get("instructions"), tree.get("splits"), words[2:]]
+    return sample.key, crc, words[1], words[0], key_hash(json.dumps(rest))
 
 
 def _rewrite(path: Path, progress: ShardProgress, drops: Mapping[str, str]) -> None:

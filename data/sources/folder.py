@@ -1,4 +1,4 @@
-"""A folder of images with captions, class labels or edits -> samples. Files are stored as they are."""
+"""A folder of images with captions, labels, edits or interleaved texts -> samples. Files are stored as they are."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 from data.captions import TEXT_FIELDS, read_object
 from data.images import IMAGE_PARTS, image_suffix, part_name
+from data.layouts import check_roles, is_interleaved, number_roles, read_splits
 from data.shards import Sample
 from data.sources.base import BadItemError, files_below
-from data.sources.prepare import select_texts
+from data.sources.prepare import clean_splits, select_texts
 from engine import files
 from engine.config import UserError
 
@@ -22,7 +23,9 @@ class FolderSource:
 
     - `listing`: a jsonl file with one sample a line, in this order: {"file": path below the folder, "caption": text},
       or "captions": a list, or an object of kind -> text. Edits: {"source": file, "target": file, "instruction": text},
-      or "instructions": a list. Other fields are kept, all but null ones.
+      or "instructions": a list; source and target may be lists of files. Interleaved: {"splits": [{"text": text},
+      {"image": file, "target": true}, ...]} as in data/layouts.py, with files in place of roles, which json gets; its
+      "files" names them. Other fields are kept, all but null ones.
     - `labels`: every folder below `images` is a class, numbered in sorted order, and json holds its number and name, as
       tokenizers and class-conditional generators need (ImageNet's layout). No captions. An image beside the folders
       has no class and is rejected.
@@ -67,7 +70,7 @@ class FolderSource:
         return len(self._paths if self._lines is None else self._lines)
 
     def sample(self, index: int) -> Sample:
-        """Raises BadItemError: unreadable image, outside the folder, no caption, no class, bad json, bad line."""
+        """Raises BadItemError: unreadable image, outside the folder, no caption, no class, bad json, line or splits."""
         key = f"image-{index:09d}"
         if self._lines is not None:
             return self._from_line(key, index)
@@ -79,21 +82,20 @@ class FolderSource:
         else:
             label = bisect.bisect_left(self._classes, name.partition("/")[0])
             fields = {"label": label, "class": self._classes[label]}
-        return _sample(key, {"": self._read(key, name)}, {**fields, "file": name})
+        return _sample(key, {"": (name, self._read(key, name))}, {**fields, "file": name})
 
     def _from_line(self, key: str, index: int) -> Sample:
         assert self._lines is not None
         where = f"{self._where}: entry {index + 1}"
         fields = _fields(key, self._lines[index], where)
-        is_edit = "target" in fields and "file" not in fields
-        roles = ("source", "target") if is_edit else ("file",)
-        names = {role: fields.get(role) for role in roles}
-        payloads = {}
-        for role, name in names.items():
-            if not isinstance(name, str) or not name:
-                raise BadItemError(key, f'bad line: {where}: expected "{role}" to be a path below the folder')
-            payloads["" if role == "file" else role] = self._read_listed(key, name)
-        return _sample(key, payloads, {**_with_texts(key, fields, where, is_edit), **names})
+        try:
+            names = _listed(fields)
+        except ValueError as error:
+            raise BadItemError(key, f"bad line: {where}: {error}") from None
+        payloads = {role: (name, self._read_listed(key, name)) for role, name in names.items()}
+        if is_interleaved(names):
+            return _sample(key, payloads, _with_splits(key, fields, where, names))
+        return _sample(key, payloads, _with_texts(key, fields, where, is_edit=list(names) != [""]))
 
     def _from_sidecar(self, key: str, name: str) -> dict[str, Any]:
         path = self._images / name
@@ -148,14 +150,54 @@ def _with_texts(key: str, fields: Mapping[str, Any], where: str, is_edit: bool) 
     raise BadItemError(key, f"{'no instruction' if is_edit else 'no caption'}: {where}: missing or empty")
 
 
-def _sample(key: str, payloads: Mapping[str, bytes], fields: Mapping[str, Any]) -> Sample:
-    """`payloads`: role ("", "source", "target") -> file. Parts are named by what the files are, not by their names."""
+def _listed(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Role -> file, of a line of a listing. Raises ValueError: files that are no paths, or make no sample."""
+    names: dict[str, Any] = {"": fields.get("file")}
+    if "file" not in fields and "target" in fields:
+        names = {**_numbered("source", fields.get("source")), **_numbered("target", fields["target"])}
+    elif "file" not in fields and isinstance(fields.get("splits"), list):
+        found = [split.get("image") for split in fields["splits"] if isinstance(split, Mapping)]
+        different = list(dict.fromkeys(name for name in found if isinstance(name, str)))
+        names = dict(zip(number_roles("image", len(different)), different, strict=True))
+    for role, name in names.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f'expected "{role or "file"}" to be a path below the folder')
+    check_roles(list(names))
+    return names
+
+
+def _numbered(kind: str, files: object) -> dict[str, Any]:
+    """Role -> file, of one file or of a list of them."""
+    if not isinstance(files, list) or len(files) == 1:
+        return {kind: files[0] if isinstance(files, list) else files}
+    return dict(zip(number_roles(kind, len(files)), files, strict=True))
+
+
+def _with_splits(key: str, fields: Mapping[str, Any], where: str, names: Mapping[str, str]) -> dict[str, Any]:
+    """`fields` with roles in place of the files of "splits". Raises BadItemError: bad splits."""
+    roles = {name: role for role, name in names.items()}
+    splits = [
+        {**split, "image": roles[split["image"]]}
+        if isinstance(split, Mapping) and isinstance(split.get("image"), str)
+        else split
+        for split in fields["splits"]
+    ]
+    tree = {name: value for name, value in fields.items() if name not in TEXT_FIELDS and value is not None}
+    tree |= {"splits": clean_splits(splits), "files": list(names.values())}
+    try:
+        read_splits(tree, list(names))
+    except ValueError as error:
+        raise BadItemError(key, f"bad splits: {where}: {error}") from None
+    return tree
+
+
+def _sample(key: str, files: Mapping[str, tuple[str, bytes]], fields: Mapping[str, Any]) -> Sample:
+    """`files`: role -> name and bytes. Parts are named by what the files are, not by their names."""
     parts = {"json": json.dumps(fields, sort_keys=True).encode()}
-    for role, payload in payloads.items():
+    for role, (name, payload) in files.items():
         try:
             suffix = image_suffix(payload)
         except ValueError as error:
-            name = fields[role or "file"]
             raise BadItemError(key, f"unreadable image: {name}: {error}") from None
         parts[part_name(role, suffix)] = payload
     return Sample(key, parts)

@@ -21,6 +21,7 @@ from data.images import (
     part_name,
     to_rgb,
 )
+from data.layouts import is_interleaved, of_kind
 from data.shards import Sample
 from data.sources.base import BadItemError
 from engine.config import UserError
@@ -85,7 +86,8 @@ class Preparation:
         return f"prepared: {', '.join(told)}"
 
     def __call__(self, sample: Sample) -> Sample:
-        """`sample`, fitted. json gets "width" and "height" of the original (an edit's target) where one is resized.
+        """`sample`, fitted. json gets "width" and "height" of the original (of several the last one, an edit's target)
+        where one is resized.
 
         Raises BadItemError: no image, unclear images, bad json, caption length, unreadable image, too small, aspect,
         sizes differ.
@@ -95,7 +97,7 @@ class Preparation:
         fitted = self._kept_captions(sample.key, meta)
         for part, (image, _) in images.items():
             self._check_size(sample.key, part, image)
-        _check_aspects(sample.key, [image for image, _ in images.values()])
+        _check_aspects(sample.key, {part.rpartition(".")[0]: image for part, (image, _) in images.items()})
         prepared = {part: payload for part, payload in sample.parts.items() if part not in images}
         for part, (image, is_turned) in images.items():
             suffix, payload = image_suffix(sample.parts[part]), sample.parts[part]
@@ -169,6 +171,18 @@ def select_texts(value: object, keep: Callable[[str], bool] = bool) -> Texts | N
     return _select_text(value, keep)
 
 
+def clean_splits(splits: object) -> object:
+    """json's "splits" with texts as `select_texts` leaves them; "" for what is none, which readers of splits refuse."""
+    if not isinstance(splits, list):
+        return splits
+    return [
+        {**split, "text": select_texts(split["text"]) or ""}
+        if isinstance(split, Mapping) and "text" in split
+        else split
+        for split in splits
+    ]
+
+
 def _select_text(value: object, keep: Callable[[str], bool]) -> str | None:
     if not isinstance(value, str):
         return None
@@ -184,7 +198,7 @@ def _read_meta(sample: Sample) -> dict[str, Any]:
 
 
 def _one_of_each_role(sample: Sample) -> list[str]:
-    """The image parts: one image, or a source and a target, in this order."""
+    """The image parts, sorted: sources come before targets."""
     parts = image_parts(sample.parts)
     if not parts:
         raise BadItemError(sample.key, f"no image: the parts are {', '.join(sorted(sample.parts))}")
@@ -206,9 +220,14 @@ def _open_upright(sample: Sample, part: str) -> tuple[Image.Image, bool]:
     return (image, False) if turn is None else (image.transpose(turn), True)
 
 
-def _check_aspects(key: str, images: list[Image.Image]) -> None:
-    """Source and target of an edit show the same: cut to a square they must still do so."""
-    aspects = [image.width / image.height for image in images]
+def _check_aspects(key: str, images: Mapping[str, Image.Image]) -> None:
+    """Source and target of an edit show the same: cut to a square they must still do so. `images`: by role.
+
+    Several sources, and the images of an interleaved sample, need not.
+    """
+    if is_interleaved(images) or len(of_kind(images, "source")) > 1:
+        return
+    aspects = [image.width / image.height for image in images.values()]
     if max(aspects) > min(aspects) * (1 + EQUAL_ASPECT):
-        sizes = " and ".join(f"{image.width}x{image.height}" for image in images)
+        sizes = " and ".join(f"{image.width}x{image.height}" for image in images.values())
         raise BadItemError(key, f"sizes differ: {sizes} px")

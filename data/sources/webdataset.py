@@ -1,7 +1,7 @@
 """WebDataset tars (img2dataset's, the hub's, our own pixel shards) -> samples. Payloads are stored as they are.
 
-A sample has an image part, or `source.*` and `target.*`; texts come from the parts `txt` and `json`, a class from `cls`
-or json's "label". data/sources/prepare.py looks inside the images.
+A sample has an image part, or those of an edit or an interleaved sample as data/layouts.py names them; texts come from
+the parts `txt` and `json`, a class from `cls` or json's "label". data/sources/prepare.py looks inside the images.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 
 from data.captions import TEXT_FIELDS, read_object
 from data.images import IMAGE_PARTS, part_name
+from data.layouts import ROLE_PATTERN, check_roles, is_interleaved, of_kind, read_splits
 from data.shard_index import KEY_PATTERN
 from data.shards import Sample
 from data.sources.base import BadItemError, Unit
 from data.sources.caption_table import CaptionTable
-from data.sources.prepare import Texts, select_texts
+from data.sources.prepare import Texts, clean_splits, select_texts
 from data.sources.tar_file import TarReader
 from data.sources.tar_samples import Group, groups
 from engine import files
@@ -93,11 +94,14 @@ class WebDatasetSource:
         tree = _tree(key, payloads.get("json", b"{}"))
         if "cls" in payloads:
             tree["label"] = _label(key, payloads["cls"])
-        if "target" in images:
+        texts: dict[str, Texts] = {}
+        if is_interleaved(images):
+            tree["splits"] = _splits(key, tree, images)
+        elif of_kind(images, "target"):
             found = select_texts(tree.get("instructions")) or select_texts(tree.get("instruction"))
             if found is None:
                 raise BadItemError(key, "no instruction: json has no text in 'instructions'")
-            texts: dict[str, Texts] = {"instructions": [found] if isinstance(found, str) else found}
+            texts = {"instructions": [found] if isinstance(found, str) else found}
         else:
             texts = self._captions(key, group.key, tree, _decoded(key, "txt", payloads.get("txt", b"")))
             is_class = isinstance(tree.get("label"), int) and self._table is None and not self._caption_fields
@@ -129,21 +133,32 @@ class WebDatasetSource:
 
 
 def _image_parts(key: str, group: Group) -> dict[str, str]:
-    """{"": part}, or {"source": part, "target": part}."""
+    """Role -> part, of one of the layouts."""
     found: dict[str, list[str]] = collections.defaultdict(list)
     for part in group.parts:
         role, _, suffix = part.rpartition(".")
-        if suffix in IMAGE_PARTS and role in ("", "source", "target"):
+        if suffix in IMAGE_PARTS and ROLE_PATTERN.fullmatch(role):
             found[role].append(part)
     if not found:
         raise BadItemError(key, f"no image: the parts are {', '.join(group.parts)}")
-    if set(found) not in ({""}, {"source", "target"}) or any(len(parts) > 1 for parts in found.values()):
-        raise BadItemError(key, f"unclear images: the parts are {', '.join(group.parts)}")
+    try:
+        check_roles(sorted(role for role, parts in found.items() for _ in parts))
+    except ValueError as error:
+        raise BadItemError(key, f"unclear images: {error}") from None
     images = {role: part for role, (part,) in found.items()}
     for part in images.values():
         if group.parts[part].num_bytes == 0:
             raise BadItemError(key, f"no image: part '{part}' is empty")
     return images
+
+
+def _splits(key: str, tree: Mapping[str, Any], images: Mapping[str, str]) -> object:
+    splits = clean_splits(tree.get("splits"))
+    try:
+        read_splits({"splits": splits}, list(images))
+    except ValueError as error:
+        raise BadItemError(key, f"bad splits: {error}") from None
+    return splits
 
 
 def _tree(key: str, payload: bytes) -> dict[str, Any]:

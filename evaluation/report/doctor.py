@@ -164,13 +164,14 @@ def _texts(sample: Sample) -> list[str]:
         return []
     if not isinstance(tree, dict):
         return []
-    found = next((tree[name] for name in TEXT_FIELDS if name in tree), None)
+    found = next((tree[name] for name in (*TEXT_FIELDS, "splits") if name in tree), None)
     if found is None:
         return [f"class {tree['label']} {tree.get('class', '')}".strip()] if "label" in tree else []
     if isinstance(found, dict):
         texts = [f"{kind}: {text}" for kind, text in found.items()]
     else:
-        texts = [str(text) for text in (found if isinstance(found, list) else [found])]
+        entries = found if isinstance(found, list) else [found]
+        texts = [str(entry.get("text", entry) if isinstance(entry, dict) else entry) for entry in entries]
     cut = [
         text[:MAX_TEXT_CHARACTERS] + " ..." * (len(text) > MAX_TEXT_CHARACTERS) for text in texts[:MAX_TEXTS]
     ]

@@ -30,18 +30,24 @@ def pack(samples: list[Splits]) -> PackedBatch:
     )
 
 
+def stored_tokens(samples: list[Splits]) -> list[tuple[int, int, int]]:
+    """(sample, split, place in the split) of every row: texts, specials, latents; clean images before noisy ones."""
+    texts, specials, latents = [], [], []
+    for noisy in (False, True):
+        for number, sample in enumerate(samples):
+            for order, split in enumerate(sample):
+                if isinstance(split, TextSplit):
+                    texts += [] if noisy else [(number, order, place) for place in range(len(split.ids))]
+                elif split.noisy == noisy:
+                    specials += [(number, order, place) for place in range(2)]
+                    latents += [(number, order, place) for place in range(split.latents[0].numel())]
+    return texts + specials + latents
+
+
 def dense_rule(samples: list[Splits]) -> npt.NDArray[np.bool_]:
     """Causal inside text splits, full inside image splits, every split sees all earlier splits of its sample
     except noisy targets. Tokens one by one, in storage order."""
-    texts, specials, latents = [], [], []  # (sample, split, place in the split)
-    for number, sample in enumerate(samples):
-        for order, split in enumerate(sample):
-            if isinstance(split, TextSplit):
-                texts += [(number, order, place) for place in range(len(split.ids))]
-            else:
-                specials += [(number, order, place) for place in range(2)]
-                latents += [(number, order, place) for place in range(split.latents[0].numel())]
-    tokens = texts + specials + latents
+    tokens = stored_tokens(samples)
     mask = np.zeros((len(tokens), len(tokens)), bool)
     for q, (q_sample, q_split, q_place) in enumerate(tokens):
         for k, (k_sample, k_split, k_place) in enumerate(tokens):
@@ -55,9 +61,9 @@ def dense_rule(samples: list[Splits]) -> npt.NDArray[np.bool_]:
     return mask
 
 
-def expand_groups(plan: AttentionPlan) -> Counts:
+def expand_groups(plan: AttentionPlan, num_keys: int) -> Counts:
     """How often each query-key pair is computed by the two variable-length calls."""
-    counts = np.zeros((plan.num_tokens, plan.num_tokens), np.int64)
+    counts = np.zeros((plan.num_tokens, num_keys), np.int64)
     for group, first_row, causal in ((plan.causal, 0, True), (plan.full, plan.num_causal, False)):
         check_lengths(group)
         for segment, (q_len, k_len) in enumerate(zip(group.q_lens, group.k_lens, strict=True)):
@@ -77,7 +83,7 @@ def check_lengths(group: VarlenGroup) -> None:
     assert len(group.kv_index) == sum(group.k_lens)
 
 
-def expand_buckets(plan: AttentionPlan) -> Counts:
+def expand_buckets(plan: AttentionPlan, num_keys: int) -> Counts:
     """The same for the padded buckets, read the way an SDPA backend uses them."""
     rows = []
     for bucket in plan.buckets:
@@ -88,7 +94,7 @@ def expand_buckets(plan: AttentionPlan) -> Counts:
             bucket.kv_index.shape[1],
         )
         assert bucket.mask.any(-1).all(), "a query without a key makes softmax give NaN"
-        counts = torch.zeros(*bucket.q_index.shape, plan.num_tokens, dtype=torch.int64)
+        counts = torch.zeros(*bucket.q_index.shape, num_keys, dtype=torch.int64)
         keys = bucket.kv_index[:, None].expand(bucket.mask[:, 0].shape)
         counts.scatter_add_(2, keys, bucket.mask[:, 0].long())
         rows.append(counts.flatten(0, 1))
@@ -100,32 +106,98 @@ def expand_buckets(plan: AttentionPlan) -> Counts:
     return torch.cat(rows)[plan.out_index].numpy()
 
 
+def repeated(target: ImageSplit, num_draws: int) -> Splits:
+    return [target] * num_draws
+
+
+def seen(target: ImageSplit) -> Splits:
+    """Drawn, and then seen by what follows."""
+    return [target, ImageSplit(target.latents, noisy=False)]
+
+
+def joined(*pieces: Splits) -> Splits:
+    return [split for piece in pieces for split in piece]
+
+
+def some(strategy: st.SearchStrategy[Splits], low: int, high: int) -> st.SearchStrategy[Splits]:
+    return st.lists(strategy, min_size=low, max_size=high).map(lambda pieces: joined(*pieces))
+
+
+def kept_or_not(strategy: st.SearchStrategy[Splits]) -> st.SearchStrategy[Splits]:
+    """Condition dropout."""
+    return st.one_of(strategy, st.just([]))
+
+
+sides = st.integers(1, 3)
 texts = st.builds(text, st.integers(1, 12))
-images = st.builds(image, st.integers(1, 3), st.integers(1, 3), st.booleans())
+images = st.builds(image, sides, sides, st.booleans())
+clean = st.builds(image, sides, sides, st.just(False))
+noisy = st.builds(image, sides, sides, st.just(True))
+a_text, a_source = texts.map(lambda split: [split]), clean.map(lambda split: [split])
+drawn = st.builds(repeated, noisy, st.integers(1, 4))
 any_sample = st.lists(texts | images, min_size=1, max_size=6)
-t2i = st.tuples(texts, st.builds(image, st.just(2), st.just(2), st.just(True))).map(list)
-dropped_text = st.builds(image, st.just(2), st.just(2), st.just(True)).map(lambda target: [target])
-packs = st.lists(any_sample | t2i | dropped_text, min_size=1, max_size=5).filter(
+t2i = st.builds(joined, kept_or_not(a_text), drawn)
+edit = st.builds(joined, some(kept_or_not(a_source), 1, 3), kept_or_not(a_text), some(drawn, 1, 3))
+interleaved = st.builds(
+    joined,
+    some(st.one_of(a_text, a_source, drawn, noisy.map(seen)), 1, 5),
+    a_text,
+    drawn,
+    kept_or_not(a_text),
+)
+packs = st.lists(any_sample | t2i | edit | interleaved, min_size=1, max_size=4).filter(
     lambda samples: any(isinstance(split, ImageSplit) for sample in samples for split in sample)
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(packs)
 def test_plan_equals_the_rule(samples: list[Splits]) -> None:
     plan = pack(samples).attention
     expected = dense_rule(samples)
-    np.testing.assert_array_equal(expand_groups(plan), expected)  # each pair exactly once
-    np.testing.assert_array_equal(expand_buckets(plan), expected)
+    np.testing.assert_array_equal(expand_groups(plan, len(expected)), expected)  # each pair exactly once
+    np.testing.assert_array_equal(expand_buckets(plan, len(expected)), expected)
     assert plan.attended_area == expected.sum()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(packs)
+def test_plans_of_the_last_rows_are_those_of_noisy_latents(samples: list[Splits]) -> None:
+    """`outputs` asks for them alone, among all keys; `noisy_attention` keeps each image to itself."""
+    batch = pack(samples)
+    outputs, within = batch.attention.outputs, batch.noisy_attention
+    assert outputs is not None
+    num_noisy = batch.num_loss_tokens
+    tokens = stored_tokens(samples)[len(batch.rope_positions) - num_noisy :]
+    assert all(samples[sample][split].noisy for sample, split, _ in tokens)  # type: ignore[union-attr]
+    whole = dense_rule(samples)
+    expected = whole[len(whole) - num_noisy :]
+    own = np.array([[a[:2] == b[:2] for b in tokens] for a in tokens]).reshape(num_noisy, num_noisy)
+    for plan, dense in ((outputs, expected), (within, own)):
+        assert plan.num_tokens == num_noisy
+        np.testing.assert_array_equal(expand_groups(plan, dense.shape[1]), dense)
+        if num_noisy:
+            np.testing.assert_array_equal(expand_buckets(plan, dense.shape[1]), dense)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(packs)
+def test_positions_run_on_in_text_and_pass_noisy_images_over(samples: list[Splits]) -> None:
+    """Text runs on; all tokens of an image share one position; a target takes none."""
+    expected = []
+    for number, order, place in stored_tokens(samples):
+        before = samples[number][:order]
+        start = sum(len(s.ids) if isinstance(s, TextSplit) else not s.noisy for s in before)
+        expected.append(start + place * isinstance(samples[number][order], TextSplit))
+    assert pack(samples).rope_positions.tolist() == expected
 
 
 def test_queries_of_the_full_group_are_specials_then_latents() -> None:
     plan = pack([[text(3), image(2, 2, True)], [image(2, 3, False), text(4), image(2, 3, True)]]).attention
     assert plan.causal.q_lens == (3, 4)
     assert plan.causal.k_lens == (3, 2 + 6 + 4)
-    assert plan.full.q_lens == (2, 2, 2, 4, 6, 6)
-    assert plan.full.k_lens == (3 + 6, 8, 8 + 4 + 8) * 2
+    assert plan.full.q_lens == (2, 2, 2, 6, 4, 6)  # the clean image first
+    assert plan.full.k_lens == (8, 3 + 6, 8 + 4 + 8) * 2
     assert plan.num_causal == 7
     assert plan.num_tokens == 7 + 6 + 16
 
@@ -163,9 +235,12 @@ def test_to_moves_every_tensor() -> None:
     batch = pack([[text(3), image(2, 2, True)]]).to(torch.device("meta"))
     plan = batch.attention
     tensors = [batch.text_ids, batch.latents, batch.rope_positions, batch.grid_positions, batch.image_index]
-    tensors += [batch.image_noisy, batch.loss_mask, plan.out_index]
-    for group in (plan.causal, plan.full):
-        tensors += [group.cu_q, group.cu_k, group.kv_index]
-    for bucket in plan.buckets:
-        tensors += [bucket.q_index, bucket.q_valid, bucket.kv_index, bucket.num_visible, bucket.mask]
+    tensors += [batch.image_noisy, batch.text_loss_rows, batch.text_loss_ids]
+    assert plan.outputs is not None
+    for moved in (plan, plan.outputs, batch.noisy_attention):
+        tensors.append(moved.out_index)
+        for group in (moved.causal, moved.full):
+            tensors += [group.cu_q, group.cu_k, group.kv_index]
+        for bucket in moved.buckets:
+            tensors += [bucket.q_index, bucket.q_valid, bucket.kv_index, bucket.num_visible, bucket.mask]
     assert {tensor.device.type for tensor in tensors} == {"meta"}

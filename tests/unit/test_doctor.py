@@ -320,19 +320,19 @@ def test_lengths_are_the_packers(tmp_path: Path, edits: bool) -> None:
     dataset = ShardDataset.open(write(tmp_path, [[latent_sample(i, **parts) for i in range(3)]], LATENT))
     packer_class = EditPacker if edits else T2IPacker
     packer = packer_class(PackingConfig(100), LATENT, SimpleNamespace(fingerprint="text"))
-    assert sample_lengths(dataset, 2 if edits else 1).tolist() == packer.lengths(dataset).tolist()
+    assert sample_lengths(dataset).tolist() == packer.lengths(dataset).tolist()
 
 
 def test_a_launch_that_cannot_work_is_named(tmp_path: Path) -> None:
     dataset = ShardDataset.open(write(tmp_path, [[latent_sample(i) for i in range(6)]], LATENT))
     launch = Launch(num_ranks=5, num_streams=4, tokens_per_pack=20, max_side=2)
-    ranks, side, budget = readiness(dataset, launch, 1).problems
+    ranks, side, budget = readiness(dataset, launch).problems
     assert ranks.startswith("5 ranks, but 4 streams")
     assert side.startswith("latents of 4x4 do not fit max_side 2")
     assert budget.startswith("6 samples are longer than a pack of 20 tokens, the first is 's0000' with 25")
-    (streams,) = readiness(dataset, Launch(num_streams=8), 1).problems
+    (streams,) = readiness(dataset, Launch(num_streams=8)).problems
     assert streams.startswith("6 samples cannot feed 8 streams")
-    (note,) = readiness(dataset, Launch(num_ranks=2, num_streams=3), 1).notes
+    (note,) = readiness(dataset, Launch(num_ranks=2, num_streams=3)).notes
     assert note.startswith("3 streams on 2 ranks")
     diagnosis = diagnose(tmp_path, launch=launch)
     assert diagnosis.num_problems == 3 and diagnosis.lost() == ({}, {})
@@ -341,7 +341,7 @@ def test_a_launch_that_cannot_work_is_named(tmp_path: Path) -> None:
 def test_an_epoch_is_told_in_steps(tmp_path: Path) -> None:
     """Without remainders the estimate is exact: 4 streams of 10 samples of 25 tokens, 2 to a pack."""
     dataset = ShardDataset.open(write(tmp_path, [[latent_sample(i) for i in range(40)]], LATENT))
-    facts = dict(readiness(dataset, Launch(num_streams=4, tokens_per_pack=50), 1).facts)
+    facts = dict(readiness(dataset, Launch(num_streams=4, tokens_per_pack=50)).facts)
     assert facts["length of a sample"] == "25 to 25 tokens, mean 25.0"
     assert facts["samples of a stream"] == "10 to 10"
     assert facts["packs of a stream in an epoch, about"] == "5 to 5"
@@ -353,7 +353,7 @@ def test_pixels_are_counted_in_images(tmp_path: Path) -> None:
     directory = write(tmp_path, [[pixel_sample(f"s{i}") for i in range(8)]])
     rows = in_tables(diagnose(directory, launch=Launch(num_streams=2, images_per_pack=2)), "Launch")
     assert rows["steps of an epoch, about"] == "2"
-    with pytest.raises(UserError, match="hold pixels; give the budget as images"):
+    with pytest.raises(UserError, match="hold pixels; give the budget as --images-per-pack"):
         diagnose(directory, launch=Launch(tokens_per_pack=5))
     with pytest.raises(UserError, match="num_streams is 0"):
         Launch(num_streams=0)

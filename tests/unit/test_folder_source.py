@@ -168,6 +168,69 @@ def test_listing_of_edits_gives_source_target_and_instructions(images: Path) -> 
     assert reason(source, 4) == "unreadable image: gone.jpg: No such file or directory"
 
 
+def test_listing_of_edits_may_have_several_sources_and_targets(images: Path) -> None:
+    first, second = (images / "a.png").read_bytes(), (images / "b.jpg").read_bytes()
+    source = listing(
+        images,
+        {"source": ["b.jpg", "a.png"], "target": "a.png", "instruction": "both"},
+        {"source": ["a.png"], "target": ["b.jpg", "a.png"], "instruction": "two answers"},
+        {"source": [], "target": "a.png", "instruction": "x"},
+        {"source": ["a.png", 3], "target": "a.png", "instruction": "x"},
+        {"source": ["a.png"] * 4, "target": ["b.jpg"] * 4, "instruction": "x"},
+        {"source": ["a.png", "../x.png"], "target": "a.png", "instruction": "x"},
+        {"source": ["a.png", "b.jpg"], "target": "a.png"},
+    )
+    both, answers = source.sample(0), source.sample(1)
+    assert {"source0.jpg": second, "source1.png": first, "target.png": first}.items() <= both.parts.items()
+    assert {"source.png": first, "target0.jpg": second, "target1.png": first}.items() <= answers.parts.items()
+    assert meta(source, 0) == {"source": ["b.jpg", "a.png"], "target": "a.png", "instructions": ["both"]}
+    assert reason(source, 2).endswith("entry 3: expected one, or source and target; found target")
+    assert reason(source, 3).endswith('entry 4: expected "source1" to be a path below the folder')
+    assert reason(source, 4).endswith("entry 5: 8 images, a sample holds at most 7")
+    assert reason(source, 5).startswith("outside the folder: '../x.png'")
+    assert reason(source, 6).startswith("no instruction: listing.jsonl: entry 7")
+
+
+def test_listing_of_interleaved_samples_names_files_in_its_splits(images: Path) -> None:
+    good = [{"text": " a\ud800 "}, {"image": "b.jpg", "target": True}, {"image": "b.jpg"}, {"image": "a.png"}]
+    source = listing(
+        images,
+        json.dumps({"splits": good, "caption": "left out", "origin": "x", "note": None}),
+        {"splits": [{"text": "a"}]},
+        {"splits": [{"text": "a"}, {"image": "a.png"}]},
+        {"splits": [{"text": "a"}, {"image": "a.png", "target": True}, {"image": 3}]},
+        {"splits": [{"text": "  "}, {"image": "a.png", "target": True}]},
+        {"splits": [{"text": "a"}, {"image": "gone.png", "target": True}]},
+        {"splits": "a.png"},
+        {"file": "a.png", "caption": "one image", "splits": "of another program"},
+    )
+    parts = source.sample(0).parts
+    assert parts["image0.jpg"] == (images / "b.jpg").read_bytes()
+    assert parts["image1.png"] == (images / "a.png").read_bytes()
+    assert sorted(parts) == ["image0.jpg", "image1.png", "json"]
+    assert meta(source, 0) == {
+        "files": ["b.jpg", "a.png"],
+        "origin": "x",
+        "splits": [
+            {"text": "a?"},
+            {"image": "image0", "target": True},
+            {"image": "image0"},
+            {"image": "image1"},
+        ],
+    }
+    assert reason(source, 1).startswith(
+        "bad line: listing.jsonl: entry 2: expected one, or source and target"
+    )
+    assert reason(source, 2).startswith(
+        'bad splits: listing.jsonl: entry 3: "splits" has no image with "target"'
+    )
+    assert reason(source, 3).startswith('bad splits: listing.jsonl: entry 4: "splits" entry 2 is neither')
+    assert reason(source, 4).startswith('bad splits: listing.jsonl: entry 5: "splits" entry 0 is neither')
+    assert reason(source, 5) == "unreadable image: gone.png: No such file or directory"
+    assert reason(source, 6).startswith('bad line: listing.jsonl: entry 7: expected "file" to be a path')
+    assert sorted(source.sample(7).parts) == ["json", "png"]
+
+
 @pytest.mark.parametrize("name", ["../secret.png", "deep/../../secret.png", "link.png", "linked/secret.png"])
 def test_listing_cannot_lead_out_of_the_folder(images: Path, name: str) -> None:
     write_image(images.parent / "secret.png")

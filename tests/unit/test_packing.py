@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.packing import (
     EditPacker,
@@ -22,8 +25,12 @@ from data.packing import (
     read_captions,
     read_latents,
 )
+from data.plan import sample_uniforms
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 from engine.config import ConfigError, UserError
+from generator.model import GeneratorConfig
+from generator.mot import MotConfig
+from generator.objective import FlowConfig, FlowObjective, build_objective
 
 C, Y, X = 3, 2, 2
 LATENT = LatentInfo("bf16", (C, Y, X), (0.5, 0.0, -1.0), (2.0, 1.0, 0.5), "autoencoder", "letters")
@@ -66,6 +73,34 @@ def edit_sample(number: int) -> Sample:
     return Sample(f"e{number}", {**parts, "json": json.dumps({"instruction": f"do {number}"}).encode()})
 
 
+def sample_of(key: str, images: dict[str, bytes], fields: dict[str, object]) -> Sample:
+    return Sample(key, {**images, "json": json.dumps(fields).encode()})
+
+
+def many_edit(key: str, num_sources: int, num_targets: int, instruction: str = "do") -> Sample:
+    """Latent i is of `latent(i)`, sources first."""
+    roles = [f"source{number}" for number in range(num_sources)]
+    roles += [f"target{number}" for number in range(num_targets)]
+    images = {f"{role}.latent": stored(latent(number)) for number, role in enumerate(roles)}
+    return sample_of(key, images, {"instructions": [instruction]})
+
+
+STORY: list[dict[str, object]] = [
+    {"text": "ab"},
+    {"image": "image0", "target": True},
+    {"image": "image0"},
+    {"text": "c", "loss": True},
+    {"image": "image1"},
+    {"text": "de", "loss": False},
+    {"image": "image1", "target": True},
+]
+
+
+def story(key: str = "s") -> Sample:
+    images = {f"image{number}.latent": stored(latent(number)) for number in range(2)}
+    return sample_of(key, images, {"splits": STORY})
+
+
 def config(text_dropout: float = 0.0, source_dropout: float = 0.0) -> PackingConfig:
     return PackingConfig(100_000, max_side=4, text_dropout=text_dropout, source_dropout=source_dropout)
 
@@ -84,8 +119,7 @@ def test_layout_of_a_text_to_image_pack() -> None:
     assert batch.grid_positions.tolist() == [0, 1, 4, 5] * 2
     assert batch.image_index.tolist() == [0] * 4 + [1] * 4
     assert batch.image_noisy.tolist() == [True, True]
-    assert batch.loss_mask.all()
-    assert batch.num_loss_tokens == 8
+    assert (batch.num_loss_tokens, batch.num_targets) == (8, 2)
     assert batch.sample_ids == ("t1", "t23")
     expected = torch.cat([normalised(latent(number)).permute(1, 2, 0).reshape(-1, C) for number in (1, 23)])
     assert batch.latents.dtype == torch.float32
@@ -98,8 +132,7 @@ def test_layout_of_an_edit_pack() -> None:
     # Source at 0, text from 1 on, target after it. Storage: text, specials of both images, latents of both.
     assert batch.rope_positions.tolist() == [1, 2, 3, 4, 5, 6, 0, 0, 7, 7] + [0] * 4 + [7] * 4
     assert batch.image_noisy.tolist() == [False, True]
-    assert batch.loss_mask.tolist() == [False] * 4 + [True] * 4
-    assert batch.num_loss_tokens == 4
+    assert (batch.num_loss_tokens, batch.num_targets) == (4, 1)
     source, target = (normalised(latent(number)).flatten(1).T for number in (1, 1001))
     assert torch.equal(batch.latents, torch.cat([source, target]))
 
@@ -115,7 +148,8 @@ def test_noisy_image_does_not_move_the_position_on() -> None:
     batch = build_packed_batch(
         [[*splits, TextSplit([9])]], vision_start_id=1, vision_end_id=2, max_side=4, seed=0, sample_ids=["a"]
     )
-    assert batch.rope_positions.tolist() == [0, 1, 2, 4, 2, 2, 3, 3, 2, 3]
+    # Storage: texts, specials and then latents of the clean image, which is met last, and of the noisy one.
+    assert batch.rope_positions.tolist() == [0, 1, 2, 4, 3, 3, 2, 2, 3, 2]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -323,13 +357,39 @@ def test_drawing_needs_stored_variances() -> None:
         (t2i_sample(0, captions=["fine", ""]), "sample 't0': has an empty caption"),
         (t2i_sample(0, title="x"), "sample 't0': no json with one of caption"),
         (Sample("a", {"latent": bytes(24), "json": b"{"}), "sample 'a': no json with one of"),
-        (Sample("a", {"latent": bytes(22), "json": b"{}"}), "sample 'a': no part 'latent' of 24 bytes"),
-        (edit_sample(3), "sample 'e3': no part 'latent' of 24 bytes"),
+        (
+            Sample("a", {"latent": bytes(22), "json": b'{"caption": "a"}'}),
+            "sample 'a': no part 'latent' of 24 bytes",
+        ),
+        (edit_sample(3), "sample 'e3': no text-to-image sample, .* has the images source, target; edits are"),
+        (Sample("a", {"json": b'{"caption": "a"}'}), "sample 'a': .* has the images none"),
     ],
 )
 def test_bad_sample_is_named(sample: Sample, message: str) -> None:
     with pytest.raises(UserError, match=message):
         collate(T2IPacker(config(), LATENT, Letters()), [sample])
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields", "message"),
+    [
+        (["latent"], {"caption": "a"}, "sample 'a': no edit, its image has no role; text-to-image is"),
+        (["source.latent"], {"instruction": "a"}, "sample 'a': expected one, or source and target; found source"),
+        (["image0.latent"], {"splits": [{"image": "image0", "target": True}]}, "sample 'a': \"splits\" has no text"),
+        (["source.latent", "target.latent"], {}, "sample 'a': no json with one of caption"),
+    ],
+)  # fmt: skip
+def test_bad_edit_is_named(parts: list[str], fields: dict[str, object], message: str) -> None:
+    payloads = {part: stored(latent(0)) for part in parts}
+    with pytest.raises(UserError, match=message) as error:
+        collate(EditPacker(config(), LATENT, Letters()), [sample_of("a", payloads, fields)])
+    assert str(error.value).count("sample 'a'") == 1
+
+
+@pytest.mark.parametrize("name", ["tokens_per_pack", "max_side", "draws_per_caption"])
+def test_a_count_below_one_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is 0; give at least 1"):
+        replace(config(), **{name: 0})
 
 
 def test_pack_that_outgrows_its_budget_is_refused() -> None:
@@ -342,6 +402,179 @@ def test_pack_that_outgrows_its_budget_is_refused() -> None:
 def test_latents_larger_than_the_position_table_are_refused() -> None:
     with pytest.raises(UserError, match=r"do not fit packing.max_side = 1"):
         T2IPacker(PackingConfig(64, max_side=1), LATENT, Letters())
+
+
+# Several images -----------------------------------------------------------------------------------
+
+
+def image_rows(*numbers: int) -> torch.Tensor:
+    return torch.cat([normalised(latent(number)).flatten(1).T for number in numbers])
+
+
+def test_several_sources_come_before_the_instruction_and_several_targets_after_it() -> None:
+    batch = collate(EditPacker(config(), LATENT, Letters()), [many_edit("e", 3, 2)])
+    text = [256, *b"do", 257]
+    assert batch.text_ids.tolist() == text + [258, 259] * 5
+    assert batch.image_noisy.tolist() == [False] * 3 + [True] * 2
+    assert torch.equal(batch.latents, image_rows(0, 1, 2, 3, 4))
+    # Sources at 0, 1, 2, the text from 3 on; both targets stand where the other one does, for neither sees it.
+    assert batch.rope_positions[:4].tolist() == [3, 4, 5, 6]
+    assert batch.rope_positions[4:14].tolist() == [0, 0, 1, 1, 2, 2, 7, 7, 7, 7]
+    assert set(batch.attention.full.k_lens[3:5]) == {3 * 6 + 4 + 6}
+
+
+def test_interleaved_sample_is_packed_as_its_splits_say() -> None:
+    batch = collate(EditPacker(config(), LATENT, Letters()), [story()])
+    texts = [256, *b"ab", 257, 256, *b"c", 257, 256, *b"de", 257]
+    assert batch.text_ids.tolist() == texts + [258, 259] * 4
+    # Clean ones first: image0 and image1 as they are seen, then as they are drawn.
+    assert batch.image_noisy.tolist() == [False, False, True, True]
+    assert torch.equal(batch.latents, image_rows(0, 1, 0, 1))
+    assert batch.rope_positions.tolist()[:11] == [0, 1, 2, 3, 5, 6, 7, 9, 10, 11, 12]
+    assert batch.rope_positions.tolist()[11:19] == [4, 4, 8, 8, 4, 4, 13, 13]
+    # The text marked "loss" alone is predicted, all of it but its first id.
+    assert batch.text_loss_rows.tolist() == [4, 5]
+    assert batch.text_loss_ids.tolist() == [*b"c", 257]
+
+
+def test_samples_of_several_layouts_share_a_pack() -> None:
+    samples = [edit_sample(1), many_edit("m", 2, 1), story(), edit_sample(2)]
+    packer = EditPacker(config(), LATENT, Letters())
+    together, alone = collate(packer, samples), [collate(packer, [sample]) for sample in samples]
+    for is_noisy in (False, True):
+        images = [batch.latents[batch.image_noisy[batch.image_index] == is_noisy] for batch in alone]
+        found = together.latents[together.image_noisy[together.image_index] == is_noisy]
+        assert torch.equal(found, torch.cat(images))
+    assert together.attention.attended_area == sum(batch.attention.attended_area for batch in alone)
+
+
+def test_every_condition_is_dropped_by_a_draw_of_its_own() -> None:
+    packer = EditPacker(config(text_dropout=0.2, source_dropout=0.3), LATENT, Letters())
+    kept: Counter[tuple[bool, ...]] = Counter()
+    for number in range(1000):
+        batch = collate(packer, [many_edit(f"k{number}", 3, 1)])
+        clean = batch.latents[: -Y * X].view(-1, Y * X, C)
+        sources = [any(torch.equal(one, image_rows(source)) for one in clean) for source in range(3)]
+        kept[(*sources, batch.attention.num_causal > 0)] += 1
+    rates = (0.7, 0.7, 0.7, 0.8)
+    for flags in itertools.product((False, True), repeat=4):
+        rate = np.prod([p if flag else 1 - p for p, flag in zip(rates, flags, strict=True)])
+        # 4 standard deviations of a binomial of 1000
+        assert abs(kept[flags] - 1000 * rate) < 4 * np.sqrt(1000 * rate * (1 - rate)), flags
+
+
+def test_the_first_text_and_source_are_dropped_by_the_draws_that_edits_always_had() -> None:
+    """Of one key: what an edit drops does not change when further sources join, nor with this version."""
+    packer = EditPacker(config(text_dropout=0.5, source_dropout=0.5), LATENT, Letters())
+    for number in range(100):
+        _, text_draw, source_draw, _ = sample_uniforms(7, 3, f"e{number}")
+        one = collate(packer, [edit_sample(number)], epoch=3)
+        two = collate(packer, [many_edit(f"e{number}", 2, 1)], epoch=3)
+        assert (one.attention.num_causal > 0) == (two.attention.num_causal > 0) == (text_draw >= 0.5)
+        assert len(one.image_noisy) == 1 + (source_draw >= 0.5)
+        assert (torch.equal(two.latents[: Y * X], image_rows(0))) == (source_draw >= 0.5)
+
+
+def test_a_text_that_is_learned_is_never_dropped() -> None:
+    packer = EditPacker(config(text_dropout=0.5, source_dropout=0.5), LATENT, Letters())
+    batches = [collate(packer, [story()], epoch) for epoch in range(60)]
+    assert all(batch.text_loss_ids.tolist() == [*b"c", 257] for batch in batches)
+    assert {len(batch.attention.causal.q_lens) for batch in batches} == {1, 2, 3}
+    assert all(batch.num_targets == 2 for batch in batches)
+
+
+# Several draws of a target --------------------------------------------------------------------------
+
+
+def drawing(num_draws: int, **options: float) -> PackingConfig:
+    return replace(config(**options), draws_per_caption=num_draws)
+
+
+def test_draws_share_prefix_and_position() -> None:
+    batch = collate(T2IPacker(drawing(3), LATENT, Letters()), [t2i_sample(1), t2i_sample(2)])
+    assert batch.text_ids.tolist() == [256, *b"n 1", 257, 256, *b"n 2", 257] + [258, 259] * 6
+    assert (batch.num_targets, batch.num_loss_tokens) == (6, 24)
+    assert torch.equal(batch.latents, image_rows(1, 1, 1, 2, 2, 2))
+    assert set(batch.rope_positions[10:].tolist()) == {5}
+    assert batch.attention.full.k_lens == (5 + 2 + 4,) * 12, "no draw sees another"
+
+
+def test_further_draws_go_round_among_the_targets() -> None:
+    packer = EditPacker(drawing(4), LATENT, Letters())
+    firsts = Counter()
+    for number in range(300):
+        batch = collate(packer, [many_edit(f"r{number}", 1, 2)])
+        targets = batch.latents[Y * X :].view(5, Y * X, C)
+        counts = [sum(torch.equal(one, image_rows(target)) for one in targets) for target in (1, 2)]
+        assert sorted(counts) == [2, 3]
+        firsts[counts[0]] += 1
+    assert abs(firsts[3] - 150) < 35  # 4 standard deviations of a binomial of 300
+
+
+TINY = MotConfig(
+    vocab_size=300, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
+)
+
+
+def tiny_objective(text_loss_weight: float) -> FlowObjective:
+    generator = GeneratorConfig(TINY, max_side=4, text_output=text_loss_weight > 0)
+    flow = FlowConfig(text_loss_weight=text_loss_weight)
+    objective = build_objective("edit", generator, flow, LATENT, Letters(), seed=0)
+    out = objective.model.latent_out
+    # A new model's velocities are zero; these are of order 1.
+    torch.nn.init.normal_(out.weight, std=0.2, generator=torch.Generator().manual_seed(1))
+    return objective
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    samples=st.lists(
+        st.sampled_from([many_edit("a", 1, 1), many_edit("b", 2, 1, "make it"), edit_sample(3), edit_sample(44)]),
+        min_size=1,
+        max_size=3,
+    ),
+    num_draws=st.integers(2, 4),
+    dropout=st.sampled_from([0.0, 0.5]),
+    epoch=st.integers(0, 1000),
+)  # fmt: skip
+def test_several_draws_train_as_so_many_single_samples(
+    samples: list[Sample], num_draws: int, dropout: float, epoch: int
+) -> None:
+    """The same dropout, times and noise: same velocities, loss and gradients as K copies of every sample."""
+    rates = {"text_dropout": dropout, "source_dropout": dropout}
+    shared = collate(EditPacker(drawing(num_draws, **rates), LATENT, Letters()), samples, epoch)
+    copies = [sample for sample in samples for _ in range(num_draws)]
+    single = collate(EditPacker(drawing(1, **rates), LATENT, Letters()), copies, epoch)
+    assert shared.seed == single.seed and shared.num_targets == single.num_targets == len(copies)
+    if shared.attention.num_causal or len(shared.image_noisy) > shared.num_targets:
+        assert shared.attention.num_tokens < single.attention.num_tokens
+    velocities, losses, gradients = [], [], []
+    for batch in (shared, single):
+        objective = tiny_objective(0.0)
+        objective.model.register_forward_hook(lambda _model, _inputs, output: velocities.append(output))
+        loss = objective.loss(batch, 0).loss_sum
+        loss.backward()
+        losses.append(loss.detach())
+        trained = [p for p in objective.model.parameters() if p.requires_grad]
+        gradients.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]))
+    assert velocities[0].std() > 0.1
+    # fp32: values of order 1 whose sums are taken in another order, and gradients of sums over all tokens.
+    torch.testing.assert_close(velocities[0], velocities[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        gradients[0], gradients[1], rtol=1e-4, atol=1e-4 * float(gradients[1].abs().max())
+    )
+
+
+def test_draws_of_an_interleaved_sample_change_no_text() -> None:
+    """Texts after a target do not see it, so its further draws leave their loss as it is."""
+    sums = []
+    for num_draws in (1, 4):
+        batch = collate(EditPacker(drawing(num_draws), LATENT, Letters()), [story("x")])
+        assert batch.num_targets == 2 + num_draws - 1
+        output = tiny_objective(1.0).loss(batch, 0)
+        sums.append(output.further["text"].loss_sum.detach())
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=0)
 
 
 def write(directory: Path, samples: list[Sample], info: LatentInfo | None) -> ShardDataset:

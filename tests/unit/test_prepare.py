@@ -218,6 +218,21 @@ def test_edits_stay_aligned_and_are_refused_where_they_cannot() -> None:
     assert reason(Preparation(), edit(source, picture(100, 75))) == "sizes differ: 100x70 and 100x75 px"
 
 
+def test_only_images_that_show_the_same_must_have_one_shape() -> None:
+    wide, square = encoded(picture(100, 70)), encoded(picture(80, 80))
+    instruction = b'{"instructions": ["put them together"]}'
+
+    def sample(*roles: str) -> Sample:
+        parts = {f"{role}.png": square if role.endswith("1") else wide for role in roles}
+        return Sample("a", {**parts, "json": instruction})
+
+    preparation = Preparation(resolution=32, encoding="png")
+    for roles in (("source0", "source1", "target"), ("image0", "image1")):
+        fitted = preparation(sample(*roles))
+        assert all(decode_image(fitted, f"{role}.png").size == (32, 32) for role in roles)
+    assert reason(preparation, sample("source", "target0", "target1")).startswith("sizes differ: ")
+
+
 @pytest.mark.parametrize(
     "parts, kind",
     [
