@@ -173,7 +173,7 @@ def test_samples_are_one_picture_with_sources_above() -> None:
         return z[:, :3].sigmoid()
 
     sampling = SamplingConfig(num_steps=2)
-    conditions = tuple(Condition((1, 5, 2), source) for _ in range(3))
+    conditions = tuple(Condition((1, 5, 2), (source,)) for _ in range(3))
     picture = build(preview=Preview(conditions, sampling, decode)).samples()
     assert picture is not None and picture.dtype == np.uint8 and picture.shape == (2 * 2, 3 * 3, 3)
     assert (picture[:2] == 128).all()  # sigmoid(0) of the sources
