@@ -6,14 +6,15 @@ pipeline.generate(["a red apple on a blue background"])[0].save("apple.png")
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from data.images import DECODE_ERRORS, fit_image, open_image, to_rgb
 from data.text import TextTokenizer, load_text_tokenizer
 from engine.config import UserError
 from generator.model import Generator
@@ -22,10 +23,15 @@ from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import ImageAutoencoder, fingerprint
 
 DEFAULT_SAMPLING = SamplingConfig()
+ImageInput = Image.Image | str | Path
+"""An image, or its file (PNG, JPEG or WebP)."""
 
 
 class Pipeline:
-    """Generator, autoencoder and text tokenizer that belong together."""
+    """Generator, autoencoder and text tokenizer that belong together.
+
+    On a GPU the generator computes in bf16 from fp32 weights, as it is trained; the autoencoder in fp32.
+    """
 
     def __init__(
         self, generator: Generator, autoencoder: ImageAutoencoder, text_tokenizer: TextTokenizer
@@ -44,8 +50,7 @@ class Pipeline:
     ) -> Pipeline:
         """Reads two exports and a text tokenizer (folder, or Qwen's name on Hugging Face).
 
-        Raises UserError: one is missing, or the generator was trained on another autoencoder or text
-        tokenizer.
+        Raises UserError: one is missing, or the generator was trained on another autoencoder or text tokenizer.
         """
         model, text = Generator.load(generator), load_text_tokenizer(str(text_tokenizer))
         for what, path, found, expected in (
@@ -66,76 +71,88 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         sampling: SamplingConfig = DEFAULT_SAMPLING,
     ) -> list[Image.Image]:
-        """One RGB image per prompt; image i depends on its prompt and seed alone (default: sampling.seed +
-        i).
+        """One RGB image per prompt; image i depends on its prompt and seed alone (default: sampling.seed + i).
 
         Raises UserError: an empty prompt.
         """
-        return self._draw(
-            [make_condition(self.text_tokenizer, prompt) for prompt in prompts], seeds, sampling
-        )
+        return _images(self.draw([self.condition(prompt) for prompt in prompts], seeds, sampling))
 
     def edit(
         self,
-        images: Sequence[Image.Image | str | Path],
+        images: Sequence[ImageInput | Sequence[ImageInput]],
         instructions: Sequence[str],
         *,
         seeds: Sequence[int] | None = None,
         sampling: SamplingConfig = DEFAULT_SAMPLING,
     ) -> list[Image.Image]:
-        """One RGB image per (image or its file, instruction).
+        """One RGB image per (image, instruction); in place of an image a list of several sources.
 
-        Raises UserError: an empty instruction, an image that cannot be read or has another size than the
-        model's.
+        Sources are fitted to the model as its training data was: the short side resized to it, the square in the
+        centre kept. So is the result: the model's square. Raises UserError: an empty instruction, an image that cannot
+        be read.
         """
         _same_length("instructions", instructions, images)
-        pixels = [read_pixels(image, self.autoencoder.config.image_px) for image in images]
+        several = [[given] if isinstance(given, Image.Image | str | Path) else given for given in images]
         conditions = [
-            make_condition(self.text_tokenizer, instruction, self._encode(image))
-            for image, instruction in zip(pixels, instructions, strict=True)
+            self.condition(instruction, [self.read_pixels(source) for source in sources])
+            for sources, instruction in zip(several, instructions, strict=True)
         ]
-        return self._draw(conditions, seeds, sampling)
+        return _images(self.draw(conditions, seeds, sampling))
+
+    def read_pixels(self, image: ImageInput) -> Tensor:
+        """`read_pixels` in the size of this model: what `condition` takes."""
+        return read_pixels(image, self.autoencoder.config.image_px)
 
     @torch.no_grad()
-    def _encode(self, pixels_01: Tensor) -> Tensor:
-        device = self.generator.latent_out.weight.device
-        return self.autoencoder.encode(pixels_01[None].to(device))[0].cpu()
+    def condition(self, text: str, sources: Sequence[Tensor] = ()) -> Condition:
+        """What `draw` takes; `sources`: uint8 [3, image_px, image_px] each. Raises UserError: an empty text."""
+        # One by one: then a source's latents do not depend on what they are encoded with.
+        latents = [self.autoencoder.encode(source[None].to(self._device).float() / 255) for source in sources]
+        return make_condition(self.text_tokenizer, text, [latent[0].cpu() for latent in latents])
 
     @torch.no_grad()
-    def _draw(
-        self, conditions: Sequence[Condition], seeds: Sequence[int] | None, sampling: SamplingConfig
-    ) -> list[Image.Image]:
+    def draw(
+        self,
+        conditions: Sequence[Condition],
+        seeds: Sequence[int] | None = None,
+        sampling: SamplingConfig = DEFAULT_SAMPLING,
+    ) -> Tensor:
+        """uint8 [N, 3, image_px, image_px] on the CPU. Raises UserError: not one seed for each."""
+        side = self.autoencoder.config.image_px
         if not conditions:
-            return []
+            return torch.zeros((0, 3, side, side), dtype=torch.uint8)
         if seeds is None:
             seeds = [sampling.seed + index for index in range(len(conditions))]
         _same_length("seeds", seeds, conditions)
-        latents = sample_latents(self.generator, conditions, seeds, sampling, self.text_tokenizer)
-        images = []
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            latents = sample_latents(self.generator, conditions, seeds, sampling, self.text_tokenizer)
+        drawn = []
         for part in torch.split(latents, sampling.batch_images):
-            pixels_01 = self.autoencoder.decode(part.to(self.generator.latent_out.weight.device))
-            pixels = (pixels_01.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-            images += [Image.fromarray(image.numpy()) for image in pixels]
-        return images
+            pixels_01 = self.autoencoder.decode(part.to(self._device))
+            drawn.append((pixels_01.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        return torch.cat(drawn)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.generator.latent_out.weight.device
 
 
-def read_pixels(image: Image.Image | str | Path, image_px: int) -> Tensor:
-    """pixels_01 float32 [3, image_px, image_px]; transparency is laid on white.
+def read_pixels(image: ImageInput, image_px: int) -> Tensor:
+    """uint8 [3, image_px, image_px], upright; transparency is laid on white.
 
-    Raises UserError: no such file, not an image, another size.
+    Another size: the short side is resized, the square in the centre kept (data.images.fit_image). Raises UserError: no
+    such file, not an image, so long and thin that it cannot be enlarged.
     """
     name = "the image" if isinstance(image, Image.Image) else str(image)
     try:
-        opened = image if isinstance(image, Image.Image) else Image.open(image)
-        rgba = opened.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        opened = image if isinstance(image, Image.Image) else open_image(io.BytesIO(Path(image).read_bytes()))
+        return fit_image(to_rgb(ImageOps.exif_transpose(opened)), image_px)
+    except DECODE_ERRORS as error:
         raise UserError(f"{name}: cannot be read as an image ({' '.join(str(error).split())})") from None
-    if rgba.size != (image_px, image_px):
-        raise UserError(
-            f"{name}: {rgba.width}x{rgba.height} px, this model edits {image_px}x{image_px} px; resize it"
-        )
-    rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).float() / 255
+
+
+def _images(pixels: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(image.numpy()) for image in pixels.permute(0, 2, 3, 1).contiguous()]
 
 
 def _same_length(what: str, given: Sequence[object], wanted: Sequence[object]) -> None:

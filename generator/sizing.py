@@ -8,9 +8,11 @@ Symbols: U understanding tokens, G generation tokens, N noisy latent tokens, D w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
-from data.packed_batch import PackedBatch
+import torch
+
+from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from generator.embeddings import TIME_FREQUENCIES
 from generator.heads import DdtHeadConfig
 from generator.model import GeneratorConfig
@@ -45,6 +47,24 @@ class PackSize:
             output_area=batch.attention.outputs.attended_area,
             noisy_area=batch.noisy_attention.attended_area,
         )
+
+    def times(self, num_packs: float) -> PackSize:
+        """So many packs, rounded."""
+        return PackSize(*(round(value * num_packs) for value in astuple(self)))
+
+
+def typical_pack(num_tokens: int, text_tokens: int, grid: tuple[int, int], *, num_sources: int) -> PackSize:
+    """`num_tokens` of equal samples: `text_tokens`, a noisy image of `grid` and before them so many clean ones."""
+    clean, noisy = (ImageSplit(torch.zeros(1, *grid), is_noisy) for is_noisy in (False, True))
+    sample = build_packed_batch(
+        [[*[clean] * num_sources, TextSplit([0] * text_tokens), noisy]],
+        vision_start_id=0,
+        vision_end_id=0,
+        max_side=max(grid),
+        seed=0,
+        sample_ids=[""],
+    )
+    return PackSize.of(sample).times(num_tokens / sample.attention.num_tokens)
 
 
 def training_flops(size: PackSize, config: GeneratorConfig, channels: int) -> float:

@@ -10,11 +10,14 @@ from engine.config import UserError, dump
 from engine.engine_config import EngineConfig
 from engine.objective import Objective
 from generator.model import Generator
+from generator.sizing import training_flops, typical_pack
 from launch.runs import GeneratorRun, TokenizerRun
 from tokenizer.rpiae import Autoencoder, without_download
 from tokenizer.stages import autoencoder_config
 
-GPU_COUNTS = (1, 8, 32)
+GPU_COUNTS = (1, 8, 32, 256)
+TEXT_TOKENS = 100
+"""Of a caption or instruction, where nothing has been counted yet."""
 FLOPS_PER_GPU = 400e12
 """About 40% of an H100's 989 TFLOP/s in bf16: what a well-fed run reaches."""
 PAPER_LATENTS = LatentInfo("bf16", (64, 16, 16), (0.0,) * 64, (1.0,) * 64, "", "")
@@ -31,12 +34,11 @@ def tokenizer_run(run: TokenizerRun) -> str:
     num_trained = sum(counts[name] for name in trained.get(run.stage.stage, tuple(counts)))
     num_tokens = model.latent_shape[1] * model.latent_shape[2]
     images = run.pixels.images_per_pack * run.data.num_streams
-    return _report(
-        run, run.engine, counts, num_trained, sum(counts.values()), images * num_tokens, f"{images} images"
-    )
+    flops = 6.0 * sum(counts.values()) * images * num_tokens
+    return _report(run, run.engine, counts, num_trained, flops, f"{images} images")
 
 
-def generator_run(run: GeneratorRun) -> str:
+def generator_run(run: GeneratorRun, *, is_edit: bool) -> str:
     """Report of a text-to-image or editing run. Without the shards, the paper's latents are assumed and said so."""
     note, latents = "", PAPER_LATENTS
     try:
@@ -48,11 +50,13 @@ def generator_run(run: GeneratorRun) -> str:
         model = Generator(run.generator, latents)
     counts = {name: num_parameters(part) for name, part in model.named_children()}
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Each token passes one of the two experts, which hold nearly all parameters beside the embedding.
-    embedding = run.generator.backbone.vocab_size * run.generator.backbone.width
-    num_active = (sum(counts.values()) - embedding) // 2
     tokens = run.packing.tokens_per_pack * run.data.num_streams
-    return note + _report(run, run.engine, counts, num_trained, num_active, tokens, f"{tokens:,} tokens")
+    pack = typical_pack(tokens, TEXT_TOKENS, latents.shape[1:], num_sources=int(is_edit))
+    flops = training_flops(pack, run.generator, latents.shape[0])
+    step = (
+        f"{tokens:,} tokens, about {pack.num_images // (1 + is_edit):,} samples of {TEXT_TOKENS} text tokens"
+    )
+    return note + _report(run, run.engine, counts, num_trained, flops, step)
 
 
 def objective_run(run: object, objective: Objective) -> str:
@@ -83,16 +87,15 @@ def _report(
     engine: EngineConfig,
     counts: dict[str, int],
     num_trained: int,
-    num_active: int,
-    tokens_per_step: int,
+    step_flops: float,
     step_text: str,
 ) -> str:
-    flops = 6.0 * num_active * tokens_per_step * engine.steps
+    flops = step_flops * engine.steps
     lines = [dump(run) + "---"]
     lines += [f"parameters: {name} {count:,}" for name, count in counts.items()]
     lines += [
         f"trained: {num_trained:,} of {sum(counts.values()):,}",
-        f"a step: {step_text}; {engine.steps:,} steps",
+        f"a step: {step_text}, {step_flops:.3g} FLOP; {engine.steps:,} steps",
     ]
     lines.append(
         f"on N GPUs (ZeRO-{engine.zero_stage}), memory without activations, time at {FLOPS_PER_GPU:.0e} FLOP/s each:"

@@ -1,20 +1,33 @@
-"""Draws images from a prompt, or edits an image: launch/sample.py --run DIR --prompt "a red apple" --out a.png"""
+"""Draws images: one prompt or edit, or a file of them on all ranks.
+
+launch/sample.py --run DIR --prompt "a red apple" --out a.png
+deepspeed launch/sample.py --run DIR --prompts FILE.txt|FILE.jsonl --out FOLDER   # an image set; run again, it goes on
+"""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
+import torch
+
+from engine import distributed
 from engine.config import UserError, from_dict
 from engine.files import read_json
 from engine.loop import EXPORT
+from evaluation.sampled_set import SampledSetConfig, draw_set
 from generator.pipeline import Pipeline
+from generator.prompts import read_prompts
 from generator.sampling import SamplingConfig
 from launch import entry
 from launch.runs import GeneratorRun
+from launch.sampling_options import add_sampling_options, read_sampling_options
+
+TIMEOUT_S = 7 * 86400  # ranks that are done wait for those that are not, with nothing between
 
 
 def main() -> None:
-    """Loads a finished run's export with the autoencoder and text tokenizer it was trained with, and draws."""
+    """Draws with a finished run's export and the autoencoder and text tokenizer it was trained with."""
     arguments = _parser().parse_args()
     run_dir = Path(arguments.run)
     if not (run_dir / EXPORT).is_dir():
@@ -22,25 +35,26 @@ def main() -> None:
     run = from_dict(GeneratorRun, read_json(run_dir / "config.json"), where=str(run_dir / "config.json"))
     if run.autoencoder is None:
         raise UserError(f"{run_dir}/config.json: names no autoencoder; set 'autoencoder' in the run's config")
-    editing = arguments.image is not None
-    if editing != (arguments.instruction is not None) or editing == (arguments.prompt is not None):
-        raise UserError("give either --prompt, or --image with --instruction")
-    pipeline = Pipeline.load(run_dir / EXPORT, run.autoencoder, run.text_tokenizer)
-    sampling = SamplingConfig(
-        num_steps=arguments.steps,
-        text_guidance=arguments.guidance,
-        source_guidance=arguments.source_guidance,
-        time_shift=run.flow.time_shift,
-        seed=arguments.seed,
-    )
-    if editing:
-        images = pipeline.edit(
-            [arguments.image] * arguments.num_images,
-            [arguments.instruction] * arguments.num_images,
-            sampling=sampling,
-        )
+    given = (arguments.prompts, arguments.prompt, arguments.image and arguments.instruction)
+    edit_is_whole = (arguments.image is None) == (arguments.instruction is None)
+    if not edit_is_whole or sum(value is not None for value in given) != 1:
+        raise UserError("give one of --prompt, --prompts, or --image with --instruction")
+    base = dataclasses.replace(run.preview_sampling, time_shift=run.flow.time_shift)
+    sampling = read_sampling_options(arguments, base)
+    models = (run_dir / EXPORT, run.autoencoder, run.text_tokenizer)
+    if arguments.prompts is None:
+        _draw_one(arguments, models, sampling)
     else:
-        images = pipeline.generate([arguments.prompt] * arguments.num_images, sampling=sampling)
+        _draw_file(arguments, models, sampling)
+
+
+def _draw_one(arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig) -> None:
+    pipeline = Pipeline.load(*models, device="cuda" if torch.cuda.is_available() else "cpu")
+    count = arguments.num_images
+    if arguments.prompt is not None:
+        images = pipeline.generate([arguments.prompt] * count, sampling=sampling)
+    else:
+        images = pipeline.edit([arguments.image] * count, [arguments.instruction] * count, sampling=sampling)
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
@@ -49,24 +63,32 @@ def main() -> None:
         print(path)
 
 
+def _draw_file(
+    arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig
+) -> None:
+    prompts, out = Path(arguments.prompts), Path(arguments.out)
+    config = SampledSetConfig(prompts, out, *models, sampling, arguments.num_images)
+    read_prompts(prompts)  # before the ranks meet: a mistake is one line, not one from each
+    ranks = distributed.start(TIMEOUT_S)
+    config = dataclasses.replace(config, device=str(ranks.device))
+    count = draw_set(config, rank=ranks.rank, world=ranks.world, barrier=ranks.barrier)
+    if ranks.is_first:
+        print(f"{out}: {count} images")
+    distributed.stop()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = entry.parser(__doc__ or "")
-    parser.add_argument(
-        "--run", required=True, help="run_dir of a finished text-to-image or editing training"
-    )
-    parser.add_argument("--prompt", help="what the image should show")
-    parser.add_argument("--image", help="image file to edit")
-    parser.add_argument("--instruction", help="how to edit it")
-    parser.add_argument("--out", default="sample.png", help="image file to write")
-    parser.add_argument("--num-images", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=50, help="Euler steps")
-    parser.add_argument(
-        "--guidance", type=float, default=4.0, help="classifier-free guidance scale of the text"
-    )
-    parser.add_argument(
-        "--source-guidance", type=float, default=1.5, help="guidance scale of the source image"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--run", required=True, help="run_dir of a finished text-to-image or editing training")
+    add("--prompt", help="what the image should show")
+    add("--image", nargs="+", help="image file to edit, or several")
+    add("--instruction", help="how to edit it")
+    add("--prompts", help="file of prompts and edits, .txt or .jsonl (see generator/prompts.py)")
+    add("--out", default="sample.png", help="image file to write; with --prompts the folder of the image set")
+    add("--num-images", type=int, default=1, help="images of each prompt")
+    add_sampling_options(parser, default="the run's preview_sampling")
     return parser
 
 

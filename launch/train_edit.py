@@ -11,7 +11,7 @@ def main() -> None:
     arguments = entry.config_parser(__doc__ or "", "configs/generator/edit_omniedit.yaml").parse_args()
     run = entry.read_config(GeneratorRun, arguments)
     if arguments.dry_run:
-        print(dry_run.generator_run(run))
+        print(dry_run.generator_run(run, is_edit=True))
     else:
         train_generator("edit", run)
 

@@ -11,7 +11,7 @@ def main() -> None:
     arguments = entry.config_parser(__doc__ or "", "configs/generator/t2i_cc12m.yaml").parse_args()
     run = entry.read_config(GeneratorRun, arguments)
     if arguments.dry_run:
-        print(dry_run.generator_run(run))
+        print(dry_run.generator_run(run, is_edit=False))
     else:
         train_generator("t2i", run)
 

@@ -1,4 +1,4 @@
-"""Sampling: the prefix cache and the batch change nothing, guidance is the formula, bad input is one line."""
+"""Sampling: prefix, interval and company change nothing, guidance is the formula, bad input is one line."""
 
 import dataclasses
 import json
@@ -9,22 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 import generator.pipeline as pipeline_module
-from data.packed_batch import ImageSplit, TextSplit, build_packed_batch
+from data.images import fit_image
+from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 from engine.config import ConfigError, UserError
 from generator.flow import sampling_times
+from generator.guidance import guide
 from generator.model import Generator, GeneratorConfig, normalise, unnormalise
 from generator.mot import MotConfig
 from generator.objective import FlowConfig, build_objective
 from generator.pipeline import Pipeline, read_pixels
+from generator.prefix import split_prefix
 from generator.sampling import (
     Condition,
     SamplingConfig,
-    guidance_branches,
     make_condition,
     pack_branches,
     read_conditions,
@@ -72,70 +74,149 @@ def model() -> Generator:
 
 
 PROMPTS = [make_condition(Letters(), text) for text in ("abc", "defghijklmnop", "q")]
-EDITS = [dataclasses.replace(c, source=random(*SHAPE, seed=i)) for i, c in enumerate(PROMPTS)]
+EDITS = [dataclasses.replace(c, sources=(random(*SHAPE, seed=i),)) for i, c in enumerate(PROMPTS)]
+SEVERAL = [
+    dataclasses.replace(c, sources=tuple(random(*SHAPE, seed=10 * i + n) for n in range(i)))
+    for i, c in enumerate(PROMPTS)
+]  # none, one and two sources
+KINDS = pytest.mark.parametrize(
+    "conditions", [PROMPTS, EDITS, SEVERAL], ids=["prompts", "edits", "0, 1 and 2 sources"]
+)
+TOLERANCE = {"rtol": 0, "atol": 1e-4}  # fp32 sums in another order, amplified by a few guided steps
 
 
-def sample_by_full_passes(model: Generator, conditions: list[Condition], seeds: list[int]) -> Tensor:
-    """Reference: the whole pack anew at every step, guidance written out."""
-    editing = conditions[0].source is not None
-    branches = guidance_branches(SAMPLING, editing=editing)
-    batch = pack_branches(model, conditions, branches, Letters())
-    x = torch.stack([random(*SHAPE, seed=seed) for seed in seeds])
-    times = sampling_times(SAMPLING.num_steps, 2.0)
-    for t, t_next in pairwise(times):
-        tokens = x.flatten(2).transpose(1, 2).repeat(len(branches), 1, 1)
+def by_full_passes(
+    model: Generator, conditions: list[Condition], seeds: list[int], sampling: SamplingConfig
+) -> Tensor:
+    """Reference: every branch a sample of its own, the whole pack anew at every step, guidance written out."""
+    target = ImageSplit(torch.zeros(SHAPE), noisy=True)
+
+    def conditional(x: Tensor, t: float, *, sources: bool, text: bool) -> Tensor:
+        samples = []
+        for condition in conditions:
+            clean = [ImageSplit(normalise(z, LATENTS), noisy=False) for z in condition.sources]
+            known = [TextSplit(condition.text_ids)] if text else []
+            samples.append([*(clean if sources else []), *known, target])
+        batch = build_packed_batch(samples, seed=0, sample_ids=[""] * len(samples), **SPECIAL)
         latents = batch.latents.clone()
-        latents[batch.loss_mask] = tokens.flatten(0, 1)
+        latents[len(latents) - batch.num_loss_tokens :] = x.flatten(2).transpose(1, 2).flatten(0, 1)
         with torch.no_grad():
-            v = model(batch, latents, torch.where(batch.image_noisy, t, 0.0))[batch.loss_mask]
-        parts = v.view(len(branches), len(conditions), 9, 4).transpose(2, 3).reshape(len(branches), *x.shape)
-        s_text, s_source = SAMPLING.text_guidance, SAMPLING.source_guidance
-        if editing:
-            full, source, none = parts
-            guided = none + s_source * (source - none) + s_text * (full - source)
-        else:
-            full, none = parts
-            guided = none + s_text * (full - none)
-        x = x + (t_next - t) * guided
+            v = model(batch, latents, torch.where(batch.image_noisy, t, 0.0))
+        return v.view(len(conditions), 9, 4).transpose(1, 2).reshape(x.shape)
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        full = conditional(x, t, sources=True, text=True)
+        low, high = sampling.guidance_interval
+        if not low < t <= high:
+            return full
+        none = conditional(x, t, sources=False, text=False)
+        source = conditional(x, t, sources=True, text=False)
+        s_text, s_source = sampling.text_guidance, sampling.source_guidance
+        if not any(condition.sources for condition in conditions):
+            return none + s_text * (full - none)
+        return none + s_source * (source - none) + s_text * (full - source)
+
+    x = torch.stack([random(*SHAPE, seed=seed) for seed in seeds])
+    for t, t_next in pairwise(sampling_times(sampling.num_steps, 2.0)):
+        v = velocity(x, t)
+        if sampling.solver == "heun" and t_next > 0:
+            v = (v + velocity(x + (t_next - t) * v, t_next)) / 2
+        x = x + (t_next - t) * v
     return unnormalise(x, LATENTS)
 
 
-@pytest.mark.parametrize("conditions", [PROMPTS, EDITS], ids=["prompts", "edits"])
-def test_the_prefix_cache_equals_full_forward_passes(model, conditions) -> None:
-    found = sample_latents(model, conditions, [1, 2, 3], SAMPLING, Letters())
-    # fp32 sums in another order, amplified by 4 guided steps
-    torch.testing.assert_close(found, sample_by_full_passes(model, conditions, [1, 2, 3]), rtol=0, atol=1e-4)
-    other = sample_latents(model, conditions[::-1], [1, 2, 3], SAMPLING, Letters())
+@KINDS
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.5, 0.9)])  # times are 1, 0.86, 0.67, 0.4
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_drawing_equals_full_forward_passes_of_every_branch(model, conditions, interval, solver) -> None:
+    sampling = dataclasses.replace(SAMPLING, guidance_interval=interval, solver=solver)
+    found = sample_latents(model, conditions, [1, 2, 3], sampling, Letters())
+    torch.testing.assert_close(found, by_full_passes(model, conditions, [1, 2, 3], sampling), **TOLERANCE)
+    other = sample_latents(model, conditions[::-1], [1, 2, 3], sampling, Letters())
     assert (found - other)[[0, 2]].abs().amax((1, 2, 3)).min() > 0.05  # the conditions do matter
 
 
-@pytest.mark.parametrize("conditions", [PROMPTS, EDITS], ids=["prompts", "edits"])
-def test_an_image_does_not_depend_on_what_it_is_drawn_with(model, conditions) -> None:
-    together = sample_latents(model, conditions, [1, 2, 3], SAMPLING, Letters())
-    in_pairs = dataclasses.replace(SAMPLING, batch_images=2)
-    # 1e-4: other paddings, other summation orders, amplified by 4 guided steps
+@KINDS
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_an_image_does_not_depend_on_what_it_is_drawn_with(model, conditions, solver) -> None:
+    sampling = dataclasses.replace(SAMPLING, solver=solver)
+    together = sample_latents(model, conditions, [1, 2, 3], sampling, Letters())
+    in_pairs = dataclasses.replace(sampling, batch_images=2)
     torch.testing.assert_close(
-        sample_latents(model, conditions, [1, 2, 3], in_pairs, Letters()), together, rtol=0, atol=1e-4
+        sample_latents(model, conditions, [1, 2, 3], in_pairs, Letters()), together, **TOLERANCE
     )
     for index in range(3):
-        alone = sample_latents(model, conditions[index : index + 1], [index + 1], SAMPLING, Letters())
-        torch.testing.assert_close(alone[0], together[index], rtol=0, atol=1e-4)
+        alone = sample_latents(model, conditions[index : index + 1], [index + 1], sampling, Letters())
+        torch.testing.assert_close(alone[0], together[index], **TOLERANCE)
 
 
-def test_guidance_of_one_is_the_plain_conditional_branch() -> None:
-    plain = dataclasses.replace(SAMPLING, text_guidance=1.0, source_guidance=1.0)
-    assert [(b.weight, b.text, b.source) for b in guidance_branches(plain, editing=True)] == [
-        (1.0, True, True)
-    ]
-    assert [b.weight for b in guidance_branches(plain, editing=False)] == [1.0]
-    weights = [b.weight for b in guidance_branches(SAMPLING, editing=True)]
-    assert sum(weights) == pytest.approx(1.0)
+@KINDS
+def test_the_prefix_serves_times_that_need_less_of_it(model, conditions) -> None:
+    """Guided by nothing inside the interval, by sources and text outside."""
+    sampling = dataclasses.replace(
+        SAMPLING, text_guidance=0.0, source_guidance=0.0, guidance_interval=(0.5, 1.0)
+    )
+    found = sample_latents(model, conditions, [1, 2, 3], sampling, Letters())
+    torch.testing.assert_close(found, by_full_passes(model, conditions, [1, 2, 3], sampling), **TOLERANCE)
+
+
+def test_branches_share_one_prefix_of_sources_and_texts(model) -> None:
+    pack = pack_branches(model, EDITS, ("none", "source", "full"), {"none", "source", "full"}, Letters())
+    prefix, noisy = split_prefix(pack)
+    num_texts, num_sources = sum(len(c.text_ids) for c in EDITS), len(EDITS) * (2 + 9)
+    assert prefix.attention.num_tokens == num_texts + num_sources
+    assert noisy.num_targets == 3 * len(EDITS)
+    _, only_full = split_prefix(pack_branches(model, EDITS, ("full",), {"source", "full"}, Letters()))
+    # Row for row the cache of the whole: the same keys, then its own rows.
+    wanted = noisy.attention.full.kv_index.split(noisy.attention.full.k_lens)[2]
+    found = only_full.attention.full.kv_index.split(only_full.attention.full.k_lens)[0]
+    num_prefix = prefix.attention.num_tokens
+    assert torch.equal(found[found < num_prefix], wanted[wanted < num_prefix])
+
+
+def counted_images(model: Generator, conditions: list[Condition], sampling: SamplingConfig) -> list[int]:
+    """Noisy images of each forward pass; the first pass is the prefix's."""
+    passes: list[int] = []
+
+    def count(_module: object, arguments: tuple[PackedBatch, Tensor, Tensor]) -> None:
+        passes.append(arguments[0].num_targets)
+
+    hook = model.register_forward_pre_hook(count)
+    try:
+        sample_latents(model, conditions, [0] * len(conditions), sampling, Letters())
+    finally:
+        hook.remove()
+    return passes
+
+
+def test_outside_the_interval_only_the_conditional_branch_is_computed(model) -> None:
+    sampling = dataclasses.replace(SAMPLING, guidance_interval=(0.5, 0.9))  # of 1, 0.86, 0.67, 0.4
+    assert counted_images(model, EDITS, sampling) == [0, 3, 9, 9, 3]
+    assert counted_images(model, PROMPTS, sampling) == [0, 3, 6, 6, 3]
+    heun = dataclasses.replace(sampling, solver="heun")
+    assert counted_images(model, PROMPTS, heun) == [0, 3, 6, 6, 6, 6, 3, 3]
+    never = dataclasses.replace(SAMPLING, guidance_interval=(0.0, 0.1))
+    plain = dataclasses.replace(SAMPLING, text_guidance=1.0)
+    found, expected = (
+        sample_latents(model, PROMPTS, [1, 2, 3], config, Letters()) for config in (never, plain)
+    )
+    assert torch.equal(found, expected)
 
 
 def test_sampling_without_any_condition_has_an_empty_prefix(model) -> None:
     unconditional = dataclasses.replace(SAMPLING, text_guidance=0.0)
     first, second = sample_latents(model, PROMPTS[:2], [5, 5], unconditional, Letters())
     torch.testing.assert_close(first, second, rtol=0, atol=1e-5)  # same seed, and no text is read
+
+
+def test_guidance_keeps_fp32_under_autocast(model) -> None:
+    """Previews are drawn under autocast: bf16 products of the weights would move every pixel."""
+    v = random(2, 3, 9, 4, seed=0)
+    weights = {"none": -0.5, "source": -1.5, "full": 3.0}
+    renormalised = dataclasses.replace(SAMPLING, renorm="channel")
+    expected = guide(v, weights, renormalised)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(guide(v, weights, renormalised), expected)
 
 
 def test_normalising_is_undone() -> None:
@@ -164,12 +245,16 @@ def latent_shards(directory: Path, parts: tuple[str, ...], latents: LatentInfo |
 def test_conditions_are_read_from_validation_shards(tmp_path) -> None:
     prompts = read_conditions(latent_shards(tmp_path / "t2i", ("latent",), LATENTS), Letters(), 2)
     assert [c.text_ids for c in prompts] == [(26, 0, 27), (26, 0, 1, 2, 27)]  # samples 0 and 2 of 5
-    assert all(c.source is None for c in prompts)
+    assert not any(c.sources for c in prompts)
     edit_shards = latent_shards(tmp_path / "edit", ("source.latent", "target.latent"), LATENTS)
     edits = read_conditions(edit_shards, Letters(), 99)
     assert len(edits) == 5
     for index, condition in enumerate(edits):  # raw, as the autoencoder gave them
-        torch.testing.assert_close(condition.source, torch.full(SHAPE, float(index)))
+        torch.testing.assert_close(condition.sources, (torch.full(SHAPE, float(index)),))
+    several = latent_shards(
+        tmp_path / "several", ("source0.latent", "source1.latent", "target.latent"), LATENTS
+    )
+    assert [len(c.sources) for c in read_conditions(several, Letters(), 2)] == [2, 2]
     with pytest.raises(UserError, match="pixels, not latents"):
         read_conditions(latent_shards(tmp_path / "pixels", ("png",), None), Letters(), 2)
 
@@ -208,7 +293,7 @@ def test_a_trained_model_draws_and_edits_what_the_text_says() -> None:
         optimizer.zero_grad()
     plain = SamplingConfig(num_steps=10, text_guidance=1.0, source_guidance=1.0, time_shift=1.0)
     prompts = [Condition(signs["p"]), Condition(signs["n"])]
-    edits = [Condition(signs["o"], plus), Condition(signs["o"], minus)]
+    edits = [Condition(signs["o"], (plus,)), Condition(signs["o"], (minus,))]
     drawn, edited = (sample_latents(objective.model, c, [0, 1], plain, Letters()) for c in (prompts, edits))
     for found, expected in ((drawn[0], 1), (drawn[1], -1), (edited[0], -1), (edited[1], 1)):
         assert (found - expected).abs().mean() < 0.5  # half way to the mean of both
@@ -237,6 +322,24 @@ def test_the_pipeline_draws_and_edits_images(model, tmp_path) -> None:
     images[0].save(tmp_path / "apple.png")
     edited = pipeline.edit([tmp_path / "apple.png", images[1]], ["xyz", "a"], sampling=SAMPLING)
     assert [image.mode for image in edited] == ["RGB", "RGB"]
+    both = pipeline.edit(
+        [[images[0], images[1]], [images[0]]], ["xyz", "xyz"], seeds=[0, 0], sampling=SAMPLING
+    )
+    assert np.abs(np.asarray(both[1], int) - np.asarray(edited[0], int)).max() <= 1
+    assert np.abs(np.asarray(both[0], int) - np.asarray(edited[0], int)).max() > 1  # a second source counts
+    assert pipeline.generate([]) == []
+
+
+def test_sources_of_any_size_are_fitted_as_training_data_is(model) -> None:
+    pipeline = Pipeline(model, HalfAndHalf(), Letters())
+    large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 50, 3), np.uint8))
+    assert torch.equal(pipeline.read_pixels(large), fit_image(large, 12))
+    upright = large.transpose(Image.Transpose.ROTATE_90)
+    upright.getexif()[ExifTags.Base.Orientation] = (
+        6  # the camera was held sideways: turn it back to look at it
+    )
+    assert torch.equal(pipeline.read_pixels(upright), fit_image(large, 12))
+    assert [image.size for image in pipeline.edit([large], ["abc"], sampling=SAMPLING)] == [(12, 12)]
 
 
 def test_bad_images_are_one_clear_line(model, tmp_path) -> None:
@@ -245,7 +348,7 @@ def test_bad_images_are_one_clear_line(model, tmp_path) -> None:
     for image, words in (
         (tmp_path / "broken.png", "broken.png: cannot be read"),
         (tmp_path / "none.png", "none.png: cannot be read"),
-        (Image.new("RGB", (10, 12)), "10x12 px, this model edits 12x12 px"),
+        (Image.new("RGB", (1, 1 << 24)), "over the limit"),
     ):
         with pytest.raises(UserError, match=words) as error:
             pipeline.edit([image], ["abc"])
@@ -257,7 +360,7 @@ def test_bad_images_are_one_clear_line(model, tmp_path) -> None:
 
 
 def test_transparency_is_laid_on_white() -> None:
-    assert read_pixels(Image.new("RGBA", (2, 2), (9, 9, 9, 0)), 2).eq(1).all()
+    assert read_pixels(Image.new("RGBA", (2, 2), (9, 9, 9, 0)), 2).eq(255).all()
 
 
 def test_guidance_may_be_a_whole_number(model):

@@ -12,7 +12,7 @@ from data.shards import LatentInfo
 from generator.heads import DdtHeadConfig
 from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
-from generator.sizing import PackSize, forward_flops, training_flops
+from generator.sizing import PackSize, forward_flops, training_flops, typical_pack
 
 CONFIG = GeneratorConfig(
     backbone=MotConfig(
@@ -98,3 +98,9 @@ def test_the_papers_model_is_counted_as_its_parameters_say() -> None:
     layer = 896 * 896 * 2 + 896 * 128 * 2 + 3 * 896 * 4864
     assert forward_flops(size, config, 64) == 2 * 1000 * 24 * layer
     assert 24 * layer == 357_826_560
+
+
+def test_a_typical_pack_is_made_of_typical_samples() -> None:
+    size = typical_pack(3 * (2 * (2 + 9) + 5), 5, (3, 3), num_sources=1)
+    assert (size.num_understanding, size.num_generation, size.num_noisy, size.num_images) == (27, 54, 27, 6)
+    assert size.noisy_area == 3 * 81

@@ -1,0 +1,149 @@
+"""Variable-length attention kernels: flash-attn 4, 3 and 2 and PyTorch's own, behind one call.
+
+Each is a package of its own, seen without importing it and imported only where it is about to be chosen. All take
+packed tokens, cumulative lengths and grouped heads, and align causal at the bottom right.
+
+Shape suffixes: T tokens, N query heads, K key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.machinery import PathFinder
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from data.attention_plan import VarlenGroup
+
+VarlenName = Literal["flash4", "flash3", "flash2", "varlen"]
+HALF = (torch.float16, torch.bfloat16)
+HEAD_DIM_STEP = 8
+"""All of them read 16 bytes of a head at once."""
+
+
+@dataclass(frozen=True)
+class VarlenPackage:
+    """Where a kernel comes from and what it runs on."""
+
+    module: str
+    """Holds the function. flash-attn 2 and 4 share the folder flash_attn, and either may be there alone."""
+    function: str
+    """Its name there."""
+    install: str
+    """What a person would install."""
+    head_dims: Mapping[int, int]
+    """Major compute capability -> largest head dim, forward and backward."""
+
+
+FROM_AMPERE = dict.fromkeys((8, 9, 10, 11, 12), 256)
+_FLASH = "flash_attn_varlen_func"
+PACKAGES: Mapping[VarlenName, VarlenPackage] = {
+    # No backward on capability 8, few shapes on 12, and a kernel of its own for 256 on 10 and 11.
+    "flash4": VarlenPackage("flash_attn.cute", _FLASH, "flash-attn-4", {9: 256, 10: 128, 11: 128}),
+    "flash3": VarlenPackage("flash_attn_interface", _FLASH, "flash-attn-3", {9: 256}),
+    "flash2": VarlenPackage("flash_attn.flash_attn_interface", _FLASH, "flash-attn", FROM_AMPERE),
+    "varlen": VarlenPackage("torch.nn.attention.varlen", "varlen_attn", "torch 2.11 or newer", FROM_AMPERE),
+}
+"""The newest first."""
+
+
+def why_not(name: VarlenName, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
+    """Why this kernel cannot run on such tensors, in a few words; None if it can. `head_dim` None: not checked.
+
+    Imports the package only when nothing else stands in its way.
+    """
+    package = PACKAGES[name]
+    if device.type != "cuda" or dtype not in HALF:
+        return "it needs CUDA and bf16 or fp16"
+    if not _installed(package.module):
+        return f"{package.install} is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major not in package.head_dims:
+        return f"it does not run on compute capability {major}.{minor}"
+    if head_dim is not None and (head_dim % HEAD_DIM_STEP or head_dim > package.head_dims[major]):
+        return f"head_dim {head_dim} is not a multiple of {HEAD_DIM_STEP} up to {package.head_dims[major]}"
+    return _import_problem(name)
+
+
+def varlen_attention(
+    name: VarlenName, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, group: VarlenGroup, *, causal: bool
+) -> Tensor:
+    """One variable-length call, [T, N, H]. `k_TKH`, `v_TKH`: gathered, segment after segment.
+
+    Causal is aligned at the bottom right: the last query sees the last key.
+    """
+    package = PACKAGES[name]
+    function = getattr(importlib.import_module(package.module), package.function)
+    if name == "varlen":
+        return _torch_call(function, q_TNH, k_TKH, v_TKH, group, causal=causal)
+    result = function(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        cu_seqlens_q=group.cu_q,
+        cu_seqlens_k=group.cu_k,
+        max_seqlen_q=group.max_q,
+        max_seqlen_k=group.max_k,
+        causal=causal,
+    )
+    # flash-attn 4 and the first versions of 3 also give the log-sum-exp.
+    out: Tensor = result[0] if isinstance(result, tuple) else result
+    return out
+
+
+def _torch_call(
+    function: Callable[..., Tensor],
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    group: VarlenGroup,
+    *,
+    causal: bool,
+) -> Tensor:
+    """torch 2.12 took `enable_gqa`; before, every query head needs keys and values of its own."""
+    options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
+    if "enable_gqa" in _parameters(function):
+        options["enable_gqa"] = q_TNH.shape[1] != k_TKH.shape[1]
+    else:
+        share = q_TNH.shape[1] // k_TKH.shape[1]
+        k_TKH, v_TKH = k_TKH.repeat_interleave(share, 1), v_TKH.repeat_interleave(share, 1)
+    return function(q_TNH, k_TKH, v_TKH, group.cu_q, group.cu_k, group.max_q, group.max_k, **options)
+
+
+@lru_cache
+def _parameters(function: Callable[..., Tensor]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+@lru_cache
+def _installed(module: str) -> bool:
+    """Whether the import system finds this module, without importing it or its parents."""
+    parts = module.split(".")
+    spec = importlib.util.find_spec(parts[0])
+    for depth in range(2, len(parts) + 1):
+        if spec is None:
+            return False
+        # importlib.util.find_spec would import the parent.
+        spec = PathFinder.find_spec(".".join(parts[:depth]), spec.submodule_search_locations)
+    return spec is not None
+
+
+@lru_cache
+def _import_problem(name: VarlenName) -> str | None:
+    """What goes wrong when the package is imported: a build for another PyTorch, most often."""
+    package = PACKAGES[name]
+    try:
+        function = getattr(importlib.import_module(package.module), package.function)
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        return f"{package.install} is installed but cannot be imported ({reason})"
+    if name == "varlen" and "window_size" not in _parameters(function):
+        return "torch 2.10 cannot say which keys are seen; it needs torch 2.11"
+    return None

@@ -1,0 +1,103 @@
+"""Files of prompts and edits: what shall be drawn, item by item.
+
+NAME.txt    one prompt a line; empty lines are passed over
+NAME.jsonl  one object a line: {"prompt": text} draws, {"image": file or list of files, "instruction": text} edits.
+            "key" names the images (default: the item's number), "seed" is that of its first image (default: of key and
+            the run's seed); whatever else stands there is passed on. Files are looked for beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import files
+from engine.config import UserError
+
+KEY_PATTERN = re.compile(r"[\w+-][\w+.-]{0,127}")
+SEEDS = 1 << 32  # PyTorch's generator on the CPU reads no more bits of a seed
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One item of the file."""
+
+    key: str
+    """Unique in the file; a file name without suffix."""
+    text: str
+    """Prompt or instruction."""
+    images: tuple[Path, ...]
+    """Sources to edit; none for a prompt."""
+    seed: int | None
+    """Seed of its first image; None: of key and the run's seed."""
+    meta: Mapping[str, Any]
+    """The item as it stands in the file, without key, seed and image."""
+
+    def image_seed(self, number: int, run_seed: int) -> int:
+        """Seed of its image `number`, 32 bits: the same wherever the item stands in the file."""
+        if self.seed is not None:
+            return (self.seed + number) % SEEDS
+        return int(files.digest(["image", run_seed, self.key, number])[:8], 16)
+
+
+def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
+    """All items, in the file's order.
+
+    Raises UserError naming the line: no such file, another suffix, no items, bad JSON, no text of the item's kind, an
+    image file that is not there, a key that is no file name or stands there twice, a bad seed.
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"{path}: give a .txt file (one prompt a line) or a .jsonl file (one object a line)")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({' '.join(str(error).split())})") from None
+    prompts: dict[str, Prompt] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row = {"prompt": line.strip()} if path.suffix == ".txt" else _object(line, f"{path}:{number}")
+        prompt = _prompt(row, len(prompts), path.parent, where=f"{path}:{number}")
+        if prompt.key in prompts:
+            raise UserError(f"{path}:{number}: key '{prompt.key}' stands there twice; keys must be unique")
+        prompts[prompt.key] = prompt
+    if not prompts:
+        raise UserError(f"{path}: holds no prompts; write one a line")
+    return tuple(prompts.values())
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}); write one object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f'{where}: expected an object such as {{"prompt": "a red apple"}}')
+    return row
+
+
+def _prompt(row: Mapping[str, Any], index: int, folder: Path, where: str) -> Prompt:
+    named = row.get("image", [])
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: 'image' is the name of a file or a list of such names")
+    images = tuple(folder / name for name in names)
+    for image in images:
+        if not image.is_file():
+            raise UserError(f"{where}: {image}: no such file; images are looked for beside the prompts")
+    wanted, other = ("instruction", "an 'image'") if images else ("prompt", "no 'image'")
+    text = row.get(wanted)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: an item with {other} needs a '{wanted}' that is not empty")
+    key, seed = row.get("key", f"{index:05d}"), row.get("seed")
+    if not isinstance(key, str | int) or not KEY_PATTERN.fullmatch(str(key)):
+        raise UserError(f"{where}: key {key!r} names files; use letters, digits and _ + - . (not first)")
+    if seed is not None and (type(seed) is not int or not 0 <= seed < SEEDS):
+        raise UserError(f"{where}: seed {seed!r} is not a whole number from 0 to {SEEDS - 1}")
+    meta = {name: value for name, value in row.items() if name not in ("key", "seed", "image")}
+    return Prompt(str(key), text, images, seed, meta)

@@ -1,0 +1,32 @@
+"""Solvers of d x_t / dt = v(x_t, t) from noise (t = 1) to data (t = 0)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor
+
+Solver = Literal["euler", "heun"]
+Velocity = Callable[[Tensor, float], Tensor]
+"""(x_t, t) -> v, of the shape of x_t."""
+
+
+def integrate(velocity: Velocity, x: Tensor, times: Sequence[float], solver: Solver) -> Tensor:
+    """x at the last of the falling `times`, from `x` at the first.
+
+    Euler: one evaluation a step, error of first order. Heun: the mean of the velocities at both ends of a step, error
+    of second order (Karras et al. 2022, algorithm 1); a step that ends at 0 is Euler's, for no image was trained there.
+    """
+    for t, t_next in pairwise(times):
+        v = velocity(x, t)
+        if solver == "heun" and t_next > 0:
+            v = (v + velocity(x + (t_next - t) * v, t_next)) / 2
+        x = x + (t_next - t) * v
+    return x
+
+
+def num_evaluations(num_steps: int, solver: Solver) -> int:
+    """Velocities that `integrate` asks for on the way to 0: num_steps, of Heun 2 num_steps - 1."""
+    return num_steps if solver == "euler" else 2 * num_steps - 1
