@@ -14,6 +14,7 @@ from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_b
 from data.shards import LatentInfo
 from engine.config import UserError
 from generator.attention import attend, choose_backend, planned_attention
+from generator.flash import PACKAGES
 from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
 
@@ -131,12 +132,13 @@ def varlen_attn_reference(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, ena
     )
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "flash", "varlen"])
+@pytest.mark.parametrize("backend", ["sdpa", "flash2", "flash3", "flash4", "varlen"])
 @pytest.mark.parametrize("samples", [SAMPLES, SAMPLES[2:3]], ids=["mixed", "no text"])
 def test_every_backend_follows_the_rule_and_its_gradient(backend, samples, monkeypatch) -> None:
     # The CUDA kernels are stood in for by what their documentation promises: this tests how they are called
     flash = types.SimpleNamespace(flash_attn_varlen_func=varlen_reference)
-    monkeypatch.setitem(sys.modules, "flash_attn", flash)
+    for name in ("flash2", "flash3", "flash4"):
+        monkeypatch.setitem(sys.modules, PACKAGES[name].module, flash)
     varlen = types.SimpleNamespace(varlen_attn=varlen_attn_reference)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
     batch = pack(samples)

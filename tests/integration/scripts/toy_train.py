@@ -90,7 +90,9 @@ class ToyObjective:
         # A gradient towards an inner tensor, as the adaptive weights need it.
         (inner,) = torch.autograd.grad(self.critic(fake).sum(), fake, retain_graph=True)
         further = {"positive": Term(fake[batch.x[:, 0] > 0].square().sum(), 0.1)}
-        return LossOutput(rec + 0.01 * (fake * inner).sum(), {"rec": rec.detach()}, fake.detach(), further, flops=1e6)
+        return LossOutput(
+            rec + 0.01 * (fake * inner).sum(), {"rec": rec.detach()}, fake.detach(), further, flops=1e6
+        )
 
     def adversary_active(self, step):
         return self.adversary is not None and step >= 2
