@@ -56,7 +56,8 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({' '.join(str(error).split())})") from None
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(f"{path}: cannot be read as text ({reason})") from None
     prompts: dict[str, Prompt] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -1,4 +1,4 @@
-"""Qwen2 / Qwen2.5 checkpoints -> both experts of the mixture of transformers.
+"""Qwen2, Qwen2.5 and dense Qwen3 checkpoints -> both experts of the mixture of transformers.
 
 Weights are read from the safetensors files themselves, and config.json in the layouts of transformers 4
 (`rope_theta`) and 5 (`rope_parameters`): no model class of any transformers version is involved.
@@ -41,14 +41,16 @@ UNUSED = {
 }
 """Checkpoint tensors (by the end of their name) that have no place here, each with its reason."""
 ADDED = ("q_norm.weight", "k_norm.weight")
-"""Our parameters that Qwen2 lacks (Bagel's QK-norm); they start at one."""
+"""Our parameters that Qwen2 lacks (Bagel's QK-norm) and Qwen3 has; without them they start at one."""
+BIASED = {"qwen2": True, "qwen3": False}
+"""Dense models whose layers are our experts' -> whether q, k and v have biases where the config does not say."""
 
 
 def load_qwen(model: Mot, source: str) -> None:
-    """Starts both experts and the text embedding from one Qwen2 / Qwen2.5 checkpoint, in place.
+    """Starts both experts and the text embedding from one Qwen2, Qwen2.5 or dense Qwen3 checkpoint, in place.
 
     `source`: a folder with config.json and safetensors, or a Hugging Face name. Every tensor is used or
-    listed in UNUSED. Raises UserError: not found, not Qwen2, another shape.
+    listed in UNUSED. Raises UserError: not found, another kind of model, another shape.
     """
     folder = _checkpoint_folder(source)
     shape = qwen_shape(folder)
@@ -62,7 +64,7 @@ def load_qwen(model: Mot, source: str) -> None:
         target: tensor for name, tensor in _read_checkpoint(folder).items() for target in _targets(name)
     }
     for name, parameter in model.named_parameters():
-        if name.endswith(ADDED):
+        if name.endswith(ADDED) and name not in tensors:
             tensors[name] = torch.ones_like(parameter)
     load_exact(model, tensors, where=str(folder))
 
@@ -71,14 +73,15 @@ def qwen_shape(folder: Path) -> MotConfig:
     """The shape that a checkpoint's config.json describes, with Bagel's QK-norm on."""
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{path}: no such file; give a Qwen2 checkpoint folder or a Hugging Face name")
+        raise UserError(f"{path}: no such file; give a Qwen checkpoint folder or a Hugging Face name")
     config: dict[str, Any] = read_json(path)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if config.get("model_type") != "qwen2" or kind != "default" or config.get("use_sliding_window"):
+    model_type = config.get("model_type")
+    if model_type not in BIASED or kind != "default" or config.get("use_sliding_window"):
         raise UserError(
-            f"{path}: model_type {config.get('model_type')!r}, RoPE {kind!r}, sliding window "
-            f"{bool(config.get('use_sliding_window'))}; only plain Qwen2 / Qwen2.5 weights fit the experts"
+            f"{path}: model_type {model_type!r}, RoPE {kind!r}, sliding window "
+            f"{bool(config.get('use_sliding_window'))}; only plain Qwen2, Qwen2.5 and dense Qwen3 weights fit"
         )
     return MotConfig(
         vocab_size=config["vocab_size"],
@@ -90,7 +93,7 @@ def qwen_shape(folder: Path) -> MotConfig:
         mlp_width=config["intermediate_size"],
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
         norm_eps=config["rms_norm_eps"],
-        qkv_bias=True,
+        qkv_bias=config.get("attention_bias", BIASED[model_type]),
         qk_norm=True,
     )
 

@@ -1,11 +1,11 @@
-"""Against transformers: our understanding path on Qwen2's weights is Qwen2."""
+"""Against transformers: our understanding path on Qwen2's weights is Qwen2, on Qwen3's it is Qwen3."""
 
 import json
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from data.packed_batch import ImageSplit, TextSplit, build_packed_batch
 from data.shards import LatentInfo
@@ -70,6 +70,29 @@ def test_the_understanding_path_is_qwen2(checkpoint) -> None:
     load_qwen(ours, str(folder))
     ids = torch.randint(64, (23,), generator=torch.Generator().manual_seed(1))
     batch = text_pack(ids)  # the image after the text is seen by no text token
+    latents = torch.randn(4, 48, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs.model(ids[None]).last_hidden_state[0]
+        attention = planned_attention(batch.attention, "sdpa")
+        found, _ = ours(
+            ours.embed_tokens(batch.text_ids), latents, batch.rope_positions, attention, text_output=True
+        )
+    assert found is not None
+    torch.testing.assert_close(found[:23], expected, rtol=0, atol=1e-5)  # fp32 sums in another order
+
+
+def test_the_understanding_path_is_qwen3(tmp_path) -> None:
+    theirs = Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16, rope_theta=1e6)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():  # QK-norms included
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
+    theirs.save_pretrained(tmp_path)
+    shape = qwen_shape(tmp_path)
+    assert (shape.head_dim, shape.qkv_bias, shape.qk_norm) == (16, False, True)
+    ours = Mot(shape)
+    load_qwen(ours, str(tmp_path))
+    ids = torch.randint(64, (23,), generator=torch.Generator().manual_seed(1))
+    batch = text_pack(ids)
     latents = torch.randn(4, 48, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = theirs.model(ids[None]).last_hidden_state[0]
