@@ -1,6 +1,6 @@
-"""How much work a training step is: floating-point operations of the matrix products it asks for.
+"""How much work a training step is, and how much memory it keeps for its backward pass.
 
-Counted is what the model needs: each token through its own expert, attention over the pairs that the mask allows, and
+Work counts what the model needs: each token through its own expert, attention over the pairs that the mask allows, and
 of the last layer what is read (design contract 5). What a kernel pads, or a checkpointed layer computes again, is not.
 
 Symbols: U understanding tokens, G generation tokens, N noisy latent tokens, D width, C latent channels.
@@ -12,12 +12,15 @@ from dataclasses import astuple, dataclass
 
 import torch
 
+from data.attention_plan import AttentionPlan
 from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from generator.embeddings import TIME_FREQUENCIES
 from generator.heads import DdtHeadConfig
-from generator.model import GeneratorConfig
+from generator.model import LOGIT_ROWS, GeneratorConfig
+from generator.mot import MotConfig
 
 BACKWARD = 2  # a product's two gradients, each as large as itself
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class PackSize:
     attended_area: int  # query-key pairs of a layer
     output_area: int  # of the last layer, where noisy latents alone ask
     noisy_area: int  # of the head
+    num_keys: int  # rows of keys and values that a layer gathers, over its segments
+    output_keys: int  # of the last layer, where noisy latents alone ask
 
     @classmethod
     def of(cls, batch: PackedBatch) -> PackSize:
@@ -46,6 +51,8 @@ class PackSize:
             attended_area=batch.attention.attended_area,
             output_area=batch.attention.outputs.attended_area,
             noisy_area=batch.noisy_attention.attended_area,
+            num_keys=_num_keys(batch.attention),
+            output_keys=_num_keys(batch.attention.outputs),
         )
 
     def times(self, num_packs: float) -> PackSize:
@@ -108,3 +115,97 @@ def _head(size: PackSize, head: DdtHeadConfig, backbone_width: int, channels: in
 
 def _embedding(num_tokens: int, num_images: int, channels: int, width: int) -> int:
     return num_tokens * channels * width + num_images * (TIME_FREQUENCIES * width + width * width)
+
+
+def activation_bytes(
+    size: PackSize, config: GeneratorConfig, channels: int, *, precision: str, checkpointing: bool
+) -> int:
+    """What a pack holds on a GPU at its fullest: tensors saved for the backward pass, and gradients under way in it.
+
+    `precision`: EngineConfig's. With a kernel that saves q, k, v, its output and the log-sum-exp (flash-attn, varlen);
+    SDPA's padding and masks come on top. `checkpointing`: every layer keeps its input, one layer is there as a whole.
+    """
+    mot, sizes = config.backbone, _Sizes.of(precision)
+    complete, skipping = _layer_bytes(size, mot, sizes), _last_layer_bytes(size, mot, sizes)
+    last = complete if config.text_output else skipping
+    num_tokens = size.num_understanding + size.num_generation
+    if checkpointing:
+        kept = mot.num_layers * num_tokens * mot.width * sizes.residual
+        layers = kept + (complete if mot.num_layers > 1 else last)
+    else:
+        layers = (mot.num_layers - 1) * complete + last
+    under_way = 2 * sizes.product * mot.mlp_width * max(size.num_understanding, size.num_generation)
+    return layers + under_way + _end_bytes(size, config, channels, sizes)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of one value. Autocast runs norms in fp32, and casts what comes out anew for each product that takes it."""
+
+    product: int  # inputs and outputs of matrix products and of the attention
+    residual: int
+    copies_qkv: int  # of a normed token, for q, k and v
+    copies_mlp: int  # for gate and up
+
+    @classmethod
+    def of(cls, precision: str) -> _Sizes:
+        if precision == "fp32":
+            return cls(product=4, residual=4, copies_qkv=1, copies_mlp=1)
+        return cls(product=2, residual=2 if precision == "bf16" else 4, copies_qkv=3, copies_mlp=2)
+
+
+def _layer_bytes(size: PackSize, mot: MotConfig, sizes: _Sizes) -> int:
+    query_width, kv_width = mot.num_heads * mot.head_dim, mot.num_kv_heads * mot.head_dim
+    normed = 2 * FP32_BYTES + (sizes.copies_qkv + sizes.copies_mlp) * sizes.product
+    token = mot.width * normed + sizes.product * (3 * query_width + 4 * mot.mlp_width)  # q, and the output twice
+    token += FP32_BYTES * (2 + mot.num_heads)  # of norms and of the softmax
+    if mot.qk_norm:
+        token += FP32_BYTES * (mot.num_heads + mot.num_kv_heads) * (mot.head_dim + 1)
+    num_tokens = size.num_understanding + size.num_generation
+    return num_tokens * token + 2 * size.num_keys * kv_width * sizes.product
+
+
+def _last_layer_bytes(size: PackSize, mot: MotConfig, sizes: _Sizes) -> int:
+    """All tokens give keys and values; the rest is for noisy latents."""
+    query_width, kv_width = mot.num_heads * mot.head_dim, mot.num_kv_heads * mot.head_dim
+    copies = min(2, sizes.copies_qkv)
+    token = mot.width * (FP32_BYTES + copies * sizes.product) + FP32_BYTES
+    noisy = mot.width * (FP32_BYTES + (sizes.copies_qkv - copies + sizes.copies_mlp) * sizes.product)
+    noisy += sizes.product * (2 * query_width + 4 * mot.mlp_width) + FP32_BYTES * (1 + mot.num_heads)
+    if mot.qk_norm:
+        token += FP32_BYTES * mot.num_kv_heads * (mot.head_dim + 1)
+        noisy += FP32_BYTES * mot.num_heads * (mot.head_dim + 1)
+    num_tokens = size.num_understanding + size.num_generation
+    return num_tokens * token + size.num_noisy * noisy + 2 * size.output_keys * kv_width * sizes.product
+
+
+def _end_bytes(size: PackSize, config: GeneratorConfig, channels: int, sizes: _Sizes) -> int:
+    """Latents in, rotary table, final norm, head, velocities out; logits of a chunk, their fp32 copy and gradient."""
+    mot = config.backbone
+    num_tokens = size.num_understanding + size.num_generation
+    total = size.num_generation * channels * sizes.product + num_tokens * mot.head_dim * FP32_BYTES
+    total += size.num_noisy * (mot.width * (FP32_BYTES + sizes.product) + channels * FP32_BYTES)
+    if config.text_output:
+        total += size.num_understanding * mot.width * FP32_BYTES
+        rows = min(size.num_predicted, LOGIT_ROWS)
+        total += rows * mot.vocab_size * (sizes.product + 2 * FP32_BYTES)
+    if config.head is not None:
+        total += size.num_noisy * _head_token_bytes(config.head, channels, sizes)
+    return total
+
+
+def _head_token_bytes(head: DdtHeadConfig, channels: int, sizes: _Sizes) -> int:
+    """A layer: both norms (input and output), 1 + scale, what enters the products; q and k before their norms; q, k, v,
+    the attention's output and its projection, six modulations, the MLP's output; inside the MLP four wide values.
+    """
+    norms = 2 * FP32_BYTES + sizes.product
+    modulated = 2 * norms + (1 + sizes.copies_mlp) * sizes.product
+    before = 3 * FP32_BYTES if sizes.product == FP32_BYTES else 2 * FP32_BYTES  # fp32: as one tensor with v
+    layer = head.width * (modulated + before + 12 * sizes.product) + 4 * head.mlp_width * sizes.product
+    layer += FP32_BYTES * (2 + 3 * head.num_heads)
+    ends = head.width * (norms + 3 * sizes.product) + channels * sizes.product
+    return head.num_layers * layer + ends
+
+
+def _num_keys(plan: AttentionPlan) -> int:
+    return sum(plan.causal.k_lens) + sum(plan.full.k_lens)
