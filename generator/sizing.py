@@ -31,6 +31,7 @@ class PackSize:
     num_generation: int  # G
     num_noisy: int  # N
     num_images: int
+    num_targets: int  # of them, noisy
     num_predicted: int  # text tokens with a loss
     attended_area: int  # query-key pairs of a layer
     output_area: int  # of the last layer, where noisy latents alone ask
@@ -47,6 +48,7 @@ class PackSize:
             num_generation=len(batch.latents),
             num_noisy=batch.num_loss_tokens,
             num_images=len(batch.image_noisy),
+            num_targets=batch.num_targets,
             num_predicted=len(batch.text_loss_ids),
             attended_area=batch.attention.attended_area,
             output_area=batch.attention.outputs.attended_area,
@@ -60,11 +62,13 @@ class PackSize:
         return PackSize(*(round(value * num_packs) for value in astuple(self)))
 
 
-def typical_pack(num_tokens: int, text_tokens: int, grid: tuple[int, int], *, num_sources: int) -> PackSize:
-    """`num_tokens` of equal samples: `text_tokens`, a noisy image of `grid` and before them so many clean ones."""
+def typical_pack(
+    num_tokens: int, text_tokens: int, grid: tuple[int, int], *, num_sources: int, num_draws: int = 1
+) -> PackSize:
+    """`num_tokens` of equal samples: so many clean images of `grid`, `text_tokens`, `num_draws` noisy images."""
     clean, noisy = (ImageSplit(torch.zeros(1, *grid), is_noisy) for is_noisy in (False, True))
     sample = build_packed_batch(
-        [[*[clean] * num_sources, TextSplit([0] * text_tokens), noisy]],
+        [[*[clean] * num_sources, TextSplit([0] * text_tokens), *[noisy] * num_draws]],
         vision_start_id=0,
         vision_end_id=0,
         max_side=max(grid),
@@ -157,7 +161,9 @@ class _Sizes:
 def _layer_bytes(size: PackSize, mot: MotConfig, sizes: _Sizes) -> int:
     query_width, kv_width = mot.num_heads * mot.head_dim, mot.num_kv_heads * mot.head_dim
     normed = 2 * FP32_BYTES + (sizes.copies_qkv + sizes.copies_mlp) * sizes.product
-    token = mot.width * normed + sizes.product * (3 * query_width + 4 * mot.mlp_width)  # q, and the output twice
+    token = mot.width * normed + sizes.product * (
+        3 * query_width + 4 * mot.mlp_width
+    )  # q, and the output twice
     token += FP32_BYTES * (2 + mot.num_heads)  # of norms and of the softmax
     if mot.qk_norm:
         token += FP32_BYTES * (mot.num_heads + mot.num_kv_heads) * (mot.head_dim + 1)

@@ -9,7 +9,9 @@ import pytest
 from data.sources.emoji import EmojiConfig
 from engine import config
 from launch.ablation import VARIANTS, AblationRun
+from launch.dry_run import LATENT_SHAPES
 from launch.quickstart import QuickstartRun
+from launch.recipes import table
 from launch.runs import EncodeRun, GeneratorRun, JudgeRun, StandInRun, TokenizerRun
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -54,9 +56,60 @@ def test_global_batches_of_the_paper() -> None:
     for path in tokenizer.glob("release/*.yaml"):
         run = config.load(TokenizerRun, path)
         assert run.pixels.images_per_pack * run.data.num_streams == 256
-    for name, low, high in (("t2i_cc12m", 384_000, 400_000), ("edit_omniedit", 192_000, 200_000)):
-        generator = config.load(GeneratorRun, CONFIGS / "generator" / f"{name}.yaml")
-        assert low <= generator.packing.tokens_per_pack * generator.data.num_streams <= high
+    for path in (CONFIGS / "generator").rglob("*.yaml"):
+        generator = config.load(GeneratorRun, path)
+        steps, low, high = (50_000, 192_000, 200_000) if is_edit(path) else (200_000, 384_000, 400_000)
+        tokens = generator.packing.tokens_per_pack * generator.data.num_streams
+        if path.stem == "edit_256":  # as its file says: as many tokens in larger, fewer steps
+            assert tokens * generator.engine.steps == pytest.approx(32 * 6144 * 50_000, rel=1e-4)
+        else:
+            assert low <= tokens <= high and generator.engine.steps == steps, path
+
+
+def is_edit(path: Path) -> bool:
+    return "edit" in path.stem
+
+
+def test_generators_have_folders_of_their_own_and_edits_start_from_text_to_image() -> None:
+    """Over all latents: an edit has the autoencoder, shape and statistics of what it starts from."""
+    runs = {
+        path: config.load(GeneratorRun, path)
+        for path in (CONFIGS / "generator").rglob("*.yaml")
+        if path.parent.name != "gpus"  # the main run for other machines, in its folder
+    }
+    folders = [run.run_dir for run in runs.values()]
+    assert len(set(folders)) == len(folders) == 28  # 7 latents, with and without a head, both tasks
+    made = {f"{run.run_dir}/export": run for run in runs.values()}
+    sets: dict[str, set[str]] = {}
+    for path, run in runs.items():
+        assert run.autoencoder is not None
+        sets.setdefault(run.autoencoder, set()).add(run.data.shards or "")
+        if is_edit(path):
+            assert run.flow.init_from is not None
+            before = made[run.flow.init_from]
+            assert (before.autoencoder, before.generator) == (run.autoencoder, run.generator)
+        else:
+            assert run.flow.init_from is None
+    assert all(len(shards) == 2 for shards in sets.values()), "other latents need other shards"
+
+
+def test_latents_of_a_config_are_those_of_its_autoencoder() -> None:
+    """RPiAE's from the stage that trains its bridge; the sizes of the others: test_parameter_counts.py."""
+    written = {
+        f"{run.run_dir}/export": path
+        for path in (CONFIGS / "tokenizer").rglob("*.yaml")
+        if (run := config.load(TokenizerRun, path)).stage.stage == "decoder"
+    }
+    for folder in (path for path in LATENT_SHAPES if path.endswith("/export")):
+        bridge = config.load(TokenizerRun, written[folder].with_name("bridge.yaml")).stage.bridge
+        assert bridge is not None and (bridge.latent_channels, 16, 16) == LATENT_SHAPES[folder]
+    used = {config.load(GeneratorRun, path).autoencoder for path in (CONFIGS / "generator").rglob("*.yaml")}
+    assert used == LATENT_SHAPES.keys()
+
+
+def test_the_recipes_page_shows_what_the_command_prints() -> None:
+    page = (CONFIGS.parent / "docs" / "recipes.md").read_text()
+    assert table(CONFIGS / "generator") in page, "run python -m launch.recipes configs/generator"
 
 
 @pytest.mark.parametrize(("folder", "epoch"), [("tokenizer", 2502), ("tokenizer/release", 5004)])

@@ -99,7 +99,7 @@ def test_the_papers_model_is_counted_as_its_parameters_say() -> None:
         mlp_width=4864,
     )
     config = GeneratorConfig(backbone=backbone, max_side=64, text_output=True)
-    size = PackSize(1000, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    size = PackSize(1000, *[0] * 10)
     layer = 896 * 896 * 2 + 896 * 128 * 2 + 3 * 896 * 4864
     assert forward_flops(size, config, 64) == 2 * 1000 * 24 * layer
     assert 24 * layer == 357_826_560
@@ -207,8 +207,8 @@ def test_memory_is_what_autograd_saves_on_a_gpu(head, precision, monkeypatch) ->
     # Exact but for index tensors and what each image (not token) keeps: its time embedding, 1 % of this small model.
     assert layer == pytest.approx(saved["three"] - saved["two"], rel=0.001)
     assert estimate(3) - under_way == pytest.approx(saved["three"], rel=0.02)
-    # Of layer inputs the first is made before the layers: with few layers the rest weighs more.
-    assert estimate(3, checkpointing=True) - layer - under_way == pytest.approx(saved["kept"], rel=0.05)
+    # The rotary table is held by the layers here, not saved; beside three layers' inputs that is much.
+    assert estimate(3, checkpointing=True) - layer - under_way == pytest.approx(saved["kept"], rel=0.1)
 
 
 def saved_bytes(model: Generator, batch: PackedBatch, *, autocast: bool) -> int:
@@ -265,11 +265,12 @@ def test_memory_at_its_fullest_is_what_a_step_allocates(checkpointing) -> None:
     model.backbone.activation_checkpointing = checkpointing
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    allocated = Allocated({parameter.untyped_storage().data_ptr() for parameter in model.parameters()})
+    state = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
+    allocated = Allocated({tensor.untyped_storage().data_ptr() for tensor in state if tensor is not None})
     with allocated:
         forward(model, batch).sum().backward()
     expected = activation_bytes(
         PackSize.of(batch), WIDE, CHANNELS, precision="fp32", checkpointing=checkpointing
     )
-    # 15 %: one weight's gradient and a rotation's copies come and go, which larger models hardly notice.
+    # 15 %: on a CPU RMSNorm is several operations, which keep its normed input as well.
     assert expected == pytest.approx(allocated.peak, rel=0.15)

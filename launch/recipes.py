@@ -1,0 +1,61 @@
+"""The table of docs/recipes.md, a line for each config: python -m launch.recipes configs/generator
+
+Memory and time are arithmetic (launch/dry_run.py), on the number of GPUs in a config's name, else on at most 8.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from engine.config import UserError, load
+from generator.flow import resolve_shift
+from launch import entry
+from launch.dry_run import LATENT_SHAPES, NODE_GPUS, PAPER_LATENTS, generator_plan
+from launch.runs import GeneratorRun
+
+TITLES = (
+    "config", "latents", "time shift", "parameters, M", "packs x tokens", "targets a step", "TFLOP a step",
+    "GPUs", "GiB each", "computing + exchange, ms", "run, h",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="of generator configs")
+    print(table(parser.parse_args().folder))
+
+
+def table(folder: Path) -> str:
+    """Markdown. Raises UserError: no configs there."""
+    paths = sorted(folder.rglob("*.yaml"))
+    if not paths:
+        raise UserError(f"{folder}: holds no .yaml files; give a folder of generator configs")
+    names = [str(path.relative_to(folder).with_suffix("")) for path in paths]
+    lines = [TITLES, ("---",) * len(TITLES), *map(_row, names, paths)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _row(name: str, path: Path) -> tuple[str, ...]:
+    run = load(GeneratorRun, path)
+    shape = LATENT_SHAPES.get(run.autoencoder or "", PAPER_LATENTS)
+    plan = generator_plan(run, shape, is_edit="edit" in path.stem)
+    number = path.stem.rpartition("_")[2]
+    gpus = int(number) if number.isdigit() else min(NODE_GPUS, run.data.num_streams)
+    return (
+        name,
+        "x".join(map(str, shape)),
+        f"{resolve_shift(run.flow.time_shift, shape):.2f}",
+        f"{sum(plan.counts.values()) / 1e6:,.0f}",
+        f"{run.data.num_streams} x {run.packing.tokens_per_pack:,}",
+        f"{plan.num_images:,}",
+        f"{plan.step_flops / 1e12:,.0f}",
+        str(gpus),
+        f"{plan.memory_gib(gpus):.1f}",
+        f"{1000 * plan.compute_s(gpus):,.0f} + {1000 * plan.exchange_s(gpus):,.0f}",
+        f"{plan.hours(gpus):,.1f}",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main, has_ranks=False))
