@@ -1,0 +1,59 @@
+"""A folder with everything that draws images, as launch/export.py writes it, here or on the Hugging Face hub.
+
+generator/        model.safetensors, config.json
+autoencoder/      model.safetensors, config.json
+text_tokenizer/   its own files
+sampling.json     how the training drew its samples
+README.md         the model card
+
+Only tensors and JSON are read: nothing is unpickled, no code of the folder is run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+
+from engine.config import UserError, from_dict
+from engine.files import read_json
+from generator.pipeline import Pipeline
+from generator.sampling import SamplingConfig
+
+GENERATOR, AUTOENCODER, TEXT_TOKENIZER = "generator", "autoencoder", "text_tokenizer"
+SAMPLING = "sampling.json"
+WEIGHTS = ("model.safetensors", "config.json")
+"""Of the generator and of the autoencoder."""
+PATTERNS = [
+    SAMPLING,
+    *(f"{part}/{name}" for part in (GENERATOR, AUTOENCODER) for name in WEIGHTS),
+    *(f"{TEXT_TOKENIZER}/*.{ending}" for ending in ("json", "txt", "jinja", "model")),
+]
+
+
+def load_pretrained(
+    name_or_folder: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None
+) -> tuple[Pipeline, SamplingConfig]:
+    """The pipeline, and the sampling it was made for; `revision`: of a name on the hub.
+
+    Raises UserError: neither a folder nor a name that can be had, a file is missing, parts that do not belong together.
+    """
+    folder = _folder(name_or_folder, revision)
+    sampling = folder / SAMPLING
+    if not sampling.is_file():
+        raise UserError(f"{sampling}: no such file; give a folder that launch/export.py wrote, or its name")
+    pipeline = Pipeline.load(folder / GENERATOR, folder / AUTOENCODER, folder / TEXT_TOKENIZER, device=device)
+    return pipeline, from_dict(SamplingConfig, read_json(sampling), where=str(sampling))
+
+
+def _folder(name_or_folder: str | Path, revision: str | None) -> Path:
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    try:
+        return Path(snapshot_download(str(name_or_folder), revision=revision, allow_patterns=PATTERNS))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"'{name_or_folder}': no such folder, and not to be had from Hugging Face ({reason})"
+        ) from None
