@@ -1,11 +1,17 @@
-"""Sizes of decoders and baselines, to the digit, without allocating them."""
+"""Sizes of decoders, baselines and generators, to the digit, without allocating them."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from data.shards import LatentInfo
+from engine import config as configs
+from generator.model import Generator
+from launch.runs import GeneratorRun
 from tokenizer.cnn_decoder import CnnDecoder
 from tokenizer.kl import KlAutoencoder, KlConfig
 from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig
@@ -55,3 +61,29 @@ def test_baselines(config: KlConfig, count: int, shape: tuple[int, int, int]) ->
         model = KlAutoencoder(config)
     assert model.latent_shape == shape
     assert num_parameters(model) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "trained"),
+    [("t2i_cc12m", 853_086_656, 838_403_840), ("t2i_cc12m_ddt", 1_019_278_272, 1_004_595_456)],
+)
+def test_the_papers_generator(name: str, count: int, trained: int) -> None:
+    """Qwen2.5-0.5B twice (494,032,768, its embedding once) with QK-norms, and what latents enter and leave by."""
+    path = Path(__file__).parents[2] / "configs" / "generator" / f"{name}.yaml"
+    run = configs.load(GeneratorRun, path)
+    with torch.device("meta"):
+        model = Generator(run.generator, LatentInfo("bf16", (64, 16, 16), (0.0,) * 64, (1.0,) * 64, "", ""))
+    embedding, qk_norms = 151_936 * 896, 2 * 24 * 2 * 64
+    assert num_parameters(model.backbone) == 2 * 494_032_768 - embedding + qk_norms
+    time_embedding = 256 * 896 + 896 + 896 * 896 + 896
+    assert num_parameters(model.latent_embedding) == 64 * 896 + 896 + time_embedding
+    if model.head is not None:
+        width, inner = 2048, 5461
+        entrance = 64 * width + width + 256 * width + width + width * width + width + 896 * width + width
+        layer = 10 * (width * width + width) + 2 * 128 + 3 * width * inner  # modulation 6, qkv 3, out 1
+        assert num_parameters(model.head) == entrance + 2 * layer + 2 * (width * width + width)
+    assert num_parameters(model) == count
+    frozen = (
+        896 * 896 + 896 + 64 + 896 * 896 + 896 + 3 * 896 * 4864 + 896
+    )  # the last layer's, read by a text loss
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained == count - frozen
