@@ -48,8 +48,10 @@ class GeneratorConfig:
     head: DdtHeadConfig | None = None
     """A DDT head between the backbone and the velocities; None: a linear map."""
     text_output: bool = False
-    """Whether text is an output too (a text loss): keeps what only it reads trainable. Logits are products with the
-    rows of the text embedding, as in Qwen2.5-0.5B.
+    """Whether text is an output too (a text loss): keeps what only it reads trainable."""
+    tied_text_output: bool = True
+    """Whether logits are products with the rows of the text embedding (Qwen2.5 up to 3B, Qwen3 up to 4B); false: with
+    a matrix of their own (larger Qwens, Bagel), which is there only where text is an output.
     """
     init: str = "random"
     """Start of both experts: "random"; "mimetic", random but for attention that looks for its like (small models from
@@ -91,12 +93,15 @@ class Generator(nn.Module):
                 config.head, channels, config.backbone.width, config.max_side, config.position_max_period
             )
         self.latent_out = nn.Linear((config.head or config.backbone).width, channels)
-        self.set_text_output(config.text_output)
+        self.lm_head: nn.Linear | None = None
+        if config.text_output and not config.tied_text_output:
+            self.lm_head = nn.Linear(config.backbone.width, config.backbone.vocab_size, bias=False)
+        self._train_text_output(config.text_output)
 
     @classmethod
     def create(cls, config: GeneratorConfig, latents: LatentInfo, seed: int) -> Generator:
         """On the CPU: random from `seed`, experts as `config.init` says, velocities exactly zero."""
-        model = cls._uninitialised(config, latents)
+        model = cls.uninitialised(config, latents)
         generator = torch.Generator().manual_seed(seed)
         init_weights(model, generator)
         if config.init == "mimetic":
@@ -106,14 +111,41 @@ class Generator(nn.Module):
         with torch.no_grad():
             model.latent_out.weight.zero_()
         if config.init.startswith(QWEN_PREFIX):
-            load_qwen(model.backbone, config.init.removeprefix(QWEN_PREFIX))
+            model._take_lm_head(load_qwen(model.backbone, config.init.removeprefix(QWEN_PREFIX)))
         return model
 
     def set_text_output(self, text_output: bool) -> None:
-        """Whether what only a text loss reads is trained."""
+        """Whether text is an output from now on: what only it reads is trained, or frozen and its LM head dropped.
+
+        Raises UserError: an LM head of its own would be needed, and there is none.
+        """
+        if not text_output:
+            self.lm_head = None
+        elif not self.config.tied_text_output and self.lm_head is None:
+            raise UserError(
+                "generator.text_output: the weights to start from have no LM head of their own; start from some that "
+                "have one, or set generator.tied_text_output: true"
+            )
         self.config = dataclasses.replace(self.config, text_output=text_output)
+        self._train_text_output(text_output)
+
+    def _train_text_output(self, trained: bool) -> None:
         for parameter in self.backbone.text_output_parameters():
-            parameter.requires_grad_(text_output)
+            parameter.requires_grad_(trained)
+
+    @torch.no_grad()
+    def _take_lm_head(self, weight: Tensor | None) -> None:
+        """`weight`: the checkpoint's, None where it is tied to the embedding."""
+        if not self.config.text_output:
+            return  # nothing would read it
+        tied = weight is None
+        if tied != self.config.tied_text_output:
+            raise UserError(
+                f"{self.config.init}: its LM head is {'the text embedding' if tied else 'a matrix of its own'}; "
+                f"set generator.tied_text_output: {str(tied).lower()}"
+            )
+        if self.lm_head is not None and weight is not None:
+            self.lm_head.weight.copy_(weight)
 
     def forward(
         self, batch: PackedBatch, x_GC: Tensor, t_I: Tensor, attention: JointAttention | None = None
@@ -181,7 +213,10 @@ class Generator(nn.Module):
         return velocity_TC.float()
 
     def _cross_entropy(self, rows_TD: Tensor, ids_T: Tensor) -> Tensor:
-        logits = F.linear(rows_TD, self.backbone.embed_tokens.weight.to(rows_TD.dtype))
+        if self.lm_head is not None:
+            logits: Tensor = self.lm_head(rows_TD)
+        else:
+            logits = F.linear(rows_TD, self.backbone.embed_tokens.weight.to(rows_TD.dtype))
         return F.cross_entropy(logits.float(), ids_T, reduction="sum")
 
     def save(self, directory: Path) -> None:
@@ -207,12 +242,12 @@ class Generator(nn.Module):
         if tree.get("kind") != KIND:
             raise UserError(f"{path}: this is not an exported generator (kind {tree.get('kind')!r})")
         config = from_dict(GeneratorConfig, tree["generator"], where=str(path))
-        model = cls._uninitialised(config, from_dict(LatentInfo, tree["latents"], where=str(path)))
+        model = cls.uninitialised(config, from_dict(LatentInfo, tree["latents"], where=str(path)))
         load_exact(model, read_tensors(directory / WEIGHTS_NAME), where=str(directory))
         return model
 
     @classmethod
-    def _uninitialised(cls, config: GeneratorConfig, latents: LatentInfo) -> Generator:
+    def uninitialised(cls, config: GeneratorConfig, latents: LatentInfo) -> Generator:
         """Allocated but not filled, so that no weight is drawn twice or from the global random state."""
         with torch.device("meta"):
             model = cls(config, latents)

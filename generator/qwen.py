@@ -35,45 +35,46 @@ QWEN2_5_0_5B = MotConfig(
 """Qwen2.5-0.5B with Bagel's QK-norm: the paper's text-to-image backbone."""
 
 EXPERTS = ("understanding", "generation")
-UNUSED = {
-    "lm_head.weight": "no text loss reads it",
-    "rotary_emb.inv_freq": "computed from rope_theta",
-}
+UNUSED = {"rotary_emb.inv_freq": "computed from rope_theta"}
 """Checkpoint tensors (by the end of their name) that have no place here, each with its reason."""
+LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ADDED = ("q_norm.weight", "k_norm.weight")
 """Our parameters that Qwen2 lacks (Bagel's QK-norm) and Qwen3 has; without them they start at one."""
 BIASED = {"qwen2": True, "qwen3": False}
 """Dense models whose layers are our experts' -> whether q, k and v have biases where the config does not say."""
 
 
-def load_qwen(model: Mot, source: str) -> None:
+def load_qwen(model: Mot, source: str) -> Tensor | None:
     """Starts both experts and the text embedding from one Qwen2, Qwen2.5 or dense Qwen3 checkpoint, in place.
 
-    `source`: a folder with config.json and safetensors, or a Hugging Face name. Every tensor is used or
-    listed in UNUSED. Raises UserError: not found, another kind of model, another shape.
+    `source`: a folder with config.json and safetensors, or a Hugging Face name. Every tensor is used, listed in UNUSED
+    or returned: the LM head [vocab_size, width], None where it is the text embedding. Raises UserError: not found,
+    another kind of model, another shape.
     """
     folder = _checkpoint_folder(source)
-    shape = qwen_shape(folder)
+    shape = qwen_shape(folder / "config.json")
     for field in dataclasses.fields(MotConfig):
         found, wanted = getattr(shape, field.name), getattr(model.config, field.name)
         if field.name != "qk_norm" and found != wanted:
             raise UserError(
                 f"{folder}: {field.name} is {found}, the config says {wanted}; set backbone.{field.name}"
             )
-    tensors = {
-        target: tensor for name, tensor in _read_checkpoint(folder).items() for target in _targets(name)
-    }
+    found_tensors = _read_checkpoint(folder)
+    lm_head = found_tensors.pop(LM_HEAD, None)
+    if lm_head is not None and torch.equal(lm_head, found_tensors.get(EMBEDDING, lm_head[:0])):
+        lm_head = None
+    tensors = {target: tensor for name, tensor in found_tensors.items() for target in _targets(name)}
     for name, parameter in model.named_parameters():
         if name.endswith(ADDED) and name not in tensors:
             tensors[name] = torch.ones_like(parameter)
     load_exact(model, tensors, where=str(folder))
+    return lm_head
 
 
-def qwen_shape(folder: Path) -> MotConfig:
-    """The shape that a checkpoint's config.json describes, with Bagel's QK-norm on."""
-    path = folder / "config.json"
+def qwen_shape(path: Path) -> MotConfig:
+    """The shape that a checkpoint's config.json (Bagel: llm_config.json) describes, with Bagel's QK-norm on."""
     if not path.exists():
-        raise UserError(f"{path}: no such file; give a Qwen checkpoint folder or a Hugging Face name")
+        raise UserError(f"{path}: no such file; give the folder of a checkpoint that has it")
     config: dict[str, Any] = read_json(path)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))

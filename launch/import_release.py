@@ -1,13 +1,15 @@
-"""Others' weights -> our export: launch/import_release.py rpiae | rae | diffusers | va-vae (each with --help)"""
+"""Others' weights -> our export: launch/import_release.py rpiae | rae | diffusers | va-vae | bagel (with --help)"""
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from data.shards import ShardDataset
 from engine import files
 from engine.config import UserError, load
+from generator.bagel import ImportedGenerator, import_bagel
 from launch import entry
-from tokenizer.export import fingerprint
 from tokenizer.releases.imported import Imported
 from tokenizer.releases.kl import import_diffusers, import_va_vae
 from tokenizer.releases.rpiae import RAE, RPIAE, import_rpiae
@@ -28,11 +30,9 @@ def main() -> None:
     if imported.report.problems:
         raise SystemExit(1)
     if out is not None:
-        model = imported.build()
         with files.directory(out) as temporary:
-            model.save(temporary, imported.provenance)
-        shape = "x".join(map(str, model.latent_shape))
-        print(f"{out}: latent {shape}, fingerprint {fingerprint(out)[:12]}")
+            what = imported.write(temporary)
+        print(f"{out}: {what}")
 
 
 def _rpiae(arguments: argparse.Namespace) -> Imported:
@@ -49,7 +49,20 @@ def _va_vae(arguments: argparse.Namespace) -> Imported:
     return import_va_vae(arguments.source, arguments.image_px)
 
 
-IMPORTS = {"rpiae": _rpiae, "rae": _rpiae, "diffusers": _diffusers, "va-vae": _va_vae}
+def _bagel(arguments: argparse.Namespace) -> ImportedGenerator:
+    latents = ShardDataset.open(arguments.latents).manifest.latent
+    if latents is None:
+        raise UserError(f"{arguments.latents}: holds pixels, not latents; give the latents it is to draw")
+    return import_bagel(arguments.source, latents)
+
+
+IMPORTS: dict[str, Callable[[argparse.Namespace], Imported | ImportedGenerator]] = {
+    "rpiae": _rpiae,
+    "rae": _rpiae,
+    "diffusers": _diffusers,
+    "va-vae": _va_vae,
+    "bagel": _bagel,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     diffusers = commands.add_parser("diffusers", help="an AutoencoderKL of diffusers: SD-VAE, Flux-VAE")
     va_vae = commands.add_parser("va-vae", help="VA-VAE's checkpoint (LightningDiT)")
+    bagel = commands.add_parser("bagel", help="a generator with Bagel's names, to train on from")
+    bagel.add_argument("--source", type=Path, required=True, help="folder: ema.safetensors, llm_config.json")
+    bagel.add_argument(
+        "--latents", required=True, help="latent shards that it is to draw, with as many channels"
+    )
     for command in (rpiae, rae, va_vae):
         command.add_argument(
             "--source", type=Path, required=True, help="weights: torch.save's or safetensors"
@@ -73,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (diffusers, va_vae):
         command.add_argument("--image-px", type=int, default=256, help="side of the images to encode")
-    for command in (rpiae, rae, diffusers, va_vae):
+    for command in (rpiae, rae, diffusers, va_vae, bagel):
         command.add_argument("--out", type=Path, help="folder of the export")
         command.add_argument("--verify", action="store_true", help="print the table of all parameters")
     return parser

@@ -19,6 +19,7 @@ from data.shards import Sample, ShardDataset, ShardWriter
 from data.sources.emoji import EmojiConfig, EmojiSource
 from data.text import train_text_tokenizer
 from engine import config
+from generator.model import Generator
 from launch import entry
 from launch.runs import GeneratorRun, TokenizerRun
 from tokenizer.bridge import BridgeConfig
@@ -217,6 +218,27 @@ def test_preflight_takes_a_step_of_every_phase_and_leaves_nothing_behind(inputs,
     assert [row[0] for row in rows] == ["losses", "and", "and", "samples,"]
     assert all(float(row[-2]) > 0.1 for row in rows), "resident memory of a process that imported torch"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_generator_goes_to_bagels_names_and_back_and_trains_on(inputs, tmp_path) -> None:
+    backbone = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16}  # Bagel's heads share out the width
+    start = [f"generator.backbone.{field}={value}" for field, value in backbone.items()]
+    start += ["generator.position_max_period=10000"]
+    overrides = [*t2i_overrides(inputs, tmp_path / "run"), *start]
+    run = config.load(GeneratorRun, QUICKSTART / "t2i.yaml", overrides)
+    latents = ShardDataset.open(inputs / "latents").manifest.latent
+    assert latents is not None
+    (tmp_path / "ours").mkdir()
+    Generator.create(run.generator, latents, seed=3).save(tmp_path / "ours")
+    scripts = ROOT / "launch" / "export_bagel.py", ROOT / "launch" / "import_release.py"
+    theirs, back = ["--out", str(tmp_path / "theirs")], ["--out", str(tmp_path / "back"), "--verify"]
+    finish([sys.executable, str(scripts[0]), "--generator", str(tmp_path / "ours"), *theirs])
+    source = ["--source", str(tmp_path / "theirs"), "--latents", str(inputs / "latents")]
+    assert "none is left over" in finish([sys.executable, str(scripts[1]), "bagel", *source, *back])
+    before, after = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "back"))
+    assert before == after
+    start += [f"flow.init_from={tmp_path / 'back'}", "engine.steps=1"]
+    assert "start: " in finish(command("t2i", inputs, tmp_path / "run", *start))
 
 
 def test_reconstructions_are_scored_by_the_command(inputs, tmp_path, capsys, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """Against transformers: our understanding path on Qwen2's weights is Qwen2, on Qwen3's it is Qwen3."""
 
+import dataclasses
 import json
 
 import pytest
@@ -87,7 +88,7 @@ def test_the_understanding_path_is_qwen3(tmp_path) -> None:
     for name, parameter in theirs.named_parameters():  # QK-norms included
         parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
     theirs.save_pretrained(tmp_path)
-    shape = qwen_shape(tmp_path)
+    shape = qwen_shape(tmp_path / "config.json")
     assert (shape.head_dim, shape.qkv_bias, shape.qk_norm) == (16, False, True)
     ours = Mot(shape)
     load_qwen(ours, str(tmp_path))
@@ -106,7 +107,7 @@ def test_the_understanding_path_is_qwen3(tmp_path) -> None:
 
 def test_both_experts_start_as_qwen2_and_qk_norm_at_one(checkpoint) -> None:
     theirs, folder = checkpoint
-    config = GeneratorConfig(qwen_shape(folder), max_side=2, init=f"qwen:{folder}")
+    config = GeneratorConfig(qwen_shape(folder / "config.json"), max_side=2, init=f"qwen:{folder}")
     model = Generator.create(config, LATENTS, seed=0)
     state = theirs.state_dict()
     for layer in range(3):
@@ -119,6 +120,34 @@ def test_both_experts_start_as_qwen2_and_qk_norm_at_one(checkpoint) -> None:
     assert not model.latent_out.weight.any()
 
 
+def test_the_lm_head_is_the_checkpoints(checkpoint) -> None:
+    theirs, folder = checkpoint
+    tied = theirs.config.tie_word_embeddings
+    start = {"max_side": 2, "init": f"qwen:{folder}", "text_output": True}
+    shape = dataclasses.replace(qwen_shape(folder / "config.json"), qk_norm=False)
+    with pytest.raises(UserError, match=f"set generator.tied_text_output: {str(tied).lower()}"):
+        Generator.create(GeneratorConfig(shape, tied_text_output=not tied, **start), LATENTS, seed=0)
+    model = Generator.create(GeneratorConfig(shape, tied_text_output=tied, **start), LATENTS, seed=0)
+    ids = torch.randint(64, (23,), generator=torch.Generator().manual_seed(1))
+    batch = dataclasses.replace(text_pack(ids), text_loss_rows=torch.arange(22), text_loss_ids=ids[1:])
+    with torch.no_grad():
+        # 1e-5: fp32 sums in another order; theirs is a mean
+        expected = theirs(ids[None], labels=ids[None]).loss
+        _, found = model.forward_with_text(batch, torch.zeros(4, 4), torch.tensor([0.5]))
+    torch.testing.assert_close(found / 22, expected, rtol=1e-5, atol=0)
+
+
+def test_an_lm_head_of_its_own_goes_with_the_text_loss(tmp_path) -> None:
+    config = GeneratorConfig(OURS, max_side=2, text_output=True, tied_text_output=False)
+    model = Generator.create(config, LATENTS, seed=0)
+    model.save(tmp_path)
+    assert torch.equal(Generator.load(tmp_path).lm_head.weight, model.lm_head.weight)
+    model.set_text_output(False)
+    assert "lm_head.weight" not in model.state_dict()
+    with pytest.raises(UserError, match="no LM head of their own"):
+        model.set_text_output(True)
+
+
 def test_rope_theta_is_read_in_the_layouts_of_transformers_4_and_5(checkpoint, tmp_path) -> None:
     _, folder = checkpoint
     saved = json.loads((folder / "config.json").read_text())
@@ -126,7 +155,7 @@ def test_rope_theta_is_read_in_the_layouts_of_transformers_4_and_5(checkpoint, t
     saved.pop("rope_theta", None)
     for layout in ({"rope_theta": 1e6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}):
         (tmp_path / "config.json").write_text(json.dumps(saved | layout))
-        assert qwen_shape(tmp_path).rope_theta == 1e6
+        assert qwen_shape(tmp_path / "config.json").rope_theta == 1e6
 
 
 def test_checkpoints_that_do_not_fit_are_refused_in_one_line(checkpoint, tmp_path) -> None:

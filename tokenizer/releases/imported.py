@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tokenizer.export import ImageAutoencoder
+from tokenizer.export import ImageAutoencoder, fingerprint
 from tokenizer.releases.renaming import Report, Shapes
 
 
@@ -21,6 +22,12 @@ class Imported:
     """For the export's config.json: where the weights came from."""
     build: Callable[[], ImageAutoencoder]
     """Allocates and fills it, in evaluation mode; only where the report has no problems."""
+
+    def write(self, folder: Path) -> str:
+        """Saves it into an existing folder and says what it is."""
+        model = self.build()
+        model.save(folder, self.provenance)
+        return f"latent {'x'.join(map(str, model.latent_shape))}, fingerprint {fingerprint(folder)[:12]}"
 
 
 def shapes(module: nn.Module) -> Shapes:

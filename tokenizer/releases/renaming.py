@@ -20,7 +20,7 @@ class Rule:
     theirs: str
     """A regular expression."""
     ours: str | None
-    """What re.sub puts in its place; None: of use in training only, left out."""
+    """What re.sub puts in its place; None: nothing here needs it, left out."""
     part: int = 0
     """Place among the tensors that make up ours, stacked along the first axis: query, key, value."""
 
@@ -109,7 +109,7 @@ class Report:
         ]
         if self.left_out:
             modules = sorted({name.partition(".")[0] for name in self.left_out})
-            lines.append(f"left out, of use in training only: {len(self.left_out)} of {', '.join(modules)}")
+            lines.append(f"left out, no part of this model: {len(self.left_out)} of {', '.join(modules)}")
         lines += self.notes
         if self.problems:
             return [*lines, *self.problems, f"not imported: {len(self.problems)} tensors do not fit"]
