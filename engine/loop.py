@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from engine import checkpoint, files, masters
+from engine import checkpoint, communication, files, masters
 from engine.config import ConfigError, UserError
 from engine.distributed import Ranks
 from engine.ema import Ema
@@ -80,6 +80,7 @@ class _Run:
             self.log = RunLog(run_dir, objective.name, resolved, self.step, config.wandb)
         self._stop_requested = False
         self.spans = Spans(ranks.device)
+        communication.time_collectives(self.spans)
         self._window = Window(ranks, peak_flops(ranks.device))
 
     def train(self) -> Path:

@@ -35,7 +35,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Spans:
-    """Seconds spent in named parts of the loop since the last `read`.
+    """Seconds spent in named parts of the loop since the last `read`; of a part inside another one, the inner one's.
 
     On a GPU, parts of the stream are timed by events: nothing waits for them before `read`. The host's own waits
     (data, checkpoint, samples) are wall time.
@@ -46,22 +46,45 @@ class Spans:
     def __init__(self, device: torch.device) -> None:
         self._on_stream = device.type == "cuda"
         self._measured: dict[str, list[Callable[[], float]]] = defaultdict(list)
+        self._inside: list[
+            list[Callable[[], float]]
+        ] = []  # of each part that is open: what was measured inside it
         self._begin_s = time.monotonic()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """The block's time counts for `name`."""
-        if self._on_stream and name not in self.HOST:
-            begin, end = _event(), _event()
-            begin.record()
+        """The block's time counts for `name`, but for that of blocks inside it."""
+        inside: list[Callable[[], float]] = []
+        self._inside.append(inside)
+        measure = self._start(on_stream=self._on_stream and name not in self.HOST)
+        try:
             yield
-            end.record()
-            self._measured[name].append(lambda: begin.elapsed_time(end) / 1000)
-        else:
+        finally:
+            whole = measure()
+            self._inside.pop()
+            self._measured[name].append(lambda: whole() - sum(part() for part in inside))
+            if self._inside:
+                self._inside[-1].append(whole)
+
+    def _start(self, *, on_stream: bool) -> Callable[[], Callable[[], float]]:
+        """Begins to measure; called, the result ends it and gives what reads the seconds."""
+        if not on_stream:
             begin_s = time.monotonic()
-            yield
-            spent_s = time.monotonic() - begin_s
-            self._measured[name].append(lambda: spent_s)
+
+            def stop() -> Callable[[], float]:
+                spent_s = time.monotonic() - begin_s
+                return lambda: spent_s
+
+            return stop
+        begin = _event()
+        begin.record()
+
+        def record() -> Callable[[], float]:
+            end = _event()
+            end.record()
+            return lambda: float(begin.elapsed_time(end)) / 1000
+
+        return record
 
     def read(self) -> dict[str, float]:
         """{NAME_share: share of the wall time since the last call}. Waits for the device."""

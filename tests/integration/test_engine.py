@@ -62,6 +62,9 @@ def test_two_ranks_give_the_curve_of_one_rank_with_two_micro_batches(reference, 
     assert curve(run) == pytest.approx(curve(reference), rel=1e-5)
     assert curve(run, "adversary_loss")[2:] == pytest.approx(curve(reference, "adversary_loss")[2:], rel=1e-5)
     assert curve(run, "positive_loss") == pytest.approx(curve(reference, "positive_loss"), rel=1e-5)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    shares = {name: value for name, value in last.items() if name.endswith("_share")}
+    assert shares["communication_share"] > 0 and min(shares.values()) >= 0 and sum(shares.values()) <= 1
 
 
 def test_metrics_say_where_the_time_of_a_step_went(reference):
