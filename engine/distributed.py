@@ -5,14 +5,16 @@ from __future__ import annotations
 import datetime
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-DEFAULT_TIMEOUT_S = 1800
+DEFAULT_TIMEOUT_S = 3600
+"""Of the process groups. The watchdog, which knows more, is to be faster: engine.hang_timeout_s."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Ranks:
     world: int
     device: torch.device
     control: Any
+    waits: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered around every collective: the loop measures there how long it waits for other ranks."""
 
     @property
     def is_first(self) -> bool:
@@ -31,12 +35,14 @@ class Ranks:
 
     def barrier(self) -> None:
         """Waits for every rank."""
-        dist.barrier(group=self.control)
+        with self.waits():
+            dist.barrier(group=self.control)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over ranks, in fp64."""
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.control)
+        with self.waits():
+            dist.all_reduce(total, group=self.control)
         return [float(value) for value in total]
 
     def sum_on_device(self, values: torch.Tensor) -> torch.Tensor:
@@ -56,7 +62,8 @@ class Ranks:
     def gather(self, value: Any) -> list[Any]:
         """One small picklable value from each rank, in rank order, on every rank."""
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.control)
+        with self.waits():
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
 

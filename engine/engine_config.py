@@ -11,6 +11,7 @@ from engine.masters import Precision
 from engine.schedule import OptimizerConfig
 
 OnAlarm = Literal["warn", "stop", "roll_back"]
+OnLossSpike = Literal["ignore", "skip", "roll_back"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,26 @@ class EngineConfig:
     """
     max_roll_backs: int = 3
     """The alarm after so many stops the run."""
+    on_loss_spike: OnLossSpike = "ignore"
+    """What follows a step whose loss is above loss_spike_factor times the median of the last 100. skip: it is not
+    taken, its batch is kept, and after max_nonfinite_steps in a row the run stops; roll_back: as for alarms. Neither
+    is free: the loss of every step is then waited for before its backward pass.
+    """
+    loss_spike_factor: float = 3.0
+    hang_timeout_s: float = 1800.0
+    """A rank that has not moved for so long is named and the run ends, to be started again; 0: never."""
     wandb: WandbMode = "offline"
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):
             raise ConfigError(f"zero_stage is {self.zero_stage}; choose 1, 2 or 3")
-        if self.on_alarm == "roll_back" and self.keep_checkpoints < 2:
+        if "roll_back" in (self.on_alarm, self.on_loss_spike) and self.keep_checkpoints < 2:
             raise ConfigError(
-                "on_alarm roll_back needs keep_checkpoints of at least 2: the newest one may hold what went wrong"
+                "roll_back needs keep_checkpoints of at least 2: the newest may hold what went wrong"
             )
+        if self.loss_spike_factor <= 1:
+            raise ConfigError(f"loss_spike_factor is {self.loss_spike_factor}; it must be above 1")
+        if self.hang_timeout_s < 0:
+            raise ConfigError(f"hang_timeout_s is {self.hang_timeout_s}; give seconds, or 0 for no limit")
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; it must be at least 1")

@@ -1,10 +1,12 @@
-"""What can go wrong while a run goes on: non-finite steps, alarms of the objective, ranks that drifted apart."""
+"""What can go wrong while a run goes on: non-finite steps, loss spikes, alarms, ranks that drift apart, full memory."""
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,6 +16,16 @@ from engine.config import UserError
 from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
 from engine.objective import HISTORY_WINDOWS, Batch, Objective
+
+NUM_LOSSES, FEWEST_LOSSES = 100, 20
+"""Steps whose losses a spike is compared with, and how many there must be."""
+
+MEMORY_ADVICE = {
+    "": "lower packing.tokens_per_pack or pixels.images_per_pack, turn on activation_checkpointing, or raise "
+    "engine.zero_stage",
+    "optimizer": "raise engine.zero_stage, or use more ranks",
+    "samples": "lower preview_sampling.batch_images or num_preview_images",
+}
 
 
 class Guard:
@@ -29,24 +41,54 @@ class Guard:
         self._roll_backs = 0
         self._objective, self._config, self._run_dir, self._ranks = objective, config, run_dir, ranks
         self._history: deque[Mapping[str, float]] = deque(maxlen=HISTORY_WINDOWS)
+        self._losses: deque[float] = deque(maxlen=NUM_LOSSES)
+        self._spikes_in_a_row = 0
 
     def nonfinite(self, step: int, batches: Sequence[Batch]) -> None:
         """A step that was not taken: keeps its batch for a post-mortem; ends the run or rolls back after too many."""
         self.nonfinite_steps += 1
-        folder = self._run_dir / "nonfinite"
-        folder.mkdir(parents=True, exist_ok=True)
-        again = f"_roll_back_{self._roll_backs}" if self._roll_backs else ""  # the same step, other data
-        path = folder / f"step_{step:08d}_rank_{self._ranks.rank:05d}{again}.pt"
-        torch.save([batch.__dict__ for batch in batches], path)
+        path = self._keep("nonfinite", step, batches)
         self._say(f"step {step}: non-finite loss or gradient, step not taken; batch kept in {path}")
         if self.nonfinite_steps < self._config.max_nonfinite_steps:
             return
         self.alarm = f"{self.nonfinite_steps} steps with a non-finite loss or gradient"
         if self._config.on_alarm != "roll_back":
             raise UserError(
-                f"{self.alarm} (last: {step}); look at {folder}, lower engine.optimizer.lr, and run again from "
+                f"{self.alarm} (last: {step}); look at {path.parent}, lower engine.optimizer.lr, and run again from "
                 "the last checkpoint"
             )
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether a step's loss (the same number on every rank) is far above the last ones'; remembers it if not."""
+        known = len(self._losses) >= FEWEST_LOSSES
+        if known and loss > self._config.loss_spike_factor * median(self._losses):
+            return True
+        self._spikes_in_a_row = 0
+        if loss == loss:  # what is not a number is another guard's
+            self._losses.append(loss)
+        return False
+
+    def spike(self, step: int, loss: float, batches: Sequence[Batch]) -> None:
+        """A step that was not taken because of its loss: keeps its batch; rolls back, or ends the run in the end."""
+        self._spikes_in_a_row += 1
+        path = self._keep("spikes", step, batches)
+        reason = f"loss {loss:.4g} at a median of {median(self._losses):.4g}"
+        self._say(f"step {step}: {reason}, step not taken; batch kept in {path}")
+        if self._config.on_loss_spike == "roll_back":
+            self.alarm = reason
+        elif self._spikes_in_a_row >= self._config.max_nonfinite_steps:
+            raise UserError(
+                f"{self._spikes_in_a_row} loss spikes in a row (last: step {step}, {reason}); look at {path.parent}, "
+                "lower engine.optimizer.lr or raise engine.loss_spike_factor, and run again from the last checkpoint"
+            )
+
+    def _keep(self, kind: str, step: int, batches: Sequence[Batch]) -> Path:
+        folder = self._run_dir / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        again = f"_roll_back_{self._roll_backs}" if self._roll_backs else ""  # the same step, other data
+        path = folder / f"step_{step:08d}_rank_{self._ranks.rank:05d}{again}.pt"
+        torch.save([batch.__dict__ for batch in batches], path)
+        return path
 
     def look(self, step: int, values: Mapping[str, float]) -> None:
         """Asks the objective about the window that was just logged."""
@@ -73,8 +115,9 @@ class Guard:
             )
             raise UserError(f"stopped at step {step}: {reason}, and {why}; lower engine.optimizer.lr")
         self._roll_backs += 1
-        self.nonfinite_steps = 0
+        self.nonfinite_steps = self._spikes_in_a_row = 0
         self._history.clear()
+        self._losses.clear()
         return reason
 
     def check_replicas(self, step: int, engines: Mapping[str, Any]) -> None:
@@ -92,14 +135,36 @@ class Guard:
                     "Check those ranks' hardware and versions, then run again from the last checkpoint"
                 )
 
-    def state_dict(self) -> dict[str, int]:
-        """Counters for the checkpoint."""
-        return {"nonfinite_steps": self.nonfinite_steps, "roll_backs": self._roll_backs}
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and last losses for the checkpoint."""
+        return {
+            "nonfinite_steps": self.nonfinite_steps,
+            "roll_backs": self._roll_backs,
+            "spikes_in_a_row": self._spikes_in_a_row,
+            "losses": list(self._losses),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes what `state_dict` gave."""
-        self.nonfinite_steps, self._roll_backs = state["nonfinite_steps"], state.get("roll_backs", 0)
+        self.nonfinite_steps, self._roll_backs = state["nonfinite_steps"], state["roll_backs"]
+        self._spikes_in_a_row = state["spikes_in_a_row"]
+        self._losses.extend(state["losses"])
 
     def _say(self, text: str) -> None:
         if self._ranks.is_first:
             print(f"[{self._objective.name}] {text}", flush=True)
+
+
+def out_of_memory(error: RuntimeError, step: int, part: str) -> UserError | None:
+    """The one line for a device (or host) whose memory is full; None: `error` is another one.
+
+    `part`: of the step, where it happened.
+    """
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return None
+    wanted = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
+    what = f" ({wanted[0]})" if wanted else ""
+    return UserError(
+        f"step {step}, in {part or 'the loop'}: out of memory{what}; {MEMORY_ADVICE.get(part, MEMORY_ADVICE[''])}; "
+        "launch/preflight.py measures what each part needs"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -15,11 +17,12 @@ from engine.config import ConfigError, UserError
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
-from engine.guard import Guard
+from engine.guard import Guard, out_of_memory
 from engine.logs import RunLog, seconds_text
 from engine.objective import Batch, BatchSource, LossOutput, Objective
 from engine.schedule import OptimizerConfig, learning_rate, set_learning_rate
 from engine.spans import Spans, peak_flops
+from engine.watchdog import Watchdog
 from engine.window import Window
 
 EXPORT = "export"
@@ -55,6 +58,9 @@ class _Run:
         resolved: Mapping[str, Any],
         ranks: Ranks,
     ) -> None:
+        self.spans = Spans(ranks.device)
+        communication.time_collectives(self.spans)
+        ranks = dataclasses.replace(ranks, waits=lambda: self.spans("waiting"))
         self.objective, self.source, self.config, self.ranks = objective, source, config, ranks
         self.run_dir = run_dir
         objective.to(ranks.device)
@@ -79,8 +85,6 @@ class _Run:
             files.write_json(run_dir / "config.json", dict(resolved))
             self.log = RunLog(run_dir, objective.name, resolved, self.step, config.wandb)
         self._stop_requested = False
-        self.spans = Spans(ranks.device)
-        communication.time_collectives(self.spans)
         self._window = Window(ranks, peak_flops(ranks.device))
 
     def train(self) -> Path:
@@ -89,6 +93,27 @@ class _Run:
             signal.signal(name, self._request_stop)
         if self.log and self.step:
             self.log.line(f"resumed at step {self.step}/{self.config.steps}")
+        watchdog = None
+        if self.config.hang_timeout_s:
+            watchdog = Watchdog(
+                self.ranks, self.config.hang_timeout_s, lambda: (self.step, self.spans.place), self.run_dir
+            )
+        try:
+            export = self._steps()
+        except RuntimeError as error:
+            if explained := out_of_memory(error, self.step, self.spans.failed_in):
+                raise explained from error
+            raise
+        if watchdog:
+            watchdog.close()
+        if self.log:
+            self.log.close()
+        self.source.close()
+        for engine in self.engines.values():
+            engine.destroy()
+        return export
+
+    def _steps(self) -> Path:
         begin_s = time.monotonic()
         start_s, start_step = begin_s, self.step
         while self.step < self.config.steps:
@@ -116,10 +141,6 @@ class _Run:
             self.log.line(
                 f"finished {self.step} steps in {seconds_text(time.monotonic() - begin_s)}: {export}"
             )
-            self.log.close()
-        self.source.close()
-        for engine in self.engines.values():
-            engine.destroy()
         return export
 
     def _engine(
@@ -136,6 +157,7 @@ class _Run:
     def _train_step(self) -> None:
         """One global step: one pack of every stream, the loss divided by the global count."""
         begin_s = time.monotonic()
+        self.spans.begin_step()
         with self.spans("data"):
             batches: list[Batch] = [batch.to(self.ranks.device) for batch in self.source.next_step()]
         count, further = self._global_counts(batches)
@@ -147,15 +169,19 @@ class _Run:
             set_learning_rate(groups, optimizer, self.step, self.config.steps)
         skipped_before = self._skipped_steps()
         adversarial = self.objective.adversary_active(self.step)
+        losses, spike = [], None
         for batch, weight in zip(batches, weights, strict=True):
-            output = self._forward_backward("main", batch, weight, count, further)
+            output, loss = self._forward("main", batch, weight, count, further)
+            losses.append(output.loss_sum.detach() * weight)
+            if len(losses) == len(batches):
+                spike = self._spike(losses, count)
+            self._backward("main", loss, spoiled=spike is not None)
             self._window.add("", output, weight)
             for name, term in output.further.items():
                 self._window.add(f"{name}_", LossOutput(term.loss_sum), weight)
             if adversarial:
-                adversary_output = self._forward_backward(
-                    "adversary", output.adversary_batch, weight, count, {}
-                )
+                adversary_output, loss = self._forward("adversary", output.adversary_batch, weight, count, {})
+                self._backward("adversary", loss, spoiled=spike is not None)
                 self._window.add("adversary_", adversary_output, weight)
         self._window.close_step(
             {
@@ -166,7 +192,9 @@ class _Run:
             self.source.metrics(),
             time.monotonic() - begin_s,
         )
-        if self._skipped_steps() > skipped_before:
+        if spike is not None:
+            self.guard.spike(self.step, spike, batches)
+        elif self._skipped_steps() > skipped_before:
             self.guard.nonfinite(self.step, batches)
         elif self.ema is not None:
             self.ema.update(self.engines["main"], self.step)
@@ -180,21 +208,32 @@ class _Run:
         total, *totals = self.ranks.sum([counts, *(sum(part[name] for part in further) for name in names)])
         return total, dict(zip(names, totals, strict=True))
 
-    def _forward_backward(
+    def _forward(
         self, name: str, batch: Any, weight: float, count: float, further: Mapping[str, float]
-    ) -> LossOutput:
-        engine = self.engines[name]
+    ) -> tuple[LossOutput, torch.Tensor]:
+        """What the objective gives, and its share in the step's loss."""
         scale = weight * self.ranks.world  # DeepSpeed averages over ranks
         with self.spans("forward"):
-            output: LossOutput = engine(batch, self.step)
+            output: LossOutput = self.engines[name](batch, self.step)
             loss = output.loss_sum * (scale / max(count, 1.0))
             for key, term in output.further.items():
                 loss = loss + term.loss_sum * (term.weight * scale / max(further[key], 1.0))
+        return output, loss
+
+    def _backward(self, name: str, loss: torch.Tensor, *, spoiled: bool) -> None:
+        """`spoiled`: the step is not to be taken. DeepSpeed takes none whose gradients are not finite."""
         with self.spans("backward"):
-            engine.backward(loss, scale_wrt_gas=False)
+            self.engines[name].backward(loss * math.nan if spoiled else loss, scale_wrt_gas=False)
         with self.spans("optimizer"):
-            engine.step()
-        return output
+            self.engines[name].step()
+
+    def _spike(self, losses: list[torch.Tensor], count: float) -> float | None:
+        """The step's loss where it is a spike; None: it is not, or nobody asks. Collective; waits for the device."""
+        if self.config.on_loss_spike == "ignore":
+            return None
+        total = float(self.ranks.sum_on_device(torch.stack(losses).sum()))
+        mean = total / max(count, 1.0)
+        return mean if self.guard.is_spike(mean) else None
 
     def _optimizers(self) -> list[tuple[str, OptimizerConfig]]:
         pairs = [("main", self.config.optimizer), ("adversary", self.config.adversary_optimizer)]

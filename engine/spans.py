@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -34,14 +35,24 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in a step a rank is."""
+
+    part: str
+    """The innermost part that is open; empty: between two."""
+    num_entered: int
+    """Parts entered since `begin_step`."""
+
+
 class Spans:
     """Seconds spent in named parts of the loop since the last `read`; of a part inside another one, the inner one's.
 
     On a GPU, parts of the stream are timed by events: nothing waits for them before `read`. The host's own waits
-    (data, checkpoint, samples) are wall time.
+    (data, waiting for ranks, checkpoint, samples) are wall time.
     """
 
-    HOST = ("data", "checkpoint", "samples")
+    HOST = ("data", "waiting", "checkpoint", "samples")
 
     def __init__(self, device: torch.device) -> None:
         self._on_stream = device.type == "cuda"
@@ -49,19 +60,37 @@ class Spans:
         self._inside: list[
             list[Callable[[], float]]
         ] = []  # of each part that is open: what was measured inside it
+        self._open: list[str] = []
+        self._num_entered = 0
+        self.failed_in = ""  # the innermost part that an exception left last
         self._begin_s = time.monotonic()
+
+    def begin_step(self) -> None:
+        """Counts the parts of `place` anew."""
+        self._num_entered = 0
+
+    @property
+    def place(self) -> Place:
+        """May be read from another thread."""
+        return Place(next(reversed(self._open), ""), self._num_entered)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """The block's time counts for `name`, but for that of blocks inside it."""
         inside: list[Callable[[], float]] = []
         self._inside.append(inside)
+        self._open.append(name)
+        self._num_entered += 1
         measure = self._start(on_stream=self._on_stream and name not in self.HOST)
         try:
             yield
+        except BaseException:
+            self.failed_in = self.failed_in or name
+            raise
         finally:
             whole = measure()
             self._inside.pop()
+            self._open.pop()
             self._measured[name].append(lambda: whole() - sum(part() for part in inside))
             if self._inside:
                 self._inside[-1].append(whole)

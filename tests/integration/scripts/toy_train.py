@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +137,11 @@ def main():
     parser.add_argument("--drift-step", type=int, default=-1, help="rank 1 changes its critic at this step")
     parser.add_argument("--checkpoint-every", type=int, default=3)
     parser.add_argument("--kill-after", type=int, default=-1)
+    parser.add_argument("--fault-step", type=int, default=-1, help="data step at which --fault happens")
+    parser.add_argument("--fault", choices=FAULTS)
+    parser.add_argument("--fault-rank", type=int, default=1)
+    parser.add_argument("--hang-timeout", type=float, default=0.0)
+    parser.add_argument("--on-loss-spike", default="ignore")
     parser.add_argument("--started-from", default="a")
     parser.add_argument(
         "--no-adversary", action="store_true", help="the critic is not trained (ZeRO-3 refuses it)"
@@ -142,7 +150,9 @@ def main():
     ranks = distributed.start()
     source = ToySource(args.streams, ranks.rank, ranks.world, args.poison_step, args.spike_step)
     if args.kill_after >= 0:
-        stop_at_step(source, args.kill_after)
+        happen_at_step(source, args.kill_after, FAULTS["kill"])
+    if args.fault and ranks.rank == args.fault_rank:
+        happen_at_step(source, args.fault_step, FAULTS[args.fault])
     config = EngineConfig(
         steps=args.steps,
         optimizer=OptimizerConfig(
@@ -161,6 +171,8 @@ def main():
         max_nonfinite_steps=args.max_nonfinite,
         on_alarm=args.on_alarm,
         max_roll_backs=args.max_roll_backs,
+        on_loss_spike=args.on_loss_spike,
+        hang_timeout_s=args.hang_timeout,
         wandb="disabled",
     )
     try:
@@ -181,19 +193,24 @@ def main():
     distributed.stop()
 
 
-def stop_at_step(source, step):
-    """kill -9 from inside: no handler runs, nothing is flushed."""
-    import os
-    import signal
-
+def happen_at_step(source, step, fault):
     next_step = source.next_step
 
     def wrapped():
         if source.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            fault()
         return next_step()
 
     source.next_step = wrapped
+
+
+FAULTS = {
+    # From inside: no handler runs, nothing is flushed.
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "hang": lambda: time.sleep(600),
+    "exhaust": lambda: torch.empty(1 << 60, dtype=torch.uint8),
+}
 
 
 if __name__ == "__main__":
