@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -493,6 +494,29 @@ def test_error_of_the_thread_comes_out_of_next_step_at_its_step(dataset: ShardDa
             stream.next_step()
     assert stream.state_dict()["streams"]["0"]["num_packs"] == 3
     stream.close()
+
+
+def test_a_shard_that_is_lost_in_a_run_is_named_and_once_it_is_back_the_same_packs_come(tmp_path) -> None:
+    lengths = [10] * 1280
+    (whole,) = open_ranks(write(tmp_path, lengths), 1, num_streams=2)
+    expected = run([whole], 60)
+    (stream,) = open_ranks(ShardDataset.open(tmp_path), 1, num_streams=2)
+    found = run([stream], 5)
+    contents = {shard: shard.read_bytes() for shard in tmp_path.glob("*.tar")}
+    for shard in contents:
+        os.truncate(shard, 0)  # a file that is removed can still be read where it is open
+    with pytest.raises(UserError, match=r"shard-\d+\.tar") as raised:
+        for _ in range(55):
+            found += run([stream], 1)
+    assert "\n" not in str(raised.value) and len(found) < 60
+    state = merged_state([stream])
+    close([stream, whole])
+    for shard, content in contents.items():
+        shard.write_bytes(content)
+    (again,) = open_ranks(ShardDataset.open(tmp_path), 1, num_streams=2)
+    again.load_state_dict(state)
+    assert found + run([again], 60 - len(found)) == expected
+    close([again])
 
 
 def test_close_ends_the_thread(dataset: ShardDataset) -> None:
