@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from engine import masters
 from engine.config import UserError
 from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
+from engine.logs import EventKind
 from engine.objective import HISTORY_WINDOWS, Batch, Objective
 
 
@@ -23,11 +24,20 @@ class Guard:
     start or the last roll-back.
     """
 
-    def __init__(self, objective: Objective, config: EngineConfig, run_dir: Path, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        config: EngineConfig,
+        run_dir: Path,
+        ranks: Ranks,
+        say: Callable[[EventKind, int, str], None],
+    ) -> None:
+        """`say`: takes kind, step and sentence of what happened; it is called on every rank."""
         self.alarm = ""
         self.nonfinite_steps = 0
         self._roll_backs = 0
         self._objective, self._config, self._run_dir, self._ranks = objective, config, run_dir, ranks
+        self._say = say
         self._history: deque[Mapping[str, float]] = deque(maxlen=HISTORY_WINDOWS)
 
     def nonfinite(self, step: int, batches: Sequence[Batch]) -> None:
@@ -38,7 +48,8 @@ class Guard:
         again = f"_roll_back_{self._roll_backs}" if self._roll_backs else ""  # the same step, other data
         path = folder / f"step_{step:08d}_rank_{self._ranks.rank:05d}{again}.pt"
         torch.save([batch.__dict__ for batch in batches], path)
-        self._say(f"step {step}: non-finite loss or gradient, step not taken; batch kept in {path}")
+        text = f"step {step}: non-finite loss or gradient, step not taken; batch kept in {path}"
+        self._say("nonfinite", step, text)
         if self.nonfinite_steps < self._config.max_nonfinite_steps:
             return
         self.alarm = f"{self.nonfinite_steps} steps with a non-finite loss or gradient"
@@ -53,7 +64,7 @@ class Guard:
         self._history.append(values)
         alarms = list(self._objective.alarms(list(self._history)))
         for alarm in alarms:
-            self._say(f"ALARM at step {step}: {alarm}")
+            self._say("alarm", step, f"ALARM at step {step}: {alarm}")
         if alarms and self._config.on_alarm == "stop":
             raise UserError(
                 f"stopped at step {step} by an alarm ({alarms[0]}); look at {self._run_dir}, change the config or "
@@ -99,7 +110,3 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes what `state_dict` gave."""
         self.nonfinite_steps, self._roll_backs = state["nonfinite_steps"], state.get("roll_backs", 0)
-
-    def _say(self, text: str) -> None:
-        if self._ranks.is_first:
-            print(f"[{self._objective.name}] {text}", flush=True)
