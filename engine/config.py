@@ -101,7 +101,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
         tree = child
-    tree[key] = yaml.safe_load(text)
+    try:
+        tree[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _build(hint: Any, value: Any, where: str, path: str) -> Any:

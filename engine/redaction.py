@@ -16,7 +16,7 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 _USER = re.compile(r"://[^/\s?]*@")
-_QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]*")
+_QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]*?(?=[:;,.)]*(?:[\s'\"]|$))")
 
 
 def redact(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,13 +118,13 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def smoothed(points: Sequence[tuple[float, float]], num_values: float) -> list[tuple[float, float]]:
-    """The exponential average whose weights reach back over about `num_values` points."""
-    share = 2 / (num_values + 1)
-    average, result = points[0][1], []
-    for step, value in points:
-        average += share * (value - average)
-        result.append((step, average))
+def smoothed(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[float, float]]:
+    """The mean of each point and its neighbours, up to `reach` on both sides; as many on either, so nothing lags."""
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
+    result = []
+    for place, (step, _) in enumerate(points):
+        near = min(reach, place, len(points) - 1 - place)
+        result.append((step, (sums[place + near + 1] - sums[place - near]) / (2 * near + 1)))
     return result
 
 

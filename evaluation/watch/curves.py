@@ -13,7 +13,7 @@ Over = Literal["step", "time"]
 NUM_COLOURS = 6  # in the style sheet
 WIDE = (1180, 300)
 SMOOTH_FROM = 80  # points; of a curve with more, the average is drawn over the faint values
-SMOOTH_PART = 30  # the average reaches back over one part in so many
+SMOOTH_PART = 60  # the average reaches over one part in so many on either side
 UNITS = {"_gib": ", GiB", "_s": ", s", "_w": ", W", "_c": ", °C"}
 HEADINGS = ("Losses and quality", "Optimisation", "Speed", "Machine")
 ELSEWHERE = {"step", "time_s", "num_steps", "loss", "samples", "tokens", "samples_seen", "samples_pending"}
@@ -27,7 +27,7 @@ def _curves(runs: Sequence[Run], metric: str, over: Over) -> list[Curve]:
         colour = number % NUM_COLOURS
         if len(points) > SMOOTH_FROM:
             curves.append(Curve(run.name, points, colour, is_faint=True))
-            points = smoothed(points, len(points) / SMOOTH_PART)
+            points = smoothed(points, len(points) // SMOOTH_PART)
         if points:
             curves.append(Curve(run.name, points, colour))
     return curves
@@ -37,7 +37,9 @@ def wide_chart(runs: Sequence[Run], metric: str, over: Over) -> str:
     """One metric over the whole width, with dashed lines where something happened to the only run."""
     curves = _curves(runs, metric, over)
     if not curves:
-        return '<p class="absent">Nothing logged yet.</p>'
+        has_rows = any(run.training.rows for run in runs)
+        reason = "No times were logged: draw it over steps." if has_rows else "Nothing logged yet."
+        return f'<p class="absent">{reason}</p>'
     marks = list(_marks(runs, over)) if len(runs) == 1 else []
     unit = "step" if over == "step" else "hours"
     chart = curve_chart(curves, metric, size=WIDE, unit=unit, marks=marks)

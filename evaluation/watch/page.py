@@ -98,7 +98,7 @@ def _reading(runs: Sequence[Run]) -> str:
     """How to read the curves; only what is there."""
     parts = []
     if any(len(run.training.rows) > SMOOTH_FROM for run in runs):
-        parts.append("Faint: each log interval; strong: their running average.")
+        parts.append("Faint: each log interval; strong: the mean of its neighbourhood.")
     if any(run.count(*TROUBLE, "resume") for run in runs):
         parts.append("Dashed: a resume, an alarm, a roll-back or a step that was not taken.")
     return " ".join(parts)

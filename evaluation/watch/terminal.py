@@ -54,7 +54,7 @@ def screen(
         lines += ["", *_chart(runs, curve, over, width, min(room, 20), paint)]
     for run in runs:
         if shares := run.shares():
-            title = [paint(run.name, BOLD)] if len(runs) > 1 else []
+            title = [paint(_fit(run.name, width), BOLD)] if len(runs) > 1 else []
             lines += ["", *title, _share_bar(shares, width), _fit(_share_legend(shares), width)]
     if samples and runs[0].grids:
         lines += ["", *picture(runs[0].grids[-1][1], width)]
@@ -76,7 +76,7 @@ def _head(run: Run, width: int, now_s: float, paint: Paint, colour: int) -> list
         when = time.strftime("%d %b %H:%M", time.localtime(event.time_s))
         lines.append(paint(_fit(f"  {when}  {event.text}", width), RED))
     if run.grids:
-        lines.append(paint(_fit(f"  samples {run.grids[-1][1]}", width), GREY))
+        lines.append(paint(f"  samples {run.grids[-1][1]}", GREY))  # whole, to be copied
     return lines
 
 
