@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 320, 180  # user units; the page scales them
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 22  # margins around the plot
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 22  # margins around the plot
 MAX_POINTS = 400
 BAR_HEIGHT = 24
 

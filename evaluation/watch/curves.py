@@ -27,10 +27,14 @@ def _curves(runs: Sequence[Run], metric: str, over: Over) -> list[Curve]:
         colour = number % NUM_COLOURS
         if len(points) > SMOOTH_FROM:
             curves.append(Curve(run.name, points, colour, is_faint=True))
-            points = smoothed(points, len(points) // SMOOTH_PART)
         if points:
-            curves.append(Curve(run.name, points, colour))
+            curves.append(Curve(run.name, gentle(points), colour))
     return curves
+
+
+def gentle(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Few points as they are; of many, the mean of each one's neighbourhood."""
+    return smoothed(points, len(points) // SMOOTH_PART) if len(points) > SMOOTH_FROM else points
 
 
 def wide_chart(runs: Sequence[Run], metric: str, over: Over) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from data.images import DECODE_ERRORS
 from evaluation.report.gallery import inlined
 from evaluation.watch.curves import NUM_COLOURS
 from evaluation.watch.run import TROUBLE, Run
@@ -39,8 +40,11 @@ def samples(runs: Sequence[Run]) -> str:
             grids = tuple(grids[place] for place in places)
         figures = []
         for step, path in grids:
-            with Image.open(path) as image:
-                shown = inlined(image.convert("RGB"), f"samples of {run.name} at step {step}", 1, GRID_PX)
+            try:
+                with Image.open(path, formats=["PNG"]) as image:
+                    shown = inlined(image.convert("RGB"), f"samples of {run.name} at step {step}", 1, GRID_PX)
+            except DECODE_ERRORS:  # half copied
+                shown = '<span class="absent">cannot be read</span>'
             figures.append(f'<figure class="grid">{shown}<figcaption>step {step:,}</figcaption></figure>')
         if figures:
             title = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""

@@ -11,7 +11,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from data.images import DECODE_ERRORS
 from evaluation.report.charts import Axis, short
+from evaluation.watch.curves import gentle
 from evaluation.watch.run import TROUBLE, Run
 from evaluation.watch.status import facts, state_text
 
@@ -76,7 +78,7 @@ def _head(run: Run, width: int, now_s: float, paint: Paint, colour: int) -> list
         when = time.strftime("%d %b %H:%M", time.localtime(event.time_s))
         lines.append(paint(_fit(f"  {when}  {event.text}", width), RED))
     if run.grids:
-        lines.append(paint(f"  samples {run.grids[-1][1]}", GREY))  # whole, to be copied
+        lines.append(paint(_printable(f"  samples {run.grids[-1][1]}"), GREY))  # whole, to be copied
     return lines
 
 
@@ -84,7 +86,7 @@ def _chart(
     runs: Sequence[Run], metric: str, over: Literal["step", "time"], width: int, height: int, paint: Paint
 ) -> list[str]:
     """`height` lines of dots below a title."""
-    series = [run.series(metric, over) for run in runs]
+    series = [gentle(run.series(metric, over)) for run in runs]
     shown = [points for points in series if points]
     if not shown:
         return [f"{metric}: not logged"]
@@ -151,8 +153,11 @@ def _share_characters(shares: dict[str, float]) -> list[str]:
 
 def picture(path: Path, width: int) -> list[str]:
     """An image in half blocks of 24-bit colour, `width` characters wide at most; two pixels a character."""
-    with Image.open(path) as stored:
-        image = stored.convert("RGB")
+    try:
+        with Image.open(path, formats=["PNG"]) as stored:
+            image = stored.convert("RGB")
+    except DECODE_ERRORS:  # half copied
+        return [_printable(f"{path}: cannot be read")]
     columns = min(width, image.width)
     rows = math.ceil(image.height * columns / image.width / 2) * 2
     pixels = np.asarray(image.resize((columns, rows), Image.Resampling.BOX)).tolist()
@@ -168,4 +173,10 @@ def picture(path: Path, width: int) -> list[str]:
 
 
 def _fit(text: str, width: int) -> str:
+    """At most `width` characters, none of which could steer the terminal."""
+    text = _printable(text)
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _printable(text: str) -> str:
+    return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -215,3 +215,21 @@ def test_thinning_keeps_a_spike_and_smoothing_does_not_lag() -> None:
     assert (3333.0, 99.0) in thinned(points) and len(thinned(points)) <= 401
     ramp = [(float(k), float(k)) for k in range(100)]
     assert [value for _, value in smoothed(ramp, 7)] == pytest.approx(range(100))
+
+
+def test_a_strangers_run_folder_cannot_steer_the_terminal_or_break_the_page(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "t2i\x1b[31m")
+    event = {
+        "time_s": time.time(),
+        "step": 50,
+        "kind": "alarm",
+        "text": "\x1b]0;owned\x07<img src=x onerror=run()>",
+    }
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
+    (run_dir / "samples" / "step_00000041.png").write_bytes(b"\x89PNG half copied")
+    run = read_run(run_dir)
+    text = screen([run], ["loss"], width=80, height=30, now_s=time.time(), samples=True)
+    assert "\x1b" not in text and "\x07" not in text and "cannot be read" in text
+    html = page([run], now_s=time.time())
+    assert "<img src=x" not in html and "cannot be read" in html
