@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -146,38 +145,47 @@ def read_run(path: Path, name: str = "") -> Run:
         inside = sorted(found.parent.name for found in path.glob(f"*/{METRICS}"))
         hint = f"runs inside it: {', '.join(inside)}" if inside else "give the run_dir of a training"
         raise UserError(f"{path}: no run has logged anything here yet; {hint}")
-    rows = [row for row in _rows(path / METRICS) if isinstance(row.get("step"), (int, float))]
-    rows = [{key: _number(value) for key, value in row.items()} for row in rows]
-    events = [
-        Event(float(row["time_s"]), int(row["step"]), str(row["kind"]), str(row["text"]))
-        for row in _rows(path / EVENTS)
-        if row.keys() >= {"time_s", "step", "kind", "text"}
-    ]
-    config = files.read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    rows = [row for row in _parse(path / METRICS, read_lines, []) if "step" in row]
+    config = _parse(path / CONFIG, files.read_json, {})
     grids = [
         (int(grid.stem[5:]), grid)
         for grid in (path / "samples").glob("step_*.png")
-        if grid.stem[5:].isdigit()
+        if grid.stem[5:].isdecimal()
     ]
     times = [found.stat().st_mtime for found in (path / METRICS, path / EVENTS) if found.is_file()]
     return Run(
         path=path,
         name=name or path.resolve().name,
-        training=Training(name or path.resolve().name, tuple(rows)),
-        config=config if isinstance(config, dict) else {},
-        events=tuple(events),
+        training=Training(
+            name or path.resolve().name,
+            tuple({key: _number(value) for key, value in row.items()} for row in rows),
+        ),
+        config=config,
+        events=tuple(_parse(path / EVENTS, _read_events, [])),
         grids=tuple(sorted(grids)),
         changed_s=max(times),
     )
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _parse(path: Path, read: Callable[[Path], Any], absent: Any) -> Any:
+    """What `read` makes of a file. Raises UserError: it is not what a run writes."""
     if not path.is_file():
-        return []
+        return absent
     try:
-        return [row for row in read_lines(path) if isinstance(row, dict)]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not what a training writes ({error}); is this a run folder?") from None
+        found = read(path)
+        if any(not isinstance(row, dict | Event) for row in (found if path.suffix == ".jsonl" else [found])):
+            raise TypeError("no objects")
+        return found
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path}: is not what a training writes ({reason}); is this a run folder?") from None
+
+
+def _read_events(path: Path) -> list[Event]:
+    return [
+        Event(float(row["time_s"]), int(row["step"]), str(row["kind"]), str(row["text"]))
+        for row in read_lines(path)
+    ]
 
 
 def _number(value: object) -> float | None:

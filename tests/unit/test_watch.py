@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine import files
+from engine.config import UserError
 from engine.logs import RunLog
 from evaluation.report.charts import smoothed, thinned
 from evaluation.watch import page, read_run, screen
@@ -132,6 +133,24 @@ def test_a_folder_that_is_no_run_is_one_line(
         assert entry.run(watch.main) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and sentence in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "{"),
+        ("config.json", "[1]"),
+        ("events.jsonl", '{"time_s": "soon", "step": 1, "kind": "start", "text": ""}\n'),
+        ("events.jsonl", '{"step": Infinity, "time_s": 1, "kind": "start", "text": ""}\n'),
+        ("metrics.jsonl", "[1]\n"),
+        ("metrics.jsonl", "\xff\n{}\n"),
+    ],
+)
+def test_a_file_that_no_run_wrote_is_named(tmp_path: Path, name: str, content: str) -> None:
+    run_dir = write_run(tmp_path / "t2i")
+    (run_dir / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"{name}: is not what a training writes"):
+        read_run(run_dir)
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
