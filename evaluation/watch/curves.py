@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Literal
 
 from evaluation.report.charts import Curve, curve_chart, short, smoothed
-from evaluation.watch.run import TROUBLE, Run
+from evaluation.watch.run import SECONDS, TROUBLE, Run, Unit
 
-Over = Literal["step", "time"]
 NUM_COLOURS = 6  # in the style sheet
 WIDE = (1180, 300)
 SMOOTH_FROM = 80  # points; of a curve with more, the average is drawn over the faint values
@@ -20,10 +18,10 @@ ELSEWHERE = {"step", "time_s", "num_steps", "loss", "samples", "tokens", "sample
 ELSEWHERE |= {"epoch", "fill"}
 
 
-def _curves(runs: Sequence[Run], metric: str, over: Over) -> list[Curve]:
+def _curves(runs: Sequence[Run], metric: str, unit: Unit) -> list[Curve]:
     curves = []
     for number, run in enumerate(runs):
-        points = run.series(metric, over)
+        points = run.series(metric, unit)
         colour = number % NUM_COLOURS
         if len(points) > SMOOTH_FROM:
             curves.append(Curve(run.name, points, colour, is_faint=True))
@@ -37,28 +35,26 @@ def gentle(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return smoothed(points, len(points) // SMOOTH_PART) if len(points) > SMOOTH_FROM else points
 
 
-def wide_chart(runs: Sequence[Run], metric: str, over: Over) -> str:
+def wide_chart(runs: Sequence[Run], metric: str, unit: Unit) -> str:
     """One metric over the whole width, with dashed lines where something happened to the only run."""
-    curves = _curves(runs, metric, over)
+    curves = _curves(runs, metric, unit)
     if not curves:
         has_rows = any(run.training.rows for run in runs)
         reason = "No times were logged: draw it over steps." if has_rows else "Nothing logged yet."
         return f'<p class="absent">{reason}</p>'
-    marks = list(_marks(runs, over)) if len(runs) == 1 else []
-    unit = "step" if over == "step" else "hours"
+    marks = list(_marks(runs, unit)) if len(runs) == 1 else []
     chart = curve_chart(curves, metric, size=WIDE, unit=unit, marks=marks)
     return f'<figure class="wide">{chart}</figure>'
 
 
-def _marks(runs: Sequence[Run], over: Over) -> Iterator[tuple[float, str]]:
+def _marks(runs: Sequence[Run], unit: Unit) -> Iterator[tuple[float, str]]:
     for run in runs:
-        begin_s = next((row["time_s"] for row in run.training.rows if row.get("time_s")), None)
         for event in run.events:
             if event.kind in (*TROUBLE, "resume"):
-                if over == "step":
+                if unit == "step":
                     yield event.step, event.text
-                elif begin_s is not None:
-                    yield (event.time_s - begin_s) / 3600, event.text
+                elif run.begin_s is not None:
+                    yield (event.time_s - run.begin_s) / SECONDS[unit], event.text
 
 
 def groups(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -79,16 +75,16 @@ def _heading(name: str) -> str:
     return "Optimisation" if name in ("lr", "grad_norm", "nonfinite_steps") else "Losses and quality"
 
 
-def charts(runs: Sequence[Run], metrics: Sequence[str], over: Over) -> str:
+def charts(runs: Sequence[Run], metrics: Sequence[str], unit: Unit) -> str:
     """A card a metric; one that was 0 throughout is left out."""
     cards = []
     for metric in metrics:
-        curves = _curves(runs, metric, over)
+        curves = _curves(runs, metric, unit)
         values = {value for curve in curves for _, value in curve.points}
         if not values or values == {0.0}:  # nothing happened
             continue
         last = ", ".join(short(curve.points[-1][1]) for curve in curves if not curve.is_faint)
-        chart = curve_chart(curves, metric, unit="step" if over == "step" else "hours")
+        chart = curve_chart(curves, metric, unit=unit)
         title = f'<b>{escape(_title(metric))}</b> <small class="soft">{last}</small>'
         cards.append(f'<figure class="chart">{title}{chart}</figure>')
     return f'<div class="grid-cards" style="--cell: 280px">{"".join(cards)}</div>' if cards else ""

@@ -8,9 +8,9 @@ from html import escape
 
 from evaluation.report.charts import bar_chart, stacked_bar
 from evaluation.report.style import CSS
-from evaluation.watch.curves import SMOOTH_FROM, Over, charts, groups, wide_chart
+from evaluation.watch.curves import SMOOTH_FROM, charts, groups, wide_chart
 from evaluation.watch.records import configs, events_table, key, samples, table
-from evaluation.watch.run import TROUBLE, Run
+from evaluation.watch.run import TROUBLE, Over, Run, unit_of
 from evaluation.watch.status import facts, state_text
 
 STATE_KIND = {"running": "good", "finished": "good", "silent": "bad", "stopped": "bad", "waiting": "none"}
@@ -30,11 +30,12 @@ figure.grid img { image-rendering: auto; width: 100%; height: auto; }
 def page(runs: Sequence[Run], *, now_s: float, over: Over = "step", refresh_s: float | None = None) -> str:
     """The whole HTML document. `refresh_s`: a browser loads it again after so many seconds."""
     title = " · ".join(run.name for run in runs)
-    loss = wide_chart(runs, "loss", over)
+    unit = unit_of(runs, over)
+    loss = wide_chart(runs, "loss", unit)
     sections = [
         f'<header><h1>{escape(title)}</h1><p class="lead">{_lead(runs, now_s)}</p></header>{_status(runs, now_s)}',
         _section("Loss", _legend(runs) + loss, _reading(runs)),
-        *(_section(name, charts(runs, metrics, over)) for name, metrics in groups(runs)),
+        *(_section(name, charts(runs, metrics, unit)) for name, metrics in groups(runs)),
         _section(
             "Where the time goes", _shares(runs), "Of the wall time of late. In grey: none of these parts."
         ),
@@ -99,7 +100,7 @@ def _reading(runs: Sequence[Run]) -> str:
     parts = []
     if any(len(run.training.rows) > SMOOTH_FROM for run in runs):
         parts.append("Faint: each log interval; strong: the mean of its neighbourhood.")
-    if any(run.count(*TROUBLE, "resume") for run in runs):
+    if len(runs) == 1 and runs[0].count(*TROUBLE, "resume"):
         parts.append("Dashed: a resume, an alarm, a roll-back or a step that was not taken.")
     return " ".join(parts)
 

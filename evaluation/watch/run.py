@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,9 @@ SILENT_LINES = 6
 """A run that logged nothing for so many times its usual interval (and MIN_SILENCE_S) is taken for dead."""
 TROUBLE = ("alarm", "nonfinite", "roll_back", "error")
 
+Over = Literal["step", "time"]
+Unit = Literal["step", "minutes", "hours"]
+SECONDS: dict[Unit, float] = {"minutes": 60.0, "hours": 3600.0}
 State = Literal["waiting", "running", "silent", "stopped", "finished"]
 
 
@@ -91,14 +94,19 @@ class Run:
         pace, total = self.step_s(), self.num_steps
         return None if pace is None or total is None else max(total - self.step, 0) * pace
 
-    def series(self, metric: str, over: Literal["step", "time"]) -> list[tuple[float, float]]:
-        """(x, value) wherever the metric was logged and finite; x: the step, or hours since the first line."""
-        if over == "step":
+    @property
+    def begin_s(self) -> float | None:
+        """When the first line was logged, unix; None: no line has a time."""
+        return next((row["time_s"] for row in self.training.rows if row.get("time_s")), None)
+
+    def series(self, metric: str, unit: Unit) -> list[tuple[float, float]]:
+        """(x, value) wherever the metric was logged and finite; x: the step, or the time since the first line."""
+        begin_s = self.begin_s
+        if unit == "step":
             return self.training.series(metric)
-        begin_s = next((row["time_s"] for row in self.training.rows if row.get("time_s")), None)
         rows = [(row.get("time_s"), row.get(metric)) for row in self.training.rows]
         return [
-            ((time_s - begin_s) / 3600, value)
+            ((time_s - begin_s) / SECONDS[unit], value)
             for time_s, value in rows
             if time_s is not None and begin_s is not None and value is not None
         ]
@@ -135,6 +143,14 @@ class Run:
         if len(rows) < 2 or not (pace := self.step_s()):
             return 0.0
         return pace * ((rows[-1]["step"] or 0) - (rows[-2]["step"] or 0))
+
+
+def unit_of(runs: Sequence[Run], over: Over) -> Unit:
+    """What is counted along the curves: minutes where no run has taken two hours."""
+    if over == "step":
+        return "step"
+    longest_s = max((run.last_line_s - (run.begin_s or run.last_line_s) for run in runs), default=0.0)
+    return "minutes" if longest_s < 2 * SECONDS["hours"] else "hours"
 
 
 def read_run(path: Path, name: str = "") -> Run:

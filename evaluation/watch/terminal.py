@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -14,7 +13,7 @@ from PIL import Image
 from data.images import DECODE_ERRORS
 from evaluation.report.charts import Axis, short
 from evaluation.watch.curves import gentle
-from evaluation.watch.run import TROUBLE, Run
+from evaluation.watch.run import TROUBLE, Over, Run, Unit, unit_of
 from evaluation.watch.status import facts, state_text
 
 LABEL_WIDTH = 8  # of the values left of a chart
@@ -42,7 +41,7 @@ def screen(
     width: int,
     height: int,
     now_s: float,
-    over: Literal["step", "time"] = "step",
+    over: Over = "step",
     colours: bool = False,
     samples: bool = False,
 ) -> str:
@@ -53,7 +52,7 @@ def screen(
         lines += _head(run, width, now_s, paint, COLOURS[number % len(COLOURS)])
     room = max(6, (height - len(lines) - 4 * len(runs)) // max(len(curves), 1) - 2)
     for curve in curves:
-        lines += ["", *_chart(runs, curve, over, width, min(room, 20), paint)]
+        lines += ["", *_chart(runs, curve, unit_of(runs, over), width, min(room, 20), paint)]
     for run in runs:
         if shares := run.shares():
             title = [paint(_fit(run.name, width), BOLD)] if len(runs) > 1 else []
@@ -82,11 +81,9 @@ def _head(run: Run, width: int, now_s: float, paint: Paint, colour: int) -> list
     return lines
 
 
-def _chart(
-    runs: Sequence[Run], metric: str, over: Literal["step", "time"], width: int, height: int, paint: Paint
-) -> list[str]:
+def _chart(runs: Sequence[Run], metric: str, unit: Unit, width: int, height: int, paint: Paint) -> list[str]:
     """`height` lines of dots below a title."""
-    series = [gentle(run.series(metric, over)) for run in runs]
+    series = [gentle(run.series(metric, unit)) for run in runs]
     shown = [points for points in series if points]
     if not shown:
         return [f"{metric}: not logged"]
@@ -122,7 +119,6 @@ def _chart(
             for cell, owner in zip(cells[row], owners[row], strict=True)
         )
         lines.append(paint(f"{labels.get(row, ''):>{LABEL_WIDTH}} ┤", GREY) + drawn)
-    unit = "step" if over == "step" else "hours"
     end = short(last)
     begin = f"{unit} {short(first)}"
     gap = max(columns - len(begin) - len(end), 1)

@@ -1,5 +1,6 @@
 """What `watch` shows of a run folder, whatever state it is in. Folders are written by the run's own log."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -13,7 +14,9 @@ from engine import files
 from engine.config import UserError
 from engine.logs import RunLog
 from evaluation.report.charts import smoothed, thinned
+from evaluation.report.inputs import Training
 from evaluation.watch import page, read_run, screen
+from evaluation.watch.run import unit_of
 from evaluation.watch.terminal import picture
 from launch import entry, watch
 
@@ -75,6 +78,9 @@ def test_a_slow_run_is_given_more_time(tmp_path: Path) -> None:
     files.write_text(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     (run_dir / "events.jsonl").unlink()
     run = read_run(run_dir)
+    long = ({"step": 1.0, "time_s": 1e9}, {"step": 2.0, "time_s": 1e9 + 9000})
+    assert unit_of([run], "time") == "minutes" and unit_of([run], "step") == "step"
+    assert unit_of([dataclasses.replace(run, changed_s=0, training=Training("x", long))], "time") == "hours"
     assert run.state(1e9 + 1500 + 1700) == "running" and run.state(1e9 + 1500 + 1900) == "silent"
 
 
@@ -205,10 +211,10 @@ def test_the_page_of_one_run_marks_trouble_and_shows_its_settings(tmp_path: Path
     assert 'http-equiv="refresh" content="30"' in html
 
 
-def test_curves_over_time_are_hours_since_each_runs_first_line(tmp_path: Path) -> None:
-    points = read_run(write_run(tmp_path / "t2i")).series("loss", "time")
+def test_curves_over_time_are_minutes_since_each_runs_first_line(tmp_path: Path) -> None:
+    points = read_run(write_run(tmp_path / "t2i")).series("loss", "minutes")
     assert points[0] == (0.0, 0.99)
-    assert points[-1] == (pytest.approx(49 / 3600), 0.5)
+    assert points[-1] == (pytest.approx(49 / 60), 0.5)
 
 
 def test_the_command_names_runs_apart_and_writes_the_page(
@@ -222,7 +228,7 @@ def test_the_command_names_runs_apart_and_writes_the_page(
     monkeypatch.setattr(sys, "argv", ["watch", *runs, "--once", "--curves", "lr", "--over", "time"])
     assert entry.run(watch.main) == 0
     printed = capsys.readouterr().out
-    assert "● first/t2i  running" in printed and "● second/t2i  running" in printed and "hours 0" in printed
+    assert "● first/t2i  running" in printed and "● second/t2i  running" in printed and "minutes 0" in printed
     monkeypatch.setattr(sys, "argv", ["watch", *runs, "--html", str(tmp_path / "page.html")])
     assert entry.run(watch.main) == 0
     assert "first/t2i" in (tmp_path / "page.html").read_text()
