@@ -89,7 +89,7 @@ class _Run:
         self._stop_requested = False
         self.spans = Spans(ranks.device)
         self._window = Window(ranks, peak_flops(ranks.device))
-        self._system = SystemMeter(ranks.device, run_dir)
+        self._system = SystemMeter(ranks.device, run_dir if ranks.is_first else None)
 
     def train(self) -> Path:
         """Steps until the end or a stop signal; then the export."""

@@ -12,14 +12,14 @@ import torch
 
 GIB = 2**30
 HIGHEST = ("system/resident_gib", "system/gpu_memory_gib", "system/gpu_temperature_c")
-"""The highest of all ranks is what ends a run; of the disk, the lowest. All others are averaged."""
-LOWEST = ("system/disk_free_gib",)
+"""The highest of all ranks is what ends a run. All others are averaged."""
 
 
 class SystemMeter:
-    """Readings of one rank's process, device and disk."""
+    """Readings of one rank's process and device, and of the run folder's disk."""
 
-    def __init__(self, device: torch.device, run_dir: Path) -> None:
+    def __init__(self, device: torch.device, run_dir: Path | None) -> None:
+        """`run_dir`: None on all ranks but the first, who may see a shared folder late."""
         self._device, self._run_dir = device, run_dir
         self._process = psutil.Process()
         self._begin = time.monotonic(), time.process_time()
@@ -37,8 +37,9 @@ class SystemMeter:
         values = {
             "system/cpu_cores": cores,
             "system/resident_gib": self._process.memory_info().rss / GIB,
-            "system/disk_free_gib": shutil.disk_usage(self._run_dir).free / GIB,
         }
+        if self._run_dir is not None:
+            values["system/disk_free_gib"] = shutil.disk_usage(self._run_dir).free / GIB
         return values | (_gpu(self._device) if self._device.type == "cuda" else {})
 
 
@@ -49,8 +50,6 @@ def combine(readings: Sequence[Mapping[str, float]]) -> dict[str, float]:
         found = [reading[name] for reading in readings if name in reading]
         if name in HIGHEST:
             values[name] = max(found)
-        elif name in LOWEST:
-            values[name] = min(found)
         else:
             values[name] = sum(found) / len(found)
     return values
@@ -72,6 +71,6 @@ def _gpu(device: torch.device) -> dict[str, float]:
     for name, read in readers.items():
         try:
             values[name] = read()
-        except pynvml.NVMLError:
+        except (pynvml.NVMLError, RuntimeError):  # the second: torch does not find a slice's card
             continue
     return values

@@ -113,23 +113,19 @@ def test_the_meter_reads_process_and_disk(tmp_path: Path) -> None:
     meter = SystemMeter(torch.device("cpu"), tmp_path)
     sum(k * k for k in range(200_000))  # some work
     values = meter.read()
+    assert "system/disk_free_gib" not in SystemMeter(torch.device("cpu"), None).read()
     assert values.keys() == {"system/cpu_cores", "system/resident_gib", "system/disk_free_gib"}
     assert values["system/cpu_cores"] > 0 and 0.05 < values["system/resident_gib"] < 1000
 
 
 def test_of_ranks_the_fullest_counts_and_rates_are_averaged() -> None:
-    one = {"system/cpu_cores": 1.0, "system/resident_gib": 2.0, "system/disk_free_gib": 9.0}
-    two = {
-        "system/cpu_cores": 3.0,
-        "system/resident_gib": 4.0,
-        "system/disk_free_gib": 8.0,
-        "system/gpu_power_w": 5.0,
-    }
+    one = {"system/cpu_cores": 1.0, "system/resident_gib": 4.0, "system/disk_free_gib": 9.0}
+    two = {"system/cpu_cores": 3.0, "system/resident_gib": 2.0, "system/gpu_temperature_c": 50.0}
     assert combine([one, two]) == {
         "system/cpu_cores": 2.0,
         "system/resident_gib": 4.0,
-        "system/disk_free_gib": 8.0,
-        "system/gpu_power_w": 5.0,
+        "system/disk_free_gib": 9.0,
+        "system/gpu_temperature_c": 50.0,
     }
 
 
