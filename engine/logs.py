@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -64,10 +65,11 @@ class RunLog:
 
     def ended_by(self, error: BaseException, step: int) -> None:
         """What ended the run at `step`: a sentence for a person's mistakes and stops, else the exception."""
-        if isinstance(error, UserError):
-            self.event("stop", step, str(error))
-        else:
-            self.event("error", step, f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):  # a full disk must not hide the reason
+            if isinstance(error, UserError):
+                self.event("stop", step, str(error))
+            else:
+                self.event("error", step, f"{type(error).__name__}: {error}")
 
     def metrics(self, values: Mapping[str, float], num_steps: int, eta_s: float) -> None:
         """`values` must hold `step` (number of finished steps) and `loss`; a non-finite value is written as null.

@@ -1,5 +1,6 @@
 """What a run writes down: numbers, events, the console, wandb; and what its machine tells."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -68,6 +69,16 @@ def test_the_end_of_a_run_is_written_down(tmp_path: Path, error: Exception, kind
     log.close()
     (event,) = rows(tmp_path / "events.jsonl")
     assert (event["kind"], event["step"], event["text"]) == (kind, 7, text)
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = RunLog(tmp_path, "toy", {}, 0, "disabled")
+    monkeypatch.setattr(log, "event", full)
+    log.ended_by(UserError("the disk is full"), 7)
+    log.close()
 
 
 def test_console_lines_stand_in_columns() -> None:
