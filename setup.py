@@ -40,7 +40,9 @@ setup(
         "isal>=1.5",  # CRC-32 of every byte that is read
         "lpips>=0.1.4",
         "numpy>=1.26",
+        "nvidia-ml-py>=12.535",  # a GPU's utilisation, power and temperature in the logs
         "pillow>=10.1",
+        "psutil>=5.9",
         "pyarrow>=15.0",
         "pydantic>=2.6",
         "pyyaml>=6.0",

@@ -13,9 +13,10 @@ import fsspec
 
 from data.index_files import load_index
 from data.shard_index import MANIFEST_NAME, Manifest, Records, ShardEntry
-from data.storage import MissingFileError, StorageConfig, in_threads, redact, replace_file, retrying
+from data.storage import MissingFileError, StorageConfig, in_threads, replace_file, retrying
 from engine import files
 from engine.config import UserError
+from engine.redaction import redact
 
 FIRST_WAIT_S = 0.5
 UPLOAD = "upload this data set again"

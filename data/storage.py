@@ -1,4 +1,4 @@
-"""Where shards are kept: local folders, or anything fsspec opens; settings, retries, urls in messages."""
+"""Where shards are kept: local folders, or anything fsspec opens; settings, retries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import os
 import random
-import re
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Protocol, TypeVar
 import aiohttp
 
 from engine.config import ConfigError, UserError
+from engine.redaction import redact
 
 GIB = 1 << 30
 MAX_WAIT_S = 30.0
@@ -86,11 +86,6 @@ class ShardBytes(Protocol):
 def is_remote(location: str | Path) -> bool:
     """Whether `location` is a url of something else than a local file."""
     return "://" in str(location) and not str(location).startswith("file://")
-
-
-def redact(text: str) -> str:
-    """`text` without what may be secret in urls: user and password, and the query with its signature."""
-    return re.sub(r"(://[^\s'\"?]*)\?[^\s'\"]*", r"\1", re.sub(r"://[^/\s?]*@", "://", text))
 
 
 def retrying(action: Callable[[], Result], where: str, attempts: int, first_wait_s: float) -> Result:

@@ -17,6 +17,8 @@ from typing import Any, TypeVar, Union
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from engine.redaction import redacted
+
 T = TypeVar("T")
 
 
@@ -59,8 +61,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def dump(config: Any) -> str:
-    """YAML text of the resolved config; `load` reads it back to an equal object."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    """YAML text of the resolved config to look at; where no secret is masked, `load` gives an equal object."""
+    return yaml.safe_dump(redacted(to_dict(config)), sort_keys=False)
 
 
 def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -99,7 +101,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
         tree = child
-    tree[key] = yaml.safe_load(text)
+    try:
+        tree[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _build(hint: Any, value: Any, where: str, path: str) -> Any:

@@ -69,6 +69,8 @@ class Ranks:
 
 def start(timeout_s: int = DEFAULT_TIMEOUT_S) -> Ranks:
     """Joins the process group named by the launcher's environment (alone, if there is none)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns; our own first line names the device
     import deepspeed
 
     # The shared-memory op leaves 69 MB a rank in /dev/shm and is not needed (DeepSpeed 0.19).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,6 +15,7 @@ from engine import masters
 from engine.config import UserError
 from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
+from engine.logs import EventKind
 from engine.objective import HISTORY_WINDOWS, Batch, Objective
 
 NUM_LOSSES, FEWEST_LOSSES = 100, 20
@@ -35,11 +36,20 @@ class Guard:
     start or the last roll-back.
     """
 
-    def __init__(self, objective: Objective, config: EngineConfig, run_dir: Path, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        config: EngineConfig,
+        run_dir: Path,
+        ranks: Ranks,
+        say: Callable[[EventKind, int, str], None],
+    ) -> None:
+        """`say`: takes kind, step and sentence of what happened; it is called on every rank."""
         self.alarm = ""
         self.nonfinite_steps = 0
         self._roll_backs = 0
         self._objective, self._config, self._run_dir, self._ranks = objective, config, run_dir, ranks
+        self._say = say
         self._history: deque[Mapping[str, float]] = deque(maxlen=HISTORY_WINDOWS)
         self._losses: deque[float] = deque(maxlen=NUM_LOSSES)
         self._spikes_in_a_row = 0
@@ -48,7 +58,8 @@ class Guard:
         """A step that was not taken: keeps its batch for a post-mortem; ends the run or rolls back after too many."""
         self.nonfinite_steps += 1
         path = self._keep("nonfinite", step, batches)
-        self._say(f"step {step}: non-finite loss or gradient, step not taken; batch kept in {path}")
+        text = f"step {step}: non-finite loss or gradient, step not taken; batch kept in {path}"
+        self._say("nonfinite", step, text)
         if self.nonfinite_steps < self._config.max_nonfinite_steps:
             return
         self.alarm = f"{self.nonfinite_steps} steps with a non-finite loss or gradient"
@@ -73,7 +84,7 @@ class Guard:
         self._spikes_in_a_row += 1
         path = self._keep("spikes", step, batches)
         reason = f"loss {loss:.4g} at a median of {median(self._losses):.4g}"
-        self._say(f"step {step}: {reason}, step not taken; batch kept in {path}")
+        self._say("spike", step, f"step {step}: {reason}, step not taken; batch kept in {path}")
         if self._config.on_loss_spike == "roll_back":
             self.alarm = reason
         elif self._spikes_in_a_row >= self._config.max_nonfinite_steps:
@@ -95,7 +106,7 @@ class Guard:
         self._history.append(values)
         alarms = list(self._objective.alarms(list(self._history)))
         for alarm in alarms:
-            self._say(f"ALARM at step {step}: {alarm}")
+            self._say("alarm", step, f"ALARM at step {step}: {alarm}")
         if alarms and self._config.on_alarm == "stop":
             raise UserError(
                 f"stopped at step {step} by an alarm ({alarms[0]}); look at {self._run_dir}, change the config or "
@@ -149,10 +160,6 @@ class Guard:
         self.nonfinite_steps, self._roll_backs = state["nonfinite_steps"], state["roll_backs"]
         self._spikes_in_a_row = state["spikes_in_a_row"]
         self._losses.extend(state["losses"])
-
-    def _say(self, text: str) -> None:
-        if self._ranks.is_first:
-            print(f"[{self._objective.name}] {text}", flush=True)
 
 
 def out_of_memory(error: RuntimeError, step: int, part: str) -> UserError | None:

@@ -1,11 +1,12 @@
-"""What a run says: one line for people, one JSON line for machines, wandb, and sample grids."""
+"""What a run says: lines for people, JSON lines for machines, events, wandb, and sample grids."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -15,8 +16,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from engine import files
+from engine.config import UserError
+from engine.redaction import redact, redacted
 
 WandbMode = Literal["disabled", "offline", "online"]
+EventKind = Literal[
+    "start", "resume", "checkpoint", "alarm", "nonfinite", "spike", "roll_back", "stop", "error", "finish"
+]
 
 
 def seconds_text(seconds: float) -> str:
@@ -30,9 +36,9 @@ def seconds_text(seconds: float) -> str:
 
 
 class RunLog:
-    """Writes metrics.jsonl, sample grids and wandb of one run (rank 0 only).
+    """Writes metrics.jsonl, events.jsonl, sample grids and wandb of one run (rank 0 only). Secrets are taken out.
 
-    On resume, lines of steps that are done again are dropped, so that every step stands there once.
+    On resume, metrics of steps that are done again are dropped, so that every step stands there once; events all stay.
     """
 
     def __init__(
@@ -43,29 +49,40 @@ class RunLog:
         self._metrics_path = run_dir / "metrics.jsonl"
         self._keep_before(start_step)
         self._metrics: TextIO = self._metrics_path.open("a")
-        self._wandb = _start_wandb(run_dir, name, config, wandb_mode)
+        self._events = _open_whole_lines(run_dir / "events.jsonl")
+        self._console = Console()
+        self._wandb = _start_wandb(run_dir, name, redacted(config), wandb_mode)
 
     def line(self, text: str) -> None:
         """One line for people, at once."""
-        print(f"[{self.name}] {text}", file=sys.stdout, flush=True)
+        print(f"[{self.name}] {redact(text)}", file=sys.stdout, flush=True)
+
+    def event(self, kind: EventKind, step: int, text: str) -> None:
+        """Something that happened when `step` steps were done: one line of events.jsonl, with the time (unix, s)."""
+        row = {"time_s": time.time(), "step": step, "kind": kind, "text": redact(text)}
+        self._events.write(json.dumps(row) + "\n")
+        self._events.flush()
+
+    def ended_by(self, error: BaseException, step: int) -> None:
+        """What ended the run at `step`: a sentence for a person's mistakes and stops, else the exception."""
+        with contextlib.suppress(OSError):  # a full disk must not hide the reason
+            if isinstance(error, UserError):
+                self.event("stop", step, str(error))
+            else:
+                self.event("error", step, f"{type(error).__name__}: {error}")
 
     def metrics(self, values: Mapping[str, float], num_steps: int, eta_s: float) -> None:
-        """`values` must hold `step` (number of finished steps) and `loss`; a non-finite value is written as null."""
+        """`values` must hold `step` (number of finished steps) and `loss`; a non-finite value is written as null.
+
+        Adds `time_s` (unix, s) and `num_steps`, the steps of the whole run.
+        """
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._metrics.write(json.dumps(finite) + "\n")
+        row = {**finite, "time_s": time.time(), "num_steps": num_steps}
+        self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
         if self._wandb is not None:
             self._wandb.log(dict(values), step=int(values["step"]))
-        rates = [
-            f"{values[key]:,.0f} {unit}"
-            for key, unit in (("samples_per_s", "samples/s"), ("tokens_per_s", "tokens/s"))
-            if values.get(key, 0.0) > 0 and (unit == "samples/s" or values["tokens"] > values["samples"])
-        ]
-        shown = [f"step {int(values['step'])}/{num_steps}", f"loss {values['loss']:.4f}"]
-        shown += [f"lr {values['lr']:.2e}", f"grad {values['grad_norm']:.2f}", *rates]
-        if "mfu" in values:
-            shown.append(f"MFU {values['mfu']:.1%}")
-        self.line(" | ".join([*shown, f"ETA {seconds_text(eta_s)}"]))
+        self.line(self._console.text(values, num_steps, eta_s))
 
     def samples(self, step: int, grid: npt.NDArray[np.uint8]) -> None:
         """`grid` uint8 [H, W, 3] as samples/step_XXXXXXXX.png."""
@@ -89,6 +106,7 @@ class RunLog:
     def close(self) -> None:
         """Flushes everything."""
         self._metrics.close()
+        self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -106,14 +124,52 @@ class RunLog:
         files.write_text(self._metrics_path, "".join(kept))
 
 
+class Console:
+    """The line of a log interval. Numbers keep the width of the widest so far, so that lines stand in columns."""
+
+    def __init__(self) -> None:
+        self._widths: dict[str, int] = {}
+
+    def text(self, values: Mapping[str, float], num_steps: int, eta_s: float) -> str:
+        """Step, loss, rates and what is left; numbers that a run does not have are left out."""
+        cells = [
+            self._cell("step ", f"{int(values['step'])}/{num_steps}", "", len(str(num_steps)) * 2 + 1),
+            self._cell("loss ", f"{values['loss']:.4f}", "", 7),
+            self._cell("lr ", f"{values['lr']:.2e}"),
+            self._cell("grad ", f"{values['grad_norm']:.2f}", "", 6),
+        ]
+        for key, unit in (("samples_per_s", "samples/s"), ("tokens_per_s", "tokens/s")):
+            rate = values.get(key, 0.0)
+            if rate > 0 and (unit == "samples/s" or values["tokens"] > values["samples"]):
+                cells.append(self._cell("", f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}", f" {unit}", 7))
+        if "mfu" in values:
+            cells.append(self._cell("MFU ", f"{values['mfu']:.1%}", "", 5))
+        return " | ".join([*cells, self._cell("ETA ", seconds_text(eta_s), "", 6)])
+
+    def _cell(self, before: str, number: str, after: str = "", width: int = 0) -> str:
+        name = before + after
+        self._widths[name] = max(self._widths.get(name, width), len(number))
+        return f"{before}{number:>{self._widths[name]}}{after}"
+
+
+def _open_whole_lines(path: Path) -> TextIO:
+    """To append to, without the half line that a killed process may have left at the end."""
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        files.write_bytes(path, content[: content.rfind(b"\n") + 1])
+    return path.open("a")
+
+
 def _start_wandb(run_dir: Path, name: str, config: Mapping[str, Any], mode: WandbMode) -> Any:
     if mode == "disabled":
         return None
-    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     # The id follows from the folder, so that a resumed run continues the same curve.
     identity = files.digest(str(run_dir.resolve()))[:16]
+    # No metadata: they hold the command line, where somebody may have written a secret. No second console log.
+    settings = wandb.Settings(
+        silent=True, console="off", x_disable_meta=True, disable_git=True, disable_code=True
+    )
     return wandb.init(
         project="rpiae",
         name=name,
@@ -122,4 +178,5 @@ def _start_wandb(run_dir: Path, name: str, config: Mapping[str, Any], mode: Wand
         dir=str(run_dir),
         mode=mode,
         config=dict(config),
+        settings=settings,
     )

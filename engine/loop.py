@@ -18,10 +18,12 @@ from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
 from engine.guard import Guard, out_of_memory
-from engine.logs import RunLog, seconds_text
+from engine.logs import EventKind, RunLog, seconds_text
 from engine.objective import Batch, BatchSource, LossOutput, Objective
+from engine.redaction import redacted
 from engine.schedule import OptimizerConfig, learning_rate, set_learning_rate
 from engine.spans import Spans, peak_flops
+from engine.system import SystemMeter, combine
 from engine.watchdog import Watchdog
 from engine.window import Window
 
@@ -43,7 +45,13 @@ def train(
     `resolved` is the whole run's config, saved as config.json. The same command again continues from the newest
     checkpoint, bit for bit on the same number of ranks; a finished run only returns.
     """
-    return _Run(objective, source, config, run_dir, resolved, ranks).train()
+    run = _Run(objective, source, config, run_dir, resolved, ranks)
+    try:
+        return run.train()
+    except BaseException as error:  # only to write down why, for those who look at the run folder
+        if run.log:
+            run.log.ended_by(error, run.step)
+        raise
 
 
 class _Run:
@@ -78,21 +86,27 @@ class _Run:
             )
         self.ema = Ema(self.engines["main"], config.ema_decay) if config.ema_decay else None
         self.step = 0
-        self.guard = Guard(objective, config, run_dir, ranks)
+        self.guard = Guard(objective, config, run_dir, ranks, self._event)
         self._resume()
         self.log: RunLog | None = None
         if ranks.is_first:
-            files.write_json(run_dir / "config.json", dict(resolved))
+            files.write_json(run_dir / "config.json", redacted(resolved))
             self.log = RunLog(run_dir, objective.name, resolved, self.step, config.wandb)
         self._stop_requested = False
         self._window = Window(ranks, peak_flops(ranks.device))
+        self._system = SystemMeter(ranks.device, run_dir if ranks.is_first else None)
 
     def train(self) -> Path:
         """Steps until the end or a stop signal; then the export."""
         for name in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(name, self._request_stop)
-        if self.log and self.step:
-            self.log.line(f"resumed at step {self.step}/{self.config.steps}")
+        ranks = f"{self.ranks.world} rank{'s' * (self.ranks.world > 1)} on {self.ranks.device.type}"
+        how = f"{ranks}, ZeRO-{self.config.zero_stage}, {self.config.precision}"
+        how += f", {self.source.num_streams} packs a step"
+        if self.step:
+            self._event("resume", self.step, f"resumed at step {self.step}/{self.config.steps}: {how}")
+        else:
+            self._event("start", 0, f"{self.config.steps} steps: {how}")
         watchdog = None
         if self.config.hang_timeout_s:
             watchdog = Watchdog(
@@ -106,11 +120,11 @@ class _Run:
             raise
         if watchdog:
             watchdog.close()
-        if self.log:
-            self.log.close()
         self.source.close()
         for engine in self.engines.values():
             engine.destroy()
+        if self.log:
+            self.log.close()
         return export
 
     def _steps(self) -> Path:
@@ -137,11 +151,15 @@ class _Run:
                     f"stopped by a signal at step {self.step}, saved; run the same command to go on"
                 )
         export = self._export()
-        if self.log:
-            self.log.line(
-                f"finished {self.step} steps in {seconds_text(time.monotonic() - begin_s)}: {export}"
-            )
+        spent = seconds_text(time.monotonic() - begin_s)
+        self._event("finish", self.step, f"finished {self.step} steps in {spent}: {export}")
         return export
+
+    def _event(self, kind: EventKind, step: int, text: str) -> None:
+        """A line for people, and one that stays in the run folder."""
+        if self.log:
+            self.log.line(text)
+            self.log.event(kind, step, text)
 
     def _engine(
         self, module: torch.nn.Module, loss: Callable[[Any, int], LossOutput], optimizer: OptimizerConfig
@@ -254,6 +272,7 @@ class _Run:
             grad_norm=float(norm) if norm is not None else 0.0,
             nonfinite_steps=self.guard.nonfinite_steps,
             memory_gib=self.ranks.peak_memory_gib(),
+            **combine(self.ranks.gather(self._system.read())),
         )
         values = self.ranks.gather(values)[0]  # rates differ between ranks; decisions must not
         if self.log:
@@ -274,7 +293,9 @@ class _Run:
         checkpoint.keep_alone(complete[0], state, self.ranks)
         if self.log:
             self.log.rewind(self.step)
-            self.log.line(f"rolled back from step {alarm_step} to step {self.step}: {reason}")
+        self._event(
+            "roll_back", alarm_step, f"rolled back from step {alarm_step} to step {self.step}: {reason}"
+        )
 
     def _averaged(self) -> Any:
         """Context in which the model holds the EMA weights."""
@@ -295,6 +316,7 @@ class _Run:
         self.objective.model.train()
 
     def _save(self) -> None:
+        begin_s = time.monotonic()
         self.guard.check_replicas(self.step, self.engines)
         checkpoint.save(
             self.run_dir / CHECKPOINTS,
@@ -309,6 +331,7 @@ class _Run:
             ranks=self.ranks,
             keep=self.config.keep_checkpoints,
         )
+        self._event("checkpoint", self.step, f"saved step {self.step} in {time.monotonic() - begin_s:.1f} s")
 
     def _data_state(self) -> dict[str, Any]:
         """The data's position on all ranks. Collective."""

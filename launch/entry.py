@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from engine import distributed
 from engine.config import ConfigError, UserError, dump, load
+from engine.redaction import redact
 
 PACKAGES = ("data", "tokenizer", "generator", "evaluation", "engine")
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -30,10 +31,10 @@ def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
     except UserError as error:
         rank = os.environ.get("RANK", "0") if has_ranks else "0"
         if distributed.is_started():
-            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+            print(f"error: rank {rank}: {redact(str(error))}", file=sys.stderr, flush=True)
             os._exit(2)  # the other ranks may wait in a collective: no clean-up that would wait for them
         if rank == "0":  # before the ranks meet, all of them see the same mistake
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         if not has_ranks:
@@ -82,5 +83,5 @@ def read_config(cls: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
 
 
 def print_config(config: object) -> None:
-    """The resolved config as YAML, as --dry-run shows it."""
+    """The resolved config as YAML, as --dry-run shows it: without secrets."""
     print(dump(config), end="")

@@ -21,6 +21,7 @@ from engine.config import UserError, to_dict
 from engine.engine_config import EngineConfig
 from engine.loop import train
 from engine.objective import Objective
+from engine.redaction import redact
 from evaluation.judges.emoji import JudgeConfig
 from generator.model import GeneratorConfig
 from generator.objective import FlowConfig, Preview, build_objective
@@ -172,7 +173,7 @@ def _train(run: PixelRun | GeneratorRun, mixture: Mixture, packer: Packer, objec
     )
     if ranks.is_first:
         for line in objective.describe():
-            print(f"[{objective.name}] {line}", flush=True)
+            print(f"[{objective.name}] {redact(line)}", flush=True)
     engine = run.engine
     if run.data.max_epochs is not None:
         engine = dataclasses.replace(engine, steps=min(engine.steps, source.num_steps(run.data.max_epochs)))

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.config import UserError
+from engine.redaction import redact
 
 ROWS_AT_ONCE = 16  # in memory, with their images
 PAGE_BUFFER_BYTES = 1 << 20  # read ahead in each column
@@ -79,7 +80,7 @@ class RowGroups:
     @property
     def name(self) -> str:
         """For messages."""
-        return f"{self.file}, row groups {self.groups[0]} to {self.groups[-1]}"
+        return f"{redact(self.file)}, row groups {self.groups[0]} to {self.groups[-1]}"
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
         """Every row. Holds a few rows and a page of each column, which in the hub's files is often a row group.

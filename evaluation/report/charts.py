@@ -2,50 +2,146 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 320, 180  # user units; the page scales them
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 22  # margins around the plot
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 22  # margins around the plot
 MAX_POINTS = 400
 BAR_HEIGHT = 24
 
 
-def line_chart(points: Sequence[tuple[float, float]], label: str) -> str:
-    """A curve over steps, logarithmic in y where all values are positive and span more than a factor of 5.
+@dataclass(frozen=True)
+class Axis:
+    """Values -> 0 (lowest) to 1 (highest), on a logarithmic scale where all are positive and span a factor of 5."""
 
-    `points`: (step, value), steps ascending, at least one.
-    """
-    stride = -(-len(points) // MAX_POINTS)
-    points = [*points[::stride], points[-1]]
-    values = [value for _, value in points]
-    logarithmic = min(values) > 0 and max(values) > 5 * min(values)
-    heights = [math.log10(value) if logarithmic else value for value in values]
-    low, high = min(heights), max(heights)
-    low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
-    first, last = points[0][0], points[-1][0]
+    low: float
+    high: float
+    logarithmic: bool
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Axis:
+        """An axis that holds all of them; at least one."""
+        low, high = min(values), max(values)
+        if low > 0 and high > 5 * low:
+            return cls(low, high, True)
+        margin = abs(low) / 2 or 0.5
+        return cls(low - margin, high + margin, False) if low == high else cls(low, high, False)
+
+    def place(self, value: float) -> float:
+        """0 to 1."""
+        if self.logarithmic:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Three to six round numbers, with labels that tell them apart."""
+        values = _log_ticks(self.low, self.high) if self.logarithmic else _ticks(self.low, self.high)
+        labels = [short(value) for value in values]
+        if len(set(labels)) < len(labels):  # a narrow range far from zero
+            labels = [f"{value:.6g}" for value in values]
+        return list(zip(values, labels, strict=True))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart."""
+
+    name: str
+    points: Sequence[tuple[float, float]]  # x ascending; at least one
+    colour: int = 0  # number of the colour in the style sheet
+    is_faint: bool = False  # what a smoothed curve was made of
+
+
+def line_chart(points: Sequence[tuple[float, float]], label: str) -> str:
+    """A curve over steps. `points`: (step, value), steps ascending, at least one."""
+    return curve_chart([Curve("", points)], label)
+
+
+def curve_chart(
+    curves: Sequence[Curve],
+    label: str,
+    *,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    unit: str = "step",
+    marks: Sequence[tuple[float, str]] = (),
+) -> str:
+    """Curves on the same axes, at least one. `unit`: of x; `marks`: (x, what happened there), dashed lines."""
+    width, height = size
+    curves = [dataclasses.replace(curve, points=thinned(curve.points)) for curve in curves]
+    axis = Axis.of([value for curve in curves for _, value in curve.points])
+    first = min(curve.points[0][0] for curve in curves)
+    last = max(curve.points[-1][0] for curve in curves)
     span = (last - first) or 1.0
 
     def x(step: float) -> float:
-        return LEFT + (step - first) / span * (WIDTH - LEFT - RIGHT)
+        return LEFT + (step - first) / span * (width - LEFT - RIGHT)
 
-    def y(height: float) -> float:
-        return TOP + (high - height) / (high - low) * (HEIGHT - TOP - BOTTOM)
+    def y(value: float) -> float:
+        return TOP + (1 - axis.place(value)) * (height - TOP - BOTTOM)
 
-    grid = []
-    for value in _log_ticks(min(values), max(values)) if logarithmic else _ticks(low, high):
-        place = f"{y(math.log10(value) if logarithmic else value):.1f}"
-        grid.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place}" y2="{place}"/>')
-        grid.append(f'<text x="{LEFT - 6}" y="{place}" dy="3.5" text-anchor="end">{short(value)}</text>')
-    curve = " ".join(
-        f"{x(step):.1f},{y(height):.1f}" for (step, _), height in zip(points, heights, strict=True)
-    )
+    parts = []
+    for value, text in axis.ticks():
+        place = f"{y(value):.1f}"
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{place}" y2="{place}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{place}" dy="3.5" text-anchor="end">{text}</text>')
+    for step, event in marks:
+        if first <= step <= last:
+            place = f"{x(step):.1f}"
+            line = f'<line class="mark" x1="{place}" x2="{place}" y1="{TOP}" y2="{height - BOTTOM}">'
+            parts.append(f"{line}<title>{escape(event)}</title></line>")
+    for curve in sorted(curves, key=lambda curve: not curve.is_faint):
+        places = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve.points)
+        kind = "curve" + (f" c{curve.colour}" if curve.colour else "") + (" faint" if curve.is_faint else "")
+        parts.append(f'<polyline class="{kind}" points="{places}"/>')
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(grid)}'
-        f'<polyline class="curve" points="{curve}"/>'
-        f'<text x="{LEFT}" y="{HEIGHT - 5}">step {short(first)}</text>'
-        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{short(last)}</text></svg>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}'
+        f'<text x="{LEFT}" y="{height - 5}">{unit} {short(first)}</text>'
+        f'<text x="{width - RIGHT}" y="{height - 5}" text-anchor="end">{short(last)}</text></svg>'
+    )
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MAX_POINTS of them and the last: lowest and highest of each stretch, so that no spike is lost."""
+    stride = 2 * -(-len(points) // MAX_POINTS)
+    if stride == 2:
+        return list(points)
+    kept = []
+    for begin in range(0, len(points), stride):
+        stretch = points[begin : begin + stride]
+        ends = (min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1]))
+        kept += sorted(set(ends))
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+
+
+def smoothed(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[float, float]]:
+    """The mean of each point and its neighbours, up to `reach` on both sides; as many on either, so nothing lags."""
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
+    result = []
+    for place, (step, _) in enumerate(points):
+        near = min(reach, place, len(points) - 1 - place)
+        result.append((step, (sums[place + near + 1] - sums[place - near]) / (2 * near + 1)))
+    return result
+
+
+def stacked_bar(parts: Sequence[tuple[str, float]], label: str) -> str:
+    """One bar of shares that add up to 1 at most; colours in order, names in the tooltip."""
+    width, height, left = 720, 18, 0.0
+    rects = []
+    for number, (name, share) in enumerate(parts):
+        extent = share * width
+        title = f"<title>{escape(name)} {share:.1%}</title>"
+        rects.append(
+            f'<rect class="p{number}" x="{left:.1f}" y="0" width="{extent:.1f}" height="{height}">{title}</rect>'
+        )
+        left += extent
+    return (
+        f'<svg class="bars" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
+        f'<rect class="rest" width="{width}" height="{height}"/>{"".join(rects)}</svg>'
     )
 
 

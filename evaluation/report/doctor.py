@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -21,6 +19,7 @@ from data.shards import LatentInfo, Sample
 from engine import files
 from engine.config import UserError
 from evaluation.report.charts import bar_chart
+from evaluation.report.gallery import inlined
 from evaluation.report.style import CSS
 
 MAX_PX = 192  # long side of an image on the page
@@ -143,17 +142,7 @@ def _latent_image(payload: bytes, latent: LatentInfo) -> Image.Image:
 
 
 def _img(image: Image.Image, part: str) -> str:
-    """Small images as PNG, others as JPEG, which is a tenth of it."""
-    image.thumbnail((MAX_PX, MAX_PX))
-    is_small = max(image.size) <= MIN_PX
-    scale = max(1, MIN_PX // max(image.size))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG" if is_small else "JPEG", quality=88)
-    payload = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img src="data:image/{"png" if is_small else "jpeg"};base64,{payload}" width="{image.width * scale}" '
-        f'height="{image.height * scale}" alt="{escape(part)}"><span class="role">{escape(part)}</span>'
-    )
+    return f'{inlined(image, part, MIN_PX, MAX_PX)}<span class="role">{escape(part)}</span>'
 
 
 def _texts(sample: Sample) -> list[str]:

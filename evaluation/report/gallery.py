@@ -69,6 +69,23 @@ def edits(evaluation: Evaluation) -> str:
     return "".join(sections)
 
 
+def inlined(image: Image.Image, alt: str, min_px: int, max_px: int) -> str:
+    """An <img> that holds its bytes: at most `max_px` a side; up to `min_px` enlarged, pixel by pixel.
+
+    Small images as PNG, others as JPEG, which is a tenth of it.
+    """
+    image.thumbnail((max_px, max_px))
+    is_small = max(image.size) <= min_px
+    scale = max(1, min_px // max(image.size))
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG" if is_small else "JPEG", quality=88)
+    payload = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<img src="data:image/{"png" if is_small else "jpeg"};base64,{payload}" width="{image.width * scale}" '
+        f'height="{image.height * scale}" alt="{escape(alt)}">'
+    )
+
+
 def _group(name: str, num_items: int, num_shown: int) -> str:
     shown = f"the first {num_shown} of {num_items}" if num_shown < num_items else f"all {num_items}"
     return f"<h3>{escape(name.replace('_', ' ').capitalize() or 'All')} · {shown}</h3>"

@@ -73,7 +73,7 @@ def read_report_input(root: Path) -> ReportInput:
     durations = _read_json(root / "durations.json", [])
     order = {step["name"]: place for place, step in enumerate(durations)}
     trainings = [
-        Training(path.parent.name, _read_lines(path)) for path in sorted(root.glob("*/metrics.jsonl"))
+        Training(path.parent.name, read_lines(path)) for path in sorted(root.glob("*/metrics.jsonl"))
     ]
     return ReportInput(
         durations=tuple((str(step["name"]), float(step["seconds"])) for step in durations),
@@ -94,7 +94,7 @@ def _read_evaluation(path: Path) -> Evaluation:
     return Evaluation(
         name=path.parent.name,
         scores=scores,
-        per_item={line["key"]: line for line in _read_lines(path.with_name(PER_ITEM_NAME))},
+        per_item={line["key"]: line for line in read_lines(path.with_name(PER_ITEM_NAME))},
         images=ImageSet.open(images_dir) if (images_dir / MANIFEST_NAME).is_file() else None,
     )
 
@@ -103,8 +103,8 @@ def _read_json(path: Path, default: Any) -> Any:
     return files.read_json(path) if path.is_file() else default
 
 
-def _read_lines(path: Path) -> tuple[Any, ...]:
-    """JSON lines; the last one may be torn while a training is still writing it."""
+def read_lines(path: Path) -> tuple[Any, ...]:
+    """JSON lines; the last one may be torn while a training is still writing it. Raises JSONDecodeError."""
     *whole, last = path.read_text().split("\n")
     rows = [json.loads(line) for line in whole if line]
     try:

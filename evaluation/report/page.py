@@ -17,7 +17,8 @@ from evaluation.report.verdicts import TARGETS, Outcome, outcomes
 
 REPORT_NAME = "report.html"
 SUMMARY_NAME = "report.json"
-BOOKKEEPING = {"step", "loss", "lr", "nonfinite_steps", "epoch"}  # logged, but no result of a training
+# Logged, but no result of a training; nor is what stands under "system/".
+BOOKKEEPING = {"step", "loss", "lr", "nonfinite_steps", "epoch", "time_s", "num_steps"}
 ATTRIBUTION = (
     "Emoji graphics: Twemoji, copyright Twitter, Inc and other contributors, licensed under "
     '<a href="https://creativecommons.org/licenses/by/4.0/">CC-BY 4.0</a>; scaled and composed into scenes.'
@@ -191,7 +192,11 @@ def _trainings(trainings: Sequence[Training]) -> str:
     for training in trainings:
         points = training.series("loss")
         chart = line_chart(points, f"loss of {training.name}") if points else _absent("nothing logged yet")
-        last = {name: value for name, value in training.last().items() if name not in BOOKKEEPING}
+        last = {
+            name: value
+            for name, value in training.last().items()
+            if name not in BOOKKEEPING and not name.startswith("system/")
+        }
         numbers = ", ".join(
             f"{escape(name.replace('_', ' '))} {short(value)}"
             for name, value in last.items()

@@ -24,9 +24,10 @@ from data import block_cache, remote_folder, remote_shards, storage
 from data.block_cache import BlockCache
 from data.plan import epoch_order
 from data.shards import Sample, ShardDataset, ShardWriter, write_manifest
-from data.storage import StorageConfig, redact, retrying
+from data.storage import StorageConfig, retrying
 from engine import files
 from engine.config import ConfigError, UserError
+from engine.redaction import redact
 
 URL = "memory://bucket/set"
 BLOCK = 4096
