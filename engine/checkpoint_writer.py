@@ -76,14 +76,17 @@ def write(path: Path, flats: Sequence[Flat]) -> Sum:
     text += b" " * (-len(text) % 8)
     payloads = [memoryview(len(text).to_bytes(8, "little") + text), *(_bytes(parts[name]) for name in names)]
     crc = num_bytes = 0
-    with path.open("wb") as file:
-        for payload in payloads:
-            for begin in range(0, len(payload), CHUNK_BYTES):
-                chunk = payload[begin : begin + CHUNK_BYTES]
-                crc = isal_zlib.crc32(chunk, crc)
-                num_bytes += file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            for payload in payloads:
+                for begin in range(0, len(payload), CHUNK_BYTES):
+                    chunk = payload[begin : begin + CHUNK_BYTES]
+                    crc = isal_zlib.crc32(chunk, crc)
+                    num_bytes += file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a failed write does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return Sum(num_bytes, crc)
 
 

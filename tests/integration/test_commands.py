@@ -104,6 +104,7 @@ SHORT = [
     "engine.steps=5",
     "engine.log_every_steps=1",
     "engine.checkpoint_every_steps=2",
+    "engine.async_checkpoint=false",  # which step is saved when a run is killed is then no race
     "engine.wandb=disabled",
 ]
 SCRIPTS = {"pivot": ("train_tokenizer", pivot_overrides), "t2i": ("train_t2i", t2i_overrides)}
