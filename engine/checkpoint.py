@@ -10,15 +10,16 @@ then `latest` is updated. A checkpoint that is not what its checksums say is pas
 
 from __future__ import annotations
 
-import json
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine import checkpoint_writer, files, masters
+from engine import checkpoint_folder, checkpoint_writer, files, masters
+from engine.checkpoint_folder import FORMAT, file_name
 from engine.checkpoint_reader import Saved
 from engine.checkpoint_writer import Flat, Job, Staging, Sum
 from engine.config import UserError
@@ -26,8 +27,6 @@ from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.layout import Segment
 
-FORMAT = 2
-STATE = "state.json"
 GIB = 2**30
 
 
@@ -42,6 +41,7 @@ class Checkpoints:
         self._keep, self._name = keep, name
         self._staging = Staging()
         self._job: Job | None = None
+        self._removal: threading.Thread | None = None
         self._state: dict[str, Any] = {}
 
     @property
@@ -62,7 +62,7 @@ class Checkpoints:
                 shutil.rmtree(self._temporary(state["step"]), ignore_errors=True)
                 self._temporary(state["step"]).mkdir(parents=True)
             except OSError as failure:
-                error = _reason(failure)
+                error = checkpoint_folder.reason(failure)
         if error := self._ranks.gather(error)[0]:
             self._give_up(state["step"], error, required)
             return
@@ -72,14 +72,16 @@ class Checkpoints:
             flats = self._staging.copy(flats)
         else:
             flats = [Flat(flat.kind, flat.tensor.detach().cpu(), flat.segments) for flat in flats]
-        self._job = Job(self._temporary(state["step"]) / _file_name(self._ranks.rank), flats)
+        self._job = Job(self._temporary(state["step"]) / file_name(self._ranks.rank), flats)
         if not background:
-            self.commit(required=required)
+            self.finish(required=required)
 
-    def finish(self) -> None:
-        """Completes what is being written in the background. Collective."""
+    def finish(self, *, required: bool = False) -> None:
+        """Completes what is being written and removed in the background. Collective."""
         if self._job is not None:
-            self.commit(required=False)
+            self.commit(required=required)
+        if self._removal is not None:
+            self._removal.join()
 
     def commit(self, *, required: bool = False) -> None:
         """Waits for every rank's file; makes them a checkpoint and removes all but the newest ones. Collective."""
@@ -88,7 +90,7 @@ class Checkpoints:
         try:
             total = self._job.result()
         except OSError as failure:
-            error = _reason(failure)
+            error = checkpoint_folder.reason(failure)
         self._job = None
         results = self._ranks.gather((total, error))
         errors = [text for _, text in results if text]
@@ -96,7 +98,7 @@ class Checkpoints:
             try:
                 self._publish([total for total, _ in results])
             except OSError as failure:
-                errors = [_reason(failure)]
+                errors = [checkpoint_folder.reason(failure)]
         if errors := self._ranks.gather(errors)[0]:
             self._give_up(self._state["step"], errors[0], required)
 
@@ -108,6 +110,8 @@ class Checkpoints:
         Raises UserError: none of those that are there is good, or it belongs to other weights, data or code.
         """
         found = self.complete()
+        if self._ranks.is_first:
+            checkpoint_folder.clean(self._root)
         for directory in found if oldest else reversed(found):
             state, problem = self._examine(directory)
             if not problem:
@@ -126,15 +130,15 @@ class Checkpoints:
         """Checkpoints, oldest first, as the first rank sees them: other nodes may see a shared folder late.
         Collective.
         """
-        names = self._ranks.gather([path.name for path in _list(self._root)])[0]
+        names = self._ranks.gather([path.name for path in checkpoint_folder.all_in(self._root)])[0]
         return [self._root / name for name in names]
 
     def keep_alone(self, directory: Path, state: Mapping[str, Any]) -> None:
         """After a roll-back to `directory`: its state becomes `state`, and only then the newer ones go. Collective."""
         if self._ranks.is_first:
-            _write_state(directory, state)
-            for newer in [path for path in _list(self._root) if path > directory]:
-                _remove(newer)
+            checkpoint_folder.write_state(directory, state)
+            for newer in [path for path in checkpoint_folder.all_in(self._root) if path > directory]:
+                shutil.rmtree(checkpoint_folder.hide(newer))
             files.write_text(self._root / "latest", directory.name + "\n")
         self._ranks.barrier()
 
@@ -163,7 +167,7 @@ class Checkpoints:
 
     @torch.no_grad()
     def _restore(self, directory: Path, state: Mapping[str, Any]) -> None:
-        names = [_file_name(rank) for rank in range(state["num_ranks"])]
+        names = [file_name(rank) for rank in range(state["num_ranks"])]
         with Saved(directory, names, self._ranks.rank) as saved:
             for name, engine in self._engines.items():
                 segments, momentum = masters.segments(engine), masters.momentum_segments(engine)
@@ -197,7 +201,9 @@ class Checkpoints:
 
         Raises UserError: another version's format.
         """
-        state, problem = self._ranks.gather(_read_state(directory) if self._ranks.is_first else None)[0]
+        state, problem = self._ranks.gather(
+            checkpoint_folder.read_state(directory) if self._ranks.is_first else None
+        )[0]
         if problem:
             return state, problem
         if state["format"] != FORMAT:
@@ -205,7 +211,7 @@ class Checkpoints:
                 f"{directory}: format {state['format']}, this code reads {FORMAT}; finish the run with the version "
                 "that wrote it, or start a new run_dir from its export"
             )
-        expected = checkpoint_writer.sums(state["files"])
+        expected = checkpoint_folder.sums(state)
         mine = sorted(expected)[self._ranks.rank :: self._ranks.world]
         problems = [checkpoint_writer.checked(directory / name, expected[name]) for name in mine]
         found = [text for texts in self._ranks.gather(problems) for text in texts if text]
@@ -239,19 +245,19 @@ class Checkpoints:
         """Only the first rank, when all files are on the disk."""
         temporary, final = self._temporary(self._state["step"]), self._final(self._state["step"])
         written = {
-            _file_name(rank): {"bytes": total.num_bytes, "crc32": total.crc32}
+            file_name(rank): {"bytes": total.num_bytes, "crc32": total.crc32}
             for rank, total in enumerate(totals)
         }
         decays = list(self._ema.shadows) if self._ema else []
         state = {**self._state, "format": FORMAT, "num_ranks": len(totals), "files": written}
-        _write_state(temporary, {**state, "ema_decays": decays})
-        if final.exists():
-            _remove(final)
+        checkpoint_folder.write_state(temporary, {**state, "ema_decays": decays})
+        old = [checkpoint_folder.hide(final)] if final.exists() else []
         temporary.rename(final)
         files.fsync_directory(self._root)
         files.write_text(self._root / "latest", final.name + "\n")
-        for old in _list(self._root)[: -self._keep]:
-            _remove(old)
+        old += [checkpoint_folder.hide(path) for path in checkpoint_folder.all_in(self._root)[: -self._keep]]
+        self._removal = threading.Thread(target=_remove, args=(old,), daemon=True)  # gigabytes take a while
+        self._removal.start()
 
     def _give_up(self, step: int, reason: str, required: bool) -> None:
         if self._ranks.is_first:
@@ -285,39 +291,6 @@ def _facts(engine: Any) -> dict[str, Any]:
     }
 
 
-def _file_name(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
-
-
-def _list(root: Path) -> list[Path]:
-    return sorted(root.glob("step_*"))
-
-
-def _remove(directory: Path) -> None:
-    """Under another name first: killed in between, nothing is left that looks complete."""
-    hidden = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
-    directory.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def _reason(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-
-
-def _write_state(directory: Path, state: Mapping[str, Any]) -> None:
-    content = {name: value for name, value in state.items() if name != "digest"}
-    files.write_json(directory / STATE, {**content, "digest": files.digest(content)})
-
-
-def _read_state(directory: Path) -> tuple[dict[str, Any], str]:
-    """A state and ''; or what is wrong with it. One of another format has no digest that we know of."""
-    try:
-        state: dict[str, Any] = files.read_json(directory / STATE)
-        content = {name: value for name, value in state.items() if name != "digest"}
-        has_digest = state.get("digest") == files.digest(content)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        return {}, f"{STATE} cannot be read ({type(error).__name__})"
-    if has_digest or ("digest" not in state and state.get("format") not in (None, FORMAT)):
-        return state, ""
-    return {}, f"{STATE} has a wrong checksum"
+def _remove(hidden: Sequence[Path]) -> None:
+    for path in hidden:
+        shutil.rmtree(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,11 +156,6 @@ class Job:
             self._sum = write(path, flats)
         except BaseException as error:  # raised again in `result`, where somebody sees it
             self._error = error
-
-
-def sums(stored: Mapping[str, Mapping[str, int]]) -> dict[str, Sum]:
-    """The sums in a checkpoint's state."""
-    return {name: Sum(entry["bytes"], entry["crc32"]) for name, entry in stored.items()}
 
 
 def _bytes(values: Tensor) -> memoryview:

@@ -25,7 +25,7 @@ class EngineConfig:
     precision: Precision = "fp32"
     """fp32; bf16_autocast: fp32 weights, bf16 matrix products; bf16: bf16 weights with fp32 masters."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage 1, 2 or 3 (0 has no guard against non-finite gradients)."""
+    """DeepSpeed ZeRO stage 1, 2 or 3 (0 has no guard against non-finite gradients). It may change on resume."""
     ema_decay: float | tuple[float, ...] = 0.9999
     """Decay of the averaged weights that are sampled and exported; 0 keeps the last weights. Of a list, the first is
     sampled and exported, every other one exported beside it as export_ema_DECAY.

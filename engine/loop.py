@@ -39,8 +39,8 @@ def train(
 ) -> Path:
     """Runs or resumes a training and returns the folder of its export (EMA weights).
 
-    `resolved` is the whole run's config, saved as config.json. The same command again continues from the newest
-    checkpoint, bit for bit on the same number of ranks; a finished run only returns.
+    `resolved` is the whole run's config, saved as config.json. The same command again continues from the newest good
+    checkpoint, on any number of ranks, bit for bit on the same number; a finished run only returns.
     """
     return _Run(objective, source, config, run_dir, resolved, ranks).train()
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from engine import checkpoint, checkpoint_writer, files
+from engine import checkpoint_folder, checkpoint_writer, files
 from engine.checkpoint import Checkpoints
 from engine.config import UserError
 
@@ -100,7 +100,7 @@ def test_every_flipped_bit_of_state_json_is_noticed(tmp_path):
     for position in range(len(whole)):
         path.write_bytes(whole)
         flip(path, position)
-        state, problem = checkpoint._read_state(path.parent)
+        state, problem = checkpoint_folder.read_state(path.parent)
         assert problem or state == before, "only white space may change unnoticed"
 
 
@@ -128,9 +128,9 @@ def test_another_format_is_refused_with_its_number(tmp_path):
 def test_what_a_killed_save_left_is_never_a_checkpoint(tmp_path):
     save(tmp_path, 3)
     shutil.copytree(tmp_path / "step_00000003", tmp_path / ".step_00000006.tmp")
+    shutil.copytree(tmp_path / "step_00000003", tmp_path / ".step_00000001.old")
     assert loaded_steps(tmp_path) == [3] * WORLD
-    save(tmp_path, 6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000003", "step_00000006"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000003"]
 
 
 def test_the_newest_stay_and_latest_names_the_last(tmp_path):
@@ -177,7 +177,7 @@ def test_a_disk_that_fills_up_at_the_rename_is_noticed_too(tmp_path, monkeypatch
     def failing(directory, state):
         raise OSError(errno.ENOSPC, "No space left on device", str(directory))
 
-    monkeypatch.setattr(checkpoint, "_write_state", failing)
+    monkeypatch.setattr(checkpoint_folder, "write_state", failing)
     save(tmp_path, 6, required=False)
     assert "WARNING: the checkpoint of step 6" in capsys.readouterr().out
     assert loaded_steps(tmp_path) == [3] * WORLD
