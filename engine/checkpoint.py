@@ -1,133 +1,307 @@
-"""A checkpoint is one directory, complete or absent: written under a temporary name, renamed, then `latest` updated.
+"""A checkpoint is one directory, complete or absent, and it resumes on any number of ranks under any ZeRO stage.
 
 checkpoints/step_00001000/
-    state.json               step, data cursors of every stream, fingerprints, ranks, counters
-    main/  adversary/        DeepSpeed's own files (weights, masters, moments)
-    main_ema_00000.safetensors   EMA shards of each rank
+    rank_00000.safetensors ...   what each rank held: masters, optimizer states, EMA, by parameter
+    state.json                   step, cursors of every data stream, fingerprints, counters, shapes, checksums
+
+Written under a temporary name by all ranks (in the background if asked), renamed by the first when all have finished,
+then `latest` is updated. A checkpoint that is not what its checksums say is passed over, and the one before is used.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import files
+import torch
+
+from engine import checkpoint_folder, checkpoint_writer, files, masters
+from engine.checkpoint_folder import FORMAT, file_name
+from engine.checkpoint_reader import Saved
+from engine.checkpoint_writer import Flat, Job, Staging, Sum
 from engine.config import UserError
 from engine.distributed import Ranks
 from engine.ema import Ema
+from engine.layout import Segment
+from engine.logs import EventKind
 
-FORMAT = 1
-STATE = "state.json"
-TAG = "state"
+GIB = 2**30
 
 
-def save(
-    root: Path,
-    *,
-    step: int,
-    engines: Mapping[str, Any],
-    ema: Ema | None,
-    state: Mapping[str, Any],
-    ranks: Ranks,
-    keep: int,
-) -> None:
-    """Writes checkpoint `step` from all ranks and removes all but the newest `keep`. Collective."""
-    final = root / f"step_{step:08d}"
-    temporary = root / f".{final.name}.tmp"
-    if ranks.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    ranks.barrier()
-    for name, engine in engines.items():
-        # DeepSpeed's own `latest` is written before the other ranks have finished: ours is the rename below.
-        engine.save_checkpoint(
-            str(temporary / name), tag=TAG, save_latest=False, exclude_frozen_parameters=True
-        )
-    if ema is not None:
-        ema.save(temporary / _ema_name(ranks.rank))
-    ranks.barrier()
-    if ranks.is_first:
-        files.write_json(
-            temporary / STATE, {**state, "format": FORMAT, "step": step, "num_ranks": ranks.world}
-        )
-        files.fsync_tree(temporary)
-        if final.exists():
-            _remove(final)
+class Checkpoints:
+    """Those of one training. Every method with `Collective` in its description is called by all ranks together."""
+
+    def __init__(
+        self,
+        root: Path,
+        engines: Mapping[str, Any],
+        ema: Ema | None,
+        ranks: Ranks,
+        *,
+        keep: int,
+        say: Callable[[EventKind, int, str], None],
+    ) -> None:
+        """`keep`: complete ones that stay; `say`: takes kind, step and sentence of what happened."""
+        self._root, self._engines, self._ema, self._ranks = root, engines, ema, ranks
+        self._keep, self._say = keep, say
+        self._staging = Staging()
+        self._job: Job | None = None
+        self._removal: threading.Thread | None = None
+        self._state: dict[str, Any] = {}
+        self._begin_s = 0.0
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has finished a file that waits for `commit`."""
+        return self._job is not None and self._job.is_done
+
+    def save(self, state: Mapping[str, Any], *, background: bool, required: bool) -> None:
+        """Writes a checkpoint; `state` is JSON-able, the same on every rank, and has `step`. Collective.
+
+        background: returns when the values are copied; `commit` follows when every rank `is_written`.
+        required: raises UserError if it cannot be saved; otherwise that is a line, and the training goes on.
+        """
+        self.finish()
+        self._begin_s = time.monotonic()
+        error = ""
+        if self._ranks.is_first:
+            try:
+                shutil.rmtree(self._temporary(state["step"]), ignore_errors=True)
+                self._temporary(state["step"]).mkdir(parents=True)
+            except OSError as failure:
+                error = checkpoint_folder.reason(failure)
+        if error := self._ranks.gather(error)[0]:
+            self._give_up(state["step"], error, required)
+            return
+        self._state = {**state, "engines": {name: _facts(engine) for name, engine in self._engines.items()}}
+        flats = self._flats()
+        if background:
+            flats = self._staging.copy(flats)
+        else:
+            flats = [Flat(flat.kind, flat.tensor.detach().cpu(), flat.segments) for flat in flats]
+        self._job = Job(self._temporary(state["step"]) / file_name(self._ranks.rank), flats)
+        if not background:
+            self.finish(required=required)
+
+    def finish(self, *, required: bool = False) -> None:
+        """Completes what is being written and removed in the background. Collective."""
+        if self._job is not None:
+            self.commit(required=required)
+        if self._removal is not None:
+            self._removal.join()
+
+    def commit(self, *, required: bool = False) -> None:
+        """Waits for every rank's file; makes them a checkpoint and removes all but the newest ones. Collective."""
+        assert self._job is not None
+        total, error = None, ""
+        try:
+            total = self._job.result()
+        except OSError as failure:
+            error = checkpoint_folder.reason(failure)
+        self._job = None
+        results = self._ranks.gather((total, error))
+        errors = [text for _, text in results if text]
+        if self._ranks.is_first and not errors:
+            try:
+                self._publish([total for total, _ in results])
+            except OSError as failure:
+                errors = [checkpoint_folder.reason(failure)]
+        if errors := self._ranks.gather(errors)[0]:
+            self._give_up(self._state["step"], errors[0], required)
+        else:
+            step, spent_s = self._state["step"], time.monotonic() - self._begin_s
+            self._say("checkpoint", step, f"saved step {step} in {spent_s:.1f} s")
+
+    def load(
+        self, fingerprints: Mapping[str, str], *, oldest: bool = False
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """Restores the newest (oldest) good checkpoint: its folder and state; None if there is none yet. Collective.
+
+        Raises UserError: none of those that are there is good, or it belongs to other weights, data or code.
+        """
+        found = self.complete()
+        if self._ranks.is_first:
+            checkpoint_folder.clean(self._root)
+        for directory in found if oldest else reversed(found):
+            state, problem = self._examine(directory)
+            if not problem:
+                self._check(directory, state, fingerprints)
+                self._restore(directory, state)
+                return directory, state
+            text = f"{directory} is damaged: {problem}; taking the one {'after' if oldest else 'before'}"
+            self._say("warning", 0, text)
+        if found:
+            raise UserError(
+                f"{self._root}: every checkpoint is damaged (see above); restore one from a copy, or delete the "
+                "folder to start from step 0"
+            )
+        return None
+
+    def complete(self) -> list[Path]:
+        """Checkpoints, oldest first, as the first rank sees them: other nodes may see a shared folder late.
+        Collective.
+        """
+        names = self._ranks.gather([path.name for path in checkpoint_folder.all_in(self._root)])[0]
+        return [self._root / name for name in names]
+
+    def keep_alone(self, directory: Path, state: Mapping[str, Any]) -> None:
+        """After a roll-back to `directory`: its state becomes `state`, and only then the newer ones go. Collective."""
+        if self._ranks.is_first:
+            checkpoint_folder.write_state(directory, state)
+            for newer in [path for path in checkpoint_folder.all_in(self._root) if path > directory]:
+                shutil.rmtree(checkpoint_folder.hide(newer))
+            files.write_text(self._root / "latest", directory.name + "\n")
+        self._ranks.barrier()
+
+    def _flats(self) -> list[Flat]:
+        """All that this rank keeps, as it is now: views, not copies."""
+        flats = []
+        for name, engine in self._engines.items():
+            segments, momentum = masters.segments(engine), masters.momentum_segments(engine)
+            shards, states = masters.shards(engine), masters.states(engine)
+            for index, (shard, state) in enumerate(zip(shards, states, strict=True)):
+                flats.append(Flat(f"{name}/master", shard, segments[index]))
+                for kind, values in state.items():
+                    places = momentum if kind == "momentum_buffer" else segments
+                    flats.append(Flat(f"{name}/{kind}", values, places[index]))
+            if name == "main" and self._ema is not None:
+                for decay, shadow in self._ema.shadows.items():
+                    flats += [
+                        Flat(f"{name}/ema_{decay}", values, places)
+                        for values, places in zip(shadow, segments, strict=True)
+                    ]
+            if self._ranks.is_first:
+                for buffer_name, buffer in masters.buffers(engine).items():
+                    whole = [Segment(buffer_name, 0, buffer.numel(), 0)]
+                    flats.append(Flat(f"{name}/buffer", buffer.flatten(), whole))
+        return flats
+
+    @torch.no_grad()
+    def _restore(self, directory: Path, state: Mapping[str, Any]) -> None:
+        names = [file_name(rank) for rank in range(state["num_ranks"])]
+        with Saved(directory, names, self._ranks.rank) as saved:
+            for name, engine in self._engines.items():
+                segments, momentum = masters.segments(engine), masters.momentum_segments(engine)
+                facts = state["engines"][name]
+                before = masters.states(engine)
+                for index, shard in enumerate(masters.shards(engine)):
+                    saved.fill(f"{name}/master", segments[index], shard)
+                    first_parameter, _ = masters.groups(engine)[index][0]
+                    values = {}
+                    for kind in saved.kinds(name, first_parameter) & masters.STATES:
+                        places = momentum[index] if kind == "momentum_buffer" else segments[index]
+                        size = masters.state_size(engine, index, kind)
+                        known = before[index].get(kind)
+                        dtype = torch.float32 if known is None else known.dtype
+                        values[kind] = torch.zeros(size, dtype=dtype, device=shard.device)
+                        saved.fill(f"{name}/{kind}", places, values[kind])
+                    masters.set_states(engine, index, values, facts["optimizer_step"])
+                if name == "main" and self._ema is not None:
+                    for decay, shadow in self._ema.shadows.items():
+                        for places, average in zip(segments, shadow, strict=True):
+                            saved.fill(f"{name}/ema_{decay}", places, average)
+                for buffer_name, buffer in masters.buffers(engine).items():
+                    flat = torch.empty(buffer.numel(), dtype=buffer.dtype, device=buffer.device)
+                    saved.fill(f"{name}/buffer", [Segment(buffer_name, 0, buffer.numel(), 0)], flat)
+                    buffer.copy_(flat.view(buffer.shape))
+                masters.set_counters(engine, facts["counters"])
+                masters.push(engine)
+
+    def _examine(self, directory: Path) -> tuple[dict[str, Any], str]:
+        """A checkpoint's state, and what is wrong with it ('': nothing). Every file is read by one rank. Collective.
+
+        Raises UserError: another version's format.
+        """
+        state, problem = self._ranks.gather(
+            checkpoint_folder.read_state(directory) if self._ranks.is_first else None
+        )[0]
+        if problem:
+            return state, problem
+        if state["format"] != FORMAT:
+            raise UserError(
+                f"{directory}: format {state['format']}, this code reads {FORMAT}; finish the run with the version "
+                "that wrote it, or start a new run_dir from its export"
+            )
+        expected = checkpoint_folder.sums(state)
+        mine = sorted(expected)[self._ranks.rank :: self._ranks.world]
+        problems = [checkpoint_writer.checked(directory / name, expected[name]) for name in mine]
+        found = [text for texts in self._ranks.gather(problems) for text in texts if text]
+        return state, found[0] if found else ""
+
+    def _check(self, directory: Path, state: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
+        """Raises UserError when a good checkpoint does not belong to this run."""
+        for name, value in fingerprints.items():
+            if state["fingerprints"].get(name) != value:
+                raise UserError(
+                    f"{directory}: its {name} differs from this run's; "
+                    "go back to what it was started from, or use a new run_dir"
+                )
+        for name, engine in self._engines.items():
+            saved, wanted = state["engines"].get(name, {"shapes": {}})["shapes"], masters.shapes(engine)
+            if differing := sorted(key for key in {*saved, *wanted} if saved.get(key) != wanted.get(key)):
+                key = differing[0]
+                raise UserError(
+                    f"{directory}: parameter {key} of {name} has shape {saved.get(key)}, this run's model "
+                    f"{wanted.get(key)}; go back to the config it was started with, or use a new run_dir"
+                )
+        if self._ema is not None:
+            for decay in self._ema.shadows:
+                if decay not in state["ema_decays"]:
+                    raise UserError(
+                        f"{directory}: has no average with engine.ema_decay {decay}, only {state['ema_decays']}; "
+                        "set it back, or use a new run_dir"
+                    )
+
+    def _publish(self, totals: Sequence[Sum]) -> None:
+        """Only the first rank, when all files are on the disk."""
+        temporary, final = self._temporary(self._state["step"]), self._final(self._state["step"])
+        written = {
+            file_name(rank): {"bytes": total.num_bytes, "crc32": total.crc32}
+            for rank, total in enumerate(totals)
+        }
+        decays = list(self._ema.shadows) if self._ema else []
+        state = {**self._state, "format": FORMAT, "num_ranks": len(totals), "files": written}
+        checkpoint_folder.write_state(temporary, {**state, "ema_decays": decays})
+        old = [checkpoint_folder.hide(final)] if final.exists() else []
         temporary.rename(final)
-        files.fsync_directory(root)
-        files.write_text(root / "latest", final.name + "\n")
-        for old in list_complete(root)[:-keep]:
-            _remove(old)
-    ranks.barrier()
+        files.fsync_directory(self._root)
+        files.write_text(self._root / "latest", final.name + "\n")
+        old += [checkpoint_folder.hide(path) for path in checkpoint_folder.all_in(self._root)[: -self._keep]]
+        self._removal = threading.Thread(target=_remove, args=(old,), daemon=True)  # gigabytes take a while
+        self._removal.start()
 
-
-def list_complete(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first, as this rank's file system shows them."""
-    return sorted(path.parent for path in root.glob(f"step_*/{STATE}"))
-
-
-def agreed(root: Path, ranks: Ranks) -> list[Path]:
-    """Complete checkpoints as the first rank sees them: other nodes may see a shared folder late. Collective."""
-    names = ranks.gather([path.name for path in list_complete(root)])[0]
-    return [root / name for name in names]
-
-
-def keep_alone(directory: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
-    """After a roll-back to `directory`: its state becomes `state`, and only then the newer ones go. Collective."""
-    if ranks.is_first:
-        files.write_json(directory / STATE, dict(state))
-        for newer in [path for path in list_complete(directory.parent) if path > directory]:
-            _remove(newer)
-        files.write_text(directory.parent / "latest", directory.name + "\n")
-    ranks.barrier()
-
-
-def _remove(directory: Path) -> None:
-    """Under another name first: killed in between, nothing is left that looks complete."""
-    hidden = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
-    directory.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def load(
-    directory: Path,
-    *,
-    engines: Mapping[str, Any],
-    ema: Ema | None,
-    fingerprints: Mapping[str, str],
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """Restores a complete checkpoint and returns its state. Collective.
-
-    Raises UserError when the checkpoint was started from other weights or data, or on another number of ranks.
-    """
-    state: dict[str, Any] = files.read_json(directory / STATE)
-    if state["format"] != FORMAT:
-        raise UserError(f"{directory}: format {state['format']}, this code reads {FORMAT}; use its version")
-    if state["num_ranks"] != ranks.world:
-        raise UserError(
-            f"{directory}: saved on {state['num_ranks']} ranks, cannot resume on {ranks.world}; "
-            f"launch with --num_gpus {state['num_ranks']} or start a new run_dir"
+    def _give_up(self, step: int, reason: str, required: bool) -> None:
+        if self._ranks.is_first:
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
+        folder = next(path for path in (self._root, *self._root.parents) if path.exists())
+        free_gib = shutil.disk_usage(folder).free / GIB
+        text = (
+            f"the checkpoint of step {step} could not be saved: {reason}; {free_gib:.2f} GiB are free there"
         )
-    for name, value in fingerprints.items():
-        if state["fingerprints"].get(name) != value:
-            raise UserError(
-                f"{directory}: its {name} differs from this run's; "
-                "go back to what it was started from, or use a new run_dir"
-            )
-    for name, engine in engines.items():
-        loaded, _ = engine.load_checkpoint(str(directory / name), tag=TAG, load_module_strict=False)
-        if loaded is None:
-            raise UserError(
-                f"{directory / name}: DeepSpeed cannot read it; remove {directory} to use the one before"
-            )
-    if ema is not None:
-        ema.load(directory / _ema_name(ranks.rank))
-    return state
+        if required:
+            raise UserError(f"{text}; make room and run the same command again")
+        self._say("warning", step, f"WARNING: {text}; the training goes on, the earlier checkpoints stay")
+
+    def _temporary(self, step: int) -> Path:
+        return self._root / f".{self._final(step).name}.tmp"
+
+    def _final(self, step: int) -> Path:
+        return self._root / f"step_{step:08d}"
 
 
-def _ema_name(rank: int) -> str:
-    return f"main_ema_{rank:05d}.safetensors"
+def _facts(engine: Any) -> dict[str, Any]:
+    """What every rank knows of an engine."""
+    return {
+        "counters": masters.counters(engine),
+        "optimizer_step": masters.optimizer_step(engine),
+        "shapes": masters.shapes(engine),
+    }
+
+
+def _remove(hidden: Sequence[Path]) -> None:
+    for path in hidden:
+        shutil.rmtree(path)

@@ -1,11 +1,10 @@
-"""Exponential moving average of the weights: fp32, on this rank's master shards, no communication."""
+"""Exponential moving averages of the weights: fp32, on this rank's master shards, no communication."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -13,28 +12,21 @@ from engine import masters
 
 
 class Ema:
-    """`shadow <- shadow + (1 - d) (weights - shadow)` after every optimizer step.
+    """`shadow <- shadow + (1 - d) (weights - shadow)` after every optimizer step, for each decay that is asked.
 
     d = min(decay, (1 + step) / (10 + step)): short runs and early steps are not dominated by the initial weights.
-    Costs 4 bytes a parameter divided by the number of ranks.
+    Costs 4 bytes a parameter and decay, divided by the number of ranks. `shadows`: by decay, in the order asked,
+    shards as in `masters.shards`.
     """
 
-    def __init__(self, engine: Any, decay: float) -> None:
-        self.decay = decay
-        self.shadow: list[Tensor] = [shard.detach().clone() for shard in masters.shards(engine)]
+    def __init__(self, engine: Any, decays: Sequence[float]) -> None:
+        self.shadows: dict[float, list[Tensor]] = {
+            decay: [shard.detach().clone() for shard in masters.shards(engine)] for decay in decays
+        }
 
     @torch.no_grad()
     def update(self, engine: Any, step: int) -> None:
         """Takes the weights after optimizer step number `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.shadow, masters.shards(engine), 1.0 - decay)
-
-    def save(self, path: Path) -> None:
-        """Writes this rank's shards."""
-        safetensors.torch.save_file({str(i): shard for i, shard in enumerate(self.shadow)}, path)
-
-    def load(self, path: Path) -> None:
-        """Reads what `save` wrote on the same rank of the same number of ranks."""
-        stored = safetensors.torch.load_file(path)
-        for index, shard in enumerate(self.shadow):
-            shard.copy_(stored[str(index)])
+        for decay, shadow in self.shadows.items():
+            weight = 1.0 - min(decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(shadow, masters.shards(engine), weight)

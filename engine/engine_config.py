@@ -26,14 +26,22 @@ class EngineConfig:
     precision: Precision = "fp32"
     """fp32; bf16_autocast: fp32 weights, bf16 matrix products; bf16: bf16 weights with fp32 masters."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage 1, 2 or 3 (0 has no guard against non-finite gradients)."""
-    ema_decay: float = 0.9999
-    """Decay of the averaged weights that are sampled and exported; 0 keeps the last weights."""
+    """DeepSpeed ZeRO stage 1, 2 or 3 (0 has no guard against non-finite gradients). It may change on resume."""
+    ema_decay: float | tuple[float, ...] = 0.9999
+    """Decay of the averaged weights that are sampled and exported; 0 keeps the last weights. Of a list, the first is
+    sampled and exported, every other one exported beside it as export_ema_DECAY.
+    """
     seed: int = 0
     """Seed of the initial weights. The order of the data has its own."""
     log_every_steps: int = 10
     checkpoint_every_steps: int = 1000
     keep_checkpoints: int = 2
+    async_checkpoint: bool = True
+    """Whether the training goes on while a checkpoint is written: it waits only for a copy in CPU memory (16 bytes a
+    trained parameter and 4 for each average, divided by the number of ranks), and the checkpoint counts from the step
+    at which every rank has finished. false: it waits for the disk and needs no such memory. The last checkpoint and
+    the one after a stop signal are always waited for.
+    """
     sample_every_steps: int = 0
     """Steps between sample grids; 0: only at the end."""
     max_nonfinite_steps: int = 5
@@ -55,7 +63,15 @@ class EngineConfig:
     """A rank that has not moved for so long is named and the run ends, to be started again; 0: never."""
     wandb: WandbMode = "offline"
 
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """Decays of all averages, the one to sample and export first; none: the last weights are."""
+        decays = self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+        return tuple(decay for decay in decays if decay)
+
     def __post_init__(self) -> None:
+        if len(set(self.ema_decays)) < len(self.ema_decays) or not all(0 < d < 1 for d in self.ema_decays):
+            raise ConfigError(f"ema_decay is {self.ema_decay}; name decays between 0 and 1, each once")
         if self.zero_stage not in (1, 2, 3):
             raise ConfigError(f"zero_stage is {self.zero_stage}; choose 1, 2 or 3")
         if "roll_back" in (self.on_alarm, self.on_loss_spike) and self.keep_checkpoints < 2:

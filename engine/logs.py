@@ -21,7 +21,17 @@ from engine.redaction import redact, redacted
 
 WandbMode = Literal["disabled", "offline", "online"]
 EventKind = Literal[
-    "start", "resume", "checkpoint", "alarm", "nonfinite", "spike", "roll_back", "stop", "error", "finish"
+    "start",
+    "resume",
+    "checkpoint",
+    "warning",
+    "alarm",
+    "nonfinite",
+    "spike",
+    "roll_back",
+    "stop",
+    "error",
+    "finish",
 ]
 
 

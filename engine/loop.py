@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 
-from engine import checkpoint, communication, files, masters
+from engine import communication, files, masters
+from engine.checkpoint import Checkpoints
 from engine.config import ConfigError, UserError
 from engine.distributed import Ranks
 from engine.ema import Ema
@@ -20,7 +22,7 @@ from engine.engine_config import EngineConfig
 from engine.guard import Guard, out_of_memory
 from engine.logs import EventKind, RunLog, seconds_text
 from engine.objective import Batch, BatchSource, LossOutput, Objective
-from engine.redaction import redacted
+from engine.redaction import redact, redacted
 from engine.schedule import OptimizerConfig, learning_rate, set_learning_rate
 from engine.spans import Spans, peak_flops
 from engine.system import SystemMeter, combine
@@ -42,8 +44,8 @@ def train(
 ) -> Path:
     """Runs or resumes a training and returns the folder of its export (EMA weights).
 
-    `resolved` is the whole run's config, saved as config.json. The same command again continues from the newest
-    checkpoint, bit for bit on the same number of ranks; a finished run only returns.
+    `resolved` is the whole run's config, saved as config.json. The same command again continues from the newest good
+    checkpoint, on any number of ranks, bit for bit on the same number; a finished run only returns.
     """
     run = _Run(objective, source, config, run_dir, resolved, ranks)
     try:
@@ -84,14 +86,25 @@ class _Run:
             self.engines["adversary"] = self._engine(
                 objective.adversary, objective.adversary_loss, config.adversary_optimizer
             )
-        self.ema = Ema(self.engines["main"], config.ema_decay) if config.ema_decay else None
+        self.ema = Ema(self.engines["main"], config.ema_decays) if config.ema_decays else None
         self.step = 0
+        self.log: RunLog | None = None
+        self._early: list[tuple[EventKind, int, str]] = []
+        self.checkpoints = Checkpoints(
+            run_dir / CHECKPOINTS,
+            self.engines,
+            self.ema,
+            ranks,
+            keep=config.keep_checkpoints,
+            say=self._event,
+        )
         self.guard = Guard(objective, config, run_dir, ranks, self._event)
         self._resume()
-        self.log: RunLog | None = None
         if ranks.is_first:
             files.write_json(run_dir / "config.json", redacted(resolved))
             self.log = RunLog(run_dir, objective.name, resolved, self.step, config.wandb)
+            for event in self._early:
+                self.log.event(*event)
         self._stop_requested = False
         self._window = Window(ranks, peak_flops(ranks.device))
         self._system = SystemMeter(ranks.device, run_dir if ranks.is_first else None)
@@ -143,23 +156,30 @@ class _Run:
                 with self.spans("samples"):
                     self._write_samples()
             stop = self._stop_agreed()
-            if stop or self.step % self.config.checkpoint_every_steps == 0 or self.step == self.config.steps:
+            last = stop or self.step == self.config.steps
+            if last or self.step % self.config.checkpoint_every_steps == 0:
                 with self.spans("checkpoint"):
-                    self._save()
+                    self._save(last)
             if stop and self.step < self.config.steps:
                 raise UserError(
                     f"stopped by a signal at step {self.step}, saved; run the same command to go on"
                 )
-        export = self._export()
+        export = self._export(EXPORT, self.config.ema_decays[0] if self.ema else None)
+        for decay in self.config.ema_decays[1:]:
+            self._export(f"{EXPORT}_ema_{decay}", decay)
         spent = seconds_text(time.monotonic() - begin_s)
         self._event("finish", self.step, f"finished {self.step} steps in {spent}: {export}")
         return export
 
     def _event(self, kind: EventKind, step: int, text: str) -> None:
-        """A line for people, and one that stays in the run folder."""
+        """A line for people, and one that stays in the run folder (of what was before the log, when there is one)."""
+        if not self.ranks.is_first:
+            return
+        print(f"[{self.objective.name}] {redact(text)}", flush=True)
         if self.log:
-            self.log.line(text)
             self.log.event(kind, step, text)
+        else:
+            self._early.append((kind, step, text))
 
     def _engine(
         self, module: torch.nn.Module, loss: Callable[[Any, int], LossOutput], optimizer: OptimizerConfig
@@ -285,22 +305,27 @@ class _Run:
         The checkpoint takes over the data's position, so that a restart does not meet the bad batches again.
         """
         alarm_step = self.step
-        complete = checkpoint.agreed(self.run_dir / CHECKPOINTS, self.ranks)
-        reason = self.guard.begin_roll_back(alarm_step, bool(complete))
-        state = self._load(complete[0])
+        self.checkpoints.finish()
+        reason = self.guard.begin_roll_back(alarm_step, bool(self.checkpoints.complete()))
+        loaded = self.checkpoints.load(self.objective.fingerprints(), oldest=True)
+        assert loaded is not None
+        directory, state = loaded
+        self.step = state["step"]
         self._window = Window(self.ranks, peak_flops(self.ranks.device))
         state = {**state, "data": self._data_state(), **self.guard.state_dict()}
-        checkpoint.keep_alone(complete[0], state, self.ranks)
+        self.checkpoints.keep_alone(directory, state)
         if self.log:
             self.log.rewind(self.step)
         self._event(
             "roll_back", alarm_step, f"rolled back from step {alarm_step} to step {self.step}: {reason}"
         )
 
-    def _averaged(self) -> Any:
-        """Context in which the model holds the EMA weights."""
-        own = masters.shards(self.engines["main"])
-        return masters.swapped(self.engines["main"], self.ema.shadow if self.ema else own)
+    def _averaged(self, decay: float | None = None) -> Any:
+        """Context in which the model holds averaged weights: of `decay`, or of the first one; without any, its own."""
+        engine = self.engines["main"]
+        if self.ema is None:
+            return contextlib.nullcontext()
+        return masters.swapped(engine, self.ema.shadows[decay or self.config.ema_decays[0]])
 
     def _write_samples(self) -> None:
         """Every rank computes under ZeRO-3 (forward is collective there), else only the first."""
@@ -315,23 +340,17 @@ class _Run:
             self.ranks.barrier()
         self.objective.model.train()
 
-    def _save(self) -> None:
-        begin_s = time.monotonic()
+    def _save(self, last: bool) -> None:
+        """A checkpoint of now. The last one of this process is waited for, and must succeed."""
         self.guard.check_replicas(self.step, self.engines)
-        checkpoint.save(
-            self.run_dir / CHECKPOINTS,
-            step=self.step,
-            engines=self.engines,
-            ema=self.ema,
-            state={
-                "data": self._data_state(),
-                "fingerprints": dict(self.objective.fingerprints()),
-                **self.guard.state_dict(),
-            },
-            ranks=self.ranks,
-            keep=self.config.keep_checkpoints,
-        )
-        self._event("checkpoint", self.step, f"saved step {self.step} in {time.monotonic() - begin_s:.1f} s")
+        state = {
+            "step": self.step,
+            "data": self._data_state(),
+            "fingerprints": dict(self.objective.fingerprints()),
+            **self.guard.state_dict(),
+        }
+        background = self.config.async_checkpoint and not last
+        self.checkpoints.save(state, background=background, required=last)
 
     def _data_state(self) -> dict[str, Any]:
         """The data's position on all ranks. Collective."""
@@ -339,28 +358,18 @@ class _Run:
         return {**sources[0], "streams": {k: v for state in sources for k, v in state["streams"].items()}}
 
     def _resume(self) -> None:
-        complete = checkpoint.agreed(self.run_dir / CHECKPOINTS, self.ranks)
-        if complete:
-            state = self._load(complete[-1])
+        loaded = self.checkpoints.load(self.objective.fingerprints())
+        if loaded is not None:
+            _, state = loaded
+            self.step = state["step"]
             self.guard.load_state_dict(state)
             self.source.load_state_dict(state["data"])
 
-    def _load(self, directory: Path) -> Mapping[str, Any]:
-        """Everything but the data's position, from one checkpoint."""
-        state = checkpoint.load(
-            directory,
-            engines=self.engines,
-            ema=self.ema,
-            fingerprints=self.objective.fingerprints(),
-            ranks=self.ranks,
-        )
-        self.step = state["step"]
-        return state
-
-    def _export(self) -> Path:
-        export = self.run_dir / EXPORT
-        self._write_samples()
-        with self._averaged(), masters.gathered(self.engines["main"]):
+    def _export(self, name: str, decay: float | None) -> Path:
+        export = self.run_dir / name
+        if name == EXPORT:
+            self._write_samples()
+        with self._averaged(decay), masters.collected(self.engines["main"], self.ranks.is_first):
             if self.ranks.is_first:
                 with files.directory(export) as temporary:
                     self.objective.export(temporary)
@@ -371,5 +380,12 @@ class _Run:
         self._stop_requested = True
 
     def _stop_agreed(self) -> bool:
-        """Launchers signal ranks one after another: save together, at the same step."""
-        return self.ranks.sum([float(self._stop_requested)])[0] > 0
+        """Launchers signal ranks one after another: save together, at the same step. So with files of a checkpoint:
+        it is complete when the last rank has written its own.
+        """
+        is_written = float(self.checkpoints.is_written)
+        num_stops, num_written = self.ranks.sum([float(self._stop_requested), is_written])
+        if num_written == self.ranks.world:
+            with self.spans("checkpoint"):
+                self.checkpoints.commit()
+        return num_stops > 0

@@ -10,12 +10,17 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from engine import layout
+from engine.layout import Segment, Sizes
 from engine.schedule import OptimizerConfig, build_optimizer
 
 Precision = Literal["fp32", "bf16_autocast", "bf16"]
 BUCKET_ELEMENTS = 100_000_000
+STATES = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
+"""Optimizer states with one value per parameter value, of AdamW and of Muon."""
 CHECKSUM_CHUNK = 1 << 22  # elements; the products of a chunk take 32 MB
 
 
@@ -92,6 +97,122 @@ def shards(engine: Any) -> list[Tensor]:
     raise AssertionError(f"no master shards known in {type(optimizer).__name__}")
 
 
+def shapes(engine: Any) -> dict[str, list[int]]:
+    """Names and shapes of the trained parameters, as the module names them."""
+    return {
+        name: list(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties parameters
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def groups(engine: Any) -> list[Sizes]:
+    """The parameters of each entry of `shards`, in the order in which they lie there."""
+    optimizer = engine.optimizer
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    for attribute in (
+        "fp16_groups",
+        "round_robin_bit16_groups",
+        "bf16_groups",
+    ):  # ZeRO-3; 1 and 2; 1 with bf16
+        if hasattr(optimizer, attribute):
+            assert not any(map(any, getattr(optimizer, "round_robin_bit16_padding", [])))
+            return [
+                [(names[id(p)], getattr(p, "ds_numel", p.numel())) for p in group]
+                for group in getattr(optimizer, attribute)
+            ]
+    raise AssertionError(f"no parameter groups known in {type(optimizer).__name__}")
+
+
+def segments(engine: Any) -> list[list[Segment]]:
+    """Where the values of `shards` belong; what no segment names is padding."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if engine.zero_optimization_stage() == 3:
+        return [layout.pieces(sizes, rank, world) for sizes in groups(engine)]
+    return [
+        layout.window(sizes, rank * len(shard), len(shard))
+        for sizes, shard in zip(groups(engine), shards(engine), strict=True)
+    ]
+
+
+def momentum_segments(engine: Any) -> list[list[Segment]]:
+    """As `segments`, for Muon's momentum: ZeRO-1 and 2 keep that of every matrix they touch, whole."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "params_in_partition"):
+        return segments(engine)
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    return [
+        layout.whole([(names[id(p)], p.numel()) for p in parameters])
+        for parameters in optimizer.params_in_partition
+    ]
+
+
+def state_size(engine: Any, index: int, name: str) -> int:
+    """Elements of an optimizer state of entry `index` of `shards`, padding included."""
+    if name == "momentum_buffer" and hasattr(engine.optimizer, "params_in_partition"):
+        return layout.covered(momentum_segments(engine)[index])
+    return len(shards(engine)[index])
+
+
+def states(engine: Any) -> list[dict[str, Tensor]]:
+    """The optimizer's state tensors of each entry of `shards` (moments; momentum); none before the first step."""
+    stored = engine.optimizer.optimizer.state
+    found = [
+        {name: value for name, value in stored.get(shard, {}).items() if name != "step"}
+        for shard in shards(engine)
+    ]
+    for index, state in enumerate(found):
+        for name, value in state.items():
+            assert name in STATES and value.shape == (state_size(engine, index, name),), (name, value.shape)
+    return found
+
+
+def optimizer_step(engine: Any) -> float | None:
+    """AdamW's count of steps, which all groups share; None before the first one."""
+    stored = engine.optimizer.optimizer.state
+    steps = {float(stored[shard]["step"]) for shard in shards(engine) if "step" in stored.get(shard, {})}
+    assert len(steps) <= 1, f"parameter groups stand at different optimizer steps: {steps}"
+    return steps.pop() if steps else None
+
+
+def set_states(engine: Any, index: int, values: dict[str, Tensor], step: float | None) -> None:
+    """Makes `values` the optimizer's state of entry `index` of `shards`; `step` where there are AdamW's moments.
+
+    Tensors that are there stay and take the values: DeepSpeed holds references to them.
+    """
+    shard = shards(engine)[index]
+    stored = engine.optimizer.optimizer.state
+    before = dict(stored.get(shard, {}))
+    if not before and not values:
+        return
+    after: dict[str, Tensor] = {}
+    for name, value in values.items():
+        known = before.get(name)
+        after[name] = value if known is None or known.shape != value.shape else known.copy_(value)
+    if "exp_avg" in values:
+        assert step is not None
+        after["step"] = torch.tensor(step, dtype=torch.float32, device=shard.device)
+    stored[shard] = after
+
+
+def counters(engine: Any) -> dict[str, int]:
+    """DeepSpeed's own counts."""
+    return {name: int(getattr(engine, name)) for name in ("global_steps", "global_samples", "skipped_steps")}
+
+
+def set_counters(engine: Any, values: dict[str, int]) -> None:
+    """Takes what `counters` gave, on any number of ranks: checkpoints lie between optimizer steps."""
+    for name, value in values.items():
+        setattr(engine, name, value)
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+
+
+def buffers(engine: Any) -> dict[str, Tensor]:
+    """The module's persistent buffers, the same on every rank."""
+    kept = engine.module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in engine.module.named_buffers() if name in kept}
+
+
 @torch.no_grad()
 def checksum(module: nn.Module) -> tuple[int, int]:
     """Two integers over the bits of every parameter, computed where the parameters are.
@@ -144,6 +265,34 @@ def gathered(engine: Any) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         yield
+
+
+@contextmanager
+def collected(engine: Any, is_first: bool) -> Iterator[None]:
+    """Inside, the first rank's model has whole parameters in CPU memory: enough for `state_dict`, for nothing else.
+
+    Below ZeRO-3 every rank has them whole anyway. Under it, they are gathered one by one, so that no device and no
+    other rank ever holds more than the largest parameter.
+    """
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    import deepspeed
+
+    parameters = list(engine.module.parameters())
+    whole: list[Tensor] = []
+    for parameter in parameters:
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if is_first:
+                whole.append(parameter.detach().to("cpu", copy=True))
+    emptied = [parameter.data for parameter in parameters]
+    for parameter, values in zip(parameters if is_first else [], whole, strict=True):
+        parameter.data = values
+    try:
+        yield
+    finally:
+        for parameter, values in zip(parameters, emptied, strict=True):
+            parameter.data = values
 
 
 def _write(engine: Any, values: list[Tensor]) -> None:

@@ -181,7 +181,7 @@ def state_bytes(engine: EngineConfig, num_trained: int, num_frozen: int, num_gpu
     ZeRO (Rajbhandari et al. 2020, section 3): stage 1 shards masters and moments, 2 also gradients, 3 also weights.
     """
     weight = 2 if engine.precision == "bf16" else 4
-    optimizer = 12 + (4 if engine.ema_decay else 0)  # fp32 master, two moments, EMA
+    optimizer = 12 + 4 * len(engine.ema_decays)  # fp32 master, two moments, averages
     weights = (num_trained + num_frozen) * weight / (num_gpus if engine.zero_stage == 3 else 1)
     gradients = num_trained * 4 / (num_gpus if engine.zero_stage >= 2 else 1)
     return weights + gradients + num_trained * optimizer / num_gpus

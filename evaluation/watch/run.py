@@ -20,7 +20,7 @@ RECENT_LINES = 20
 MIN_SILENCE_S = 60.0
 SILENT_LINES = 6
 """A run that logged nothing for so many times its usual interval (and MIN_SILENCE_S) is taken for dead."""
-TROUBLE = ("alarm", "nonfinite", "spike", "roll_back", "error")
+TROUBLE = ("warning", "alarm", "nonfinite", "spike", "roll_back", "error")
 
 Over = Literal["step", "time"]
 Unit = Literal["step", "minutes", "hours"]

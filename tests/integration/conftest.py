@@ -1,22 +1,62 @@
-"""Writers that are killed again and again: shared by the tests of what they leave behind."""
+"""Processes of tests: writers that are killed again and again, and ranks that start quickly."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import random
 import select
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 NUM_KILLS = 20
 MAX_RUNS = 100
 Write = Callable[[Path], None]
+SCRIPTS = Path(__file__).parent / "scripts"
+PRELOADED = [  # with torch's compiler, which DeepSpeed's Muon wants: ten seconds of imports
+    "engine.loop",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.bf16_optimizer",
+    "torch._inductor.compile_fx",
+    "safetensors.torch",
+]
+
+
+@pytest.fixture(scope="session")
+def start_ranks() -> Callable[..., list[multiprocessing.process.BaseProcess]]:
+    """Starts a script of tests/integration/scripts on some ranks, forked from a process that imported everything.
+
+    start_ranks(script name, arguments, number of ranks, file for stdout and stderr) -> their processes, rank order.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+
+    def start(script: str, arguments: list[str], world: int, output: Path) -> list[Any]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(SCRIPTS)  # a forked process imports `forked` from there
+            forked = importlib.import_module("forked")
+            processes = []
+            for rank in range(world):
+                environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+                target = (str(SCRIPTS / script), list(map(str, arguments)), environment, str(output))
+                processes.append(context.Process(target=forked.main, args=target))
+                processes[-1].start()
+        return processes
+
+    return start
 
 
 @pytest.fixture

@@ -236,12 +236,16 @@ def test_resume_from_other_initial_weights_is_refused(tmp_path):
     assert "initial weights differs" in result.stdout
 
 
-def test_resume_on_another_number_of_ranks_is_refused_with_the_way_out(tmp_path):
+def test_two_ranks_then_one_go_on_with_the_same_global_batches(reference, tmp_path):
     run = tmp_path / "run"
-    assert toy(run, "--steps", 3).returncode == 0
-    result = toy(run, "--steps", 6, ranks=2)
-    assert result.returncode != 0
-    assert "launch with --num_gpus 1" in result.stdout
+    assert toy(run, "--steps", 8, "--kill-after", 5, ranks=2).returncode != 0
+    result = toy(run)
+    assert result.returncode == 0 and "resumed at step 3/8" in result.stdout
+    assert curve(run) == pytest.approx(curve(reference), rel=1e-5)  # the same packs, summed in another order
+    states = [
+        json.loads((path / "checkpoints/step_00000008/state.json").read_text()) for path in (run, reference)
+    ]
+    assert states[0]["data"] == states[1]["data"]
 
 
 @pytest.mark.slow

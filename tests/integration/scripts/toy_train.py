@@ -69,10 +69,10 @@ class ToySource:
 class ToyObjective:
     name = "toy"
 
-    def __init__(self, started_from, adversarial, drift_step, rank):
+    def __init__(self, started_from, adversarial, drift_step, rank, hidden):
         self.drifts = drift_step if rank == 1 else -1
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH))
+        self.model = nn.Sequential(nn.Linear(WIDTH, hidden), nn.Tanh(), nn.Linear(hidden, WIDTH))
         self.critic = nn.Linear(WIDTH, 1)
         self.adversary = self.critic if adversarial else None
         self.started_from = started_from
@@ -129,6 +129,10 @@ def main():
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--streams", type=int, default=2)
+    parser.add_argument(
+        "--hidden", type=int, default=8, help="width of the model: how long a checkpoint takes"
+    )
+    parser.add_argument("--ema", type=float, nargs="+", default=[0.9])
     parser.add_argument("--poison-step", type=int, default=-1)
     parser.add_argument("--max-nonfinite", type=int, default=3)
     parser.add_argument("--spike-step", type=int, default=-1, help="data step with huge values")
@@ -136,6 +140,7 @@ def main():
     parser.add_argument("--max-roll-backs", type=int, default=3)
     parser.add_argument("--drift-step", type=int, default=-1, help="rank 1 changes its critic at this step")
     parser.add_argument("--checkpoint-every", type=int, default=3)
+    parser.add_argument("--async-checkpoint", action="store_true", help="which step is saved is then a race")
     parser.add_argument("--kill-after", type=int, default=-1)
     parser.add_argument("--fault-step", type=int, default=-1, help="data step at which --fault happens")
     parser.add_argument("--fault", choices=FAULTS)
@@ -165,9 +170,10 @@ def main():
         adversary_optimizer=OptimizerConfig(lr=1e-2),
         precision=args.precision,
         zero_stage=args.zero,
-        ema_decay=0.9,
+        ema_decay=tuple(args.ema),
         log_every_steps=1,
         checkpoint_every_steps=args.checkpoint_every,
+        async_checkpoint=args.async_checkpoint,
         max_nonfinite_steps=args.max_nonfinite,
         on_alarm=args.on_alarm,
         max_roll_backs=args.max_roll_backs,
@@ -177,7 +183,7 @@ def main():
     )
     try:
         train(
-            ToyObjective(args.started_from, not args.no_adversary, args.drift_step, ranks.rank),
+            ToyObjective(args.started_from, not args.no_adversary, args.drift_step, ranks.rank, args.hidden),
             source,
             config,
             run_dir=args.run,

@@ -1,0 +1,70 @@
+"""The folder of a training's checkpoints: names, and the state.json that vouches for the files beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine import files
+from engine.checkpoint_writer import Sum
+
+FORMAT = 2
+"""1 was DeepSpeed's own files, which only the same number of ranks could read."""
+STATE = "state.json"
+
+
+def file_name(rank: int) -> str:
+    """Of what one rank writes."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def all_in(root: Path) -> list[Path]:
+    """Checkpoints, good or damaged, oldest first, as this rank's file system shows them."""
+    return sorted(root.glob("step_*"))
+
+
+def hide(directory: Path) -> Path:
+    """Renames a checkpoint that shall go: killed from now on, nothing is left that looks complete."""
+    hidden = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    directory.rename(hidden)
+    return hidden
+
+
+def clean(root: Path) -> None:
+    """Removes what a killed process left half written or half removed."""
+    for pattern in (".step_*.tmp", ".step_*.old"):
+        for hidden in root.glob(pattern):
+            shutil.rmtree(hidden)
+
+
+def write_state(directory: Path, state: Mapping[str, Any]) -> None:
+    """Writes state.json with a digest of itself. Raises OSError."""
+    content = {name: value for name, value in state.items() if name != "digest"}
+    files.write_json(directory / STATE, {**content, "digest": files.digest(content)})
+
+
+def read_state(directory: Path) -> tuple[dict[str, Any], str]:
+    """A state and ''; or what is wrong with it. One of another format has no digest that we know of."""
+    try:
+        state: dict[str, Any] = files.read_json(directory / STATE)
+        content = {name: value for name, value in state.items() if name != "digest"}
+        has_digest = state.get("digest") == files.digest(content)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        return {}, f"{STATE} cannot be read ({type(error).__name__})"
+    if has_digest or ("digest" not in state and state.get("format") not in (None, FORMAT)):
+        return state, ""
+    return {}, f"{STATE} has a wrong checksum"
+
+
+def sums(state: Mapping[str, Any]) -> dict[str, Sum]:
+    """What the files beside a state must be, by name."""
+    return {name: Sum(entry["bytes"], entry["crc32"]) for name, entry in state["files"].items()}
+
+
+def reason(error: OSError) -> str:
+    """`PATH: No space left on device`."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)

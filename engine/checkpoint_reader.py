@@ -1,0 +1,67 @@
+"""What a checkpoint holds, by parameter: every rank takes the slices it needs from whichever files have them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor
+
+from engine.layout import Segment
+
+
+class Saved:
+    """The files of one checkpoint. Use as a context; files stay open, and only slices that are asked for are read."""
+
+    def __init__(self, directory: Path, names: Sequence[str], own: int) -> None:
+        """`names`: the files in rank order. File `own` is asked first: some values lie in several files."""
+        self._directory = directory
+        self._paths = [directory / name for name in [*names[own : own + 1], *names[:own], *names[own + 1 :]]]
+        self._stack = ExitStack()
+        # (ENGINE/KIND, parameter) -> (first value, end, file, tensor's name)
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
+
+    def __enter__(self) -> Saved:
+        for path in self._paths:
+            file = self._stack.enter_context(safetensors.safe_open(path, "pt"))
+            for name in file.keys():  # noqa: SIM118  # it is no dict
+                place, _, start = name.rpartition(":")
+                engine, kind, parameter = place.split("/", 2)
+                (length,) = file.get_slice(name).get_shape()
+                piece = (int(start), int(start) + length, file, name)
+                self._pieces[f"{engine}/{kind}", parameter].append(piece)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def kinds(self, engine: str, parameter: str) -> set[str]:
+        """KINDs that are there for a parameter."""
+        owner = f"{engine}/"
+        return {
+            kind.removeprefix(owner)
+            for kind, name in self._pieces
+            if name == parameter and kind.startswith(owner)
+        }
+
+    def fill(self, kind: str, segments: Sequence[Segment], flat: Tensor) -> None:
+        """Writes the segments' values of ENGINE/KIND into a flat tensor; its padding stays as it is."""
+        for segment in segments:
+            position, end = segment.start, segment.start + segment.length
+            pieces = self._pieces[kind, segment.parameter]
+            while position < end:
+                first, last, file, name = next(
+                    (piece for piece in pieces if piece[0] <= position < piece[1]), (0, 0, None, "")
+                )
+                assert file is not None, (
+                    f"{self._directory}: {kind}/{segment.parameter} lacks value {position}"
+                )
+                stop = min(end, last)
+                place = segment.offset + position - segment.start
+                values = file.get_slice(name)[position - first : stop - first]
+                flat[place : place + stop - position].copy_(values)
+                position = stop
