@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 320, 180  # user units; the page scales them
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 22  # margins around the plot
 MAX_POINTS = 400
 BAR_HEIGHT = 24
+NUM_COLOURS = 8  # in the style sheet
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def stacked_bar(parts: Sequence[tuple[str, float]], label: str) -> str:
         extent = share * width
         title = f"<title>{escape(name)} {share:.1%}</title>"
         rects.append(
-            f'<rect class="p{number}" x="{left:.1f}" y="0" width="{extent:.1f}" height="{height}">{title}</rect>'
+            f'<rect class="p{number % NUM_COLOURS}" x="{left:.1f}" y="0" width="{extent:.1f}" height="{height}">{title}</rect>'
         )
         left += extent
     return (
