@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 320, 180  # user units; the page scales them
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 22  # margins around the plot
 MAX_POINTS = 400
 BAR_HEIGHT = 24
+NUM_COLOURS = 8  # in the style sheet
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,8 @@ def stacked_bar(parts: Sequence[tuple[str, float]], label: str) -> str:
     for number, (name, share) in enumerate(parts):
         extent = share * width
         title = f"<title>{escape(name)} {share:.1%}</title>"
-        rects.append(
-            f'<rect class="p{number}" x="{left:.1f}" y="0" width="{extent:.1f}" height="{height}">{title}</rect>'
-        )
+        place = f'x="{left:.1f}" y="0" width="{extent:.1f}" height="{height}"'
+        rects.append(f'<rect class="p{number % NUM_COLOURS}" {place}>{title}</rect>')
         left += extent
     return (
         f'<svg class="bars" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'

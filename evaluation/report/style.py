@@ -6,12 +6,14 @@ CSS = """
   --paper: #fbfaf8; --card: #ffffff; --ink: #1f2328; --soft: #62676f; --line: #e4e1dc;
   --accent: #2f6f8f; --good: #2b7a4b; --bad: #b3432b; --none: #8a8f98;
   --c1: #c2702a; --c2: #6b5fb5; --c3: #4b8a4f; --c4: #b0497d; --c5: #7d6b3c;
+  --c6: #3d9a9a; --c7: #8c4a3f;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #16181b; --card: #1e2125; --ink: #e6e4e0; --soft: #9ba1a9; --line: #30343a;
     --accent: #7cb7d3; --good: #6cc08b; --bad: #e58a73; --none: #7d838c;
     --c1: #e0a06a; --c2: #a79be6; --c3: #86c48a; --c4: #e08fb5; --c5: #c4b07a;
+    --c6: #74c7c7; --c7: #c98b7f;
   }
 }
 * { box-sizing: border-box; }
@@ -54,16 +56,19 @@ svg.bars text { font-size: 13px; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.6; stroke-linejoin: round; }
 svg .c1 { stroke: var(--c1); } svg .c2 { stroke: var(--c2); } svg .c3 { stroke: var(--c3); }
-svg .c4 { stroke: var(--c4); } svg .c5 { stroke: var(--c5); }
+svg .c4 { stroke: var(--c4); } svg .c5 { stroke: var(--c5); } svg .c6 { stroke: var(--c6); }
+svg .c7 { stroke: var(--c7); }
 svg .faint { stroke-width: 1; opacity: 0.3; }
 svg .mark { stroke: var(--bad); stroke-width: 1; stroke-dasharray: 3 3; opacity: 0.7; }
 svg .bar { fill: var(--accent); }
 svg .rest { fill: var(--line); }
 svg .p0 { fill: var(--accent); } svg .p1 { fill: var(--c1); } svg .p2 { fill: var(--c2); }
 svg .p3 { fill: var(--c3); } svg .p4 { fill: var(--c4); } svg .p5 { fill: var(--c5); }
+svg .p6 { fill: var(--c6); } svg .p7 { fill: var(--c7); }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 6px 0 0; }
 .k0 { background: var(--accent); } .k1 { background: var(--c1); } .k2 { background: var(--c2); }
 .k3 { background: var(--c3); } .k4 { background: var(--c4); } .k5 { background: var(--c5); }
+.k6 { background: var(--c6); } .k7 { background: var(--c7); }
 p.legend span { margin-right: 20px; white-space: nowrap; }
 p.legend { max-width: none; font-size: 14px; color: var(--soft); margin: 8px 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margin: 10px 0; font-size: 14px; }

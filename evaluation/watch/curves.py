@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from evaluation.report.charts import Curve, curve_chart, short, smoothed
+from evaluation.report.charts import NUM_COLOURS, Curve, curve_chart, short, smoothed
 from evaluation.watch.run import SECONDS, TROUBLE, Run, Unit
 
-NUM_COLOURS = 6  # in the style sheet
 WIDE = (1180, 300)
 SMOOTH_FROM = 80  # points; of a curve with more, the average is drawn over the faint values
 SMOOTH_PART = 60  # the average reaches over one part in so many on either side

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from data.images import DECODE_ERRORS
+from evaluation.report.charts import NUM_COLOURS
 from evaluation.report.gallery import inlined
-from evaluation.watch.curves import NUM_COLOURS
 from evaluation.watch.run import TROUBLE, Run
 
 MAX_GRIDS = 9  # of a run; the first, the last, and some between

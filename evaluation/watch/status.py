@@ -77,6 +77,7 @@ def trouble(run: Run) -> list[tuple[str, str]]:
     counts = (
         ("alarms", run.count("alarm")),
         ("non-finite steps", nonfinite),
+        ("spikes", run.count("spike")),
         ("roll-backs", run.count("roll_back")),
         ("resumed", run.count("resume")),
         ("errors", run.count("error")),

@@ -20,7 +20,7 @@ LABEL_WIDTH = 8  # of the values left of a chart
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a braille character, [x][y]
 COLOURS = (36, 33, 35, 32, 31, 34)  # ANSI: one a run
 GREY, RED, BOLD = 90, 31, 1
-SHARE_CHARACTERS = "█▓▒░▚▞"
+SHARE_CHARACTERS = "█▓▒░▚▞▤▥"
 
 
 Paint = Callable[[str, int], str]  # text, ANSI code -> text
