@@ -79,7 +79,8 @@ def test_metrics_say_where_the_time_of_a_step_went(reference):
 def test_muon_moves_layer_matrices_by_a_nearly_orthogonal_step(tmp_path):
     """Singular values of the first update: the rate of a step of warm-up (half of 0.02), sqrt(8 / 6) for the
     tall matrix, 0.9 of it in the average; Newton-Schulz leaves them within 0.68 to 1.13 of 1 (Jordan et al.). The first
-    step has 5 samples, so the gradients have rank 5."""
+    step has 5 samples, so the gradients have rank 5: the sixth is rounding of Newton-Schulz's bf16 products, which depends
+    on the processor (0.013 was seen)."""
     assert toy(tmp_path / "run", "--optimizer", "muon", "--steps", 1).returncode == 0
     torch.manual_seed(0)
     start = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6)).state_dict()
@@ -87,7 +88,7 @@ def test_muon_moves_layer_matrices_by_a_nearly_orthogonal_step(tmp_path):
     for name, scale in (("0.weight", (8 / 6) ** 0.5), ("2.weight", 1.0)):
         values = torch.linalg.svdvals(after[name] - start[name]) / (0.9 * 0.01 * scale)
         assert values[4] > 0.65 and values[0] < 1.16, values
-        assert values[5] < 1e-3, values
+        assert values[5] < 0.05, values
 
 
 def test_muon_is_resumed_bit_for_bit_and_is_the_same_on_two_ranks(tmp_path):
