@@ -13,6 +13,7 @@ from engine import masters
 from engine.config import UserError
 from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
+from engine.logs import say
 from engine.objective import HISTORY_WINDOWS, Batch, Objective
 
 
@@ -102,4 +103,4 @@ class Guard:
 
     def _say(self, text: str) -> None:
         if self._ranks.is_first:
-            print(f"[{self._objective.name}] {text}", flush=True)
+            say(f"[{self._objective.name}] {text}")

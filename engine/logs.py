@@ -29,6 +29,19 @@ def seconds_text(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def say(text: str, stream: TextIO | None = None) -> None:
+    """One line for people, at once (default: to stdout), or nothing where nobody can read it any more.
+
+    A launcher that was stopped closes the pipe while its ranks still save: that must not be what ends them.
+    """
+    stream = sys.stdout if stream is None else stream
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
 class RunLog:
     """Writes metrics.jsonl, sample grids and wandb of one run (rank 0 only).
 
@@ -47,7 +60,7 @@ class RunLog:
 
     def line(self, text: str) -> None:
         """One line for people, at once."""
-        print(f"[{self.name}] {text}", file=sys.stdout, flush=True)
+        say(f"[{self.name}] {text}")
 
     def metrics(self, values: Mapping[str, float], num_steps: int, eta_s: float) -> None:
         """`values` must hold `step` (number of finished steps) and `loss`; a non-finite value is written as null."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine import checkpoint, files, masters
-from engine.config import ConfigError, UserError
+from engine.config import ConfigError, StoppedError
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
@@ -107,7 +107,7 @@ class _Run:
                 with self.spans("checkpoint"):
                     self._save()
             if stop and self.step < self.config.steps:
-                raise UserError(
+                raise StoppedError(
                     f"stopped by a signal at step {self.step}, saved; run the same command to go on"
                 )
         export = self._export()
