@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
     gone. 130: Ctrl-C. After the second and third the same command goes on; schedulers may give it again.
     `has_ranks`: the program is started once per rank, and before they meet rank 0 speaks for all.
     """
+    if has_ranks and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        # launch/node.sh ignores it for the launcher's sake; a rank that hangs before training must end by it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         check_packages()
         main()
