@@ -26,11 +26,12 @@ trap '' USR1
         --master_addr "${hosts[0]}" --master_port "$port" "$@"
 ) &
 launcher=$!
-trap 'kill -USR1 0' TERM
-status=0
-wait "$launcher" || status=$?
-while kill -0 "$launcher" 2>/dev/null; do # a signal ended the wait, not the run
-    status=0
-    wait "$launcher" || status=$?
+trap 'signalled=1; kill -USR1 0' TERM
+status=127
+while :; do
+    signalled='' code=0
+    wait "$launcher" || code=$?
+    [ "$code" = 127 ] || status=$code # 127: it had ended before
+    [ -n "$signalled" ] || break      # else a signal ended the wait, not the run
 done
 exit "$status"

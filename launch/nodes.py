@@ -128,7 +128,7 @@ def not_shared(ranks: Ranks, run_dir: Path, within_s: float = SHARED_WITHIN_S) -
         time.sleep(0.2)
     seen = ranks.gather((socket.gethostname(), sees))
     if ranks.is_first:
-        path.unlink()
+        path.unlink(missing_ok=True)
     reports = [Report(rank, host, {}) for rank, (host, _) in enumerate(seen)]
     blind = _nodes(reports, [rank for rank, (_, sees) in enumerate(seen) if not sees])
     return [

@@ -281,6 +281,8 @@ def test_a_host_with_another_config_or_another_run_folder_is_named(hosts, tiny_j
         "--run-dir",
         str(training.run_dir),
     ]
+    config = training.arguments[1:3]
+    training.arguments = ["launch/check_nodes.py", *config, "--run-dir", str(training.run_dir)]
     assert training.end(training.start("node-a", training.hostfile(a=1, b=1))) == 2
     found = [line for line in training.output().splitlines() if "FOUND" in line]
     assert len(found) == 1 and f"node-b (rank 1): run_dir {training.run_dir} is not the folder" in found[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 
@@ -114,41 +113,6 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None
     (tmp_path / "run").write_text("a file")
     with pytest.raises(UserError, match="cannot write there"):
         nodes.not_shared(TwoRanks([]), tmp_path / "run")
-
-
-def test_ranks_are_written_as_ranges() -> None:
-    assert peers.numbers_text([0, 1, 2, 5, 8, 9]) == "0-2, 5, 8-9"
-
-
-def test_a_broken_connection_names_the_host_behind_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "_host_of_address", {})
-    peers.introduce([("node-a", ["10.0.0.1"]), ("node-b", ["10.0.0.2"]), ("node-b", ["10.0.0.2"])])
-    error = RuntimeError(
-        "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:39118: Connection reset by peer. "
-        "This is typically caused by a remote worker hanging."
-    )
-    lost = peers.lost_contact(error)
-    assert lost is not None
-    start = "lost contact with node-b (ranks 1-2): Read error [10.0.0.2]:39118: Connection reset by peer; "
-    assert str(lost).startswith(start)
-
-
-def test_other_errors_are_not_taken_for_a_lost_node() -> None:
-    assert peers.lost_contact(RuntimeError("mat1 and mat2 shapes cannot be multiplied; connection")) is None
-    assert peers.lost_contact(RuntimeError("[gloo/x.cc:1] op.preamble.length <= op.nbytes. 8 vs 4")) is None
-
-
-def test_looking_at_connections_leaves_their_mode_alone() -> None:
-    """gloo's event loop needs non-blocking sockets; a copied descriptor shares the mode."""
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as client:
-        client.bind(("127.0.0.2", 0))  # another address: taken for another host
-        client.connect(server.getsockname())
-        client.setblocking(False)
-        assert "127.0.0.2" in peers.introduction()[1]
-        peers.notice_vanished_peers()
-        with pytest.raises(BlockingIOError):
-            client.recv(1)
-        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
 
 
 def test_the_exit_status_tells_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:
