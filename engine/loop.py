@@ -18,6 +18,7 @@ from engine.engine_config import EngineConfig
 from engine.guard import Guard
 from engine.logs import RunLog, seconds_text
 from engine.objective import Batch, BatchSource, LossOutput, Objective
+from engine.peers import notice_vanished_peers
 from engine.schedule import OptimizerConfig, learning_rate, set_learning_rate
 from engine.spans import Spans, peak_flops
 from engine.window import Window
@@ -88,6 +89,7 @@ class _Run:
             signal.signal(name, self._request_stop)
         if self.log and self.step:
             self.log.line(f"resumed at step {self.step}/{self.config.steps}")
+        notice_vanished_peers()  # DeepSpeed has made groups of its own
         begin_s = time.monotonic()
         start_s, start_step = begin_s, self.step
         while self.step < self.config.steps:

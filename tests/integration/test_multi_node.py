@@ -21,15 +21,23 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ADDRESSES = {"node-a": "10.231.7.1", "node-b": "10.231.7.2"}
-NEEDED = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "pdsh")
+NEEDED = ("ip", "setpriv", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "pdsh")
+TOOLS = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 START_S = 240
 END_S = 180  # a vanished node is given up after 60 s; the rest is for busy machines
+# A host and all that runs in it ends with this test's process, even if that is killed: nothing is left to clean up.
+HOST = ("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--uts", "--pid", "--ipc", "--fork")
+HOST += ("--kill-child", "bash", "-c")
 BOOT = """set -e
 mount -t proc proc /proc
 hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
 mount --bind "$2/ssh_config" /etc/ssh/ssh_config
 mkdir -p /run/sshd
+until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
+ip address add "$3/24" dev eth0
+ip link set eth0 up
+ip link set lo up
 exec "$(command -v sshd)" -D -e -f "$2/sshd_$1"
 """
 
@@ -38,13 +46,10 @@ def what_is_missing() -> str:
     """Empty if this machine can make hosts."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "needs root on Linux (network namespaces)"
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    if missing := [name for name in NEEDED if shutil.which(name, path=path) is None]:
+    if missing := [name for name in NEEDED if shutil.which(name, path=TOOLS) is None]:
         return f"needs {', '.join(missing)} (apt-get install openssh-server pdsh iproute2)"
-    probe = f"rpiae-{os.getpid()}"
-    if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode:
-        return "needs the right to make network namespaces"
-    subprocess.run(["ip", "netns", "delete", probe], check=True)
+    if subprocess.run([*HOST, "true"], capture_output=True).returncode:
+        return "needs the right to make namespaces"
     return ""
 
 
@@ -57,33 +62,25 @@ class Hosts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._namespaces = {name: f"rpiae-{os.getpid()}-{name}" for name in ADDRESSES}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
+        """Boots both, lays the cable, and waits until their sshds listen."""
         self._write_files()
-        for namespace in self._namespaces.values():
-            run("ip", "netns", "add", namespace)
-        a, b = self._namespaces.values()
+        for name, address in ADDRESSES.items():
+            with (self.folder / f"sshd_{name}.log").open("wb") as log:
+                self._processes[name] = subprocess.Popen(
+                    [*HOST, BOOT, "bash", name, str(self.folder), address],
+                    stderr=log,
+                    env=os.environ | {"PATH": TOOLS},
+                )
+        for name, process in self._processes.items():
+            wait_until(lambda name=name: self._first_process(name) != "", process)
+        a, b = (str(process.pid) for process in self._processes.values())
         run("ip", "link", "add", "eth0", "netns", a, "type", "veth", "peer", "name", "eth0", "netns", b)
-        for name, namespace in self._namespaces.items():
-            run("ip", "-n", namespace, "address", "add", f"{ADDRESSES[name]}/24", "dev", "eth0")
-            for device in ("lo", "eth0"):
-                run("ip", "-n", namespace, "link", "set", device, "up")
-            self.boot(name)
-
-    def boot(self, name: str) -> None:
-        """Switches a host on (again) and waits until its sshd listens."""
-        log = self.folder / f"sshd_{name}.log"
-        isolated = ["unshare", "--mount", "--uts", "--pid", "--ipc", "--fork", "--kill-child"]
-        boot = ["bash", "-c", BOOT, "bash", name, str(self.folder)]
-        with log.open("wb") as file:
-            self._processes[name] = subprocess.Popen(
-                ["ip", "netns", "exec", self._namespaces[name], *isolated, *boot],
-                stderr=file,
-                env=os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
-            )
-        wait_until(lambda: "listening" in log.read_text(), self._processes[name])
+        for name, process in self._processes.items():
+            log_path = self.folder / f"sshd_{name}.log"
+            wait_until(lambda path=log_path: "listening" in path.read_text(), process)
 
     def kill(self, name: str) -> None:
         """As if its power went: every process ends at once, without a handler."""
@@ -91,21 +88,32 @@ class Hosts:
         self._processes[name].wait()
 
     def cut_cable(self) -> None:
-        run("ip", "-n", self._namespaces["node-b"], "link", "set", "eth0", "down")
+        run(*self.command("node-b", "ip", "link", "set", "eth0", "down"))
 
     def command(self, name: str, *arguments: str) -> list[str]:
         """`arguments` as they are run on that host, in the repository."""
-        unshare = self._processes[name].pid
-        first = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()[0]
-        enter = ["nsenter", "--target", first, "--net", "--uts", "--pid", "--mount", "--ipc", "--"]
+        enter = [
+            "nsenter",
+            "--target",
+            self._first_process(name),
+            "--net",
+            "--uts",
+            "--pid",
+            "--mount",
+            "--ipc",
+            "--",
+        ]
         return [*enter, "env", f"--chdir={ROOT}", *arguments]
 
     def close(self) -> None:
         for process in self._processes.values():
             process.kill()
             process.wait()
-        for namespace in self._namespaces.values():
-            subprocess.run(["ip", "netns", "delete", namespace], check=False, capture_output=True)
+
+    def _first_process(self, name: str) -> str:
+        """As this machine numbers it; empty before the host is up."""
+        unshare = self._processes[name].pid
+        return Path(f"/proc/{unshare}/task/{unshare}/children").read_text().partition(" ")[0]
 
     def _write_files(self) -> None:
         folder = self.folder

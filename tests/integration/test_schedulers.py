@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -70,12 +71,19 @@ def executable(path: Path, text: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-@pytest.mark.parametrize(
-    "script", [ROOT / "launch" / "node.sh", *sorted(SLURM.iterdir())], ids=lambda p: p.name
-)
+SCRIPTS = [ROOT / "launch" / "node.sh", *sorted(SLURM.iterdir())]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_executable_bash_without_syntax_errors(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert os.access(script, os.X_OK)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_scripts_pass_shellcheck() -> None:
+    result = subprocess.run(["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
