@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 ADDRESSES = {"node-a": "10.231.7.1", "node-b": "10.231.7.2"}
 NEEDED = ("ip", "setpriv", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "pdsh")
 TOOLS = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-START_S = 240
+RUN_S = 600  # limits of hangs: a run takes 20 s on an idle machine
 END_S = 180  # a vanished node is given up after 60 s; the rest is for busy machines
 # A host and all that runs in it ends with this test's process, even if that is killed: nothing is left to clean up.
 HOST = ("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--uts", "--pid", "--ipc", "--fork")
@@ -63,6 +63,7 @@ class Hosts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._networks: list[int] = []
 
     def start(self) -> None:
         """Boots both, lays the cable, and waits until their sshds listen."""
@@ -77,6 +78,8 @@ class Hosts:
         for name, process in self._processes.items():
             wait_until(lambda name=name: self._first_process(name) != "", process)
         a, b = (str(process.pid) for process in self._processes.values())
+        # Held open: when a host dies, its end of the cable stays, and with it the other host's interface.
+        self._networks = [os.open(f"/proc/{pid}/ns/net", os.O_RDONLY) for pid in (a, b)]
         run("ip", "link", "add", "eth0", "netns", a, "type", "veth", "peer", "name", "eth0", "netns", b)
         for name, process in self._processes.items():
             log_path = self.folder / f"sshd_{name}.log"
@@ -109,6 +112,8 @@ class Hosts:
         for process in self._processes.values():
             process.kill()
             process.wait()
+        for network in self._networks:
+            os.close(network)
 
     def _first_process(self, name: str) -> str:
         """As this machine numbers it; empty before the host is up."""
@@ -141,7 +146,7 @@ def run(*command: str) -> None:
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], what: str = "") -> None:
-    deadline_s = time.monotonic() + START_S
+    deadline_s = time.monotonic() + RUN_S
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline_s, f"{process.args}: {what}"
         time.sleep(0.05)
@@ -188,13 +193,13 @@ class Training:
     def output(self) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob("output_*")))
 
-    def end(self, process: subprocess.Popen[bytes]) -> int:
+    def end(self, process: subprocess.Popen[bytes], within_s: int = RUN_S) -> int:
         """The exit status; a run that hangs fails the test."""
         try:
-            return process.wait(END_S)
+            return process.wait(within_s)
         except subprocess.TimeoutExpired:
             process.kill()
-            raise AssertionError(f"did not end within {END_S} s:\n{self.output()}") from None
+            raise AssertionError(f"did not end within {within_s} s:\n{self.output()}") from None
 
     def reach(self, step: int, process: subprocess.Popen[bytes]) -> None:
         wait_until(lambda: len(self.curve()) >= step, process, self.output())
@@ -244,7 +249,7 @@ def test_a_lost_host_is_named_and_the_rest_goes_on_from_the_checkpoint(accident,
         hosts.kill("node-b")
     else:
         hosts.cut_cable()
-    assert training.end(process) != 0
+    assert training.end(process, END_S) != 0
     errors = [line for line in training.output().splitlines() if "error: " in line]
     assert len(errors) == 1 and "rank 0: lost contact with node-b (rank 1)" in errors[0], training.output()
     assert "Traceback" not in training.output()
@@ -266,7 +271,7 @@ def test_a_stopped_launcher_lets_both_hosts_save(hosts, tiny_judge) -> None:
     launcher = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
     os.kill(int(launcher), signal.SIGTERM)
     assert training.end(process) != 0
-    deadline_s = time.monotonic() + END_S
+    deadline_s = time.monotonic() + RUN_S
     while not training.checkpoints():
         assert time.monotonic() < deadline_s, training.output()
         time.sleep(0.1)

@@ -24,7 +24,7 @@ from launch.runs import GeneratorRun
 
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "launch" / "slurm"
-END_S = 240
+END_S = 600  # limit of a hang
 SRUN = f"""#!{sys.executable}
 # Two tasks, each in a process group of its own as Slurm's are; the status is the highest of theirs.
 import os, pathlib, subprocess, sys
