@@ -58,10 +58,11 @@ def main() -> None:
             print(f"{hosts[link.sender]} -> {hosts[link.receiver]}: {speed}")
         for line in findings:
             print(f"FOUND {line}", flush=True)
-        if findings:
-            raise UserError(f"{len(findings)} findings on {len(first_ranks)} nodes, listed above")
-        print(f"{len(first_ranks)} nodes agree", flush=True)
     distributed.stop()
+    if findings:  # the same on all ranks; the first one says it (entry.run)
+        raise UserError(f"{len(findings)} findings on {len(first_ranks)} nodes, listed above")
+    if ranks.is_first:
+        print(f"{len(first_ranks)} nodes agree", flush=True)
 
 
 def slow_links(links: Sequence[Link], hosts: Sequence[str]) -> list[str]:

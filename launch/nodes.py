@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from engine import files
+from engine import distributed, files
 from engine.config import UserError
 from engine.distributed import Ranks
 from engine.peers import numbers_text
@@ -145,6 +145,7 @@ def check_start(ranks: Ranks, run_dir: Path, config: Mapping[str, Any]) -> None:
     lines = compare(ranks, facts(config)) + not_shared(ranks, run_dir)
     if lines:
         more = f"; {len(lines) - 1} more, see launch/check_nodes.py" if len(lines) > 1 else ""
+        distributed.stop()  # all ranks have found the same: the first one says it (entry.run)
         raise UserError(lines[0] + more)
 
 

@@ -286,8 +286,10 @@ def test_a_host_with_another_config_or_another_run_folder_is_named(hosts, tiny_j
         training.start("node-a", [*options, "--node_rank", "0"]),
         training.start("node-b", [*options, "--node_rank", "1"], "engine.optimizer.lr=1"),
     ]
-    assert 2 in [training.end(process) for process in both]
-    assert "node-b (rank 1): config engine.optimizer.lr 1.0 where node-a has 0.003" in training.output()
+    assert [training.end(process) for process in both] == [2, 2], training.output()
+    errors = [line for line in training.output().splitlines() if "error: " in line]
+    assert len(errors) == 1
+    assert "error: node-b (rank 1): config engine.optimizer.lr 1.0 where node-a has 0.003" in errors[0]
     training.arguments[0:] = [
         "launch/check_nodes.py",
         *training.arguments[1:3],

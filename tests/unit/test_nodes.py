@@ -115,6 +115,22 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None
         nodes.not_shared(TwoRanks([]), tmp_path / "run")
 
 
+def test_a_start_with_different_nodes_is_refused_with_one_line(tmp_path: Path) -> None:
+    other = Report(1, "node-b", {**nodes.facts({"steps": 5}), "config": {"steps": "6"}})
+    ranks = TwoRanks(["another digest", other, None, ("node-b", False)])
+    with pytest.raises(UserError) as refusal:
+        nodes.check_start(ranks, tmp_path / "run", {"steps": 5})
+    line = str(refusal.value)
+    assert line.startswith("node-b (rank 1): config steps 6 where ") and "\n" not in line
+    assert line.endswith("; 1 more, see launch/check_nodes.py")
+
+
+def test_equal_nodes_start(tmp_path: Path) -> None:
+    config = {"steps": 5}
+    ranks = TwoRanks([nodes.files.digest(nodes.facts(config)), None, ("node-b", True)])
+    nodes.check_start(ranks, tmp_path / "run", config)
+
+
 def test_the_exit_status_tells_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:
     def end(error: Exception) -> int:
         def main() -> None:
