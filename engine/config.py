@@ -26,6 +26,10 @@ class UserError(ValueError):
     """Bad input from a person: shown as one line (what, where, what to do), without a traceback."""
 
 
+class StoppedError(UserError):
+    """Ended because it was asked to, with everything saved: the same command goes on."""
+
+
 class ConfigError(UserError):
     """A config that does not fit its dataclass."""
 

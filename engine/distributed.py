@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from engine import peers
+
 DEFAULT_TIMEOUT_S = 3600
 """Of the process groups. The watchdog, which knows more, is to be faster: engine.hang_timeout_s."""
 
@@ -67,8 +69,12 @@ class Ranks:
         return values
 
 
-def start(timeout_s: int = DEFAULT_TIMEOUT_S) -> Ranks:
-    """Joins the process group named by the launcher's environment (alone, if there is none)."""
+def start(timeout_s: int = DEFAULT_TIMEOUT_S, meeting_s: int = peers.MEETING_S) -> Ranks:
+    """Joins the process group named by the launcher's environment (alone, if there is none).
+
+    `timeout_s`: of every collective; `meeting_s`: how long ranks wait for each other here.
+    Raises UserError when ranks do not find each other, naming those that are missing.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns; our own first line names the device
     import deepspeed
@@ -89,14 +95,20 @@ def start(timeout_s: int = DEFAULT_TIMEOUT_S) -> Ranks:
     if use_cuda:
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s)
+    store = peers.meet(meeting_s)
     deepspeed.init_distributed(
         dist_backend="nccl" if use_cuda else "gloo",
         auto_mpi_discovery=False,
         timeout=timeout,
         verbose=False,
     )
+    del store  # from here on the process group has one of its own on the same server
     control = dist.new_group(backend="gloo", timeout=timeout)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, control)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, control)
+    ranks.barrier()  # connections stand
+    peers.notice_vanished_peers()
+    peers.introduce(ranks.gather(peers.introduction()))
+    return ranks
 
 
 def is_started() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -45,6 +46,19 @@ def seconds_text(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def say(text: str, stream: TextIO | None = None) -> None:
+    """One line for people, at once (default: to stdout), or nothing where nobody can read it any more.
+
+    A launcher that was stopped closes the pipe while its ranks still save: that must not be what ends them.
+    """
+    stream = sys.stdout if stream is None else stream
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
 class RunLog:
     """Writes metrics.jsonl, events.jsonl, sample grids and wandb of one run (rank 0 only). Secrets are taken out.
 
@@ -65,7 +79,7 @@ class RunLog:
 
     def line(self, text: str) -> None:
         """One line for people, at once."""
-        print(f"[{self.name}] {redact(text)}", file=sys.stdout, flush=True)
+        say(f"[{self.name}] {redact(text)}")
 
     def event(self, kind: EventKind, step: int, text: str) -> None:
         """Something that happened when `step` steps were done: one line of events.jsonl, with the time (unix, s)."""

@@ -15,13 +15,14 @@ import torch
 
 from engine import communication, files, masters
 from engine.checkpoint import Checkpoints
-from engine.config import ConfigError, UserError
+from engine.config import ConfigError, StoppedError
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
 from engine.guard import Guard, out_of_memory
-from engine.logs import EventKind, RunLog, seconds_text
+from engine.logs import EventKind, RunLog, say, seconds_text
 from engine.objective import Batch, BatchSource, LossOutput, Objective
+from engine.peers import notice_vanished_peers
 from engine.redaction import redact, redacted
 from engine.schedule import OptimizerConfig, learning_rate, set_learning_rate
 from engine.spans import Spans, peak_flops
@@ -125,6 +126,7 @@ class _Run:
             watchdog = Watchdog(
                 self.ranks, self.config.hang_timeout_s, lambda: (self.step, self.spans.place), self.run_dir
             )
+        notice_vanished_peers()  # the watchdog has connections of its own, and DeepSpeed groups
         try:
             export = self._steps()
         except RuntimeError as error:
@@ -161,7 +163,7 @@ class _Run:
                 with self.spans("checkpoint"):
                     self._save(last)
             if stop and self.step < self.config.steps:
-                raise UserError(
+                raise StoppedError(
                     f"stopped by a signal at step {self.step}, saved; run the same command to go on"
                 )
         export = self._export(EXPORT, self.config.ema_decays[0] if self.ema else None)
@@ -175,7 +177,7 @@ class _Run:
         """A line for people, and one that stays in the run folder (of what was before the log, when there is one)."""
         if not self.ranks.is_first:
             return
-        print(f"[{self.objective.name}] {redact(text)}", flush=True)
+        say(f"[{self.objective.name}] {redact(text)}")
         if self.log:
             self.log.event(kind, step, text)
         else:

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from engine.distributed import Ranks
-from engine.logs import seconds_text
+from engine.logs import say, seconds_text
+from engine.peers import EXIT_STATUS
 from engine.spans import Place
 
 BEATS_PER_TIMEOUT = 8
-EXIT_STATUS = 3
 GRACE_S = 5.0  # for the rank that speaks: a launcher ends all ranks when the first one is gone
 STORE_TIMEOUT_S = 20.0
 
@@ -115,11 +115,10 @@ class Watchdog:
             message, hanging = verdict(beats, self._timeout_s)
             speaker = next((r for r in range(self._ranks.world) if r not in hanging), 0)
         if self._ranks.rank == speaker:
-            print(
+            say(
                 f"error: {message}; stacks of the ranks: {self._folder}. "
                 "Run the same command again: it goes on at the last checkpoint",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
         time.sleep(GRACE_S)
         os._exit(EXIT_STATUS)

@@ -5,43 +5,63 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from engine import distributed
-from engine.config import ConfigError, UserError, dump, load
+from engine import distributed, peers
+from engine.config import ConfigError, StoppedError, UserError, dump, load
+from engine.logs import say
 from engine.redaction import redact
 
 PACKAGES = ("data", "tokenizer", "generator", "evaluation", "engine")
 REPOSITORY = Path(__file__).resolve().parent.parent
+STOPPED = 75
+LOST_CONTACT = peers.EXIT_STATUS
 
 ConfigT = TypeVar("ConfigT")
 
 
 def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
-    """Calls `main` and returns the exit status: 0, 2 after printing a UserError as one line, 130 after Ctrl-C.
+    """Calls `main` and returns the exit status; a UserError is printed as one line.
 
+    0: finished. 2: a person has to do something. STOPPED: ended by a signal and saved. LOST_CONTACT: another rank is
+    gone. 130: Ctrl-C. After the second and third the same command goes on; schedulers may give it again.
     `has_ranks`: the program is started once per rank, and before they meet rank 0 speaks for all.
     """
+    if has_ranks and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        # launch/node.sh ignores it for the launcher's sake; a rank that hangs before training must end by it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         check_packages()
         main()
     except UserError as error:
-        rank = os.environ.get("RANK", "0") if has_ranks else "0"
-        if distributed.is_started():
-            print(f"error: rank {rank}: {redact(str(error))}", file=sys.stderr, flush=True)
-            os._exit(2)  # the other ranks may wait in a collective: no clean-up that would wait for them
-        if rank == "0":  # before the ranks meet, all of them see the same mistake
-            print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
-        return 2
+        return _end(error, has_ranks)
+    except RuntimeError as error:
+        lost = peers.lost_contact(error)
+        if lost is None:
+            raise
+        return _end(lost, has_ranks)
     except KeyboardInterrupt:
         if not has_ranks:
             print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
             return 130
         raise
     return 0
+
+
+def _end(error: UserError, has_ranks: bool) -> int:
+    rank = os.environ.get("RANK", "0") if has_ranks else "0"
+    status = {StoppedError: STOPPED, peers.LostContactError: LOST_CONTACT}.get(type(error), 2)
+    if distributed.is_started():
+        say(f"error: rank {rank}: {redact(str(error))}", sys.stderr)
+        os._exit(status)  # the other ranks may wait in a collective: no clean-up that would wait for them
+    # Before the ranks meet, all of them see the same mistake, but whether they can meet.
+    if rank == "0" or isinstance(error, peers.LostContactError):
+        say(f"error: {redact(str(error))}", sys.stderr)
+    return status
 
 
 def check_packages() -> None:

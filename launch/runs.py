@@ -26,6 +26,7 @@ from evaluation.judges.emoji import JudgeConfig
 from generator.model import GeneratorConfig
 from generator.objective import FlowConfig, Preview, build_objective
 from generator.sampling import SamplingConfig, read_conditions
+from launch import nodes
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.encode import EncodeConfig
 from tokenizer.stages import StageConfig
@@ -162,6 +163,8 @@ def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer) -> Preview | None
 
 def _train(run: PixelRun | GeneratorRun, mixture: Mixture, packer: Packer, objective: Objective) -> None:
     ranks = distributed.start()
+    resolved = to_dict(run)
+    nodes.check_start(ranks, Path(run.run_dir), resolved)
     source = PackStream(
         mixture,
         packer,
@@ -180,5 +183,5 @@ def _train(run: PixelRun | GeneratorRun, mixture: Mixture, packer: Packer, objec
         if ranks.is_first:
             line = f"{engine.steps} steps: at most data.max_epochs = {run.data.max_epochs}"
             print(f"[{objective.name}] {line}", flush=True)
-    train(objective, source, engine, run_dir=Path(run.run_dir), resolved=to_dict(run), ranks=ranks)
+    train(objective, source, engine, run_dir=Path(run.run_dir), resolved=resolved, ranks=ranks)
     distributed.stop()

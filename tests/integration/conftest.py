@@ -1,4 +1,4 @@
-"""Processes of tests: writers that are killed again and again, and ranks that start quickly."""
+"""Shared: writers killed again and again, ranks that start quickly, the smallest training."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from data.shards import ShardWriter
+from data.sources.emoji import EmojiConfig, EmojiSource
 
 NUM_KILLS = 20
 MAX_RUNS = 100
@@ -116,3 +119,21 @@ def tree(root: Path) -> dict[str, bytes]:
     """Every file but the hidden temporary ones that a kill can leave, which no reader looks at."""
     found = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="session")
+def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """`tiny_judge(run_dir, *overrides)`: script and arguments of the quickstart's smallest training, on 40 scenes."""
+    shards = tmp_path_factory.mktemp("judge") / "pixels"
+    source = EmojiSource(EmojiConfig(), "scenes-train", 40)
+    with ShardWriter(shards, max_samples_per_shard=20, source="test") as writer:
+        for index in range(len(source)):
+            writer.write(source.sample(index))
+
+    def arguments(run_dir: Path, *overrides: str) -> list[str]:
+        start = ["launch/train_judge.py", "--config", "configs/quickstart/judge.yaml"]
+        fields = [f"run_dir={run_dir}", f"data.shards={shards}", "pixels.images_per_pack=4"]
+        rhythm = ["engine.log_every_steps=1", "engine.checkpoint_every_steps=2", "engine.wandb=disabled"]
+        return [*start, *fields, *rhythm, *overrides]
+
+    return arguments

@@ -79,8 +79,8 @@ def test_metrics_say_where_the_time_of_a_step_went(reference):
 def test_muon_moves_layer_matrices_by_a_nearly_orthogonal_step(tmp_path):
     """Singular values of the first update: the rate of a step of warm-up (half of 0.02), sqrt(8 / 6) for the
     tall matrix, 0.9 of it in the average; Newton-Schulz leaves them within 0.68 to 1.13 of 1 (Jordan et al.). The first
-    step has 5 samples, so the gradients have rank 5: the sixth is rounding of Newton-Schulz's bf16 products, which depends
-    on the processor (0.013 was seen)."""
+    step has 5 samples, so the gradients have rank 5: the sixth is rounding of Newton-Schulz's bf16 products, which
+    depends on the processor (0.013 was seen)."""
     assert toy(tmp_path / "run", "--optimizer", "muon", "--steps", 1).returncode == 0
     torch.manual_seed(0)
     start = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6)).state_dict()

@@ -1,0 +1,82 @@
+"""Do all nodes fit together? deepspeed --hostfile HOSTS launch/check_nodes.py --config FILE
+
+Compares versions, source, config, GPUs, drivers, clocks and the run folder; measures an all-reduce and every connection
+from a node to the next. Names the node that differs. Status 2: something was found.
+"""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine import distributed
+from engine.config import UserError, resolve
+from engine.links import Link, all_reduce_s, measure_links
+from launch import entry, nodes
+
+MEETING_S = 120
+MESSAGE_BYTES = 64 << 20
+GIB = 2**30
+SLOW = 0.5
+"""A connection below this share of the median bandwidth is reported."""
+
+
+def main() -> None:
+    """Prints what every node has and every difference."""
+    parser = entry.parser(__doc__ or "")
+    parser.add_argument("--config", required=True, help="YAML of the run that the nodes are for")
+    parser.add_argument("--run-dir", type=Path, help="its folder (default: the config's run_dir)")
+    arguments = parser.parse_args()
+    config = resolve(arguments.config)
+    run_dir = arguments.run_dir or Path(str(config.get("run_dir", "")))
+    if not str(run_dir).strip("."):
+        raise UserError(f"{arguments.config}: names no run_dir; give --run-dir")
+    ranks = distributed.start(meeting_s=MEETING_S)
+    findings = nodes.compare(ranks, {**nodes.facts(config), "hardware": nodes.hardware()})
+    findings += nodes.not_shared(ranks, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)  # where it is not shared
+    ranks.barrier()
+    conditions = ranks.gather(nodes.condition(run_dir, ranks.device))
+    findings += nodes.suspects(conditions)
+    first_ranks = {state.host: rank for rank, state in reversed(list(enumerate(conditions)))}
+    ring = sorted(first_ranks.values())
+    pairs = [(a, b) for a, b in zip(ring, ring[1:] + ring[:1], strict=True) if a != b]
+    reduce_s = all_reduce_s(ranks, MESSAGE_BYTES)
+    links = measure_links(ranks, pairs, MESSAGE_BYTES)
+    hosts = [state.host for state in conditions]
+    findings += slow_links(links, hosts)
+    if ranks.is_first:
+        for host, rank in sorted(first_ranks.items(), key=lambda item: item[1]):
+            state = conditions[rank]
+            print(
+                f"{host}: {hosts.count(host)} ranks, memory free {state.memory_free / GIB:.1f} GiB, "
+                f"disk free at run_dir {state.disk_free / GIB:.1f} GiB"
+            )
+        print(f"all-reduce of {MESSAGE_BYTES >> 20} MiB over {ranks.world} ranks: {reduce_s * 1e3:.1f} ms")
+        for link in links:
+            speed = f"{link.bytes_per_s / 1e9:.2f} GB/s, {link.latency_s * 1e6:.0f} us"
+            print(f"{hosts[link.sender]} -> {hosts[link.receiver]}: {speed}")
+        for line in findings:
+            print(f"FOUND {line}", flush=True)
+    distributed.stop()
+    if findings:  # the same on all ranks; the first one says it (entry.run)
+        raise UserError(f"{len(findings)} findings on {len(first_ranks)} nodes, listed above")
+    if ranks.is_first:
+        print(f"{len(first_ranks)} nodes agree", flush=True)
+
+
+def slow_links(links: Sequence[Link], hosts: Sequence[str]) -> list[str]:
+    """A line for each connection far below the median; two nodes have no median to compare with."""
+    if len(links) < 3:
+        return []
+    usual = statistics.median(link.bytes_per_s for link in links)
+    return [
+        f"{hosts[link.sender]} -> {hosts[link.receiver]}: {link.bytes_per_s / 1e9:.2f} GB/s where the median is "
+        f"{usual / 1e9:.2f}; check that cable, port and NCCL_SOCKET_IFNAME / NCCL_IB_HCA there"
+        for link in links
+        if link.bytes_per_s < SLOW * usual
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))
