@@ -198,7 +198,7 @@ class Generator(nn.Module):
             first = len(x_GC) - batch.num_loss_tokens
 
             def attention(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
-                kernel = choose_backend(q_TNH.device, q_TNH.dtype, self.attention_backend)
+                kernel = choose_backend(q_TNH.device, q_TNH.dtype, self.attention_backend, q_TNH.shape[2])
                 return attend(q_TNH, k_TNH, v_TNH, batch.noisy_attention, kernel)
 
             hidden_TD = self.head(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config import to_dict
-from generator.flow import resolve_shift
+from generator.flow import TimeShift, resolve_shift
 from generator.model import QWEN_PREFIX, Generator
 from generator.sampling import SamplingConfig
 
@@ -36,6 +36,7 @@ class Card:
     metrics: Sequence[Mapping[str, float | None]]  # the lines of metrics.jsonl
     started_from: str | None  # the weights, None: new ones
     commit: str | None  # of the code
+    time_shift: TimeShift = "auto"  # of the training
 
 
 def model_card(card: Card, model: Generator, sampling: SamplingConfig) -> str:
@@ -74,7 +75,7 @@ def _training(card: Card, model: Generator) -> list[str]:
         "samples": _total(card.metrics, "samples"),
         **_losses(card.metrics),
         "optimizer": json.dumps(dict(card.optimizer)),
-        "time shift of the latents' size": f"{resolve_shift('auto', model.latents.shape):.3g}",
+        "time shift": f"{resolve_shift(card.time_shift, model.latents.shape):.3g}",
         "autoencoder's fingerprint": model.latents.tokenizer_fingerprint,
         "text tokenizer's fingerprint": model.latents.text_tokenizer_fingerprint,
         "code": card.commit and f"commit {card.commit}, at the time of the export",

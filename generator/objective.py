@@ -218,12 +218,24 @@ def build_objective(
         model = Generator.load(flow.init_from)
         check_latents(latents, model.latents, where=flow.init_from)
         model.set_text_output(generator.text_output)
-        if dataclasses.replace(model.config, init=generator.init) != generator:
+        if differences := _differences(model.config, generator):
             raise UserError(
-                f"{flow.init_from}: its shape differs from this run's generator config; make them equal"
+                f"{flow.init_from}: its shape differs from this run's generator config "
+                f"({'; '.join(differences)}); make them equal"
             )
         start = sha256(Path(flow.init_from) / WEIGHTS_NAME)
     return FlowObjective(name, model, flow, text_tokenizer, start=start, preview=preview)
+
+
+def _differences(found: GeneratorConfig, wanted: GeneratorConfig) -> list[str]:
+    """Fields whose values differ, but for `init`."""
+    differences = []
+    for part, ours, runs in (("backbone.", found.backbone, wanted.backbone), ("", found, wanted)):
+        for field in dataclasses.fields(ours):
+            value, asked = getattr(ours, field.name), getattr(runs, field.name)
+            if value != asked and field.name not in ("backbone", "init"):
+                differences.append(f"generator.{part}{field.name}: {value} there, {asked} here")
+    return differences
 
 
 def check_latents(found: LatentInfo, expected: LatentInfo, where: str) -> None:

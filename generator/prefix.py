@@ -60,7 +60,8 @@ class PrefixCache:
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             assert layer == len(self._layers), "the cache is filled by one pass"
             self._layers.append((k, v))
-            return attend(q, k, v, plan.of(len(q)), choose_backend(q.device, q.dtype, self._backend))
+            kernel = choose_backend(q.device, q.dtype, self._backend, q.shape[2])
+            return attend(q, k, v, plan.of(len(q)), kernel)
 
         return attention
 
@@ -70,7 +71,8 @@ class PrefixCache:
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cached_k, cached_v = self._layers[layer]
             k, v = torch.cat([cached_k, k]), torch.cat([cached_v, v])
-            return attend(q, k, v, plan.of(len(q)), choose_backend(q.device, q.dtype, self._backend))
+            kernel = choose_backend(q.device, q.dtype, self._backend, q.shape[2])
+            return attend(q, k, v, plan.of(len(q)), kernel)
 
         return attention
 

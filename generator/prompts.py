@@ -17,9 +17,9 @@ from typing import Any
 
 from engine import files
 from engine.config import UserError
+from generator.sampling import SEEDS
 
 KEY_PATTERN = re.compile(r"[\w+-][\w+.-]{0,127}")
-SEEDS = 1 << 32  # PyTorch's generator on the CPU reads no more bits of a seed
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{path}: give a .txt file (one prompt a line) or a .jsonl file (one object a line)")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): that also splits at U+2028 and its like, which may stand inside a JSON string.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"{path}: cannot be read as text ({reason})") from None

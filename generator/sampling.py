@@ -27,6 +27,9 @@ from generator.model import Generator, normalise, unnormalise
 from generator.prefix import PrefixCache, split_prefix
 from generator.solvers import Solver, integrate
 
+SEEDS = 1 << 32
+"""PyTorch's generator on the CPU reads no more bits of a seed."""
+
 
 @dataclass(frozen=True)
 class SamplingConfig(GuidanceConfig):
@@ -49,6 +52,8 @@ class SamplingConfig(GuidanceConfig):
         super().__post_init__()
         if self.num_steps < 1 or self.batch_images < 1:
             raise ConfigError("num_steps and batch_images must be at least 1")
+        if not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"seed {self.seed} is not a whole number from 0 to {SEEDS - 1}")
 
 
 @dataclass(frozen=True)

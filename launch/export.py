@@ -47,12 +47,11 @@ def write(arguments: argparse.Namespace, out: Path) -> None:
     run = from_dict(GeneratorRun, files.read_json(run_dir / "config.json"), where=f"{run_dir}/config.json")
     if run.autoencoder is None:
         raise UserError(f"{run_dir}/config.json: names no autoencoder; set 'autoencoder' in the run's config")
-    sampling = {**to_dict(run.preview_sampling), "time_shift": run.flow.time_shift}
     with files.directory(out) as temporary:
         for source, part in ((run_dir / EXPORT, GENERATOR), (Path(run.autoencoder), AUTOENCODER)):
             _copy(source, WEIGHTS, temporary / part)
         copy_text_tokenizer(run.text_tokenizer, temporary / TEXT_TOKENIZER)
-        files.write_json(temporary / SAMPLING, sampling)
+        files.write_json(temporary / SAMPLING, to_dict(run.sampling))
         pipeline, defaults = load_pretrained(temporary)
         card = _card(arguments, run, run_dir)
         files.write_text(temporary / "README.md", model_card(card, pipeline.generator, defaults))
@@ -71,6 +70,7 @@ def _card(arguments: argparse.Namespace, run: GeneratorRun, run_dir: Path) -> Ca
         metrics=lines,
         started_from=run.flow.init_from,
         commit=_commit(),
+        time_shift=run.flow.time_shift,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from data.images import PixelConfig, PixelPacker
 from data.mixture import Mixture
 from data.packing import EditPacker, PackingConfig, T2IPacker
-from data.shards import ShardDataset
+from data.shards import LatentInfo, ShardDataset
 from data.stream import DataConfig, Packer, PackStream
 from data.text import TextTokenizer, load_text_tokenizer
 from engine import distributed
@@ -29,6 +29,7 @@ from generator.sampling import SamplingConfig, read_conditions
 from launch import nodes
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.encode import EncodeConfig
+from tokenizer.export import fingerprint
 from tokenizer.stages import StageConfig
 from tokenizer.standin import StandInConfig
 
@@ -86,9 +87,15 @@ class GeneratorRun:
     autoencoder: str | None = None
     """Export that decodes the sample grids; None: no grids."""
     preview_shards: str | None = None
-    """Validation latents (or pixels) whose first captions the sample grids draw."""
+    """Validation latents whose first captions (and sources) the sample grids draw."""
     num_preview_images: int = 8
     preview_sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the grids are drawn, and by default what sample.py draws; the time shift is always flow.time_shift."""
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """`preview_sampling` under the time shift of the training: what grids, sample.py and exports draw with."""
+        return dataclasses.replace(self.preview_sampling, time_shift=self.flow.time_shift)
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ def train_generator(task: Literal["t2i", "edit"], run: GeneratorRun) -> None:
         latents,
         text_tokenizer,
         seed=run.engine.seed,
-        preview=_preview(run, text_tokenizer),
+        preview=_preview(run, text_tokenizer, latents),
     )
     _train(run, mixture, packer, objective)
 
@@ -151,14 +158,33 @@ def preview_pixels(shards: str | None, num_images: int, pixels: PixelConfig) -> 
     return batch.pixels
 
 
-def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer) -> Preview | None:
-    """The first validation captions (and sources), decoded by the autoencoder; None where one of them is missing."""
-    if run.autoencoder is None or run.preview_shards is None:
+def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer, latents: LatentInfo) -> Preview | None:
+    """The first validation captions (and sources), decoded by the autoencoder; None where one of them is missing.
+
+    Raises UserError: the autoencoder, or the preview's latents, are others than the training data's. Without preview
+    shards an autoencoder that is named need not be here yet.
+    """
+    if run.autoencoder is None:
+        return None
+    needed = run.preview_shards is not None
+    if (needed or Path(run.autoencoder).is_dir()) and fingerprint(
+        run.autoencoder
+    ) != latents.tokenizer_fingerprint:
+        raise UserError(
+            f"autoencoder {run.autoencoder}: the training latents were encoded with another one; give that one"
+        )
+    if run.preview_shards is None:
         return None
     dataset = ShardDataset.open(run.preview_shards)
+    found = dataset.manifest.latent
+    if found is not None and found.tokenizer_fingerprint != latents.tokenizer_fingerprint:
+        raise UserError(
+            f"preview_shards {run.preview_shards}: encoded with another autoencoder than the training latents; encode "
+            "them with the same"
+        )
     conditions = tuple(read_conditions(dataset, text_tokenizer, run.num_preview_images))
     autoencoder = load_autoencoder(run.autoencoder)
-    return Preview(conditions, run.preview_sampling, autoencoder.decode)
+    return Preview(conditions, run.sampling, autoencoder.decode)
 
 
 def _train(run: PixelRun | GeneratorRun, mixture: Mixture, packer: Packer, objective: Objective) -> None:

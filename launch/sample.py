@@ -23,6 +23,7 @@ from launch import entry
 from launch.runs import GeneratorRun
 from launch.sampling_options import add_sampling_options, read_sampling_options
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 TIMEOUT_S = 7 * 86400  # ranks that are done wait for those that are not, with nothing between
 
 
@@ -39,8 +40,9 @@ def main() -> None:
     edit_is_whole = (arguments.image is None) == (arguments.instruction is None)
     if not edit_is_whole or sum(value is not None for value in given) != 1:
         raise UserError("give one of --prompt, --prompts, or --image with --instruction")
-    base = dataclasses.replace(run.preview_sampling, time_shift=run.flow.time_shift)
-    sampling = read_sampling_options(arguments, base)
+    if arguments.num_images < 1:
+        raise UserError(f"--num-images {arguments.num_images}; give at least 1")
+    sampling = read_sampling_options(arguments, run.sampling)
     models = (run_dir / EXPORT, run.autoencoder, run.text_tokenizer)
     if arguments.prompts is None:
         _draw_one(arguments, models, sampling)
@@ -49,13 +51,15 @@ def main() -> None:
 
 
 def _draw_one(arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig) -> None:
+    out = Path(arguments.out or "sample.png")
+    if out.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out {out}: give an image file, {', '.join(SUFFIXES)}")
     pipeline = Pipeline.load(*models, device="cuda" if torch.cuda.is_available() else "cpu")
     count = arguments.num_images
     if arguments.prompt is not None:
         images = pipeline.generate([arguments.prompt] * count, sampling=sampling)
     else:
         images = pipeline.edit([arguments.image] * count, [arguments.instruction] * count, sampling=sampling)
-    out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         path = out if len(images) == 1 else out.with_name(f"{out.stem}-{index}{out.suffix}")
@@ -66,9 +70,12 @@ def _draw_one(arguments: argparse.Namespace, models: tuple[Path, str, str], samp
 def _draw_file(
     arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig
 ) -> None:
-    prompts, out = Path(arguments.prompts), Path(arguments.out)
-    config = SampledSetConfig(prompts, out, *models, sampling, arguments.num_images)
+    prompts = Path(arguments.prompts)
     read_prompts(prompts)  # before the ranks meet: a mistake is one line, not one from each
+    if arguments.out is None:
+        raise UserError("give --out, the folder of the image set")
+    out = Path(arguments.out)
+    config = SampledSetConfig(prompts, out, *models, sampling, arguments.num_images)
     ranks = distributed.start(TIMEOUT_S)
     config = dataclasses.replace(config, device=str(ranks.device))
     count = draw_set(config, rank=ranks.rank, world=ranks.world, barrier=ranks.barrier)
@@ -86,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--image", nargs="+", help="image file to edit, or several")
     add("--instruction", help="how to edit it")
     add("--prompts", help="file of prompts and edits, .txt or .jsonl (see generator/prompts.py)")
-    add("--out", default="sample.png", help="image file to write; with --prompts the folder of the image set")
+    add("--out", help="image file to write (default sample.png); with --prompts the folder of the image set")
     add("--num-images", type=int, default=1, help="images of each prompt")
     add_sampling_options(parser, default="the run's preview_sampling")
     return parser

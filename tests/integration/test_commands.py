@@ -17,10 +17,10 @@ import torch
 from data.packing import read_captions
 from data.shards import Sample, ShardDataset, ShardWriter
 from data.sources.emoji import EmojiConfig, EmojiSource
-from data.text import train_text_tokenizer
+from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import config
 from generator.model import Generator
-from launch import entry
+from launch import entry, runs
 from launch.runs import GeneratorRun, TokenizerRun
 from tokenizer.bridge import BridgeConfig
 from tokenizer.encode import EncodeConfig, encode_shards
@@ -324,6 +324,27 @@ def test_latents_of_another_tokenizer_are_refused(inputs, finished, tmp_path, ca
     start = [f"data.shards={tmp_path / 'latents'}", f"flow.init_from={run / 'export'}"]
     line = error_of(capsys, monkeypatch, command("t2i", inputs, tmp_path / "run", *start))
     assert "autoencoder" in line and "encode the data again" in line
+
+
+@pytest.mark.parametrize("preview", ["null", "latents"])
+def test_another_autoencoder_than_the_latents_is_refused_before_training(
+    preview, inputs, tmp_path, capsys, monkeypatch
+) -> None:
+    shards = preview if preview == "null" else inputs / preview
+    other = [f"autoencoder={inputs / 'another'}", f"preview_shards={shards}"]
+    line = error_of(capsys, monkeypatch, command("t2i", inputs, tmp_path / "run", *other))
+    assert f"{inputs / 'another'}: the training latents were encoded with another one" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_grids_are_drawn_under_the_time_shift_of_the_training(inputs, tmp_path) -> None:
+    previews = [f"autoencoder={inputs / 'autoencoder'}", f"preview_shards={inputs / 'latents'}"]
+    overrides = [*t2i_overrides(inputs, tmp_path), *previews, "flow.time_shift=3", "num_preview_images=1"]
+    run = config.load(GeneratorRun, QUICKSTART / "t2i.yaml", [*overrides, "preview_sampling.time_shift=auto"])
+    latents = ShardDataset.open(inputs / "latents").manifest.latent
+    assert latents is not None
+    preview = runs._preview(run, load_text_tokenizer(run.text_tokenizer), latents)
+    assert preview is not None and preview.sampling.time_shift == 3
 
 
 def test_missing_data_of_the_papers_run_is_one_line(capsys, monkeypatch) -> None:

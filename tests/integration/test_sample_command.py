@@ -325,6 +325,11 @@ def test_one_prompt_and_one_edit_are_drawn_to_a_file(inputs, tmp_path, monkeypat
         (["--prompt", "a", "--steps", "0"], "num_steps"),
         (["--prompt", " "], "empty"),
         (["--prompts", "prompts.jsonl", "--num-images", "0"], "at least 1"),
+        (["--prompt", "a", "--num-images", "0"], "at least 1"),
+        (["--prompts", "prompts.jsonl"], "give --out"),
+        (["--prompt", "a", "--out", "folder"], "give an image file"),
+        (["--prompt", "a", "--seed", "-1"], "seed -1"),
+        (["--prompt", "a", "--seed", str(1 << 64)], "seed 18446744073709551616"),
     ],
 )
 def test_a_mistake_is_one_line(inputs, options, words, monkeypatch, capsys) -> None:

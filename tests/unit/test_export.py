@@ -153,6 +153,7 @@ def test_the_card_tells_what_the_run_was(folder, run_dir) -> None:
         f'"lr": {run.engine.optimizer.lr}',
         fingerprint(run_dir.parent / "autoencoder"),
         '"num_steps": 2',
+        "- time shift: 3",
         'load_pretrained("me/apples", device="cuda")',
     ):
         assert fact in text, fact

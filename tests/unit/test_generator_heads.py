@@ -14,6 +14,7 @@ from generator.heads import DdtHeadConfig
 from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
 from generator.objective import FlowConfig, build_objective
+from generator.prefix import PrefixCache, split_prefix
 
 SIDE, CHANNELS = 3, 4
 BACKBONE = MotConfig(
@@ -158,3 +159,22 @@ def test_a_saved_head_is_the_same_head(tmp_path) -> None:
     loaded = Generator.load(tmp_path)
     times = times_of(batch)
     assert torch.equal(loaded(batch, batch.latents, times), model(batch, batch.latents, times))
+
+
+def test_a_kernel_is_chosen_by_the_head_dim_of_what_it_gets(monkeypatch) -> None:
+    """A wide head's heads may be too long for a kernel that suits the backbone's."""
+    asked: list[int | None] = []
+
+    def choose(_device: torch.device, _dtype: torch.dtype, _forced: str, head_dim: int | None = None) -> str:
+        asked.append(head_dim)
+        return "sdpa"
+
+    for module in ("generator.attention", "generator.model", "generator.prefix"):
+        monkeypatch.setattr(f"{module}.choose_backend", choose)
+    model, batch = randomised(WITH_HEAD), pack(SAMPLES)
+    prefix, noisy = split_prefix(batch)
+    cache = PrefixCache("auto")
+    model(prefix, prefix.latents, times_of(prefix), attention=cache.fill(prefix.attention))
+    model(noisy, noisy.latents, times_of(noisy), attention=cache.extend(noisy.attention))
+    model(batch, batch.latents, times_of(batch))
+    assert set(asked) == {8, 12}, "of the backbone and of the head, never unknown"

@@ -24,6 +24,14 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path) -> None:
     ]
 
 
+def test_a_line_ends_at_a_line_feed_alone_and_a_byte_order_mark_is_no_text(tmp_path) -> None:
+    text = "a red\u2028apple\x85"  # valid inside JSON; str.splitlines() would split there
+    row = json.dumps({"prompt": text}, ensure_ascii=False)
+    path = tmp_path / "p.jsonl"
+    path.write_text(f"\ufeff{row}\r\n{row}\n", encoding="utf-8")
+    assert [prompt.text for prompt in read_prompts(path)] == [text, text]
+
+
 def test_objects_draw_or_edit_and_pass_on_what_else_they_say(tmp_path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"")
