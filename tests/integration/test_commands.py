@@ -207,18 +207,6 @@ def error_of(
     return lines[0]
 
 
-def test_preflight_takes_a_step_of_every_phase_and_leaves_nothing_behind(inputs, tmp_path) -> None:
-    arguments = command("pivot", inputs, tmp_path / "run", ranks=2)
-    arguments[arguments.index(str(ROOT / "launch" / "train_tokenizer.py"))] = str(
-        ROOT / "launch" / "preflight.py"
-    )
-    printed = finish(arguments)
-    rows = [line.split() for line in printed.splitlines() if line.endswith(" GiB")]
-    assert [row[0] for row in rows] == ["losses", "and", "and", "samples,"]
-    assert all(float(row[-2]) > 0.1 for row in rows), "resident memory of a process that imported torch"
-    assert not (tmp_path / "run").exists()
-
-
 def test_reconstructions_are_scored_by_the_command(inputs, tmp_path, capsys, monkeypatch) -> None:
     images = tmp_path / "images"
     for sample in ShardDataset.open(inputs / "pixels").read(range(5)):
