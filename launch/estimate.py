@@ -120,9 +120,16 @@ class Plan:
         if phase is None:
             return max(self.peak(num_gpus, each, num_packs) for each in self.phases)
         state, adversary = self.model_state(num_gpus, num_packs), self.adversary_state(num_gpus, num_packs)
-        if phase.updates_adversary:
+        accumulates = (self.packs(num_gpus) if num_packs is None else num_packs) > 1
+        if (
+            phase.updates_adversary and accumulates and self.engine.zero_stage == 1
+        ):  # it keeps its bucket till the end
             return (state + adversary).peak(phase.activations) + self.helper_bytes
-        return state.peak(phase.activations) + adversary.lasting + self.helper_bytes
+        peak = state.peak(phase.activations) + adversary.lasting
+        if phase.updates_adversary:  # its backward pass comes after the model's
+            kept = state.lasting + (state.gradients if accumulates else 0)
+            peak = max(peak, adversary.peak(phase.activations) + kept)
+        return peak + self.helper_bytes
 
     def memory_gib(self, num_gpus: int) -> float:
         """`peak`."""

@@ -84,7 +84,6 @@ def test_a_tokenizer_stage_takes_every_phase_as_large_as_estimated(tmp_path: Pat
     measured = phases(printed)
     assert list(measured) == ["data", "start", "first step", *steps, *LAST]
     assert "fullest of 2 ranks, 1 packs each a step" in printed
-    assert measured[steps[1]][1] - measured[steps[0]][1] > 0.37, "a second engine's bucket of 400 MB"
     assert all(abs(errors(printed)[name]) < 2 for name in steps)
     assert not list(tmp_path.iterdir())
 
