@@ -40,15 +40,15 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     A top-level `extends: other.yaml` (relative to the file) is read first; this file then names only what differs.
     Raises ConfigError: missing file, bad YAML, unknown key, wrong type, missing key.
     """
+    return from_dict(cls, resolve(path, overrides), where=str(path))
+
+
+def resolve(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What one YAML says with all it extends, as plain values, unchecked. Raises ConfigError as `load` does."""
     tree = _read_tree(Path(path))
     for override in overrides:
         _apply_override(tree, override)
-    return from_dict(cls, tree, where=str(path))
-
-
-def resolve(path: str | Path) -> dict[str, Any]:
-    """What one YAML says with all it extends, as plain values, unchecked. Raises ConfigError as `load` does."""
-    return _read_tree(Path(path))
+    return tree
 
 
 def from_dict(cls: type[T], tree: Mapping[str, Any], where: str = "config") -> T:

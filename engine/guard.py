@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from engine.config import UserError
 from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
 from engine.logs import EventKind
+from engine.memory import asked_for
 from engine.objective import HISTORY_WINDOWS, Batch, Objective
 
 NUM_LOSSES, FEWEST_LOSSES = 100, 20
@@ -167,11 +167,10 @@ def out_of_memory(error: RuntimeError, step: int, part: str) -> UserError | None
 
     `part`: of the step, where it happened.
     """
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    asked = asked_for(error)
+    if asked is None:
         return None
-    wanted = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
-    what = f" ({wanted[0]})" if wanted else ""
     return UserError(
-        f"step {step}, in {part or 'the loop'}: out of memory{what}; {MEMORY_ADVICE.get(part, MEMORY_ADVICE[''])}; "
-        "launch/preflight.py measures what each part needs"
+        f"step {step}, in {part or 'the loop'}: out of memory, {asked}; {MEMORY_ADVICE.get(part, MEMORY_ADVICE[''])}; "
+        "launch/preflight.py --execute measures what each part needs"
     )

@@ -1,78 +1,68 @@
-"""One real step of every phase of a tokenizer stage, before it is launched: deepspeed launch/preflight.py --config FILE
+"""What a run will need, before it is launched: launch/preflight.py CONFIG --gpus 8 --gpu-memory 80
 
-Random weights and random images: nothing is downloaded, and of an earlier stage's export only config.json is read. Run
-it on the machine that will train. Prints time and highest memory of each phase: losses alone, with the discriminator's
-update, with its loss; then samples, checkpoint and export.
+Starts nothing and downloads nothing; of a tokenizer's earlier stage only config.json is read. With --execute, under
+deepspeed and on the machine that will train, one real step of every phase on random data, and the estimate's error.
 """
 
-import dataclasses
-import json
-import shutil
+from __future__ import annotations
+
+import argparse
+import os
 import sys
-import tempfile
-from pathlib import Path
 
-from engine import distributed
-from engine.config import UserError
-from engine.loop import train
-from launch import dry_run, entry
-from launch.runs import TokenizerRun
-from launch.synthetic import SyntheticPixels
-from tokenizer.stages import build_untrained
+from engine.config import ConfigError
+from launch import entry
+from launch.estimate import MFU, NODE_GPUS
+from launch.preflight_report import plan_run, report
+from launch.rehearsal import execute
+from launch.run_kinds import read_run
 
-PHASES = ("losses", "and the discriminator's update", "and its loss for the decoder")
+TITLES = {
+    "tokenizer": "a stage of the tokenizer",
+    "t2i": "text-to-image (an editing run sets packing.source_dropout)",
+    "edit": "editing (packing.source_dropout is set)",
+}
 
 
 def main() -> None:
-    """Takes one step per phase with the real loop, in a temporary folder beside the run's."""
-    arguments = entry.config_parser(__doc__ or "", "configs/tokenizer/pivot.yaml").parse_args()
-    run = entry.read_config(TokenizerRun, arguments)
-    if arguments.dry_run:
-        print(dry_run.tokenizer_run(run))
-        return
-    stage = dataclasses.replace(
-        run.stage, adaptive_pivot_start_step=0, gan_update_start_step=1, gan_loss_start_step=2
-    )
-    phases = PHASES if stage.gan is not None else PHASES[:1]
-    engine = dataclasses.replace(
-        run.engine,
-        steps=len(phases),
-        log_every_steps=1,
-        checkpoint_every_steps=len(phases),
-        sample_every_steps=0,
-        on_alarm="warn",
-        wandb="disabled",
-    )
-    ranks = distributed.start()
-    if ranks.world > run.data.num_streams:
-        raise UserError(f"{ranks.world} ranks, but data.num_streams is {run.data.num_streams}; raise it")
-    source = SyntheticPixels(run.pixels, ranks.rank, ranks.world)
-    objective = build_untrained(stage, source.pixels(run.num_preview_images))
-    folder = Path(ranks.gather(_folder_beside(run.run_dir) if ranks.is_first else "")[0])
-    try:
-        train(objective, source, engine, run_dir=folder, resolved={}, ranks=ranks)
-        after_gib = ranks.peak_memory_gib()
-        if ranks.is_first:
-            packs = (
-                f"{source.num_streams} packs of {run.pixels.images_per_pack} images on {ranks.world} ranks"
-            )
-            kind = "allocated on a GPU" if ranks.device.type == "cuda" else "resident since the start"
-            print(f"a step: {packs}; memory of the fullest rank, {kind}:")
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            for phase, row in zip(phases, rows, strict=True):
-                print(f"  {phase:32s} {row['step_s']:8.2f} s {row['memory_gib']:8.2f} GiB")
-            print(f"  {'samples, checkpoint, export':32s} {'':10s} {after_gib:8.2f} GiB")
-    finally:
-        if ranks.is_first:
-            shutil.rmtree(folder, ignore_errors=True)
-    distributed.stop()
+    """The tables; then, if asked, the phases."""
+    arguments = _parser().parse_intermixed_args()
+    paths = [*([arguments.config] if arguments.config else [])]
+    paths += [word for word in arguments.words if "=" not in word]
+    if len(paths) != 1:
+        raise ConfigError(f"give one config (FILE or --config FILE), not {len(paths)}")
+    if (
+        (arguments.gpus is not None and arguments.gpus < 1)
+        or arguments.gpu_memory <= 0
+        or not 0 < arguments.mfu <= 1
+    ):
+        raise ConfigError("--gpus and --gpu-memory must be above 0, --mfu above 0 and at most 1")
+    task, run = read_run(paths[0], [word for word in arguments.words if "=" in word])
+    preflight = plan_run(task, run)
+    gpus = arguments.gpus or min(NODE_GPUS, run.data.num_streams)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{paths[0]}: {TITLES[task]}")
+        print(report(preflight, num_gpus=gpus, gpu_gib=arguments.gpu_memory, mfu=arguments.mfu))
+        sys.stdout.flush()
+    if arguments.execute:
+        execute(preflight, gpu_gib=arguments.gpu_memory)
 
 
-def _folder_beside(run_dir: str) -> str:
-    """On the file system that the training will use: a checkpoint is gigabytes, and all nodes must see it."""
-    parent = Path(run_dir).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    return tempfile.mkdtemp(prefix=".preflight-", dir=parent)
+def _parser() -> argparse.ArgumentParser:
+    parser = entry.parser(__doc__ or "")
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG section.key=value", help="YAML file; fields to change"
+    )
+    parser.add_argument("--config", help="the YAML file, if it is not given alone")
+    parser.add_argument("--gpus", type=int, help=f"that the run will have (default: at most {NODE_GPUS})")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="of each, in GiB (default 80)")
+    parser.add_argument(
+        "--mfu", type=float, default=MFU, help=f"share of an H100's peak to assume (default {MFU})"
+    )
+    parser.add_argument(
+        "--execute", action="store_true", help="take one real step of every phase and measure"
+    )
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """The table of docs/recipes.md, a line for each config: python -m launch.recipes configs/generator
 
-Memory and time are arithmetic (launch/dry_run.py), on the number of GPUs in a config's name, else on at most 8.
+Memory and time are arithmetic (launch/estimate.py), on the number of GPUs in a config's name, else on at most 8.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from engine.config import UserError, load
+from engine.config import UserError
 from generator.flow import resolve_shift
 from launch import entry
-from launch.dry_run import LATENT_SHAPES, NODE_GPUS, PAPER_LATENTS, generator_plan
+from launch.estimate import LATENT_SHAPES, NODE_GPUS, PAPER_LATENTS, generator_plan
+from launch.run_kinds import read_run
 from launch.runs import GeneratorRun
 
 TITLES = (
@@ -37,16 +38,18 @@ def table(folder: Path) -> str:
 
 
 def _row(name: str, path: Path) -> tuple[str, ...]:
-    run = load(GeneratorRun, path)
+    task, run = read_run(str(path))
+    if not isinstance(run, GeneratorRun):
+        raise UserError(f"{path}: no generator's config; give a folder of those alone")
     shape = LATENT_SHAPES.get(run.autoencoder or "", PAPER_LATENTS)
-    plan = generator_plan(run, shape, is_edit="edit" in path.stem)
+    plan = generator_plan(run, shape, is_edit=task == "edit")
     number = path.stem.rpartition("_")[2]
     gpus = int(number) if number.isdigit() else min(NODE_GPUS, run.data.num_streams)
     return (
         name,
         "x".join(map(str, shape)),
         f"{resolve_shift(run.flow.time_shift, shape):.2f}",
-        f"{sum(plan.counts.values()) / 1e6:,.0f}",
+        f"{plan.num_parameters / 1e6:,.0f}",
         f"{run.data.num_streams} x {run.packing.tokens_per_pack:,}",
         f"{plan.num_images:,}",
         f"{plan.step_flops / 1e12:,.0f}",

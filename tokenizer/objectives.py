@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.images import PixelBatch
@@ -39,6 +39,12 @@ class PivotObjective(StageObjective):
             self.replica = copy.deepcopy(autoencoder.encoder).requires_grad_(False).eval()
         trained = autoencoder if config.train_encoder else autoencoder.decoder
         super().__init__(config, autoencoder, validation_pixels, trained=(trained,), anchors=(self.replica,))
+
+    @property
+    def helpers(self) -> tuple[nn.Module, ...]:
+        """The replica among them, unless E itself stays as it is."""
+        replica = (self.replica,) if self.config.train_encoder else ()
+        return (*super().helpers, *replica)
 
     def to(self, device: torch.device) -> None:
         """Moves model, adversary, replica and frozen networks."""

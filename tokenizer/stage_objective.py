@@ -65,6 +65,12 @@ class StageObjective:
         assert self.model.bridge is not None
         return self.model.bridge
 
+    @property
+    def helpers(self) -> tuple[nn.Module, ...]:
+        """Frozen networks beside the model."""
+        found = (self.image_loss.perceptual, self.image_loss.features)
+        return tuple(module for module in found if module is not None)
+
     def to(self, device: torch.device) -> None:
         """Moves model, adversary and frozen helpers."""
         self.model.to(device)

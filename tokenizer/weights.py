@@ -55,11 +55,16 @@ def load_exact(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> 
 
 
 def state_hash(*modules: nn.Module) -> str:
-    """Hex SHA-256 over names, dtypes, shapes and bytes of every parameter and persistent buffer."""
+    """Hex SHA-256 over names, dtypes, shapes and bytes of every parameter and persistent buffer.
+
+    On the meta device, where a model is built to be measured, there are no bytes.
+    """
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            if tensor.is_meta:
+                continue
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

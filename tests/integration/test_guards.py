@@ -77,7 +77,7 @@ def test_full_memory_names_the_part_and_what_to_lower(tmp_path) -> None:
     printed = output(alone)
     assert alone.returncode == 2
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: step 2, in data: out of memory (") and "packing.tokens_per_pack" in line
+    assert line.startswith("error: step 2, in data: out of memory, ") and "packing.tokens_per_pack" in line
 
 
 def test_a_loss_spike_is_not_taken_and_its_batch_kept(tmp_path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from data.sources.emoji import EmojiConfig
 from engine import config
 from launch.ablation import VARIANTS, AblationRun
-from launch.dry_run import LATENT_SHAPES
+from launch.estimate import LATENT_SHAPES
 from launch.quickstart import QuickstartRun
 from launch.recipes import table
 from launch.runs import EncodeRun, GeneratorRun, JudgeRun, StandInRun, TokenizerRun

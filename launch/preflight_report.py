@@ -1,0 +1,246 @@
+"""What launch/preflight.py prints before anything is started: memory by ZeRO stage, storage, time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from data.shards import ShardDataset
+from engine.config import UserError
+from launch.estimate import (
+    CONTEXT_GIB,
+    GIB,
+    PEAK,
+    Plan,
+    generator_plan,
+    latent_shape,
+    tokenizer_plan,
+    untrained_latents,
+)
+from launch.run_kinds import Task
+from launch.runs import GeneratorRun, TokenizerRun
+
+Run = TokenizerRun | GeneratorRun
+STAGES = (1, 2, 3)
+TOKEN_STEP = 256  # what a smaller pack is rounded to, where there are so many
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A run, its plan, and how to plan it again after a change."""
+
+    task: Task
+    run: Run
+    plan: Plan
+    replan: Callable[[Run], Plan]
+    shape: tuple[int, int, int] | None
+    """Latents of a generator."""
+    note: str = ""
+
+    @property
+    def pack_key(self) -> str:
+        """The config's size of a pack."""
+        return "packing.tokens_per_pack" if isinstance(self.run, GeneratorRun) else "pixels.images_per_pack"
+
+    @property
+    def checkpointing_key(self) -> str:
+        """The config's switch."""
+        section = "flow" if isinstance(self.run, GeneratorRun) else "stage"
+        return f"{section}.activation_checkpointing"
+
+    def with_pack(self, units: int) -> Run:
+        """The run with packs of so many tokens or images."""
+        if isinstance(self.run, GeneratorRun):
+            return dataclasses.replace(
+                self.run, packing=dataclasses.replace(self.run.packing, tokens_per_pack=units)
+            )
+        return dataclasses.replace(
+            self.run, pixels=dataclasses.replace(self.run.pixels, images_per_pack=units)
+        )
+
+    def with_checkpointing(self) -> Run | None:
+        """The run with activation checkpointing; None where it has it."""
+        if isinstance(self.run, GeneratorRun):
+            flow = dataclasses.replace(self.run.flow, activation_checkpointing=True)
+            return None if flow == self.run.flow else dataclasses.replace(self.run, flow=flow)
+        stage = dataclasses.replace(self.run.stage, activation_checkpointing=True)
+        return None if stage == self.run.stage else dataclasses.replace(self.run, stage=stage)
+
+
+def plan_run(task: Task, run: Run) -> Preflight:
+    """The arithmetic of a run. Raises UserError: an earlier stage's export that is not there."""
+    if isinstance(run, TokenizerRun):
+        return Preflight(task, run, tokenizer_plan(run), _tokenizer_again, None)
+    shape, note = latent_shape(run)
+
+    def again(changed: Run) -> Plan:
+        assert isinstance(changed, GeneratorRun)
+        return generator_plan(changed, shape, is_edit=task == "edit")
+
+    return Preflight(task, run, again(run), again, shape, note)
+
+
+def _tokenizer_again(changed: Run) -> Plan:
+    assert isinstance(changed, TokenizerRun)
+    return tokenizer_plan(changed)
+
+
+def report(preflight: Preflight, *, num_gpus: int, gpu_gib: float, mfu: float) -> str:
+    """All tables. Raises UserError: more GPUs than packs."""
+    plan = preflight.plan
+    if num_gpus > plan.num_streams:
+        raise UserError(
+            f"{num_gpus} GPUs, but a step has {plan.num_streams} packs (data.num_streams); raise it or take fewer"
+        )
+    return "\n".join(
+        [
+            *([preflight.note] if preflight.note else []),
+            *_parameters(plan),
+            *_memory(preflight, num_gpus, gpu_gib),
+            *_storage(preflight),
+            *_time(preflight, num_gpus, mfu),
+        ]
+    )
+
+
+def remedies(preflight: Preflight, num_gpus: int, gpu_gib: float) -> list[str]:
+    """What to change so that the run fits, a line each, the cheapest first."""
+    plan, limit = preflight.plan, (gpu_gib - CONTEXT_GIB) * GIB
+    lines = [
+        f"engine.zero_stage={stage}: {plan.at(stage).peak(num_gpus) / GIB:.1f} GiB"
+        for stage in _allowed_stages(plan)
+        if stage > plan.engine.zero_stage and plan.at(stage).peak(num_gpus) <= limit
+    ]
+    checkpointed = preflight.with_checkpointing()
+    if checkpointed is not None:
+        peak = preflight.replan(checkpointed).peak(num_gpus)
+        fits = "" if peak <= limit else ", still too much alone"
+        lines.append(f"{preflight.checkpointing_key}=true: {peak / GIB:.1f} GiB{fits}")
+    smaller = _smaller_pack(preflight, num_gpus, limit)
+    if smaller is not None:
+        units, peak = smaller
+        streams = -(-plan.num_streams * plan.pack_units // units)
+        lines.append(
+            f"{preflight.pack_key}={units} data.num_streams={streams}: {peak / GIB:.1f} GiB, as much in a step"
+        )
+    if smaller is None:
+        lines.append(
+            f"no {preflight.pack_key} does it alone; take more GPUs or larger ones, or both of the above"
+        )
+    return lines
+
+
+def _smaller_pack(preflight: Preflight, num_gpus: int, limit: float) -> tuple[int, float] | None:
+    """The largest pack that fits, and its peak; it still holds a sample."""
+    plan = preflight.plan
+    is_generator = isinstance(preflight.run, GeneratorRun)
+    least = -(-plan.num_tokens // plan.num_images) if is_generator else 1
+    room = limit - plan.peak(num_gpus) + plan.activations
+    units = min(int(plan.pack_units * room / plan.activations), plan.pack_units - 1)
+    while units >= least:
+        if is_generator and units > TOKEN_STEP:
+            units -= units % TOKEN_STEP
+        peak = preflight.replan(preflight.with_pack(units)).peak(num_gpus)
+        if peak <= limit:
+            return units, peak
+        units = min(int(units * 0.9), units - 1)
+    return None
+
+
+def _allowed_stages(plan: Plan) -> tuple[int, ...]:
+    """A discriminator's weights are read outside its own engine: not under ZeRO-3."""
+    return STAGES[:2] if plan.num_adversary else STAGES
+
+
+def _parameters(plan: Plan) -> Iterator[str]:
+    rows = {name: (count, plan.frozen[name]) for name, count in plan.trained.items()}
+    if plan.num_adversary:
+        rows["discriminator heads"] = (plan.num_adversary, 0)
+    yield f"{'parameters':42s}{'trained':>16s}{'frozen':>16s}"
+    yield from (f"  {name:40s}{trained:16,}{frozen:16,}" for name, (trained, frozen) in rows.items())
+
+
+def _memory(preflight: Preflight, num_gpus: int, gpu_gib: float) -> Iterator[str]:
+    plan, limit = preflight.plan, (gpu_gib - CONTEXT_GIB) * GIB
+    stages = _allowed_stages(plan)
+    states = [
+        plan.at(stage).model_state(num_gpus) + plan.at(stage).adversary_state(num_gpus) for stage in stages
+    ]
+
+    def row(name: str, values: list[float]) -> str:
+        return f"  {name:40s}" + "".join(f"{value / GIB:10.2f}" for value in values)
+
+    yield ""
+    yield f"memory of each of {num_gpus} GPUs, GiB".ljust(42) + "".join(
+        f"{f'ZeRO-{stage}':>10s}" for stage in stages
+    )
+    yield row("weights", [state.weights for state in states])
+    yield row("optimizer: fp32 weights, moments", [state.optimizer for state in states])
+    yield row("EMA", [state.ema for state in states])
+    yield row("gradients", [state.gradients for state in states])
+    yield row("communication buffers", [state.buffers for state in states])
+    if plan.helper_bytes:
+        yield row("frozen networks", [plan.helper_bytes] * len(stages))
+    for phase in plan.phases:
+        yield row(f"activations: {phase.name}", [phase.activations] * len(stages))
+    peaks = [plan.at(stage).peak(num_gpus) for stage in stages]
+    yield row("peak of a step", peaks)
+    fits = ["yes" if peak <= limit else "NO" for peak in peaks]
+    name = f"fits in {gpu_gib:g} less {CONTEXT_GIB:g} for CUDA"
+    yield f"  {name:40s}" + "".join(f"{word:>10s}" for word in fits)
+    chosen = plan.engine.zero_stage
+    if plan.peak(num_gpus) <= limit:
+        yield f"  the config's ZeRO-{chosen} fits"
+    else:
+        yield f"  the config's ZeRO-{chosen} does NOT fit; what would:"
+        yield from (f"    {line}" for line in remedies(preflight, num_gpus, gpu_gib))
+
+
+def _storage(preflight: Preflight) -> Iterator[str]:
+    plan, run = preflight.plan, preflight.run
+    yield ""
+    yield "storage"
+    for of_set in run.data.sets.values():
+        yield f"  shards {of_set.shards}: {_shards(preflight, of_set.shards)}"
+    one, keep = plan.checkpoint_bytes(), plan.engine.keep_checkpoints
+    yield (
+        f"  checkpoints: {one / GIB:.2f} GiB each, {keep} kept, one more while it is written: "
+        f"{one * (keep + 1) / GIB:.1f} GiB; a save every {plan.engine.checkpoint_every_steps:,} steps"
+    )
+    yield f"  export: {plan.export_bytes() / GIB:.2f} GiB"
+
+
+def _shards(preflight: Preflight, shards: str) -> str:
+    try:
+        manifest = ShardDataset.open(shards, preflight.run.data.storage).manifest
+    except UserError:
+        if preflight.shape is None:
+            return "unknown, they are not there, and the size of the image files is nowhere in the config"
+        num_images = 2 if preflight.task == "edit" else 1
+        each = num_images * untrained_latents(preflight.shape).num_bytes
+        return (
+            f"unknown, they are not there; in bf16 the latents of a sample take {each / 1024:.0f} KiB, of a million "
+            f"{1e6 * each / GIB:.0f} GiB, texts apart"
+        )
+    total = sum(entry.num_bytes for entry in manifest.shards)
+    return f"{total / GIB:.2f} GiB, {manifest.num_samples:,} samples"
+
+
+def _time(preflight: Preflight, num_gpus: int, mfu: float) -> Iterator[str]:
+    plan = preflight.plan
+    steps = plan.engine.steps
+    yield ""
+    yield "time"
+    unit = preflight.pack_key.partition(".")[2].partition("_")[0]
+    packs = f"{plan.num_streams} packs of {plan.pack_units:,} {unit}"
+    yield (
+        f"  a step: {packs}, {plan.num_images:,} images, {plan.num_tokens:,} tokens, {plan.step_flops:.3g} FLOP"
+    )
+    yield (
+        f"  the run: {steps:,} steps, {steps * plan.num_images:,} images, {steps * plan.num_tokens:,} tokens, "
+        f"{plan.run_flops:.3g} FLOP"
+    )
+    parts = f"{plan.compute_s(num_gpus, mfu):.3f} s computing and {plan.exchange_s(num_gpus):.3f} s exchange a step"
+    yield f"  {plan.hours(num_gpus, mfu):,.1f} hours on {num_gpus} GPUs ({parts}), if the MFU is {mfu:g}"
+    yield f"  of an H100's {PEAK / 1e12:.0f} TFLOP/s: an assumption, not a measurement"
