@@ -123,6 +123,7 @@ class Checkpoints:
 
         Raises UserError: none of those that are there is good, or it belongs to other weights, data or code.
         """
+        self.finish()
         found = self.complete()
         if self._ranks.is_first:
             checkpoint_folder.clean(self._root)
@@ -303,5 +304,6 @@ def _facts(engine: Any) -> dict[str, Any]:
 
 
 def _remove(hidden: Sequence[Path]) -> None:
+    """What stays, because a folder cannot be emptied now, goes at the next start."""
     for path in hidden:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)

@@ -51,6 +51,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_else_changes(toy, tmp_p
     assert_equal(weights(tmp_path / "whole" / "export"), weights(run / "export"))
 
 
+def test_a_checkpoint_from_before_the_first_taken_step_has_no_moments_and_is_good(toy, tmp_path):
+    arguments = ("--poison-step", 0, "--checkpoint-every", 1)
+    assert toy(tmp_path / "whole", *arguments)[0] == {0}
+    run = tmp_path / "run"
+    assert toy(run, *arguments, "--kill-after", 1)[0] == {-signal.SIGKILL}
+    codes, text = toy(run, *arguments)
+    assert codes == {0} and "resumed at step 1/8" in text
+    assert_equal(weights(tmp_path / "whole" / "export"), weights(run / "export"))
+
+
 def test_writing_in_the_background_changes_no_bit(toy, tmp_path):
     for name, arguments in (("waits", ()), ("goes_on", ("--async-checkpoint",))):
         assert toy(tmp_path / name, "--checkpoint-every", 2, *arguments, ranks=2)[0] == {0}

@@ -32,15 +32,31 @@ class ToyBatch:
         return ToyBatch(self.x.to(device), self.sample_ids)
 
 
+class Phases:
+    """Says in a file, and for long enough to be met there, whether this rank reads data, or is in which pass."""
+
+    def __init__(self, path):
+        self.descriptor = None if path is None else os.open(path, os.O_CREAT | os.O_WRONLY)
+
+    def __call__(self, name):
+        if self.descriptor is not None:
+            os.pwrite(self.descriptor, name.ljust(8).encode(), 0)
+            time.sleep(0.005)
+            if name == "backward":
+                os.pwrite(self.descriptor, b"between ", 0)
+
+
 class ToySource:
     """Step k, stream s: a batch that depends on nothing else, of a size that differs between packs."""
 
-    def __init__(self, num_streams, rank, world, poison_step, spike_step):
+    def __init__(self, num_streams, rank, world, poison_step, spike_step, phases):
+        self.phases = phases
         self.num_streams, self.poison_step, self.spike_step = num_streams, poison_step, spike_step
         self.streams = range(rank, num_streams, world)
         self.step = 0
 
     def next_step(self):
+        self.phases("data")
         batches = []
         for stream in self.streams:
             rng = np.random.Generator(np.random.Philox(key=[self.step, stream]))
@@ -69,7 +85,8 @@ class ToySource:
 class ToyObjective:
     name = "toy"
 
-    def __init__(self, started_from, adversarial, drift_step, rank, hidden):
+    def __init__(self, started_from, adversarial, drift_step, rank, hidden, phases):
+        self.phases = phases
         self.drifts = drift_step if rank == 1 else -1
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(WIDTH, hidden), nn.Tanh(), nn.Linear(hidden, WIDTH))
@@ -88,10 +105,12 @@ class ToyObjective:
         return {"positive": int((batch.x[:, 0] > 0).sum())}  # differs between batches and ranks
 
     def loss(self, batch, step):
+        self.phases("forward")
         fake = self.model(batch.x)
         rec = (fake - batch.x).square().sum()
         # A gradient towards an inner tensor, as the adaptive weights need it.
         (inner,) = torch.autograd.grad(self.critic(fake).sum(), fake, retain_graph=True)
+        fake.register_hook(lambda _: self.phases("backward"))
         further = {"positive": Term(fake[batch.x[:, 0] > 0].square().sum(), 0.1)}
         return LossOutput(
             rec + 0.01 * (fake * inner).sum(), {"rec": rec.detach()}, fake.detach(), further, flops=1e6
@@ -141,6 +160,7 @@ def main():
     parser.add_argument("--drift-step", type=int, default=-1, help="rank 1 changes its critic at this step")
     parser.add_argument("--checkpoint-every", type=int, default=3)
     parser.add_argument("--async-checkpoint", action="store_true", help="which step is saved is then a race")
+    parser.add_argument("--phases", type=Path, help="folder for what each rank is doing")
     parser.add_argument("--kill-after", type=int, default=-1)
     parser.add_argument("--fault-step", type=int, default=-1, help="data step at which --fault happens")
     parser.add_argument("--fault", choices=FAULTS)
@@ -153,7 +173,8 @@ def main():
     )
     args = parser.parse_args()
     ranks = distributed.start()
-    source = ToySource(args.streams, ranks.rank, ranks.world, args.poison_step, args.spike_step)
+    phases = Phases(args.phases / str(ranks.rank) if args.phases else None)
+    source = ToySource(args.streams, ranks.rank, ranks.world, args.poison_step, args.spike_step, phases)
     if args.kill_after >= 0:
         happen_at_step(source, args.kill_after, FAULTS["kill"])
     if args.fault and ranks.rank == args.fault_rank:
@@ -183,7 +204,9 @@ def main():
     )
     try:
         train(
-            ToyObjective(args.started_from, not args.no_adversary, args.drift_step, ranks.rank, args.hidden),
+            ToyObjective(
+                args.started_from, not args.no_adversary, args.drift_step, ranks.rank, args.hidden, phases
+            ),
             source,
             config,
             run_dir=args.run,
