@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,18 @@ import torch
 
 from engine import communication, files, masters
 from engine.checkpoint import Checkpoints
-from engine.config import ConfigError, StoppedError
+from engine.config import StoppedError
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
 from engine.guard import Guard, out_of_memory
 from engine.logs import EventKind, RunLog, say, seconds_text
-from engine.objective import Batch, BatchSource, LossOutput, Objective
+from engine.objective import Batch, BatchSource, Objective
 from engine.peers import notice_vanished_peers
 from engine.redaction import redact, redacted
-from engine.schedule import OptimizerConfig, learning_rate, set_learning_rate
+from engine.schedule import learning_rate
 from engine.spans import Spans, peak_flops
+from engine.step import Stepper
 from engine.system import SystemMeter, combine
 from engine.watchdog import Watchdog
 from engine.window import Window
@@ -75,18 +75,8 @@ class _Run:
         self.objective, self.source, self.config, self.ranks = objective, source, config, ranks
         self.run_dir = run_dir
         objective.to(ranks.device)
-        self.accumulation_steps = -(-source.num_streams // ranks.world)
-        self.engines = {"main": self._engine(objective.model, objective.loss, config.optimizer)}
-        if objective.adversary is not None:
-            if config.adversary_optimizer is None:
-                raise ConfigError(f"{objective.name} trains a discriminator: set engine.adversary_optimizer")
-            if config.zero_stage == 3:  # its weights are read outside its own engine's forward
-                raise ConfigError(
-                    f"{objective.name} trains a discriminator: engine.zero_stage must be 1 or 2"
-                )
-            self.engines["adversary"] = self._engine(
-                objective.adversary, objective.adversary_loss, config.adversary_optimizer
-            )
+        self.stepper = Stepper(objective, config, ranks, self.spans, source.num_streams)
+        self.engines = self.stepper.engines
         self.ema = Ema(self.engines["main"], config.ema_decays) if config.ema_decays else None
         self.step = 0
         self.log: RunLog | None = None
@@ -183,107 +173,21 @@ class _Run:
         else:
             self._early.append((kind, step, text))
 
-    def _engine(
-        self, module: torch.nn.Module, loss: Callable[[Any, int], LossOutput], optimizer: OptimizerConfig
-    ) -> Any:
-        return masters.build_engine(
-            masters.Forward(module, loss, self.config.precision),
-            optimizer,
-            zero_stage=self.config.zero_stage,
-            precision=self.config.precision,
-            accumulation_steps=self.accumulation_steps,
-        )
-
     def _train_step(self) -> None:
-        """One global step: one pack of every stream, the loss divided by the global count."""
+        """One pack of every stream, and what follows if the step was not taken."""
         begin_s = time.monotonic()
         self.spans.begin_step()
         with self.spans("data"):
             batches: list[Batch] = [batch.to(self.ranks.device) for batch in self.source.next_step()]
-        count, further = self._global_counts(batches)
-        # A rank with fewer streams than others runs its last pack again at weight 0: collectives must match.
-        weights = [1.0] * len(batches) + [0.0] * (self.accumulation_steps - len(batches))
-        batches += [batches[-1]] * (self.accumulation_steps - len(batches))
-        for name, optimizer in self._optimizers():
-            groups = self.engines[name].optimizer.param_groups
-            set_learning_rate(groups, optimizer, self.step, self.config.steps)
-        skipped_before = self._skipped_steps()
-        adversarial = self.objective.adversary_active(self.step)
-        losses, spike = [], None
-        for batch, weight in zip(batches, weights, strict=True):
-            output, loss = self._forward("main", batch, weight, count, further)
-            losses.append(output.loss_sum.detach() * weight)
-            if len(losses) == len(batches):
-                spike = self._spike(losses, count)
-            self._backward("main", loss, spoiled=spike is not None)
-            self._window.add("", output, weight)
-            for name, term in output.further.items():
-                self._window.add(f"{name}_", LossOutput(term.loss_sum), weight)
-            if adversarial:
-                adversary_output, loss = self._forward("adversary", output.adversary_batch, weight, count, {})
-                self._backward("adversary", loss, spoiled=spike is not None)
-                self._window.add("adversary_", adversary_output, weight)
-        self._window.close_step(
-            {
-                "": count,
-                "adversary_": count if adversarial else 0.0,
-                **{f"{name}_": float(value) for name, value in further.items()},
-            },
-            self.source.metrics(),
-            time.monotonic() - begin_s,
-        )
-        if spike is not None:
-            self.guard.spike(self.step, spike, batches)
-        elif self._skipped_steps() > skipped_before:
+        outcome = self.stepper.take(batches, self.step, self._window, self.guard.is_spike)
+        self._window.close_step(outcome.counts, self.source.metrics(), time.monotonic() - begin_s)
+        if outcome.spike is not None:
+            self.guard.spike(self.step, outcome.spike, batches)
+        elif not outcome.is_taken:
             self.guard.nonfinite(self.step, batches)
         elif self.ema is not None:
             self.ema.update(self.engines["main"], self.step)
         self.step += 1
-
-    def _global_counts(self, batches: list[Batch]) -> tuple[float, dict[str, float]]:
-        """Units of the loss, and of its further terms, over this step's micro-batches on all ranks."""
-        counts = sum(self.objective.count(batch) for batch in batches)
-        further = [self.objective.further_counts(batch) for batch in batches]
-        names = sorted(further[0])
-        total, *totals = self.ranks.sum([counts, *(sum(part[name] for part in further) for name in names)])
-        return total, dict(zip(names, totals, strict=True))
-
-    def _forward(
-        self, name: str, batch: Any, weight: float, count: float, further: Mapping[str, float]
-    ) -> tuple[LossOutput, torch.Tensor]:
-        """What the objective gives, and its share in the step's loss."""
-        scale = weight * self.ranks.world  # DeepSpeed averages over ranks
-        with self.spans("forward"):
-            output: LossOutput = self.engines[name](batch, self.step)
-            loss = output.loss_sum * (scale / max(count, 1.0))
-            for key, term in output.further.items():
-                loss = loss + term.loss_sum * (term.weight * scale / max(further[key], 1.0))
-        return output, loss
-
-    def _backward(self, name: str, loss: torch.Tensor, *, spoiled: bool) -> None:
-        """`spoiled`: the step is not to be taken. DeepSpeed takes none whose gradients are not finite."""
-        with self.spans("backward"):
-            self.engines[name].backward(loss * math.nan if spoiled else loss, scale_wrt_gas=False)
-        with self.spans("optimizer"):
-            self.engines[name].step()
-
-    def _spike(self, losses: list[torch.Tensor], count: float) -> float | None:
-        """The step's loss where it is a spike; None: it is not, or nobody asks. Collective; waits for the device."""
-        if self.config.on_loss_spike == "ignore":
-            return None
-        total = float(self.ranks.sum_on_device(torch.stack(losses).sum()))
-        mean = total / max(count, 1.0)
-        return mean if self.guard.is_spike(mean) else None
-
-    def _optimizers(self) -> list[tuple[str, OptimizerConfig]]:
-        pairs = [("main", self.config.optimizer), ("adversary", self.config.adversary_optimizer)]
-        return [
-            (name, optimizer) for name, optimizer in pairs if name in self.engines and optimizer is not None
-        ]
-
-    def _skipped_steps(self) -> int:
-        """Steps that DeepSpeed refused for a non-finite gradient: the same number on every rank."""
-        return sum(int(engine.skipped_steps) for engine in self.engines.values())
 
     def _write_metrics(self, eta_s: float) -> None:
         values = self._window.read() | self.spans.read()

@@ -1,0 +1,139 @@
+"""One global step: a micro-batch of every stream through the engines, the loss divided by its global count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine import masters
+from engine.config import ConfigError
+from engine.distributed import Ranks
+from engine.engine_config import EngineConfig
+from engine.objective import Batch, LossOutput, Objective
+from engine.schedule import OptimizerConfig, set_learning_rate
+from engine.spans import Spans
+from engine.window import Window
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step, the same on every rank."""
+
+    counts: Mapping[str, float]
+    """Global units of the loss, and of its other terms, by the prefix of their metrics."""
+    is_taken: bool
+    """Whether the weights moved: DeepSpeed refuses a step whose gradients are not finite."""
+    spike: float | None
+    """The loss for which it was not taken."""
+
+
+class Stepper:
+    """Owns the DeepSpeed engines: `main`, and where the objective has a discriminator, `adversary`."""
+
+    def __init__(
+        self, objective: Objective, config: EngineConfig, ranks: Ranks, spans: Spans, num_streams: int
+    ) -> None:
+        """Raises ConfigError: a discriminator without an optimizer, or under ZeRO-3."""
+        self._objective, self._config, self._ranks, self._spans = objective, config, ranks, spans
+        self._accumulation_steps = -(-num_streams // ranks.world)
+        self._optimizers = {"main": config.optimizer}
+        self.engines = {"main": self._engine(objective.model, objective.loss, config.optimizer)}
+        if objective.adversary is not None:
+            if config.adversary_optimizer is None:
+                raise ConfigError(f"{objective.name} trains a discriminator: set engine.adversary_optimizer")
+            if config.zero_stage == 3:  # its weights are read outside its own engine's forward
+                raise ConfigError(
+                    f"{objective.name} trains a discriminator: engine.zero_stage must be 1 or 2"
+                )
+            self._optimizers["adversary"] = config.adversary_optimizer
+            self.engines["adversary"] = self._engine(
+                objective.adversary, objective.adversary_loss, config.adversary_optimizer
+            )
+
+    def take(
+        self, batches: Sequence[Batch], step: int, window: Window, is_spike: Callable[[float], bool]
+    ) -> Outcome:
+        """Step number `step` with this rank's micro-batches, on its device; their metrics go to `window`. Collective.
+
+        `is_spike`: of a step's mean loss; asked only where engine.on_loss_spike wants it.
+        """
+        count, further = self._global_counts(batches)
+        # A rank with fewer streams than others runs its last pack again at weight 0: collectives must match.
+        num_repeated = self._accumulation_steps - len(batches)
+        weights = [1.0] * len(batches) + [0.0] * num_repeated
+        batches = [*batches, *[batches[-1]] * num_repeated]
+        for name, engine in self.engines.items():
+            set_learning_rate(engine.optimizer.param_groups, self._optimizers[name], step, self._config.steps)
+        skipped_before = self._skipped_steps()
+        adversarial = self._objective.adversary_active(step)
+        losses: list[torch.Tensor] = []
+        spike = None
+        for batch, weight in zip(batches, weights, strict=True):
+            output, loss = self._forward("main", step, batch, weight, count, further)
+            losses.append(output.loss_sum.detach() * weight)
+            if len(losses) == len(batches) and self._config.on_loss_spike != "ignore":
+                mean = self._mean(losses, count)
+                spike = mean if is_spike(mean) else None
+            self._backward("main", loss, spoiled=spike is not None)
+            window.add("", output, weight)
+            for name, term in output.further.items():
+                window.add(f"{name}_", LossOutput(term.loss_sum), weight)
+            if adversarial:
+                adversary_batch = output.adversary_batch
+                output, loss = self._forward("adversary", step, adversary_batch, weight, count, {})
+                self._backward("adversary", loss, spoiled=spike is not None)
+                window.add("adversary_", output, weight)
+        counts = {"": count, "adversary_": count if adversarial else 0.0}
+        counts |= {f"{name}_": value for name, value in further.items()}
+        return Outcome(counts, self._skipped_steps() == skipped_before, spike)
+
+    def _engine(
+        self, module: torch.nn.Module, loss: Callable[[Any, int], LossOutput], optimizer: OptimizerConfig
+    ) -> Any:
+        return masters.build_engine(
+            masters.Forward(module, loss, self._config.precision),
+            optimizer,
+            zero_stage=self._config.zero_stage,
+            precision=self._config.precision,
+            accumulation_steps=self._accumulation_steps,
+        )
+
+    def _global_counts(self, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
+        """Units of the loss, and of its further terms, over this step's micro-batches on all ranks."""
+        counts = sum(self._objective.count(batch) for batch in batches)
+        further = [self._objective.further_counts(batch) for batch in batches]
+        names = sorted(further[0])
+        total, *totals = self._ranks.sum([counts, *(sum(part[name] for part in further) for name in names)])
+        return total, dict(zip(names, totals, strict=True))
+
+    def _forward(
+        self, name: str, step: int, batch: Any, weight: float, count: float, further: Mapping[str, float]
+    ) -> tuple[LossOutput, torch.Tensor]:
+        """What the objective gives, and its share in the step's loss."""
+        scale = weight * self._ranks.world  # DeepSpeed averages over ranks
+        with self._spans("forward"):
+            output: LossOutput = self.engines[name](batch, step)
+            loss = output.loss_sum * (scale / max(count, 1.0))
+            for key, term in output.further.items():
+                loss = loss + term.loss_sum * (term.weight * scale / max(further[key], 1.0))
+        return output, loss
+
+    def _backward(self, name: str, loss: torch.Tensor, *, spoiled: bool) -> None:
+        """`spoiled`: the step is not to be taken, so its gradients are made what DeepSpeed refuses."""
+        with self._spans("backward"):
+            self.engines[name].backward(loss * math.nan if spoiled else loss, scale_wrt_gas=False)
+        with self._spans("optimizer"):
+            self.engines[name].step()
+
+    def _mean(self, losses: list[torch.Tensor], count: float) -> float:
+        """The step's mean loss. Collective; waits for the device."""
+        total = self._ranks.sum_on_device(torch.stack(losses).sum())
+        return float(total) / max(count, 1.0)
+
+    def _skipped_steps(self) -> int:
+        """Steps that DeepSpeed refused for a non-finite gradient: the same number on every rank."""
+        return sum(int(engine.skipped_steps) for engine in self.engines.values())
