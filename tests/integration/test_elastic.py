@@ -74,6 +74,9 @@ def test_every_stage_resumes_from_every_other_one(run, tmp_path, precision, tole
 
 
 @pytest.mark.slow
-def test_the_momentum_of_muon_is_carried_too(run, tmp_path):
-    # Orthogonalising a nearly singular gradient magnifies its rounding.
-    assert_chain(run, tmp_path, "fp32", "muon", 1e-3, (STAGES, STAGES, STAGES))
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [("fp32", 1e-3), ("bf16", 3e-2)],  # orthogonalising a nearly singular gradient magnifies its rounding
+)
+def test_the_momentum_of_muon_is_carried_too(run, tmp_path, precision, tolerance):
+    assert_chain(run, tmp_path, precision, "muon", tolerance, (STAGES, STAGES, STAGES))
