@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from data.shards import ShardWriter
 from data.sources.emoji import EmojiConfig, EmojiSource
 
 NUM_KILLS = 20
+END_S, GRACE_S = 300.0, 20.0
 MAX_RUNS = 100
 Write = Callable[[Path], None]
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -60,6 +62,31 @@ def start_ranks() -> Callable[..., list[multiprocessing.process.BaseProcess]]:
         return processes
 
     return start
+
+
+@pytest.fixture(scope="session")
+def toy(start_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SimpleNamespace]:
+    """toy(run folder, *arguments, ranks=1): runs the toy training to its end; its `returncode` and its `output`.
+
+    As a launcher does: where one rank has failed, the others are given a while and then ended.
+    """
+    logs = tmp_path_factory.mktemp("logs")
+
+    def launch(run: Path, *arguments: object, ranks: int = 1) -> SimpleNamespace:
+        output = logs / f"{len(list(logs.iterdir()))}.log"
+        processes = start_ranks("toy_train.py", ["--run", run, *arguments], ranks, output)
+        deadline_s = time.monotonic() + END_S
+        while any(process.is_alive() for process in processes) and time.monotonic() < deadline_s:
+            if any(process.exitcode for process in processes):
+                deadline_s = min(deadline_s, time.monotonic() + GRACE_S)
+            time.sleep(0.05)
+        for process in processes:
+            process.kill()
+            process.join()
+        status = next((process.exitcode for process in processes if process.exitcode), 0)
+        return SimpleNamespace(returncode=status, output=output.read_text())
+
+    return launch
 
 
 @pytest.fixture

@@ -1,29 +1,9 @@
 """The loop's contracts, each on a whole training of a toy model in processes of its own."""
 
 import json
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-SCRIPT = Path(__file__).parent / "scripts" / "toy_train.py"
-
-
-def toy(run, *arguments, ranks=1):
-    """Runs the toy training; returns the finished process."""
-    arguments = [str(SCRIPT), "--run", str(run), *map(str, arguments)]
-    if ranks == 1:
-        command = [sys.executable, *arguments]
-    else:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = Path(sys.executable).parent / "deepspeed"
-        command = [launcher, "--num_gpus", str(ranks), "--master_port", str(port), *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
 
 
 def weights(run):
@@ -35,29 +15,29 @@ def curve(run, name="loss"):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+def reference(toy, tmp_path_factory):
     run = tmp_path_factory.mktemp("toy") / "reference"
     assert toy(run).returncode == 0
     return run
 
 
-def test_killed_run_continues_bit_for_bit(reference, tmp_path):
+def test_killed_run_continues_bit_for_bit(toy, reference, tmp_path):
     run = tmp_path / "run"
     assert toy(run, "--kill-after", 5).returncode != 0
     assert not (run / "export").exists()
     again = toy(run)
-    assert again.returncode == 0, again.stderr
-    assert "resumed at step 3/8" in again.stdout
+    assert again.returncode == 0, again.output
+    assert "resumed at step 3/8" in again.output
     expected, actual = weights(reference), weights(run)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert curve(run) == curve(reference), "every step stands in metrics.jsonl once, with the same loss"
 
 
 @pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_two_ranks_give_the_curve_of_one_rank_with_two_micro_batches(reference, tmp_path, zero):
+def test_two_ranks_give_the_curve_of_one_rank_with_two_micro_batches(toy, reference, tmp_path, zero):
     run = tmp_path / "run"
     result = toy(run, "--zero", zero, ranks=2)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     # The same packs, summed in another order: fp32 rounding (6e-8 relative) through 8 AdamW steps.
     assert curve(run) == pytest.approx(curve(reference), rel=1e-5)
     assert curve(run, "adversary_loss")[2:] == pytest.approx(curve(reference, "adversary_loss")[2:], rel=1e-5)
@@ -76,7 +56,7 @@ def test_metrics_say_where_the_time_of_a_step_went(reference):
     assert any("checkpoint_share" in row for row in rows)
 
 
-def test_muon_moves_layer_matrices_by_a_nearly_orthogonal_step(tmp_path):
+def test_muon_moves_layer_matrices_by_a_nearly_orthogonal_step(toy, tmp_path):
     """Singular values of the first update: the rate of a step of warm-up (half of 0.02), sqrt(8 / 6) for the
     tall matrix, 0.9 of it in the average; Newton-Schulz leaves them within 0.68 to 1.13 of 1 (Jordan et al.). The first
     step has 5 samples, so the gradients have rank 5: the sixth is rounding of Newton-Schulz's bf16 products, which
@@ -91,14 +71,14 @@ def test_muon_moves_layer_matrices_by_a_nearly_orthogonal_step(tmp_path):
         assert values[5] < 0.05, values
 
 
-def test_muon_is_resumed_bit_for_bit_and_is_the_same_on_two_ranks(tmp_path):
+def test_muon_is_resumed_bit_for_bit_and_is_the_same_on_two_ranks(toy, tmp_path):
     assert toy(tmp_path / "one", "--optimizer", "muon").returncode == 0
     assert toy(tmp_path / "killed", "--optimizer", "muon", "--kill-after", 5).returncode != 0
     assert toy(tmp_path / "killed", "--optimizer", "muon").returncode == 0
     expected, actual = weights(tmp_path / "one"), weights(tmp_path / "killed")
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     result = toy(tmp_path / "two", "--optimizer", "muon", ranks=2)  # a matrix may lie across both ranks
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     # Orthogonalising a nearly singular gradient magnifies its rounding.
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-3)
 
@@ -107,39 +87,39 @@ def test_muon_is_resumed_bit_for_bit_and_is_the_same_on_two_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("zero", "precision", "tolerance"), [(2, "fp32", 1e-3), (3, "fp32", 1e-3), (2, "bf16", 3e-2)]
 )
-def test_muon_under_the_other_zero_stages(tmp_path, zero, precision, tolerance):
+def test_muon_under_the_other_zero_stages(toy, tmp_path, zero, precision, tolerance):
     assert toy(tmp_path / "one", "--optimizer", "muon", "--no-adversary").returncode == 0
     arguments = ("--optimizer", "muon", "--no-adversary", "--zero", zero, "--precision", precision)
     result = toy(tmp_path / "two", *arguments, ranks=2)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=tolerance)
 
 
-def test_a_discriminator_is_refused_under_zero_3(tmp_path):
+def test_a_discriminator_is_refused_under_zero_3(toy, tmp_path):
     result = toy(tmp_path / "run", "--zero", 3)
     assert result.returncode == 2
-    assert "engine.zero_stage must be 1 or 2" in result.stdout
+    assert "engine.zero_stage must be 1 or 2" in result.output
 
 
 @pytest.mark.slow
-def test_zero_3_gives_the_curve_of_one_rank(tmp_path):
+def test_zero_3_gives_the_curve_of_one_rank(toy, tmp_path):
     assert toy(tmp_path / "one", "--no-adversary").returncode == 0
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 1e-2)):  # reasons as for the other stages
         run = tmp_path / precision
         result = toy(run, "--no-adversary", "--zero", 3, "--precision", precision, ranks=2)
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == 0, result.output
         assert curve(run) == pytest.approx(curve(tmp_path / "one"), rel=tolerance)
 
 
-def test_ranks_that_do_not_divide_the_streams_change_nothing(tmp_path):
+def test_ranks_that_do_not_divide_the_streams_change_nothing(toy, tmp_path):
     """3 streams on 2 ranks: the rank with one pack less runs one at weight 0."""
     assert toy(tmp_path / "one", "--streams", 3).returncode == 0
     result = toy(tmp_path / "two", "--streams", 3, ranks=2)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
 
 
-def test_nonfinite_step_is_not_taken_and_its_batch_is_kept(tmp_path):
+def test_nonfinite_step_is_not_taken_and_its_batch_is_kept(toy, tmp_path):
     run = tmp_path / "run"
     assert toy(run, "--poison-step", 4).returncode == 0
     losses = curve(run)
@@ -149,54 +129,54 @@ def test_nonfinite_step_is_not_taken_and_its_batch_is_kept(tmp_path):
     assert len(list((run / "nonfinite").iterdir())) == 1
 
 
-def test_too_many_nonfinite_steps_stop_the_run_with_one_line(tmp_path):
+def test_too_many_nonfinite_steps_stop_the_run_with_one_line(toy, tmp_path):
     result = toy(tmp_path / "run", "--poison-step", 4, "--max-nonfinite", 1)
     assert result.returncode == 2
-    assert result.stdout.count("error:") == 1
-    assert "non-finite" in result.stdout
+    assert result.output.count("error:") == 1
+    assert "non-finite" in result.output
 
 
-def test_an_alarm_is_a_line_by_default(tmp_path):
+def test_an_alarm_is_a_line_by_default(toy, tmp_path):
     result = toy(tmp_path / "run", "--spike-step", 4)
-    assert result.returncode == 0, result.stderr
-    assert "ALARM at step 5: the loss exploded" in result.stdout
+    assert result.returncode == 0, result.output
+    assert "ALARM at step 5: the loss exploded" in result.output
 
 
-def test_an_alarm_stops_the_run_when_asked(tmp_path):
+def test_an_alarm_stops_the_run_when_asked(toy, tmp_path):
     result = toy(tmp_path / "run", "--spike-step", 4, "--on-alarm", "stop")
     assert result.returncode == 2
-    assert "stopped at step 5 by an alarm" in result.stdout
+    assert "stopped at step 5 by an alarm" in result.output
 
 
 @pytest.mark.parametrize("trouble", ["--spike-step", "--poison-step"])
-def test_roll_back_takes_other_batches_and_survives_a_kill(tmp_path, trouble):
+def test_roll_back_takes_other_batches_and_survives_a_kill(toy, tmp_path, trouble):
     """Back to step 3 with the data after the bad step 4: 8 steps need 10 packs of each stream."""
     arguments = (trouble, 4, "--on-alarm", "roll_back", "--max-nonfinite", 1)
     run = tmp_path / "run"
     result = toy(run, *arguments)
-    assert result.returncode == 0, result.stderr
-    assert "rolled back from step 5 to step 3" in result.stdout
+    assert result.returncode == 0, result.output
+    assert "rolled back from step 5 to step 3" in result.output
     assert max(loss for loss in curve(run)) < 100, "the bad step's line is gone"
     assert curve(run, "step") == [1, 2, 3, 4, 5, 6, 7, 8]
     killed = tmp_path / "killed"
     assert toy(killed, *arguments, "--kill-after", 6).returncode != 0
     again = toy(killed, *arguments)
-    assert again.returncode == 0 and "rolled back" not in again.stdout
+    assert again.returncode == 0 and "rolled back" not in again.output
     assert all(torch.equal(value, weights(killed)[name]) for name, value in weights(run).items())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
-def test_roll_back_under_the_other_zero_stages(tmp_path, zero):
+def test_roll_back_under_the_other_zero_stages(toy, tmp_path, zero):
     arguments = ("--no-adversary", "--spike-step", 4, "--on-alarm", "roll_back")
     assert toy(tmp_path / "one", *arguments).returncode == 0
     result = toy(tmp_path / "two", *arguments, "--zero", zero, ranks=2)
-    assert result.returncode == 0, result.stderr
-    assert "rolled back from step 5 to step 3" in result.stdout
+    assert result.returncode == 0, result.output
+    assert "rolled back from step 5 to step 3" in result.output
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
 
 
-def test_a_kill_in_the_middle_of_a_roll_back_leaves_a_checkpoint(tmp_path):
+def test_a_kill_in_the_middle_of_a_roll_back_leaves_a_checkpoint(toy, tmp_path):
     """Newer checkpoints go by a rename, and only after the state to go on from is written."""
     run = tmp_path / "run"
     assert toy(run, "--steps", 6).returncode == 0
@@ -204,44 +184,44 @@ def test_a_kill_in_the_middle_of_a_roll_back_leaves_a_checkpoint(tmp_path):
     assert len(folders) == 2
     folders[1].rename(folders[1].with_name(f".{folders[1].name}.old"))  # what a killed removal leaves
     result = toy(run, "--steps", 8)
-    assert result.returncode == 0 and "resumed at step 3/8" in result.stdout
+    assert result.returncode == 0 and "resumed at step 3/8" in result.output
 
 
-def test_roll_backs_end(tmp_path):
+def test_roll_backs_end(toy, tmp_path):
     result = toy(tmp_path / "run", "--spike-step", 4, "--on-alarm", "roll_back", "--max-roll-backs", 0)
     assert result.returncode == 2
-    assert "0 roll-backs did not help" in result.stdout
+    assert "0 roll-backs did not help" in result.output
     early = toy(tmp_path / "early", "--spike-step", 1, "--on-alarm", "roll_back")
     assert early.returncode == 2
-    assert "there is no checkpoint yet" in early.stdout
+    assert "there is no checkpoint yet" in early.output
 
 
-def test_weights_are_equal_on_all_ranks_after_every_step(tmp_path):
+def test_weights_are_equal_on_all_ranks_after_every_step(toy, tmp_path):
     """Compared before each save, here after each step: the discriminator's gradients reach every rank."""
     assert toy(tmp_path / "run", "--checkpoint-every", 1, ranks=2).returncode == 0
 
 
-def test_a_rank_that_drifted_is_named_and_nothing_is_saved(tmp_path):
+def test_a_rank_that_drifted_is_named_and_nothing_is_saved(toy, tmp_path):
     run = tmp_path / "run"
     result = toy(run, "--drift-step", 6, ranks=2)
     assert result.returncode != 0
-    assert "the adversary weights of ranks [1] differ from rank 0's" in result.stdout + result.stderr
+    assert "the adversary weights of ranks [1] differ from rank 0's" in result.output + result.output
     assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000003"]
 
 
-def test_resume_from_other_initial_weights_is_refused(tmp_path):
+def test_resume_from_other_initial_weights_is_refused(toy, tmp_path):
     run = tmp_path / "run"
     assert toy(run, "--steps", 3).returncode == 0
     result = toy(run, "--steps", 6, "--started-from", "b")
     assert result.returncode == 2
-    assert "initial weights differs" in result.stdout
+    assert "initial weights differs" in result.output
 
 
-def test_two_ranks_then_one_go_on_with_the_same_global_batches(reference, tmp_path):
+def test_two_ranks_then_one_go_on_with_the_same_global_batches(toy, reference, tmp_path):
     run = tmp_path / "run"
     assert toy(run, "--steps", 8, "--kill-after", 5, ranks=2).returncode != 0
     result = toy(run)
-    assert result.returncode == 0 and "resumed at step 3/8" in result.stdout
+    assert result.returncode == 0 and "resumed at step 3/8" in result.output
     assert curve(run) == pytest.approx(curve(reference), rel=1e-5)  # the same packs, summed in another order
     states = [
         json.loads((path / "checkpoints/step_00000008/state.json").read_text()) for path in (run, reference)
@@ -251,9 +231,9 @@ def test_two_ranks_then_one_go_on_with_the_same_global_batches(reference, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 2])
-def test_bf16_weights_keep_fp32_masters(reference, tmp_path, zero):
+def test_bf16_weights_keep_fp32_masters(toy, reference, tmp_path, zero):
     run = tmp_path / "run"
     result = toy(run, "--zero", zero, "--precision", "bf16", ranks=2)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     # bf16 forward and backward: 8 bits of mantissa, relative error 4e-3 a product.
     assert curve(run) == pytest.approx(curve(reference), rel=1e-2)

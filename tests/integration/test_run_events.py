@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,13 +23,10 @@ def kinds(run: Path) -> list[str]:
     return [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
 
 
-def test_a_roll_back_a_kill_and_a_resume_are_all_told(tmp_path: Path) -> None:
+def test_a_roll_back_a_kill_and_a_resume_are_all_told(toy: Any, tmp_path: Path) -> None:
     arguments = ("--poison-step", 4, "--on-alarm", "roll_back", "--max-nonfinite", 1)
-    killed = subprocess.run(
-        command(tmp_path / "run", *arguments, "--kill-after", 6), capture_output=True, timeout=300
-    )
-    assert killed.returncode == -signal.SIGKILL
-    subprocess.run(command(tmp_path / "run", *arguments), check=True, capture_output=True, timeout=300)
+    assert toy(tmp_path / "run", *arguments, "--kill-after", 6).returncode == -signal.SIGKILL
+    assert toy(tmp_path / "run", *arguments).returncode == 0
     before = ["start", "checkpoint", "nonfinite", "roll_back"]
     assert kinds(tmp_path / "run") == [*before, "resume", "checkpoint", "checkpoint", "finish"]
     run = read_run(tmp_path / "run")
