@@ -20,9 +20,10 @@ from torch import Tensor
 from data.images import DECODE_ERRORS, IMAGE_PARTS, read_rgb
 from engine import files
 from engine.config import UserError
-from evaluation.manifest import ImageSet, Item
+from evaluation.manifest import ImageSet, Item, write_image, write_manifest
 
 ARRAY_NAME = "arr_0"
+NPZ_NAME = "npz.json"
 
 
 class ImageSource(Protocol):
@@ -135,6 +136,24 @@ class NpzImages:
             raise UserError(f"{self.path}: ends before image {stop}; fetch it again")
         pixels = np.frombuffer(bytearray(payload), np.uint8).reshape(stop - start, *self.shape[1:])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def write_npz_set(path: Path, out: Path) -> int:
+    """An image set (`result`) of an .npz file's images, so that they can be scored and looked at; their number.
+
+    Images of an earlier run are kept; a set of another file is refused. Raises UserError as NpzImages.open.
+    """
+    images = NpzImages.open(path)
+    about = {"npz": images.digest}
+    if (out / NPZ_NAME).is_file() and files.read_json(out / NPZ_NAME) != about:
+        raise UserError(f"{out}: holds the images of another file; give another --out")
+    files.write_json(out / NPZ_NAME, about)
+    items = [Item(f"{index:06d}", {"result": f"{index:06d}.png"}, {}) for index in range(len(images))]
+    for index, item in enumerate(items):
+        if not (out / item.images["result"]).is_file():
+            write_image(out / item.images["result"], images.read(index, index + 1)[0])
+    write_manifest(out, items)
+    return len(items)
 
 
 def _zip(path: Path) -> zipfile.ZipFile:

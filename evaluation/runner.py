@@ -112,15 +112,17 @@ def evaluate(
     seed: int = 0,
     allow_partial: bool = False,
     team: Team = Team(),
+    manifest: str | Path | None = None,
 ) -> dict[str, Any]:
     """Scores an image set; writes `output_dir`/per_item.jsonl, then scores.json, and returns the latter.
 
     All of `team` share the expensive phase; rank 0 alone scores, the others return {}.
 
-    `seed` is the one the images were sampled with, for the record. Raises UserError when images are missing
-    and `allow_partial` is not set; when it is, they are counted in `n_failed` and the scores marked partial.
+    `seed` is the one the images were sampled with, for the record; `manifest` stands in for the folder's own. Raises
+    UserError when images are missing and `allow_partial` is not set; when it is, they are counted in `n_failed` and the
+    scores marked partial.
     """
-    images = ImageSet.open(images_dir)
+    images = ImageSet.open(images_dir, manifest)
     missing = images.missing(suite.roles)
     if missing and (not allow_partial or len(missing) == len(images.items)):
         raise UserError(
@@ -154,6 +156,7 @@ def evaluate(
     scores = {
         "suite": suite.name,
         "images": os.path.relpath(images_dir, output_dir),
+        **({"manifest": os.path.relpath(manifest, output_dir)} if manifest is not None else {}),
         "n": len(items),
         "n_failed": len(missing),
         "partial": bool(missing),

@@ -99,10 +99,7 @@ class GenerationSuite:
 
     def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
         """Features of results and reference images that are not in the store yet."""
-        self.collect_from(self._source(images, items), rank, world)
-
-    def collect_from(self, source: ImageSource, rank: int = 0, world: int = 1) -> None:
-        """As `collect`, of any source."""
+        source = self._source(images, items)
         for extractor in self._spaces.extractors().values():
             self._files(extractor, source).collect(rank, world)
             if self._reference.images is not None:
@@ -111,7 +108,7 @@ class GenerationSuite:
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
         """Whether each image lies in the reference's manifold."""
         source = self._source(images, items)
-        columns = {name: self.precision(source, space).tolist() for name, space in self._manifolds().items()}
+        columns = {name: self._precision(source, space).tolist() for name, space in self._manifolds().items()}
         return [
             Measurement({name: bool(inside[index]) for name, inside in columns.items()})
             for index in range(len(items))
@@ -119,7 +116,7 @@ class GenerationSuite:
 
     def measure_set(self, images: ImageSet, items: Sequence[Item]) -> dict[str, SetScore]:
         """All but precision."""
-        return self.set_scores(self._source(images, items))
+        return self._set_scores(self._source(images, items))
 
     def _source(self, images: ImageSet, items: Sequence[Item]) -> FileImages:
         """The results; kept, because its digest reads every file."""
@@ -128,7 +125,7 @@ class GenerationSuite:
             self._last = key, FileImages.of_set(images, items, "result")
         return self._last[1]
 
-    def precision(self, source: ImageSource, space: str) -> Tensor:
+    def _precision(self, source: ImageSource, space: str) -> Tensor:
         """bool [N]: which images lie in the reference's manifold."""
         samples, real = self._rows(space, source), self._reference_rows(space)
         return in_manifold(
@@ -139,8 +136,7 @@ class GenerationSuite:
             self._device,
         )
 
-    def set_scores(self, source: ImageSource) -> dict[str, SetScore]:
-        """Scores of all images together."""
+    def _set_scores(self, source: ImageSource) -> dict[str, SetScore]:
         scores: dict[str, SetScore] = {}
         n = len(source)
         few = f"{n} images; published numbers use {STANDARD_IMAGES}" if n < STANDARD_IMAGES else ""
