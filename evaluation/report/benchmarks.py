@@ -22,8 +22,9 @@ MAX_ANSWER_CHARACTERS = 400
 FAILED_BELOW = {"rating": 2.0, "o": 3.0, "image_score": 50.0}  # numbers at which an item is shown as failed
 ROLES = ("source", "original", "result")
 STYLE = """
-td.ours, th.ours { background: color-mix(in srgb, var(--accent) 9%, transparent); padding-left: 8px; }
+td.ours { background: color-mix(in srgb, var(--accent) 9%, transparent); }
 tr.ours td { font-weight: 600; }
+tr.ours .range { font-weight: 400; }
 figcaption .answer { display: block; font-size: 13px; color: var(--soft); overflow-wrap: anywhere; padding-top: 4px; }
 details summary { cursor: pointer; color: var(--accent); margin: 10px 0; }
 .range { white-space: nowrap; }
@@ -101,12 +102,12 @@ def _paper_table(table: PaperTable, runs: Sequence[Run]) -> str:
         for column in table.columns
     )
     rows = [
-        f"<tr><td>{escape(name)}</td>{''.join(_plain(value) for value in values)}</tr>"
+        f"<tr><td>{escape(name)}</td>{''.join(map(_plain, values, table.columns))}</tr>"
         for name, values in table.rows
     ]
     notes = [table.note] if table.note else []
     for run, cells in ours:
-        texts = [_measured(cell, column.scale) for cell, column in zip(cells, table.columns, strict=True)]
+        texts = [_beside(cell, column) for cell, column in zip(cells, table.columns, strict=True)]
         rows.append(f'<tr class="ours"><td class="ours">{escape(run.name)}</td>{"".join(texts)}</tr>')
         for column, cell in zip(table.columns, cells, strict=True):
             if cell is not None and (cell.get("note") or cell["partial"] or cell["metric"] != column.metric):
@@ -135,7 +136,7 @@ def _all_scores(runs: Sequence[Run]) -> str:
     head = "".join(f'<th class="number">{escape(run.name)}</th>' for run in runs)
     lines = [
         f"<tr><td>{escape(suite)}</td><td>{escape(metric)}</td><td>{escape(group)}</td>"
-        + "".join(_measured(found.get(run.name), 1.0, with_n=True) for run in runs)
+        + "".join(_measured(found.get(run.name)) for run in runs)
         + "</tr>"
         for (suite, metric, group), found in sorted(rows.items())
     ]
@@ -170,8 +171,9 @@ def _failed(run: Run) -> str:
         if not items:
             continue
         cards = [_card(evaluation, item) for item in items[:MAX_FAILED]]
-        shown = f"the first {len(cards)} of {len(items)}" if len(cards) < len(items) else f"all {len(items)}"
-        title = f"{escape(str(evaluation.scores['suite']))}: {shown} of {evaluation.scores['n']} images"
+        shown = f", the first {len(cards)} shown" if len(cards) < len(items) else ""
+        suite, n = escape(str(evaluation.scores["suite"])), evaluation.scores["n"]
+        title = f"{suite}: {len(items)} of {n} items{shown}"
         parts.append(f"<details><summary>{title}</summary>{grid(cards, 284)}</details>")
     return "".join(parts) or '<p class="absent">Nothing failed, or the images are gone.</p>'
 
@@ -215,22 +217,35 @@ def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def _plain(value: float | None) -> str:
-    return f'<td class="number">{"–" if value is None else f"{value:g}"}</td>'
+def _plain(value: float | None, column: Column) -> str:
+    return f'<td class="number">{"–" if value is None else f"{value:.{column.digits}f}"}</td>'
 
 
-def _measured(cell: Mapping[str, Any] | None, scale: float, with_n: bool = False) -> str:
+def _beside(cell: Mapping[str, Any] | None, column: Column) -> str:
+    """A run's number in the paper's digits, its interval below."""
+    if cell is None:
+        return '<td class="number ours">–</td>'
+    mean, low, high = (
+        None if cell[name] is None else f"{column.scale * cell[name]:.{column.digits}f}"
+        for name in ("mean", "low", "high")
+    )
+    interval = "" if low is None else f'<br><span class="range">{low} – {high}</span>'
+    return f'<td class="number ours">{mean}{interval}</td>'
+
+
+def _measured(cell: Mapping[str, Any] | None) -> str:
     if cell is None or cell["mean"] is None:
         return '<td class="number ours">–</td>'
     low, high = cell["low"], cell["high"]
-    interval = "" if low is None else f' <span class="range">{scale * low:.3g} – {scale * high:.3g}</span>'
-    n = f" <small>n = {cell['n']}</small>" if with_n else ""
-    return f'<td class="number ours">{scale * cell["mean"]:.4g}{interval}{n}</td>'
+    interval = "" if low is None else f' <span class="range">{low:.3g} – {high:.3g}</span>'
+    return f'<td class="number ours">{cell["mean"]:.4g}{interval} <small>n = {cell["n"]}</small></td>'
 
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
         return f"{sum(map(bool, value))} of {len(value)}"
+    if value is None:
+        return "–"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 

@@ -22,6 +22,8 @@ class Column:
     scale: float = 1.0
     """The table's number = scale times the score."""
     less_is_better: bool = False
+    digits: int = 2
+    """After the point, as the paper prints them."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class PaperTable:
 RFID = Column("rFID", "reconstruction", "rfid", less_is_better=True)
 RECONSTRUCTION = (
     RFID,
-    Column("PSNR", "reconstruction", "psnr_db"),
-    Column("LPIPS", "reconstruction", "lpips", less_is_better=True),
-    Column("SSIM", "reconstruction", "ssim"),
+    Column("PSNR", "reconstruction", "psnr_db", digits=1),
+    Column("LPIPS", "reconstruction", "lpips", less_is_better=True, digits=3),
+    Column("SSIM", "reconstruction", "ssim", digits=3),
 )
 GENERATION = (
     Column("gFID", "generation", "fid", less_is_better=True),
-    Column("IS", "generation", "inception_score"),
+    Column("IS", "generation", "inception_score", digits=1),
     Column("Prec.", "generation", "precision"),
     Column("Rec.", "generation", "recall"),
 )
