@@ -2,7 +2,8 @@
 
 A question counts 1 when it and all questions it depends on, near and far, are answered yes. An image's score is the
 share of its questions that count; a prompt's the mean over its images; the benchmark's 100 times the mean over prompts.
-Categories count the answers themselves, without dependencies.
+Categories count the answers themselves, without dependencies. A dependency on a question that is not in the table is
+passed over (and counted, see `num_dangling`); in a circle every question stands on its own answer.
 
 The official script differs in three ways, which `official_faults` repeats: it skips the file's first row; a prompt
 whose questions depend on a missing one fails and is left out; categories see the last of a prompt's images only.
@@ -40,9 +41,15 @@ class Graph:
     prompt: str
     nodes: tuple[Node, ...]  # in the file's order
 
+    @property
+    def num_dangling(self) -> int:
+        """Dependencies on questions that are not there."""
+        numbers = {node.number for node in self.nodes}
+        return sum(parent not in numbers for node in self.nodes for parent in node.parents)
+
 
 def read_graphs(path: Path, official_faults: bool = False) -> dict[str, Graph]:
-    """Graph of every item id. Raises UserError naming the row: no such file, another table, a broken graph."""
+    """Graph of every item id. Raises UserError naming the row: no such file, another table, no number."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
@@ -71,12 +78,9 @@ def read_graphs(path: Path, official_faults: bool = False) -> dict[str, Graph]:
         nodes.setdefault(row["item_id"], []).append(node)
         prompts.setdefault(row["item_id"], row["text"])
     graphs = {key: Graph(key, prompts[key], tuple(found)) for key, found in nodes.items()}
-    broken = [key for key, graph in graphs.items() if not _is_whole(graph)]
-    if broken and not official_faults:
-        raise UserError(
-            f"{path}: questions of '{broken[0]}' depend on others that are not there, or in a circle"
-        )
-    return {key: graph for key, graph in graphs.items() if key not in broken}
+    if official_faults:
+        return {key: graph for key, graph in graphs.items() if graph.num_dangling == 0}
+    return graphs
 
 
 def answer(text: str) -> bool | None:
@@ -92,21 +96,9 @@ def image_score(graph: Graph, answers: Mapping[int, bool]) -> float:
 
     def holds(number: int) -> bool:
         if number not in counts:
-            counts[number] = answers[number] and all(holds(parent) for parent in by_number[number].parents)
+            counts[number] = answers[number]  # what a circle finds when it closes
+            parents = [parent for parent in by_number[number].parents if parent in by_number]
+            counts[number] = answers[number] and all(holds(parent) for parent in parents)
         return counts[number]
 
     return sum(holds(node.number) for node in graph.nodes) / len(graph.nodes)
-
-
-def _is_whole(graph: Graph) -> bool:
-    """Whether every dependency is there, and none runs in a circle."""
-    waiting = {node.number: set(node.parents) for node in graph.nodes}
-    while waiting:
-        free = [number for number, parents in waiting.items() if not parents]
-        if not free:
-            return False
-        for number in free:
-            del waiting[number]
-        for parents in waiting.values():
-            parents.difference_update(free)
-    return True

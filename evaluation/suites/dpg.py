@@ -51,6 +51,7 @@ class DpgSuite:
             "question": ASK,
             "score": "100 x share of questions answered yes whose dependencies are, mean over images, then prompts",
             "official_faults": official_faults,
+            "dependencies passed over": sum(graph.num_dangling for graph in self._graphs.values()),
             **judge.protocol,
         }
         self.fingerprints: Mapping[str, str] = {
