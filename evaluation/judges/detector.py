@@ -148,9 +148,9 @@ def post_process(
     binary = masks > 0
     area = binary.flatten(1).sum(1)
     sureness = (masks.sigmoid() * binary).flatten(1).sum(1) / (area + 1e-6)
-    boxes = [_box(mask) for mask in binary.cpu()]
     total = (top_scores * sureness[which]).tolist()
     on_cpu = binary.cpu()
+    boxes = [_box(mask) for mask in on_cpu]
     return [
         FoundObject(NAMES[class_index], score, boxes[mask_index], on_cpu[mask_index])
         for class_index, score, mask_index in zip(classes.tolist(), total, which.tolist(), strict=True)
