@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -26,7 +27,8 @@ from engine.files import read_json
 from evaluation import calibration
 from evaluation.report.benchmarks import render_benchmarks
 from evaluation.runner import Team, evaluate
-from evaluation.sampled_set import SampledSetConfig, draw_set
+from evaluation.sampled_set import SETTINGS_NAME, SampledSetConfig, draw_set
+from generator.sampling import SamplingConfig
 from launch import entry
 from launch.evaluation_options import SUITES, add_commands, prepare_images, write_prompts
 from launch.sample import TIMEOUT_S, run_models
@@ -52,15 +54,16 @@ def _score(arguments: argparse.Namespace) -> None:
     device = alone if ranks is None else str(ranks.device)
     if arguments.run is not None:
         _draw(arguments, team, device)
-    elif arguments.prompts is not None:
-        raise UserError("--prompts is for drawing; give --run with it")
+    elif arguments.prompts is not None or _sampling_options(arguments):
+        options = ["--prompts"] * (arguments.prompts is not None) + _sampling_options(arguments)
+        raise UserError(f"{', '.join(options)}: for drawing; give --run with it")
     suite = SUITES[arguments.command](arguments, device)
     images = prepare_images(arguments, team)
     scores = evaluate(
         suite,
         images,
         arguments.out,
-        seed=arguments.seed or 0,
+        seed=_seed(images),
         allow_partial=arguments.allow_partial,
         team=team,
         manifest=arguments.manifest,
@@ -70,6 +73,18 @@ def _score(arguments: argparse.Namespace) -> None:
         mean = "-" if value["mean"] is None else f"{value['mean']:.4g}"
         print(f"{name}: {mean}{interval}, n = {value['n']} {value.get('note', '')}".rstrip())
     distributed.stop()
+
+
+def _sampling_options(arguments: argparse.Namespace) -> list[str]:
+    """Fields of SamplingConfig that were given."""
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    return [name for name in names if getattr(arguments, name, None) is not None]
+
+
+def _seed(images: Path) -> int:
+    """The one that a set of launch/sample.py was drawn with; 0 for others."""
+    path = images / SETTINGS_NAME
+    return int(read_json(path)["seed"]) if path.is_file() else 0
 
 
 def _draw(arguments: argparse.Namespace, team: Team, device: str) -> None:

@@ -127,6 +127,8 @@ def test_missing_images_are_refused_or_marked(
     arguments = [*generation(folder, tmp_path / "out"), "--manifest", tmp_path / "list.jsonl"]
     with pytest.raises(UserError, match=r"1 of 6 items lack an image .*'x'"):
         run(monkeypatch, *arguments)
+    with pytest.raises(UserError, match="num_steps: for drawing; give --run"):
+        run(monkeypatch, *arguments, "--steps", 3)
     run(monkeypatch, *arguments, "--allow-partial")
     scores = json.loads((tmp_path / "out/scores.json").read_text())
     assert scores["partial"] and (scores["n"], scores["n_failed"]) == (5, 1)
