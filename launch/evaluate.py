@@ -112,7 +112,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    print(render_benchmarks(arguments.runs, arguments.out))
+    print(render_benchmarks(arguments.runs, arguments.out, arguments.max_failed))
 
 
 if __name__ == "__main__":

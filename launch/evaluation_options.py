@@ -27,6 +27,7 @@ from evaluation.manifest import write_class_folders
 from evaluation.metrics.lpips import Lpips
 from evaluation.metrics.manifold import Distances
 from evaluation.reference import Reference
+from evaluation.report.benchmarks import MAX_FAILED
 from evaluation.runner import Suite, Team
 from evaluation.suites.dpg import DpgSuite
 from evaluation.suites.edit_benchmarks import GEditSuite, ImgEditSuite
@@ -206,6 +207,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     calibrate("--scores", type=Path, required=True, help="its scores.json")
     report = commands.add_parser("report").add_argument
     report("runs", type=Path, nargs="+", help="folders with a scores.json in or below them, one column each")
+    report("--max-failed", type=int, default=MAX_FAILED, help="failed items shown of each suite and run")
     report("--out", type=Path, required=True, help="the page, an .html file")
 
 

@@ -11,13 +11,14 @@ from typing import Any
 from engine import files
 from engine.config import UserError
 from evaluation.manifest import Item
+from evaluation.report.comparison import paired
 from evaluation.report.gallery import grid, strip
 from evaluation.report.inputs import Evaluation, read_evaluation
 from evaluation.report.paper_tables import TABLES, Column, PaperTable
 from evaluation.report.style import CSS
 from evaluation.runner import SCORES_NAME
 
-MAX_FAILED = 60  # of each suite and run, the first in manifest order
+MAX_FAILED = 60  # shown of each suite and run, the first in manifest order
 MAX_ANSWER_CHARACTERS = 400
 FAILED_BELOW = {"rating": 2.0, "o": 3.0, "image_score": 50.0}  # numbers at which an item is shown as failed
 ROLES = ("source", "original", "result")
@@ -47,13 +48,16 @@ def read_run(folder: Path) -> Run:
     return Run(folder.resolve().name, tuple(read_evaluation(path) for path in paths))
 
 
-def render_benchmarks(folders: Sequence[Path], out: Path) -> Path:
-    """Writes the page. Raises UserError as read_run."""
-    files.write_text(out, page([read_run(folder) for folder in folders]))
+def render_benchmarks(folders: Sequence[Path], out: Path, max_failed: int = MAX_FAILED) -> Path:
+    """Writes the page, with the images of at most `max_failed` failed items of each suite.
+
+    Raises UserError as read_run.
+    """
+    files.write_text(out, page([read_run(folder) for folder in folders], max_failed))
     return out
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[Run], max_failed: int = MAX_FAILED) -> str:
     """The whole HTML document."""
     names = ", ".join(run.name for run in runs)
     tables = [text for table in TABLES for text in [_paper_table(table, runs)] if text]
@@ -63,7 +67,8 @@ def page(runs: Sequence[Run]) -> str:
         "compare only where protocol, judge and reference are the same; both stand at the end.</p></header>",
         _section("Beside the paper", "".join(tables) or '<p class="absent">No score of its tables yet.</p>'),
         _section("Every score", _all_scores(runs)),
-        *(_section(f"Failed: {escape(run.name)}", _failed(run)) for run in runs),
+        _section("Item by item", _item_by_item(runs)) if len(runs) > 1 else "",
+        *(_section(f"Failed: {escape(run.name)}", _failed(run, max_failed)) for run in runs),
         _section("Protocols", "".join(_protocol(run, one) for run in runs for one in run.evaluations)),
     ]
     return (
@@ -146,6 +151,28 @@ def _all_scores(runs: Sequence[Run]) -> str:
     )
 
 
+def _item_by_item(runs: Sequence[Run]) -> str:
+    """The first run against each other one, on the items that both were scored on."""
+    rows = [
+        f"<tr><td>{escape(run.name)}</td><td>{escape(one.suite)}</td><td>{escape(one.metric)}</td>"
+        + "".join(
+            f'<td class="number">{n}</td>' for n in (one.both, one.only_first, one.only_second, one.neither)
+        )
+        + f'<td class="number">{one.p_value:.2g}</td></tr>'
+        for run in runs[1:]
+        for one in paired(runs[0].evaluations, run.evaluations)
+    ]
+    if not rows:
+        return '<p class="absent">No items that two runs were scored on.</p>'
+    first = escape(runs[0].name)
+    numbers = ("both right", f"only {first}", "only the other", "neither", "p, if they were equal")
+    head = "".join(f'<th class="number">{name}</th>' for name in numbers)
+    return (
+        f'<div class="scroll"><table><thead><tr><th>{first} against</th><th>Suite</th><th>Metric</th>{head}'
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
 def failed_items(evaluation: Evaluation) -> list[Item]:
     """Items with a wrong or unreadable answer, or a number that is low on its scale."""
     found = []
@@ -164,13 +191,13 @@ def _is_failure(name: str, value: Any) -> bool:
     return name in FAILED_BELOW and value is not None and value < FAILED_BELOW[name]
 
 
-def _failed(run: Run) -> str:
+def _failed(run: Run, max_failed: int) -> str:
     parts = []
     for evaluation in run.evaluations:
         items = failed_items(evaluation)
         if not items:
             continue
-        cards = [_card(evaluation, item) for item in items[:MAX_FAILED]]
+        cards = [_card(evaluation, item) for item in items[:max_failed]]
         shown = f", the first {len(cards)} shown" if len(cards) < len(items) else ""
         suite, n = escape(str(evaluation.scores["suite"])), evaluation.scores["n"]
         title = f"{suite}: {len(items)} of {n} items{shown}"

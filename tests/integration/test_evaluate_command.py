@@ -23,7 +23,8 @@ from evaluation.benchmark_files import FILES, git_blob_hash, obtain
 from evaluation.features import feature_files
 from evaluation.features.representation import RepresentationFeatures
 from evaluation.manifest import Item, write_image, write_manifest
-from evaluation.report.benchmarks import failed_items, read_run
+from evaluation.report.benchmarks import failed_items, page, read_run
+from evaluation.report.comparison import Paired, paired
 from evaluation.report.paper_tables import TABLES
 from generator.prompts import read_prompts
 from launch import evaluate as command
@@ -218,8 +219,33 @@ def test_the_report_sets_runs_beside_the_paper_and_shows_what_failed(
     failed = [item.key for item in failed_items(evaluation)]
     lines = evaluation.per_item.values()
     assert failed == [line["key"] for line in lines if not line["values"]["precision_features"]] != []
+    assert page.count("data:image/png") == min(len(failed), 60)
+    run(monkeypatch, "report", tmp_path / "first", "--out", tmp_path / "page.html", "--max-failed", 2)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/png") == 2 and f"{len(failed)} of 130 items, the first 2 shown" in page
     with pytest.raises(UserError, match=r"no scores\.json in or below"):
         run(monkeypatch, "report", tmp_path / "empty", "--out", tmp_path / "page.html")
+
+
+def test_runs_are_compared_item_by_item(tmp_path: Path) -> None:
+    rights = {"first": "110010", "second": "100001"}
+    for name, marks in rights.items():
+        write_scores(tmp_path / name / "geneval/scores.json", "geneval", {"correct": 0.5}, {})
+        lines = [
+            {"key": str(key), "values": {"correct": mark == "1", "score": 0.5}, "groups": [], "detail": {}}
+            for key, mark in enumerate(marks)
+        ]
+        lines.append({"key": name, "values": {"correct": True}, "groups": [], "detail": {}})  # of one alone
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "geneval/per_item.jsonl").write_text(text)
+    first, second = (read_run(tmp_path / name) for name in rights)
+    (found,) = paired(first.evaluations, second.evaluations)
+    assert found == Paired("geneval", "correct", both=1, only_first=2, only_second=1, neither=2)
+    assert found.p_value == 1.0  # 1 or fewer, or 2 or more, of 3
+    assert Paired("s", "m", 0, 0, 6, 0).p_value == pytest.approx(2 / 64)
+    assert Paired("s", "m", 3, 0, 0, 3).p_value == 1.0
+    html = page([first, second])
+    assert "only first</th>" in html and "<td>second</td><td>geneval</td><td>correct</td>" in html
 
 
 def test_every_row_of_the_papers_tables_is_whole() -> None:
