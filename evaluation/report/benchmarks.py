@@ -82,8 +82,8 @@ def page(runs: Sequence[Run], max_failed: int = MAX_FAILED) -> str:
 def find(run: Run, column: Column) -> Mapping[str, Any] | None:
     """The run's number for a column: of the first evaluation that has it."""
     for evaluation in run.evaluations:
-        if evaluation.scores["suite"] == column.suite:
-            scores = evaluation.scores
+        scores = evaluation.scores
+        if scores["suite"] == column.suite and (not column.beside or column.beside in scores["scores"]):
             table = scores["scores"] if column.group is None else scores["groups"].get(column.group, {})
             for metric, found in table.items():
                 is_it = (

@@ -227,6 +227,14 @@ def test_the_report_sets_runs_beside_the_paper_and_shows_what_failed(
         run(monkeypatch, "report", tmp_path / "empty", "--out", tmp_path / "page.html")
 
 
+def test_scores_of_plain_prompts_do_not_stand_in_the_table_of_rewritten_ones(tmp_path: Path) -> None:
+    write_scores(tmp_path / "run/geneval/scores.json", "geneval", {"geneval": 0.6}, {"colors": 0.7})
+    assert "Table 4" not in page([read_run(tmp_path / "run")])
+    write_scores(tmp_path / "run/other/scores.json", "geneval", {"geneval_rewritten": 0.61}, {"colors": 0.71})
+    html = page([read_run(tmp_path / "run")])
+    assert "Table 4" in html and "0.71<br>" in html and "0.70<br>" not in html
+
+
 def test_runs_are_compared_item_by_item(tmp_path: Path) -> None:
     rights = {"first": "110010", "second": "100001"}
     for name, marks in rights.items():
