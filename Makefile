@@ -43,6 +43,7 @@ bench: install
 	$(BIN)/python -m benchmarks.mot
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.evaluation
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

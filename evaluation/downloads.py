@@ -10,12 +10,13 @@ from engine import files
 from engine.config import UserError
 
 
-def fetch(url: str, sha256: str | None, instead: str) -> Path:
+def fetch(url: str, sha256: str | None, instead: str, name: str | None = None) -> Path:
     """The file behind `url`, kept in torch.hub's cache; `sha256` None: its hash is not known.
 
-    Raises UserError when it cannot be had or is another file; `instead` says what a person can do.
+    `name` is the file's in the cache (default: the address's last part). Raises UserError when it cannot be had or is
+    another file; `instead` says what a person can do.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rpartition("/")[2])
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

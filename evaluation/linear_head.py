@@ -27,6 +27,7 @@ from torchvision.transforms import functional as transforms
 from engine.config import ConfigError, UserError
 from evaluation.downloads import fetch
 from evaluation.features.representation import last_tokens
+from evaluation.suites.linear_probe import ranked
 from tokenizer.releases.checkpoint import read_checkpoint
 from tokenizer.representation import Representation
 from tokenizer.weights import freeze, state_hash
@@ -114,11 +115,11 @@ class HeadClassifier:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
-        """uint8 [3, H, W] of any sizes -> int64 [B]."""
+        """uint8 [3, H, W] of any sizes -> int64 [B, R]."""
         pixels = torch.stack([prepare(image) for image in images]).to(self._device)
         class_token, patches = last_tokens(self._representation, pixels.float() / 255)
         logits: Tensor = self._head(class_token, patches)
-        return logits.argmax(dim=1).cpu()
+        return ranked(logits).cpu()
 
 
 def prepare(image: Tensor) -> Tensor:

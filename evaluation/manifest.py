@@ -46,9 +46,12 @@ class ImageSet:
     items: tuple[Item, ...]
 
     @classmethod
-    def open(cls, directory: str | Path) -> ImageSet:
-        """Reads the manifest. Raises UserError: no manifest, a bad line, a repeated key, no items."""
-        path = Path(directory) / MANIFEST_NAME
+    def open(cls, directory: str | Path, manifest: str | Path | None = None) -> ImageSet:
+        """Reads the manifest, by default the folder's own.
+
+        Raises UserError: no manifest, a bad line, a repeated key, no items.
+        """
+        path = Path(directory) / MANIFEST_NAME if manifest is None else Path(manifest)
         try:
             lines = path.read_text().splitlines()
         except FileNotFoundError:

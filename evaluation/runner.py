@@ -2,8 +2,8 @@
 
 per_item.jsonl has one line an item, scores.json means and 95 % confidence intervals over all items and by
 group, with everything needed to know what the numbers are. A score of a whole set (a distance between two sets
-of images) stands among the means: its value under "mean", no interval, "of": "set" and, where it needs one, a
-"note" on how to read it.
+of images, a mean of group means) stands among the means: its value under "mean", "of": "set", an interval where it
+has one and, where it needs one, a "note" on how to read it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,7 +21,7 @@ from engine import files
 from engine.config import UserError
 from evaluation.environment import versions
 from evaluation.manifest import ImageSet, Item
-from evaluation.metrics.interval import mean, rate
+from evaluation.metrics.interval import Estimate, mean, rate
 
 SCORES_NAME = "scores.json"
 PER_ITEM_NAME = "per_item.jsonl"
@@ -42,11 +42,18 @@ class Measurement:
 
 @dataclass(frozen=True)
 class SetScore:
-    """A number that a set has and none of its items: it has no interval."""
+    """A number that a set has and none of its items."""
 
-    value: float
+    value: float  # nan: not defined
     n: int  # images it was computed from
     note: str = ""  # what to know before comparing it; "" for nothing
+    low: float = math.nan  # 95 % confidence interval, nan where there is none
+    high: float = math.nan
+
+    @classmethod
+    def of(cls, estimate: Estimate, note: str = "") -> SetScore:
+        """A mean of means, which has an interval."""
+        return cls(estimate.mean, estimate.n, note, estimate.low, estimate.high)
 
 
 class Suite(Protocol):
@@ -80,6 +87,23 @@ class SetSuite(Protocol):
         """Scores of `items` together, under names that `measure` does not use."""
 
 
+@runtime_checkable
+class CollectingSuite(Protocol):
+    """A suite with an expensive phase, which keeps what it finds on disk; scoring then only reads it."""
+
+    def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
+        """Finds what is missing of this rank's share; killed and run again it goes on."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that share an evaluation."""
+
+    rank: int = 0
+    world: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
 def evaluate(
     suite: Suite,
     images_dir: str | Path,
@@ -87,13 +111,18 @@ def evaluate(
     *,
     seed: int = 0,
     allow_partial: bool = False,
+    team: Team = Team(),
+    manifest: str | Path | None = None,
 ) -> dict[str, Any]:
     """Scores an image set; writes `output_dir`/per_item.jsonl, then scores.json, and returns the latter.
 
-    `seed` is the one the images were sampled with, for the record. Raises UserError when images are missing
-    and `allow_partial` is not set; when it is, they are counted in `n_failed` and the scores marked partial.
+    All of `team` share the expensive phase; rank 0 alone scores, the others return {}.
+
+    `seed` is the one the images were sampled with, for the record; `manifest` stands in for the folder's own. Raises
+    UserError when images are missing and `allow_partial` is not set; when it is, they are counted in `n_failed` and the
+    scores marked partial.
     """
-    images = ImageSet.open(images_dir)
+    images = ImageSet.open(images_dir, manifest)
     missing = images.missing(suite.roles)
     if missing and (not allow_partial or len(missing) == len(images.items)):
         raise UserError(
@@ -102,6 +131,11 @@ def evaluate(
         )
     lost = {item.key for item in missing}
     items = [item for item in images.items if item.key not in lost]
+    if isinstance(suite, CollectingSuite):
+        suite.collect(images, items, team.rank, team.world)
+        team.barrier()
+    if team.rank != 0:
+        return {}
     measurements = suite.measure(images, items)
     assert len(measurements) == len(items)
     set_scores = suite.measure_set(images, items) if isinstance(suite, SetSuite) else {}
@@ -122,6 +156,7 @@ def evaluate(
     scores = {
         "suite": suite.name,
         "images": os.path.relpath(images_dir, output_dir),
+        **({"manifest": os.path.relpath(manifest, output_dir)} if manifest is not None else {}),
         "n": len(items),
         "n_failed": len(missing),
         "partial": bool(missing),
@@ -162,7 +197,7 @@ def estimates(measurements: Sequence[Measurement]) -> dict[str, dict[str, Any]]:
 
 
 def _set_entry(score: SetScore) -> dict[str, Any]:
-    entry = {"mean": score.value, "low": None, "high": None, "n": score.n, "of": "set"}
+    entry = {"mean": score.value, "low": score.low, "high": score.high, "n": score.n, "of": "set"}
     return _finite({**entry, "note": score.note} if score.note else entry)
 
 

@@ -1,86 +1,118 @@
-"""Scores of a tokenizer: launch/evaluate.py reconstruction | linear (each with --help)
+"""Images -> scores: launch/evaluate.py SUITE --images DIR --out DIR (each with --help; under deepspeed on all ranks)
 
-reconstruction: an image set as launch/reconstruct.py writes it -> PSNR, SSIM, and with their networks LPIPS and rFID.
-linear: labelled images in one folder per class -> top-1 of DINOv2's published head on an autoencoder's encoder.
+SUITE             images in                          scores
+reconstruction    results beside their originals     PSNR, SSIM, LPIPS, rFID
+generation        samples, or an .npz of them        FID, sFID, inception score, precision, recall, KID, FD-DINOv2, CMMD
+linear            ImageNet's validation folders      top-1 of DINOv2's published head
+geneval dpg       drawn from the benchmark's prompts GenEval; DPG-Bench by a named judge
+gedit imgedit     edits of the benchmark's images    GEdit-Bench-EN, ImgEdit-Bench by a named judge
+
+--run RUN --prompts FILE draws the images first. Run again, every command goes on where it stopped.
+prompts           a benchmark's files -> a file of prompts to draw from
+calibrate         do finished scores of a known image set agree with the published ones?
+report            one page: runs beside the paper's tables, images behind failed items
 """
 
 import argparse
+import dataclasses
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from data.images import IMAGE_PARTS
+from engine import distributed
 from engine.config import UserError
-from evaluation.features.inception import InceptionFeatures
-from evaluation.features.interface import FeatureExtractor
-from evaluation.features.representation import RepresentationFeatures
-from evaluation.linear_head import HEADS, NUM_CLASSES, HeadClassifier, LinearHead
-from evaluation.manifest import write_class_folders
-from evaluation.metrics.lpips import Lpips
-from evaluation.runner import evaluate
-from evaluation.suites.linear_probe import LinearProbeSuite
-from evaluation.suites.reconstruction import ReconstructionSuite
+from engine.files import read_json
+from evaluation import calibration
+from evaluation.report.benchmarks import render_benchmarks
+from evaluation.runner import Team, evaluate
+from evaluation.sampled_set import SETTINGS_NAME, SampledSetConfig, draw_set
+from generator.sampling import SamplingConfig
 from launch import entry
-from tokenizer.rpiae import Autoencoder
-
-NONE = "none"
+from launch.evaluation_options import SUITES, add_commands, prepare_images, write_prompts
+from launch.sample import TIMEOUT_S, run_models
+from launch.sampling_options import read_sampling_options
 
 
 def main() -> None:
-    """Scores, prints each mean with its interval; scores.json and per_item.jsonl in --out."""
-    arguments = _parser().parse_args()
-    scores = SUITES[arguments.suite](arguments)
-    for name, value in scores.items():
-        interval = "" if value["low"] is None else f" ({value['low']:.4g} to {value['high']:.4g})"
-        print(f"{name}: {value['mean']:.4g}{interval}, n = {value['n']} {value.get('note', '')}".rstrip())
+    """Scores, prints each number with its interval; scores.json and per_item.jsonl in --out."""
+    parser = entry.parser(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_commands(parser)
+    arguments = parser.parse_args()
+    if arguments.command in SUITES:
+        _score(arguments)
+    else:
+        {"prompts": write_prompts, "calibrate": _calibrate, "report": _report}[arguments.command](arguments)
 
 
-def _reconstruction(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    distances: dict[str, FeatureExtractor] = {}
-    if arguments.inception != NONE:
-        distances["rfid"] = InceptionFeatures.load(arguments.inception, _device())
-    if arguments.features is not None:
-        distances["feature_distance"] = RepresentationFeatures.load(arguments.features, device=_device())
-    lpips = None if arguments.vgg16 == NONE else Lpips.load(arguments.vgg16, _device())
-    suite = ReconstructionSuite(lpips, distances)
-    return dict(evaluate(suite, arguments.images, arguments.out)["scores"])
-
-
-def _linear(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    head = LinearHead.load(arguments.head, arguments.head_weights, arguments.model_weights)
-    classifier = HeadClassifier(Autoencoder.load(arguments.autoencoder).encoder, head, _device())
-    num_classes = write_class_folders(arguments.images, arguments.out / "images", IMAGE_PARTS)
-    if num_classes != NUM_CLASSES:  # labels are places in the sorted list: they would name other classes
-        raise UserError(f"{arguments.images}: {num_classes} class folders, the head names {NUM_CLASSES}")
-    return dict(evaluate(LinearProbeSuite(classifier), arguments.out / "images", arguments.out)["scores"])
-
-
-SUITES = {"reconstruction": _reconstruction, "linear": _linear}
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def _score(arguments: argparse.Namespace) -> None:
+    ranks = distributed.start(TIMEOUT_S) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    team = Team() if ranks is None else Team(ranks.rank, ranks.world, ranks.barrier)
+    alone = "cuda" if torch.cuda.is_available() else "cpu"
+    device = alone if ranks is None else str(ranks.device)
+    if arguments.run is not None:
+        _draw(arguments, team, device)
+    elif arguments.prompts is not None or _sampling_options(arguments):
+        options = ["--prompts"] * (arguments.prompts is not None) + _sampling_options(arguments)
+        raise UserError(f"{', '.join(options)}: for drawing; give --run with it")
+    suite = SUITES[arguments.command](arguments, device)
+    images = prepare_images(arguments, team)
+    scores = evaluate(
+        suite,
+        images,
+        arguments.out,
+        seed=_seed(images),
+        allow_partial=arguments.allow_partial,
+        team=team,
+        manifest=arguments.manifest,
     )
-    suites = parser.add_subparsers(dest="suite", required=True)
-    reconstruction, linear = (suites.add_parser(name) for name in SUITES)
-    for suite in (reconstruction, linear):
-        suite.add_argument("--images", type=Path, required=True)
-        suite.add_argument("--out", type=Path, required=True, help="folder of scores.json and per_item.jsonl")
-    source = "download, the path of the file, or none"
-    reconstruction.add_argument("--inception", default="download", help=f"FID's network: {source}")
-    reconstruction.add_argument("--vgg16", default="download", help=f"LPIPS's network: {source}")
-    reconstruction.add_argument("--features", help="an export whose encoder gives a feature distance")
-    linear.add_argument("--autoencoder", type=Path, required=True, help="export whose encoder is probed")
-    linear.add_argument("--head", default="dinov2_vitb14_reg4", choices=HEADS, help="published head")
-    linear.add_argument("--head-weights", default="download", help="or the path of its .pth")
-    linear.add_argument("--model-weights", default="download", help="or the pretrained model's file")
-    return parser
+    for name, value in scores.get("scores", {}).items():
+        interval = "" if value["low"] is None else f" ({value['low']:.4g} to {value['high']:.4g})"
+        mean = "-" if value["mean"] is None else f"{value['mean']:.4g}"
+        print(f"{name}: {mean}{interval}, n = {value['n']} {value.get('note', '')}".rstrip())
+    distributed.stop()
+
+
+def _sampling_options(arguments: argparse.Namespace) -> list[str]:
+    """Fields of SamplingConfig that were given."""
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    return [name for name in names if getattr(arguments, name, None) is not None]
+
+
+def _seed(images: Path) -> int:
+    """The one that a set of launch/sample.py was drawn with; 0 for others."""
+    path = images / SETTINGS_NAME
+    return int(read_json(path)["seed"]) if path.is_file() else 0
+
+
+def _draw(arguments: argparse.Namespace, team: Team, device: str) -> None:
+    if arguments.prompts is None:
+        raise UserError("--run draws from --prompts; see launch/evaluate.py prompts")
+    models, base = run_models(arguments.run)
+    sampling = read_sampling_options(arguments, base)
+    config = SampledSetConfig(arguments.prompts, arguments.images, *models, sampling, arguments.num_images)
+    config = dataclasses.replace(config, device=device)
+    draw_set(config, rank=team.rank, world=team.world, barrier=team.barrier)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    of = calibration.known(arguments.known)
+    verdicts = calibration.compare(of, read_json(arguments.scores))
+    print(f"{of.what} ({of.source})")
+    for verdict in verdicts:
+        print(verdict.line())
+    wrong = sum(not verdict.holds for verdict in verdicts)
+    if wrong:
+        raise UserError(
+            f"{wrong} of {len(verdicts)} numbers differ: trust no score of '{of.suite}' before they agree"
+        )
+    print(f"calibrated: all {len(verdicts)} numbers agree")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    print(render_benchmarks(arguments.runs, arguments.out, arguments.max_failed))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from engine.loop import EXPORT
 from evaluation import emoji_images
+from evaluation.features.representation import RepresentationFeatures
 from evaluation.judges.emoji import Judge
+from evaluation.reference import Reference
 from evaluation.runner import Suite, evaluate
 from evaluation.suites.emoji_edit import EmojiEditSuite
 from evaluation.suites.emoji_t2i import EmojiT2ISuite
+from evaluation.suites.generation import GenerationSuite, Spaces
 from evaluation.suites.reconstruction import ReconstructionSuite
 from generator.pipeline import Pipeline
 from generator.sampling import SamplingConfig
@@ -36,7 +39,7 @@ class ScoresConfig:
 
 
 def score(root: Path, config: ScoresConfig) -> None:
-    """Makes the image sets and scores them into evaluation/{judge,reconstruction,t2i,edit}.
+    """Makes the image sets and scores them into evaluation/{judge,reconstruction,t2i,generation,edit}.
 
     The judge also looks at the reconstructions: no drawing can be better than what the decoder shows.
     """
@@ -67,6 +70,10 @@ def score(root: Path, config: ScoresConfig) -> None:
     t2i = Pipeline.load(root / "t2i" / EXPORT, autoencoder_dir, text_tokenizer)
     emoji_images.drawings(scenes, t2i, config.t2i, images / "t2i")
     scored("t2i", EmojiT2ISuite(judge), config.t2i.seed)
+    features = RepresentationFeatures.load(root / "standin" / EXPORT)
+    real = Reference.open(images / "judge")
+    generation = GenerationSuite(real, Spaces(other=features), root / "evaluation" / "store")
+    scored("generation", generation, config.t2i.seed, images_name="t2i")
     edit = Pipeline.load(root / "edit" / EXPORT, autoencoder_dir, text_tokenizer)
     emoji_images.edits(edits, edit, config.edit, images / "edit")
     scored("edit", EmojiEditSuite(judge), config.edit.seed)

@@ -30,24 +30,31 @@ TIMEOUT_S = 7 * 86400  # ranks that are done wait for those that are not, with n
 def main() -> None:
     """Draws with a finished run's export and the autoencoder and text tokenizer it was trained with."""
     arguments = _parser().parse_args()
-    run_dir = Path(arguments.run)
-    if not (run_dir / EXPORT).is_dir():
-        raise UserError(f"{run_dir}: no {EXPORT} folder; give the run_dir of a finished t2i or edit training")
-    run = from_dict(GeneratorRun, read_json(run_dir / "config.json"), where=str(run_dir / "config.json"))
-    if run.autoencoder is None:
-        raise UserError(f"{run_dir}/config.json: names no autoencoder; set 'autoencoder' in the run's config")
+    models, base = run_models(Path(arguments.run))
     given = (arguments.prompts, arguments.prompt, arguments.image and arguments.instruction)
     edit_is_whole = (arguments.image is None) == (arguments.instruction is None)
     if not edit_is_whole or sum(value is not None for value in given) != 1:
         raise UserError("give one of --prompt, --prompts, or --image with --instruction")
     if arguments.num_images < 1:
         raise UserError(f"--num-images {arguments.num_images}; give at least 1")
-    sampling = read_sampling_options(arguments, run.sampling)
-    models = (run_dir / EXPORT, run.autoencoder, run.text_tokenizer)
+    sampling = read_sampling_options(arguments, base)
     if arguments.prompts is None:
         _draw_one(arguments, models, sampling)
     else:
         _draw_file(arguments, models, sampling)
+
+
+def run_models(run_dir: Path) -> tuple[tuple[Path, str, str], SamplingConfig]:
+    """Generator, autoencoder and text tokenizer of a finished run, and how it samples.
+
+    Raises UserError: a run that is not finished, or that names no autoencoder.
+    """
+    if not (run_dir / EXPORT).is_dir():
+        raise UserError(f"{run_dir}: no {EXPORT} folder; give the run_dir of a finished t2i or edit training")
+    run = from_dict(GeneratorRun, read_json(run_dir / "config.json"), where=str(run_dir / "config.json"))
+    if run.autoencoder is None:
+        raise UserError(f"{run_dir}/config.json: names no autoencoder; set 'autoencoder' in the run's config")
+    return (run_dir / EXPORT, run.autoencoder, run.text_tokenizer), run.sampling
 
 
 def _draw_one(arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig) -> None:

@@ -1,8 +1,8 @@
 """FID's InceptionV3: the network of 2015-12-05 that every published FID looks through, in torch.
 
 It is torchvision's InceptionV3 but for its pooling branches: averages leave out the padding, and the last
-block takes a maximum. Input: TF1's resize to 299, (x - 128) / 128; output: pool3, 2048 values. The classifier of
-1008 classes in the weights file is left out.
+block takes a maximum. Input: TF1's resize to 299, (x - 128) / 128; output: pool3, 2048 values. ADM's protocol also
+reads the first 7 channels of a 17 x 17 layer (sFID) and the classifier of 1008 classes (inception score).
 
 What could not be checked without a network: that the published weights give the published numbers (a faithful
 port has FID 3.9410 where TensorFlow has 3.9426 on ADM's samples), and the file itself. Checked with random
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torchvision.models import inception
 
 from engine import files
+from engine.config import UserError
 from evaluation.downloads import fetch
 from evaluation.features.tf1_resize import resize_tf1
 from tokenizer.releases.checkpoint import read_checkpoint
@@ -35,7 +36,9 @@ WEIGHTS_URL = (
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INPUT_PX = 299
 NUM_FEATURES = 2048
-HEAD = ("fc.weight", "fc.bias")  # in the file, and not used: the classifier
+HEAD = ("fc.weight", "fc.bias")  # in the file: the classifier, of which ADM uses the weight alone
+SPATIAL_LAYER = "Mixed_6d.branch1x1"
+NUM_SPATIAL_CHANNELS = 7  # of the first branch of the seventh mixed block, "mixed_6/conv" in TensorFlow
 COUNTER = ".num_batches_tracked"  # of batch norms; without effect, and absent from older files
 
 Pool = Callable[[Tensor], Tensor]
@@ -62,13 +65,8 @@ class InceptionFeatures:
     @classmethod
     def load(cls, weights: str = "download", device: str = "cpu") -> InceptionFeatures:
         """`weights`: `download`, or the path of the .pth file. Raises UserError: cannot be had, does not fit."""
-        if weights == "download":
-            path = fetch(WEIGHTS_URL, WEIGHTS_SHA256, "give the path of that file instead")
-        else:
-            path = Path(weights)
-        network = fid_inception(read_checkpoint(path).tensors, str(path))
-        published = files.sha256(path) == WEIGHTS_SHA256
-        return cls(network, device, "pt_inception-2015-12-05" if published else "not the published file")
+        path = _weights_path(weights)
+        return cls(fid_inception(read_checkpoint(path).tensors, str(path)), device, _source(path))
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -77,6 +75,68 @@ class InceptionFeatures:
         x = (resize_tf1(pixels.to(self._device), INPUT_PX) - 128) / 128
         features: Tensor = self._network(x)
         return features.float().cpu()
+
+
+class AdmInception:
+    """pool3, then the spatial features of sFID, in one vector; implements FeatureExtractor.
+
+    The spatial ones are NUM_SPATIAL_CHANNELS channels of `spatial_layer`'s output, in ADM's order (y, x, channel).
+    """
+
+    name = "inception"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        spatial_layer: nn.Module,
+        classifier: Tensor,
+        device: str = "cpu",
+        weights: str = "given",
+    ) -> None:
+        """`classifier`: [K, D] of the inception score; `weights`: where they come from, for the record."""
+        self._pool = InceptionFeatures(network, device, weights)
+        self._seen: list[Tensor] = []
+        spatial_layer.register_forward_hook(lambda _, __, output: self._seen.append(output))
+        self.classifier = classifier.float().cpu()
+        self.pool_dim = classifier.shape[1]
+        self.dim = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape[1]
+        self.fingerprint = files.digest([self._pool.fingerprint, files.digest(self.classifier.tolist())])
+        self.protocol: Mapping[str, Any] = {
+            **self._pool.protocol,
+            "network": "InceptionV3 of FID: pool3, and 7 channels of mixed_6/conv for sFID",
+            "classifier": "softmax of pool3 times the weight, no bias",
+        }
+
+    @classmethod
+    def load(cls, weights: str = "download", device: str = "cpu") -> AdmInception:
+        """As InceptionFeatures.load."""
+        path = _weights_path(weights)
+        tensors = read_checkpoint(path).tensors
+        network = fid_inception(tensors, str(path))
+        if HEAD[0] not in tensors:
+            raise UserError(
+                f"{path}: has no {HEAD[0]}, which the inception score needs; give the published file"
+            )
+        return cls(network, network.get_submodule(SPATIAL_LAYER), tensors[HEAD[0]], device, _source(path))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> float32 [B, D + S]."""
+        self._seen.clear()
+        pool = self._pool(pixels)
+        (spatial,) = self._seen
+        self._seen.clear()
+        spatial = spatial[:, :NUM_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        return torch.cat([pool, spatial.float().cpu()], dim=1)
+
+
+def _weights_path(weights: str) -> Path:
+    if weights == "download":
+        return fetch(WEIGHTS_URL, WEIGHTS_SHA256, "give the path of that file instead")
+    return Path(weights)
+
+
+def _source(path: Path) -> str:
+    return "pt_inception-2015-12-05" if files.sha256(path) == WEIGHTS_SHA256 else "not the published file"
 
 
 def fid_inception(tensors: Mapping[str, Tensor], where: str) -> nn.Module:

@@ -40,3 +40,17 @@ def mean(values: Sequence[float]) -> Estimate:
     centre = math.fsum(values) / n
     half = Z_95 * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
     return Estimate(centre, centre - half, centre + half, n)
+
+
+def mean_of_means(groups: Sequence[Sequence[float]]) -> Estimate:
+    """Unweighted mean of the groups' means; each group's variance of the mean adds up (stratified sampling).
+
+    `n` counts all values. Without an interval (nan) when a group has a single value; nan when one has none.
+    """
+    parts = [mean(values) for values in groups]
+    n = sum(part.n for part in parts)
+    if not parts or any(part.n == 0 for part in parts):
+        return Estimate(math.nan, math.nan, math.nan, n)
+    centre = math.fsum(part.mean for part in parts) / len(parts)
+    half = math.sqrt(math.fsum((part.high - part.mean) ** 2 for part in parts)) / len(parts)
+    return Estimate(centre, centre - half, centre + half, n)

@@ -14,6 +14,7 @@ from evaluation.manifest import Item
 from evaluation.report.inputs import Evaluation
 
 MAX_SMALL_PX = 128  # images up to this side are shown twice as large, pixel by pixel
+MAX_PX = 256  # larger ones are shown smaller
 MAX_RECONSTRUCTIONS = 20
 MAX_SAMPLES = 18  # of each group
 MAX_EDITS = 8  # of each group
@@ -26,8 +27,8 @@ def reconstructions(evaluation: Evaluation) -> str:
     for item in items[:MAX_RECONSTRUCTIONS]:
         psnr_db = evaluation.per_item[item.key]["values"]["psnr_db"]
         roles = [("original", "original"), ("result", f"decoded, {psnr_db:.1f} dB")]
-        cards.append(f"<figure>{_strip(evaluation, item, roles)}</figure>")
-    return _grid(cards, 284)
+        cards.append(f"<figure>{strip(evaluation, item, roles)}</figure>")
+    return grid(cards, 284)
 
 
 def text_to_image(evaluation: Evaluation) -> str:
@@ -42,10 +43,10 @@ def text_to_image(evaluation: Evaluation) -> str:
             if line["values"]["relation_right"] is not None:
                 marks.append(_mark("order", line["values"]["relation_right"]))
             cards.append(
-                f"<figure>{_strip(evaluation, item, [('result', '')])}"
+                f"<figure>{strip(evaluation, item, [('result', '')])}"
                 f"<figcaption>{escape(_text(item, 'caption'))}{_judged(marks, line)}</figcaption></figure>"
             )
-        sections.append(_group(group, len(items), len(cards)) + _grid(cards, 168))
+        sections.append(_group(group, len(items), len(cards)) + grid(cards, 168))
     return "".join(sections)
 
 
@@ -60,12 +61,12 @@ def edits(evaluation: Evaluation) -> str:
             outside_db = line["values"]["psnr_outside_db"]
             if outside_db is not None:
                 marks.append(f"<span>{outside_db:.1f} dB outside</span>")
-            strip = _strip(evaluation, item, [("source", "source"), ("result", "result")])
+            pair = strip(evaluation, item, [("source", "source"), ("result", "result")])
             instruction = escape(_text(item, "instruction"))
             cards.append(
-                f"<figure>{strip}<figcaption>“{instruction}”{_judged(marks, line)}</figcaption></figure>"
+                f"<figure>{pair}<figcaption>“{instruction}”{_judged(marks, line)}</figcaption></figure>"
             )
-        sections.append(_group(group, len(items), len(cards)) + _grid(cards, 284))
+        sections.append(_group(group, len(items), len(cards)) + grid(cards, 284))
     return "".join(sections)
 
 
@@ -91,11 +92,13 @@ def _group(name: str, num_items: int, num_shown: int) -> str:
     return f"<h3>{escape(name.replace('_', ' ').capitalize() or 'All')} · {shown}</h3>"
 
 
-def _grid(cards: Sequence[str], cell_px: int) -> str:
+def grid(cards: Sequence[str], cell_px: int) -> str:
+    """Figures side by side, each at least that wide."""
     return f'<div class="grid-cards" style="--cell: {cell_px}px">{"".join(cards)}</div>'
 
 
-def _strip(evaluation: Evaluation, item: Item, roles: Sequence[tuple[str, str]]) -> str:
+def strip(evaluation: Evaluation, item: Item, roles: Sequence[tuple[str, str]]) -> str:
+    """An item's images, each with its label."""
     parts = []
     for role, label in roles:
         note = f'<span class="role">{label}</span>' if label else ""
@@ -108,14 +111,19 @@ def _image(evaluation: Evaluation, item: Item, role: str) -> str:
     path = evaluation.images.path(item, role)
     if not path.is_file():
         return '<span class="absent">image is gone</span>'
-    with Image.open(path) as image:
-        width, height = image.size
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "PNG", optimize=True)
-    scale = 2 if max(width, height) <= MAX_SMALL_PX else 1
-    payload = base64.b64encode(buffer.getvalue()).decode()
+    buffer = io.BytesIO()
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((MAX_PX, MAX_PX))
+    is_small = max(image.size) <= MAX_SMALL_PX
+    if is_small:
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.save(buffer, "JPEG", quality=88)  # a tenth of it
+    width, height = (side * (2 if is_small else 1) for side in image.size)
+    kind, payload = "png" if is_small else "jpeg", base64.b64encode(buffer.getvalue()).decode()
     return (
-        f'<img src="data:image/png;base64,{payload}" width="{width * scale}" height="{height * scale}" '
+        f'<img src="data:image/{kind};base64,{payload}" width="{width}" height="{height}" '
         f'alt="{escape(role)} of {escape(item.key)}">'
     )
 

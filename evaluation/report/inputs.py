@@ -80,7 +80,7 @@ def read_report_input(root: Path) -> ReportInput:
         notes=tuple(_read_json(root / "notes.json", [])),
         trainings=tuple(sorted(trainings, key=lambda t: (order.get(t.name, len(order)), t.name))),
         evaluations={
-            path.parent.name: _read_evaluation(path)
+            path.parent.name: read_evaluation(path)
             for path in sorted(root.glob(f"evaluation/*/{SCORES_NAME}"))
         },
         machine=machine(),
@@ -88,14 +88,16 @@ def read_report_input(root: Path) -> ReportInput:
     )
 
 
-def _read_evaluation(path: Path) -> Evaluation:
+def read_evaluation(path: Path) -> Evaluation:
+    """What stands beside a scores.json."""
     scores = files.read_json(path)
     images_dir = path.parent / scores["images"]
+    manifest = path.parent / scores["manifest"] if "manifest" in scores else images_dir / MANIFEST_NAME
     return Evaluation(
         name=path.parent.name,
         scores=scores,
         per_item={line["key"]: line for line in read_lines(path.with_name(PER_ITEM_NAME))},
-        images=ImageSet.open(images_dir) if (images_dir / MANIFEST_NAME).is_file() else None,
+        images=ImageSet.open(images_dir, manifest) if manifest.is_file() else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""How well images are recognised from frozen features: top-1 of a linear classifier."""
+"""How well images are recognised from frozen features: top-1 and top-5 of a linear classifier."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.probe import LinearProbe
 from evaluation.runner import Measurement
 
+NUM_RANKED = 5
+
+
+def ranked(logits: Tensor) -> Tensor:
+    """[B, K] -> the most probable classes, the best first, int64 [B, min(K, NUM_RANKED)]."""
+    return logits.topk(min(NUM_RANKED, logits.shape[1]), dim=1).indices
+
 
 class Classifier(Protocol):
     """An encoder with a head."""
@@ -27,7 +34,7 @@ class Classifier(Protocol):
         """Hashes of encoder and head."""
 
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
-        """uint8 [3, H, W] each -> class of each, int64 [B]."""
+        """uint8 [3, H, W] each -> its classes from the most probable down, at most NUM_RANKED, int64 [B, R]."""
 
 
 class ProbeClassifier:
@@ -42,8 +49,8 @@ class ProbeClassifier:
         }
 
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
-        """uint8 [3, H, W] of one size -> int64 [B]."""
-        return self._probe.predict(self._features(torch.stack(list(images))))
+        """uint8 [3, H, W] of one size -> int64 [B, R]."""
+        return ranked(self._probe.logits(self._features(torch.stack(list(images)))))
 
 
 class LinearProbeSuite:
@@ -56,19 +63,21 @@ class LinearProbeSuite:
         self._classifier = classifier
         self.protocol: Mapping[str, Any] = {
             "top1": "most probable class is meta.label",
+            "top5": f"meta.label is among the {NUM_RANKED} most probable classes",
             **classifier.protocol,
         }
         self.fingerprints = classifier.fingerprints
 
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
-        """top1 of every item, whose interval is Wilson's. Raises UserError: a label that is no integer."""
+        """top1 and top5 of every item, whose intervals are Wilson's. Raises UserError: a label that is no integer."""
         found = []
         for start in range(0, len(items), IMAGES_PER_CALL):
             part = items[start : start + IMAGES_PER_CALL]
             classes = self._classifier([images.read(item, "original") for item in part]).tolist()
-            for item, predicted in zip(part, classes, strict=True):
+            for item, best in zip(part, classes, strict=True):
                 label = item.field("label")
                 if not isinstance(label, int):
                     raise UserError(f"item '{item.key}': meta.label must be an integer, not {label!r}")
-                found.append(Measurement({"top1": predicted == label}, detail={"predicted": predicted}))
+                right = {"top1": best[0] == label, "top5": label in best}
+                found.append(Measurement(right, detail={"predicted": best[0]}))
         return found

@@ -33,6 +33,7 @@ from generator.model import Generator
 from generator.pipeline import Pipeline
 from generator.sampling import Condition, SamplingConfig
 from launch import entry, sample
+from launch import evaluate as launch_evaluate
 from launch.runs import GeneratorRun
 from tokenizer.bridge import BridgeConfig
 from tokenizer.export import fingerprint
@@ -338,3 +339,44 @@ def test_a_mistake_is_one_line(inputs, options, words, monkeypatch, capsys) -> N
     assert entry.run(sample.main) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and words in error and "\n" not in error
+
+
+def evaluation_command(inputs: Path, folder: Path) -> list[str]:
+    """Draws the set of `whole` and compares it with itself in the features of the autoencoder's encoder."""
+    options = ["--images", folder / "set", "--out", folder / "out", "--reference", inputs / "whole"]
+    options += ["--inception", "none", "--features", inputs / "autoencoder"]
+    options += ["--run", inputs / "run", "--prompts", inputs / "prompts.jsonl", "--num-images", "2"]
+    options += ["--steps", "3", "--guidance", "2", "--source-guidance", "1.5", "--batch-images", "3"]
+    return [str(ROOT / "launch" / "evaluate.py"), "generation", *map(str, options)]
+
+
+def test_a_run_is_drawn_and_scored_by_one_command(inputs, whole, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", evaluation_command(inputs, tmp_path))
+    assert entry.run(launch_evaluate.main) == 0
+    assert tree(tmp_path / "set") == tree(whole)
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["n"] == 10 and scores["scores"]["precision_features"]["mean"] == 1
+    assert "feature_distance: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_is_drawn_and_scored_on_two_ranks_to_the_bytes_of_one(
+    inputs, whole, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", evaluation_command(inputs, tmp_path / "one"))
+    assert entry.run(launch_evaluate.main) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", port]
+    subprocess.run(
+        [*launcher, *evaluation_command(inputs, tmp_path / "two")],
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    for name in ("scores.json", "per_item.jsonl"):
+        assert (tmp_path / "one" / "out" / name).read_bytes() == (
+            tmp_path / "two" / "out" / name
+        ).read_bytes()

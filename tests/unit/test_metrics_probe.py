@@ -14,7 +14,7 @@ from evaluation.linear_head import HEADS, HeadClassifier, LinearHead, prepare
 from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.probe import accuracy, fit
 from evaluation.runner import evaluate
-from evaluation.suites.linear_probe import LinearProbeSuite, ProbeClassifier
+from evaluation.suites.linear_probe import LinearProbeSuite, ProbeClassifier, ranked
 from tokenizer.representation import Representation, RepresentationConfig
 
 SIZES: dict[str, int | float | bool | str] = {"depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -104,9 +104,14 @@ def test_probe_suite_scores_an_encoder_with_wilsons_interval(tmp_path: Path) -> 
     images = image_set(tmp_path / "images", [5, 15, 235, 245], [0, 0, 1, 0])
     scores = evaluate(LinearProbeSuite(ProbeClassifier(features, probe)), images, tmp_path / "out")
     assert scores["scores"]["top1"]["mean"] == 0.75 and scores["scores"]["top1"]["low"] < 0.5
+    assert scores["scores"]["top5"]["mean"] == 1  # there are but two classes
     assert scores["fingerprints"] == {"encoder": features.fingerprint, "head": probe.fingerprint}
     lines = [json.loads(line) for line in (tmp_path / "out/per_item.jsonl").read_text().splitlines()]
     assert [line["detail"]["predicted"] for line in lines] == [0, 0, 1, 1]
+
+
+def test_top_five_are_the_largest_logits_in_order() -> None:
+    assert ranked(torch.tensor([[0.0, 3.0, 1.0, 2.0, 6.0, 5.0, 4.0]])).tolist() == [[4, 5, 6, 1, 3]]
 
 
 def test_a_label_that_is_no_integer_is_named(tmp_path: Path) -> None:
@@ -151,7 +156,7 @@ def test_the_head_reads_class_and_mean_patch_token_after_the_restored_norm(tmp_p
         logits = head(*last_tokens(model, pixels_01))
     # fp32; logits of about 10 from sums over 48 features.
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    assert HeadClassifier(model, head)([image]).tolist() == expected.argmax(dim=1).tolist()
+    assert HeadClassifier(model, head)([image]).tolist() == expected.topk(5, dim=1).indices.tolist()
 
 
 def test_the_heads_transform_is_resize_256_and_centre_crop_224() -> None:

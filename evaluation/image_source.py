@@ -1,0 +1,178 @@
+"""Images in an order that never changes, read a few at a time: an image set, a folder, or arr_0 of an .npz file.
+
+Shapes: N images, H W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.images import DECODE_ERRORS, IMAGE_PARTS, read_rgb
+from engine import files
+from engine.config import UserError
+from evaluation.manifest import ImageSet, Item, write_image, write_manifest
+
+ARRAY_NAME = "arr_0"
+NPZ_NAME = "npz.json"
+
+
+class ImageSource(Protocol):
+    """What features are computed from."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of every byte of every image, in order."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """uint8 [stop - start, 3, H, W]. Raises UserError: no readable image, sizes differ."""
+
+
+class FileImages:
+    """Image files in the given order; implements ImageSource."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = tuple(paths)
+
+    @classmethod
+    def of_set(cls, images: ImageSet, items: Sequence[Item], role: str) -> FileImages:
+        """One role of an image set, in the manifest's order."""
+        return cls([images.path(item, role) for item in items])
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> FileImages:
+        """Every image below a folder, in the order of their paths. Raises UserError: none."""
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give one that holds images, or an .npz file")
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_PARTS)
+        if not paths:
+            raise UserError(f"{folder}: holds no image; supported: {', '.join(IMAGE_PARTS)}")
+        return cls(paths)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the files' hashes."""
+        return files.digest([files.sha256(path) for path in self._paths])
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Decodes the files."""
+        images = []
+        for path in self._paths[start:stop]:
+            try:
+                picture = read_rgb(io.BytesIO(path.read_bytes()))
+            except DECODE_ERRORS as error:
+                raise UserError(f"{path}: no readable image ({' '.join(str(error).split())})") from None
+            images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+            if images[-1].shape != images[0].shape:
+                sizes = " and ".join(f"{i.shape[2]} x {i.shape[1]}" for i in (images[0], images[-1]))
+                raise UserError(f"{path}: images of one set must be of one size, not {sizes}")
+        return torch.stack(images)
+
+
+@dataclass(frozen=True)
+class NpzImages:
+    """`arr_0`, uint8 [N, H, W, 3], of an .npz file as ADM publishes them; implements ImageSource.
+
+    Stored arrays are read in place; compressed ones have no place and are refused.
+    """
+
+    path: Path
+    shape: tuple[int, int, int, int]  # N, H, W, 3
+    offset: int  # of the first pixel in the file, bytes
+
+    @classmethod
+    def open(cls, path: Path) -> NpzImages:
+        """Raises UserError: no such file, no such array, another layout."""
+        with _zip(path) as archive:
+            names = archive.namelist()
+            if f"{ARRAY_NAME}.npy" not in names:
+                raise UserError(f"{path}: has no array '{ARRAY_NAME}' (there are: {', '.join(names)})")
+            entry = archive.getinfo(f"{ARRAY_NAME}.npy")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{path}: its arrays are compressed; store it again with numpy.savez")
+            with archive.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                read_header = (
+                    np.lib.format.read_array_header_1_0
+                    if version == (1, 0)
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, fortran, dtype = read_header(file)
+                header_bytes = file.tell()
+        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
+            raise UserError(f"{path}: '{ARRAY_NAME}' is {dtype} {list(shape)}; expected uint8 [N, H, W, 3]")
+        return cls(path, shape, _data_offset(path, entry) + header_bytes)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the file."""
+        return files.sha256(self.path)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Reads the images' bytes alone."""
+        image_bytes = int(np.prod(self.shape[1:]))
+        with self.path.open("rb") as file:
+            file.seek(self.offset + start * image_bytes)
+            payload = file.read((stop - start) * image_bytes)
+        if len(payload) != (stop - start) * image_bytes:
+            raise UserError(f"{self.path}: ends before image {stop}; fetch it again")
+        pixels = np.frombuffer(bytearray(payload), np.uint8).reshape(stop - start, *self.shape[1:])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def write_npz_set(path: Path, out: Path) -> int:
+    """An image set (`result`) of an .npz file's images, so that they can be scored and looked at; their number.
+
+    Images of an earlier run are kept; a set of another file is refused. Raises UserError as NpzImages.open.
+    """
+    images = NpzImages.open(path)
+    about = {"npz": images.digest}
+    if (out / NPZ_NAME).is_file() and files.read_json(out / NPZ_NAME) != about:
+        raise UserError(f"{out}: holds the images of another file; give another --out")
+    files.write_json(out / NPZ_NAME, about)
+    items = [Item(f"{index:06d}", {"result": f"{index:06d}.png"}, {}) for index in range(len(images))]
+    for index, item in enumerate(items):
+        if not (out / item.images["result"]).is_file():
+            write_image(out / item.images["result"], images.read(index, index + 1)[0])
+    write_manifest(out, items)
+    return len(items)
+
+
+def _zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give an .npz file with images") from None
+    except (zipfile.BadZipFile, OSError):
+        raise UserError(f"{path}: is no .npz file; fetch it again") from None
+
+
+def _data_offset(path: Path, entry: zipfile.ZipInfo) -> int:
+    """Where a stored entry's bytes begin: after its local header, whose own lengths count."""
+    with path.open("rb") as file:
+        return _local_header_end(file, entry.header_offset)
+
+
+def _local_header_end(file: BinaryIO, start: int) -> int:
+    file.seek(start)
+    header = file.read(30)  # PKZIP's local file header; the lengths of name and extra field stand at its end
+    name_bytes, extra_bytes = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    return start + 30 + name_bytes + extra_bytes

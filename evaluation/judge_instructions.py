@@ -1,0 +1,93 @@
+"""What judges of edits are told: the benchmarks' own sentences, read from the benchmarks' own files.
+
+Another wording gives other scores, so the files are downloaded with their hashes, or given; none is part of this
+project. EditScore keeps its sentences in a Python file (Apache-2.0), which is parsed, never run; ImgEdit-Bench in a
+JSON file, one text for each kind of edit.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine import files
+from engine.config import UserError
+
+SCALE = 25  # EditScore's; its sentences are written for 10 and say 25 to the judge
+INSTRUCTION, EDIT_PROMPT = "<instruction>", "<edit_prompt>"
+CONTEXT, EDIT_RULE, EDIT_SCORES, PICTURE_SCORES = (
+    "_context_no_delimit_reasoning_first",
+    "_prompts_0shot_two_image_edit_rule",
+    "_prompts_0shot_tie_rule_SC",
+    "_prompts_0shot_rule_PQ",
+)
+
+
+@dataclass(frozen=True)
+class VieInstructions:
+    """EditScore's two questions."""
+
+    edit: str  # about source and result; holds INSTRUCTION
+    picture: str  # about the result alone
+    sha256: str  # of the file
+
+    @classmethod
+    def read(cls, path: Path, scale: int = SCALE) -> VieInstructions:
+        """From EditScore's vie_prompts.py. Raises UserError: no such file, another one."""
+        texts = _constants(path)
+        absent = [name for name in (CONTEXT, EDIT_RULE, EDIT_SCORES, PICTURE_SCORES) if name not in texts]
+        if absent or INSTRUCTION not in texts[EDIT_SCORES]:
+            raise UserError(
+                f"{path}: has no {', '.join(absent) or INSTRUCTION}; give EditScore's vie_prompts.py"
+            )
+        edit, picture = (texts[name].replace("10", str(scale)) for name in (EDIT_SCORES, PICTURE_SCORES))
+        return cls(
+            "\n".join([texts[CONTEXT], texts[EDIT_RULE], edit]),
+            "\n".join([texts[CONTEXT], picture]),
+            files.sha256(path),
+        )
+
+
+@dataclass(frozen=True)
+class ImgEditInstructions:
+    """ImgEdit-Bench's question for each kind of edit; each holds EDIT_PROMPT."""
+
+    texts: dict[str, str]
+    sha256: str
+
+    @classmethod
+    def read(cls, path: Path) -> ImgEditInstructions:
+        """From ImgEdit-Bench's prompts.json. Raises UserError: no such file, another one."""
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: cannot be read as JSON ({type(error).__name__}); give prompts.json"
+            ) from None
+        if not isinstance(tree, dict) or not all(
+            isinstance(v, str) and EDIT_PROMPT in v for v in tree.values()
+        ):
+            raise UserError(
+                f"{path}: is not ImgEdit-Bench's prompts.json (kind of edit -> text with {EDIT_PROMPT})"
+            )
+        return cls(tree, files.sha256(path))
+
+
+def _constants(path: Path) -> dict[str, str]:
+    """Strings that a Python file gives names to at its top level."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read as Python ({type(error).__name__}); give vie_prompts.py"
+        ) from None
+    return {
+        node.targets[0].id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }

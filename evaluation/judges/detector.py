@@ -1,0 +1,165 @@
+"""Object detection for GenEval: Mask2Former of transformers, read the way mmdetection reads it.
+
+GenEval's detector is mmdetection's Mask2Former Swin-S; `facebook/mask2former-swin-small-coco-instance` is the same
+architecture (COCO AP 46.3, theirs 46.1). What mmdetection does around the network is done here, because it decides
+scores: short side to 800 px (long side at most 1333), padding to multiples of 32; of all queries and classes the 100
+surest pairs; score = class probability times the mean probability of the mask where it is above one half; box = the
+mask's extent.
+
+Shapes: H W pixels of the image, Q queries, K classes, n = pairs that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Mask2FormerForUniversalSegmentation
+
+from engine import files
+from engine.config import UserError
+from tokenizer.weights import freeze, state_hash
+
+MODEL = "facebook/mask2former-swin-small-coco-instance"
+SHORT_PX, LONG_PX, MULTIPLE_PX = 800, 1333, 32
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+MAX_DETECTIONS = 100
+CLASSES = (
+    "person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign "
+    "parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie "
+    "suitcase frisbee skis snowboard sports_ball kite baseball_bat baseball_glove skateboard surfboard "
+    "tennis_racket bottle wine_glass cup fork knife spoon bowl banana apple sandwich orange broccoli carrot hot_dog "
+    "pizza donut cake chair couch potted_plant bed dining_table toilet tv laptop computer_mouse tv_remote "
+    "computer_keyboard cell_phone microwave oven toaster sink refrigerator book clock vase scissors teddy_bear "
+    "hair_drier toothbrush"
+)
+NAMES = tuple(name.replace("_", " ") for name in CLASSES.split())
+"""COCO's 80 classes by index, as GenEval's prompts call them."""
+
+
+@dataclass(frozen=True)
+class FoundObject:
+    """One detection with its mask."""
+
+    name: str
+    score: float
+    box: tuple[float, float, float, float]  # x0, y0, x1, y1 (x1, y1 outside), pixels
+    mask: Tensor  # bool [H, W]
+
+
+class Detector(Protocol):
+    """Finds objects of COCO's classes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of weights and preparation."""
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """In words, JSON-able."""
+
+    def __call__(self, image: Tensor) -> list[FoundObject]:
+        """uint8 [3, H, W] -> every detection, however unsure."""
+
+
+class Mask2FormerDetector:
+    """Implements Detector."""
+
+    def __init__(self, model: nn.Module, device: str = "cpu", source: str = "given") -> None:
+        """Raises UserError: a model of other classes."""
+        config: Any = model.config
+        if config.num_labels != len(NAMES):
+            raise UserError(
+                f"{source}: a detector of {config.num_labels} classes; GenEval needs COCO's {len(NAMES)}"
+            )
+        self._device = torch.device(device)
+        self._model = model.to(self._device)
+        freeze(self._model)
+        self.protocol: Mapping[str, Any] = {
+            "network": source,
+            "input": f"short side {SHORT_PX}, long side at most {LONG_PX}, bilinear, padded to {MULTIPLE_PX}",
+            "score": "class probability times mean mask probability above 0.5, 100 surest (mmdetection)",
+        }
+        self.fingerprint = files.digest([state_hash(model), dict(self.protocol)])
+
+    @classmethod
+    def load(cls, name: str = "download", device: str = "cpu") -> Mask2FormerDetector:
+        """`name`: `download`, or a folder of transformers. Raises UserError: cannot be had, other classes."""
+        name = MODEL if name == "download" else name
+        try:
+            model = Mask2FormerForUniversalSegmentation.from_pretrained(name, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"detector '{name}' cannot be had ({reason}); give a folder with it") from None
+        return cls(model, device, name)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor) -> list[FoundObject]:
+        """uint8 [3, H, W]."""
+        assert image.dtype == torch.uint8 and image.ndim == 3
+        x, (height, width) = prepare(image.to(self._device))
+        output = self._model(pixel_values=x)
+        return post_process(
+            output.class_queries_logits[0].float(),
+            output.masks_queries_logits[0].float(),
+            padded=(x.shape[2], x.shape[3]),
+            inside=(height, width),
+            original=(image.shape[1], image.shape[2]),
+        )
+
+
+def prepare(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """uint8 [3, H, W] -> float32 [1, 3, padded H, padded W], and the size inside the padding."""
+    height, width = image.shape[1:]
+    scale = min(LONG_PX / max(height, width), SHORT_PX / min(height, width))
+    size = (int(height * scale + 0.5), int(width * scale + 0.5))
+    x = F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)
+    x = x.round()  # the original resizes 8-bit images
+    mean, std = (torch.tensor(values, device=x.device)[None, :, None, None] for values in (MEAN, STD))
+    x = (x - mean) / std
+    right, bottom = (-side % MULTIPLE_PX for side in (size[1], size[0]))
+    return F.pad(x, (0, right, 0, bottom)), size
+
+
+def post_process(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    *,
+    padded: tuple[int, int],
+    inside: tuple[int, int],
+    original: tuple[int, int],
+) -> list[FoundObject]:
+    """float32 [Q, K + 1] (last: no object) and [Q, h, w] -> at most MAX_DETECTIONS objects, the surest class first.
+
+    Sizes are (height, width): of the padded input, of the image in it, of the image as it was given.
+    """
+    scores = class_logits.softmax(dim=-1)[:, :-1]
+    num_classes = scores.shape[1]
+    top_scores, places = scores.flatten().topk(min(MAX_DETECTIONS, scores.numel()))
+    queries, classes = places // num_classes, places % num_classes
+    used, which = torch.unique(queries, return_inverse=True)
+    masks = F.interpolate(mask_logits[used][None], size=padded, mode="bilinear", align_corners=False)
+    masks = masks[:, :, : inside[0], : inside[1]]
+    masks = F.interpolate(masks, size=original, mode="bilinear", align_corners=False)[0]
+    binary = masks > 0
+    area = binary.flatten(1).sum(1)
+    sureness = (masks.sigmoid() * binary).flatten(1).sum(1) / (area + 1e-6)
+    total = (top_scores * sureness[which]).tolist()
+    on_cpu = binary.cpu()
+    boxes = [_box(mask) for mask in on_cpu]
+    return [
+        FoundObject(NAMES[class_index], score, boxes[mask_index], on_cpu[mask_index])
+        for class_index, score, mask_index in zip(classes.tolist(), total, which.tolist(), strict=True)
+    ]
+
+
+def _box(mask: Tensor) -> tuple[float, float, float, float]:
+    """Extent of a bool [H, W]; zeros for an empty one."""
+    rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
+    if not len(rows):
+        return (0.0, 0.0, 0.0, 0.0)
+    return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))

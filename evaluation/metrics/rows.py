@@ -1,0 +1,53 @@
+"""Feature vectors that are read in blocks, so that no metric needs all of them in memory.
+
+Shapes: N vectors, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+BLOCK_ROWS = 2048
+
+
+class Rows(Protocol):
+    """N vectors somewhere."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """float32 [min(stop, N) - start, D]."""
+
+    def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
+        """float32 [len(indices), D]."""
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """Vectors in memory; implements Rows."""
+
+    values: Tensor  # [N, D]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """A slice."""
+        return self.values[start:stop]
+
+    def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
+        """A selection."""
+        return self.values[np.asarray(indices, np.int64)]
+
+
+def blocks(rows: Rows, count: int = BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:
+    """(first index, vectors) of all rows in order."""
+    for start in range(0, len(rows), count):
+        yield start, rows.read(start, start + count)

@@ -1,0 +1,96 @@
+"""A benchmark's own files -> a file of prompts or edits that launch/sample.py draws from (generator/prompts.py).
+
+What the suites need later is passed on from line to line into the manifest: GenEval's clauses, DPG-Bench's item_id,
+the group and instruction of an edit. GenEval's own file can be drawn from as it is.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from data.images import DECODE_ERRORS
+from engine import files
+from engine.config import UserError
+from evaluation.metrics.dpg import read_graphs
+
+PROMPTS_NAME = "prompts.jsonl"
+GEDIT_COLUMNS = ("key", "task_type", "instruction", "instruction_language", "input_image")
+
+
+def write_dpg(table: Path, out: Path) -> int:
+    """One prompt for each item id of dpg_bench.csv; their number."""
+    graphs = read_graphs(table)
+    return _write(out, ({"key": key, "prompt": g.prompt, "item_id": key} for key, g in graphs.items()))
+
+
+def write_gedit(tables: Sequence[Path], out: Path) -> int:
+    """The English rows of GEdit-Bench's parquet files, their images beside the prompts; the number of rows.
+
+    Raises UserError: no parquet files, other columns, an image that cannot be read.
+    """
+    return _write(out, _gedit_rows(tables, out))
+
+
+def write_imgedit(edits: Path, images: Path, out: Path) -> int:
+    """The edits of basic_edit.json; `images` holds the originals. Raises UserError: another file, a missing image."""
+    try:
+        tree = files.read_json(edits)
+        rows = [
+            {
+                "key": str(key),
+                "image": str((images / row["id"]).resolve()),
+                "instruction": row["prompt"],
+                "edit_type": row["edit_type"],
+            }
+            for key, row in tree.items()
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{edits}: is not ImgEdit-Bench's basic_edit.json (key -> id, prompt, edit_type)"
+        ) from None
+    for row in rows:
+        if not Path(row["image"]).is_file():
+            raise UserError(f"{row['image']}: no such file; unpack ImgEdit-Bench's images below {images}")
+    return _write(out, rows)
+
+
+def _gedit_rows(tables: Sequence[Path], out: Path) -> Iterable[dict[str, Any]]:
+    for path in tables:
+        try:
+            table = pq.ParquetFile(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path}: is no readable parquet file ({type(error).__name__})") from None
+        absent = [name for name in GEDIT_COLUMNS if name not in table.schema_arrow.names]
+        if absent:
+            raise UserError(f"{path}: has no {', '.join(absent)}; give the files of stepfun-ai/GEdit-Bench")
+        for batch in table.iter_batches(batch_size=16, columns=list(GEDIT_COLUMNS)):
+            for row in batch.to_pylist():
+                if row["instruction_language"] == "en":
+                    yield _gedit_row(row, out, path)
+
+
+def _gedit_row(row: Mapping[str, Any], out: Path, where: Path) -> dict[str, Any]:
+    name = f"images/{row['key']}.png"
+    try:
+        with Image.open(io.BytesIO(row["input_image"]["bytes"])) as image:
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "PNG")
+    except (TypeError, KeyError, *DECODE_ERRORS):
+        raise UserError(f"{where}: row '{row['key']}' holds no readable input_image") from None
+    files.write_bytes(out / name, buffer.getvalue())
+    fields = {name: row[name] for name in ("key", "instruction", "task_type", "instruction_language")}
+    return {**fields, "image": name}
+
+
+def _write(out: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    lines = [json.dumps(row) + "\n" for row in rows]
+    files.write_text(out / PROMPTS_NAME, "".join(lines))
+    return len(lines)

@@ -1,0 +1,124 @@
+"""The store of expensive answers: append-only records keyed by item, pass and everything that decides the answer.
+
+DIR/records-RANK.jsonl, one line an answer: {"item", "pass", "config", "value"}. A line is complete or it does not
+count: the torn last line of a killed run is cut off when its file is next written. Every rank appends to a file of
+its own and reads all of them, so a run can go on with another number of ranks. Answers under another config (other
+weights, another prompt, another image) stay where they are and are not found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data.progress import ProgressLine
+from engine import files
+from engine.config import UserError
+
+Key = tuple[str, int, str]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a judge is asked, once."""
+
+    item: str
+    """Key of the item, with what is asked of it where that is several things: `KEY/sc`."""
+    number: int
+    """Of the pass, from 0."""
+    config: str
+    """Hash of all that decides the answer."""
+    ask: Callable[[], Any]
+    """Gives the answer, JSON-able; minutes may pass."""
+
+    @property
+    def key(self) -> Key:
+        """Under which the answer is stored."""
+        return self.item, self.number, self.config
+
+
+class RecordStore:
+    """Answers of earlier runs, and a file for those of this one."""
+
+    def __init__(self, directory: Path, rank: int = 0) -> None:
+        """Raises UserError: a line that is no record, one question with two answers."""
+        self._directory = directory
+        self._path = directory / f"records-{rank:05d}.jsonl"
+        self._answers: dict[Key, Any] = {}
+        for path in sorted(directory.glob("records-*.jsonl")):
+            self._read(path)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def find(self, item: str, number: int, config: str) -> Any:
+        """The answer. Raises UserError: there is none yet."""
+        try:
+            return self._answers[item, number, config]
+        except KeyError:
+            raise UserError(
+                f"{self._directory}: has no answer for '{item}', pass {number}; run the same command again to go on"
+            ) from None
+
+    def answer(self, questions: Sequence[Question], what: str) -> None:
+        """Asks those that have no answer yet, in order; each answer is on disk before the next question."""
+        todo = [question for question in questions if question.key not in self._answers]
+        if not todo:
+            return
+        progress = ProgressLine(what, "answers")
+        self._directory.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(self._path)
+        with self._path.open("ab") as file:
+            for count, question in enumerate(todo, start=1):
+                value = question.ask()
+                record = {
+                    "item": question.item,
+                    "pass": question.number,
+                    "config": question.config,
+                    "value": value,
+                }
+                file.write(json.dumps(record).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                self._answers[question.key] = value
+                progress.show(count, count / len(todo))
+
+    def _read(self, path: Path) -> None:
+        *lines, _torn = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                record: Mapping[str, Any] = json.loads(line)
+                key, value = (
+                    (str(record["item"]), int(record["pass"]), str(record["config"])),
+                    record["value"],
+                )
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}:{number}: is no record; take the line out and run again") from None
+            if self._answers.setdefault(key, value) != value:
+                raise UserError(
+                    f"{path}:{number}: another answer to '{key[0]}', pass {key[1]}; keep one of them"
+                )
+
+
+def share(values: Sequence[T], rank: int, world: int) -> Sequence[T]:
+    """This rank's part: fixed by the place in the list, so that ranks never meet."""
+    return values[rank::world]
+
+
+def config_hash(*parts: Any) -> str:
+    """Of JSON-able values; 16 digits tell the configs of one store apart."""
+    return files.digest(list(parts))[:16]
+
+
+def _cut_torn_line(path: Path) -> None:
+    if path.is_file():
+        payload = path.read_bytes()
+        whole = payload.rfind(b"\n") + 1
+        if whole != len(payload):
+            with path.open("r+b") as file:
+                file.truncate(whole)

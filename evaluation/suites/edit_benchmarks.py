@@ -1,0 +1,205 @@
+"""GEdit-Bench-EN and ImgEdit-Bench: a vision-language judge rates edits.
+
+Items have the roles `source` and `result`, and in their meta the instruction and the benchmark's group. Every score
+carries the judge's name. Answers that cannot be read are counted in `unparseable` and give no score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.config import UserError
+from evaluation.judge_instructions import (
+    EDIT_PROMPT,
+    INSTRUCTION,
+    SCALE,
+    ImgEditInstructions,
+    VieInstructions,
+)
+from evaluation.judges.interface import Asked, VisionLanguageJudge, question
+from evaluation.manifest import ImageSet, Item
+from evaluation.metrics.interval import mean_of_means
+from evaluation.metrics.vie import read_scores, read_three_ratings, sample_scores
+from evaluation.runner import Measurement, SetScore
+from evaluation.store import Question, RecordStore, share
+
+FIRST_SEED = 42  # pass i is asked with FIRST_SEED + i, as EditScore does
+GEDIT_GROUPS = (
+    "background_change",
+    "color_alter",
+    "material_alter",
+    "motion_change",
+    "ps_human",
+    "style_change",
+    "subject-add",
+    "subject-remove",
+    "subject-replace",
+    "text_change",
+    "tone_transfer",
+)
+GEDIT_ROWS = 606
+IMGEDIT_ROWS = 737
+
+
+class GEditSuite:
+    """Implements Suite, SetSuite and CollectingSuite of evaluation.runner; groups: meta.task_type."""
+
+    name = "gedit"
+    roles = ("source", "result")
+
+    def __init__(
+        self, instructions: VieInstructions, judge: VisionLanguageJudge, store: Path, *, num_passes: int = 1
+    ) -> None:
+        """Every item is judged `num_passes` times, with seeds that follow each other."""
+        if num_passes < 1:
+            raise UserError(f"{num_passes} passes; give at least 1")
+        self._instructions, self._judge, self._store, self._num_passes = (
+            instructions,
+            judge,
+            store,
+            num_passes,
+        )
+        self.protocol: Mapping[str, Any] = {
+            "scale": f"{SCALE}, divided by {SCALE / 10}",
+            "passes": num_passes,
+            "seeds": f"{FIRST_SEED} and on",
+            "overall": "sqrt(SC PQ) of each pass, mean over passes, then samples, then groups, unweighted",
+            **judge.protocol,
+        }
+        self.fingerprints: Mapping[str, str] = {
+            "judge": judge.fingerprint,
+            "instructions": instructions.sha256,
+        }
+
+    def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
+        """Answers about this rank's edits."""
+        questions = [
+            one
+            for item in share(items, rank, world)
+            for number in range(self._num_passes)
+            for one in self._questions(images, item, number)
+        ]
+        RecordStore(self._store, rank).answer(questions, f"rank {rank}: GEdit-Bench")
+
+    def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
+        """sc, pq and o, means over the passes that could be read; nan without any."""
+        store = RecordStore(self._store)
+        found = []
+        for item in items:
+            read, answers = [], []
+            for number in range(self._num_passes):
+                texts = [str(store.find(*one.key)) for one in self._questions(images, item, number)]
+                edit, picture = (read_scores(text, SCALE) for text in texts)
+                answers.append(texts)
+                read.append(None if edit is None or picture is None else sample_scores(edit, picture, SCALE))
+            scores = [one for one in read if one is not None]
+            means = [math.fsum(column) / len(scores) for column in zip(*scores, strict=True)] or [
+                math.nan
+            ] * 3
+            values = dict(zip(("sc", "pq", "o"), means, strict=True))
+            unparseable = tuple(one is None for one in read)
+            detail = {"answers": answers[0]}
+            found.append(
+                Measurement({**values, "unparseable": unparseable}, (item.field("task_type"),), detail)
+            )
+        return found
+
+    def measure_set(self, images: ImageSet, items: Sequence[Item]) -> dict[str, SetScore]:
+        """G_SC, G_PQ and G_O."""
+        measured = self.measure(images, items)
+        note = _completeness(measured, len(items), GEDIT_ROWS, len(GEDIT_GROUPS), "GEdit-Bench-EN")
+        return {
+            f"g_{metric}_{self._judge.name}": SetScore.of(mean_of_means(_by_group(measured, metric)), note)
+            for metric in ("sc", "pq", "o")
+        }
+
+    def _questions(self, images: ImageSet, item: Item, number: int) -> list[Question]:
+        if item.meta.get("instruction_language", "en") != "en":
+            raise UserError(
+                f"item '{item.key}': its instruction is not English; GEdit-Bench-EN leaves it out"
+            )
+        edit = self._instructions.edit.replace(INSTRUCTION, item.field("instruction"))
+        seed = FIRST_SEED + number
+        asked = (
+            Asked("sc", ("source", "result"), edit, seed, number, like="source"),
+            Asked("pq", ("result",), self._instructions.picture, seed, number, like="source"),
+        )
+        return [question(self._judge, images, item, one) for one in asked]
+
+
+class ImgEditSuite:
+    """Implements Suite, SetSuite and CollectingSuite of evaluation.runner; groups: meta.edit_type.
+
+    An item's score is the mean of three ratings from 1 to 5; the benchmark's the unweighted mean over kinds of edits.
+    """
+
+    name = "imgedit"
+    roles = ("source", "result")
+
+    def __init__(self, instructions: ImgEditInstructions, judge: VisionLanguageJudge, store: Path) -> None:
+        self._instructions, self._judge, self._store = instructions, judge, store
+        self.protocol: Mapping[str, Any] = {
+            "score": "mean of three ratings from 1 to 5, mean over items of a kind, then over kinds, unweighted",
+            "seed": FIRST_SEED,
+            **judge.protocol,
+        }
+        self.fingerprints: Mapping[str, str] = {
+            "judge": judge.fingerprint,
+            "instructions": instructions.sha256,
+        }
+
+    def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
+        """Answers about this rank's edits."""
+        questions = [self._question(images, item) for item in share(items, rank, world)]
+        RecordStore(self._store, rank).answer(questions, f"rank {rank}: ImgEdit-Bench")
+
+    def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
+        """`rating` of every edit; nan where the answer cannot be read."""
+        store = RecordStore(self._store)
+        found = []
+        for item in items:
+            text = str(store.find(*self._question(images, item).key))
+            ratings = read_three_ratings(text)
+            rating = math.nan if ratings is None else sum(ratings) / len(ratings)
+            values = {"rating": rating, "unparseable": ratings is None}
+            found.append(Measurement(values, (item.field("edit_type"),), {"answers": [text]}))
+        return found
+
+    def measure_set(self, images: ImageSet, items: Sequence[Item]) -> dict[str, SetScore]:
+        """The mean over kinds of edits."""
+        measured = self.measure(images, items)
+        note = _completeness(
+            measured, len(items), IMGEDIT_ROWS, len(self._instructions.texts), "ImgEdit-Bench"
+        )
+        overall = mean_of_means(_by_group(measured, "rating"))
+        return {f"imgedit_{self._judge.name}": SetScore.of(overall, note)}
+
+    def _question(self, images: ImageSet, item: Item) -> Question:
+        kind = item.field("edit_type")
+        if kind not in self._instructions.texts:
+            known = ", ".join(self._instructions.texts)
+            raise UserError(f"item '{item.key}': edit_type '{kind}' has no instructions; there are {known}")
+        text = self._instructions.texts[kind].replace(EDIT_PROMPT, item.field("instruction"))
+        asked = Asked("rating", ("source", "result"), text, FIRST_SEED, text_first=True)
+        return question(self._judge, images, item, asked)
+
+
+def _by_group(measured: Sequence[Measurement], metric: str) -> list[list[float]]:
+    """Values that could be read, of every group: a group without any leaves the benchmark without a score."""
+    groups: dict[str, list[float]] = {}
+    for one in measured:
+        values = groups.setdefault(one.groups[0], [])
+        value = float(one.values[metric])  # type: ignore[arg-type]
+        if not math.isnan(value):
+            values.append(value)
+    return list(groups.values())
+
+
+def _completeness(measured: Sequence[Measurement], n: int, rows: int, num_groups: int, benchmark: str) -> str:
+    groups = {one.groups[0] for one in measured}
+    if n == rows and len(groups) == num_groups:
+        return ""
+    return f"{n} edits in {len(groups)} groups; {benchmark} has {rows} in {num_groups}"
