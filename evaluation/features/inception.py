@@ -13,6 +13,7 @@ Shapes: B images, H W pixels, D = 2048 features, C channels.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ class AdmInception:
         self.classifier = classifier.float().cpu()
         self.pool_dim = classifier.shape[1]
         self.dim = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape[1]
-        self.fingerprint = files.digest([self._pool.fingerprint, files.digest(self.classifier.tolist())])
+        head = hashlib.sha256(self.classifier.contiguous().numpy().tobytes()).hexdigest()
+        self.fingerprint = files.digest([self._pool.fingerprint, head])
         self.protocol: Mapping[str, Any] = {
             **self._pool.protocol,
             "network": "InceptionV3 of FID: pool3, and 7 channels of mixed_6/conv for sFID",

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from engine.config import ConfigError, UserError
 from evaluation.downloads import fetch
-from evaluation.features.inception import WEIGHTS_SHA256, WEIGHTS_URL, InceptionFeatures
+from evaluation.features.inception import WEIGHTS_SHA256, WEIGHTS_URL, AdmInception, InceptionFeatures
 from evaluation.features.interface import extract
 from evaluation.features.representation import RepresentationFeatures
 from evaluation.features.tf1_resize import resize_tf1
@@ -155,6 +155,22 @@ def test_inception_does_not_depend_on_the_batch_and_names_its_weights(weights: P
     torch.testing.assert_close(features(pixels[1:2]), together[1:2], rtol=1e-4, atol=1e-5)
     assert features.protocol["weights"] == "not the published file"
     assert InceptionFeatures.load(str(weights)).fingerprint == features.fingerprint
+
+
+def test_adms_inception_gives_pool3_and_seven_spatial_channels_of_the_file(
+    weights: Path, tmp_path: Path
+) -> None:
+    features = AdmInception.load(str(weights))
+    assert (features.pool_dim, features.dim) == (2048, 2048 + 17 * 17 * 7)
+    assert torch.equal(features.classifier, published_state()["fc.weight"])
+    pixels = torch.randint(256, (1, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    pool, spatial = features(pixels).split([2048, 17 * 17 * 7], dim=1)
+    assert torch.equal(pool, InceptionFeatures.load(str(weights))(pixels))
+    assert (spatial >= 0).all() and spatial.max() > 0  # after the activation
+    headless = {name: tensor for name, tensor in published_state().items() if not name.startswith("fc.")}
+    torch.save(headless, tmp_path / "headless.pth")
+    with pytest.raises(UserError, match=r"has no fc\.weight, which the inception score needs"):
+        AdmInception.load(str(tmp_path / "headless.pth"))
 
 
 @pytest.mark.parametrize(
