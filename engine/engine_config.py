@@ -34,6 +34,10 @@ class EngineConfig:
     log_every_steps: int = 10
     checkpoint_every_steps: int = 1000
     keep_checkpoints: int = 2
+    export_at_steps: tuple[int, ...] = ()
+    """Steps whose averaged weights are also exported, to export_step_XXXXXXXX beside the last ones' export: what guides
+    by an early model (AutoGuidance) needs.
+    """
     sample_every_steps: int = 0
     """Steps between sample grids; 0: only at the end."""
     max_nonfinite_steps: int = 5
@@ -66,5 +70,7 @@ class EngineConfig:
             raise ConfigError(f"loss_spike_factor is {self.loss_spike_factor}; it must be above 1")
         if self.hang_timeout_s < 0:
             raise ConfigError(f"hang_timeout_s is {self.hang_timeout_s}; give seconds, or 0 for no limit")
+        if any(not 1 <= step <= self.steps for step in self.export_at_steps):
+            raise ConfigError(f"export_at_steps {self.export_at_steps}: give steps from 1 to {self.steps}")
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; it must be at least 1")

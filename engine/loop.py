@@ -128,6 +128,10 @@ class _Run:
             if self.config.sample_every_steps and self.step % self.config.sample_every_steps == 0:
                 with self.spans("samples"):
                     self._write_samples()
+            if (
+                self.step in self.config.export_at_steps
+            ):  # before a checkpoint: a resumed run would not come here
+                self._export(f"{EXPORT}_step_{self.step:08d}")
             stop = self._stop_agreed()
             if stop or self.step % self.config.checkpoint_every_steps == 0 or self.step == self.config.steps:
                 with self.spans("checkpoint"):
@@ -136,7 +140,8 @@ class _Run:
                 raise UserError(
                     f"stopped by a signal at step {self.step}, saved; run the same command to go on"
                 )
-        export = self._export()
+        self._write_samples()
+        export = self._export(EXPORT)
         if self.log:
             self.log.line(
                 f"finished {self.step} steps in {seconds_text(time.monotonic() - begin_s)}: {export}"
@@ -334,9 +339,8 @@ class _Run:
         self.step = state["step"]
         return state
 
-    def _export(self) -> Path:
-        export = self.run_dir / EXPORT
-        self._write_samples()
+    def _export(self, name: str) -> Path:
+        export = self.run_dir / name
         with self._averaged(), masters.gathered(self.engines["main"]):
             if self.ranks.is_first:
                 with files.directory(export) as temporary:

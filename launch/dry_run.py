@@ -11,10 +11,13 @@ from data.shards import LatentInfo, ShardDataset
 from engine.config import UserError, dump
 from engine.engine_config import EngineConfig
 from engine.objective import Objective
+from generator.class_conditional import sizing as class_sizing
+from generator.class_conditional.model import new_generator
+from generator.class_conditional.sizing import num_tokens
 from generator.flow import resolve_shift
 from generator.model import Generator
 from generator.sizing import activation_bytes, training_flops, typical_pack
-from launch.runs import GeneratorRun, TokenizerRun
+from launch.runs import ClassRun, GeneratorRun, TokenizerRun
 from tokenizer.rpiae import Autoencoder, without_download
 from tokenizer.stages import autoencoder_config
 
@@ -32,6 +35,10 @@ LATENT_SHAPES = {
     "runs/ablations/table5c/latent32/decoder/export": (32, 16, 16),
     "runs/ablations/table5c/latent128/decoder/export": (128, 16, 16),
     "runs/rae": (768, 16, 16),
+    "runs/rae-s": (384, 16, 16),
+    "runs/ablations/table2/raw_adaptive/export": (768, 16, 16),
+    "runs/ablations/table2/normalised/export": (768, 16, 16),
+    "runs/ablations/table2/fixed_weight/export": (768, 16, 16),
     "runs/va-vae": (32, 16, 16),
     "runs/sd-vae": (4, 32, 32),
     "runs/flux-vae": (16, 32, 32),
@@ -99,15 +106,37 @@ def tokenizer_run(run: TokenizerRun) -> str:
 
 def generator_run(run: GeneratorRun, *, is_edit: bool) -> str:
     """Report of a text-to-image or editing run. Without the shards, the latents' shape is assumed and said so."""
-    note, shape = "", LATENT_SHAPES.get(run.autoencoder or "", PAPER_LATENTS)
+    note, shape = _latent_shape(run)
+    plan = generator_plan(run, shape, is_edit=is_edit)
+    each = f"{plan.activations / run.packing.tokens_per_pack / 1024:,.0f} KiB a token"
+    step = f"{plan.num_tokens:,} tokens, about {plan.num_images:,} targets"
+    return _plan_report(run, plan, note, shape, step, each)
+
+
+def class_run(run: ClassRun) -> str:
+    """Report of a class-conditional run, as `generator_run`."""
+    note, shape = _latent_shape(run)
+    plan = class_plan(run, shape)
+    each = f"{plan.activations / run.packing.images_per_pack / 2**20:,.0f} MiB an image"
+    step = f"{plan.num_images:,} images of {num_tokens(run.generator, shape)} tokens"
+    return _plan_report(run, plan, note, shape, step, each)
+
+
+def _latent_shape(run: GeneratorRun | ClassRun) -> tuple[str, tuple[int, int, int]]:
+    """A note where the shape is assumed, and the shape."""
+    shape = LATENT_SHAPES.get(run.autoencoder or "", PAPER_LATENTS)
     try:
         first = next(iter(run.data.sets.values())).shards
         latents = ShardDataset.open(first, run.data.storage).manifest.latent
-        shape = shape if latents is None else latents.shape
     except UserError as error:
-        note = f"note: {error}; sizes below are for latents of {'x'.join(map(str, shape))}\n"
-    plan = generator_plan(run, shape, is_edit=is_edit)
-    engine, each = run.engine, f"{plan.activations / run.packing.tokens_per_pack / 1024:,.0f} KiB a token"
+        return f"note: {error}; sizes below are for latents of {'x'.join(map(str, shape))}\n", shape
+    return "", shape if latents is None else latents.shape
+
+
+def _plan_report(
+    run: GeneratorRun | ClassRun, plan: Plan, note: str, shape: tuple[int, int, int], step: str, each: str
+) -> str:
+    engine = run.engine
     lines = [
         note + dump(run) + "---",
         *(f"parameters: {name} {count:,}" for name, count in plan.counts.items()),
@@ -115,8 +144,7 @@ def generator_run(run: GeneratorRun, *, is_edit: bool) -> str:
     lines += [
         f"trained: {plan.num_trained:,} of {sum(plan.counts.values()):,}",
         f"time shift of {'x'.join(map(str, shape))}: {resolve_shift(run.flow.time_shift, shape):.3g}",
-        f"a step: {plan.num_tokens:,} tokens, about {plan.num_images:,} targets, {plan.step_flops:.3g} FLOP; "
-        f"{engine.steps:,} steps",
+        f"a step: {step}, {plan.step_flops:.3g} FLOP; {engine.steps:,} steps",
         f"activations of a pack: {plan.activations / 2**30:.1f} GiB, {each}",
         f"on N GPUs (ZeRO-{engine.zero_stage}), memory of each; a step's computing at {FLOPS_PER_GPU:.0e} FLOP/s and "
         "exchange; the run:",
@@ -125,8 +153,8 @@ def generator_run(run: GeneratorRun, *, is_edit: bool) -> str:
         if gpus > run.data.num_streams:
             lines.append(f"  {gpus:3d}: refused, a step has {run.data.num_streams} packs (data.num_streams)")
             continue
-        step = f"{plan.compute_s(gpus):7.3f} s + {plan.exchange_s(gpus):5.3f} s"
-        lines.append(f"  {gpus:3d}: {plan.memory_gib(gpus):6.1f} GiB, {step}, {plan.hours(gpus):9.1f} h")
+        seconds = f"{plan.compute_s(gpus):7.3f} s + {plan.exchange_s(gpus):5.3f} s"
+        lines.append(f"  {gpus:3d}: {plan.memory_gib(gpus):6.1f} GiB, {seconds}, {plan.hours(gpus):9.1f} h")
     return "\n".join(lines)
 
 
@@ -155,6 +183,34 @@ def generator_plan(run: GeneratorRun, shape: tuple[int, int, int], *, is_edit: b
             step.times(1 / streams),
             run.generator,
             channels,
+            precision=run.engine.precision,
+            checkpointing=is_checkpointed,
+        ),
+        engine=run.engine,
+        num_streams=streams,
+        checkpointing=is_checkpointed,
+    )
+
+
+def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
+    """The arithmetic."""
+    latents = LatentInfo("bf16", shape, (0.0,) * shape[0], (1.0,) * shape[0], "", "")
+    with torch.device("meta"):
+        model = new_generator(run.generator, latents)
+    streams, is_checkpointed = run.data.num_streams, run.flow.activation_checkpointing
+    num_images = run.packing.images_per_pack * streams
+    counts = {name: num_parameters(part) for name, part in model.named_children()}
+    counts["positions"] = model.pos_embed.numel()
+    return Plan(
+        counts=counts,
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_tokens=num_images * num_tokens(run.generator, shape),
+        num_images=num_images,
+        step_flops=class_sizing.training_flops(run.generator, shape, num_images),
+        activations=class_sizing.activation_bytes(
+            run.generator,
+            shape,
+            run.packing.images_per_pack,
             precision=run.engine.precision,
             checkpointing=is_checkpointed,
         ),
