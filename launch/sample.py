@@ -21,9 +21,7 @@ from generator.prompts import read_prompts
 from generator.sampling import SamplingConfig
 from launch import entry
 from launch.runs import GeneratorRun
-from launch.sampling_options import add_sampling_options, read_sampling_options
-
-TIMEOUT_S = 7 * 86400  # ranks that are done wait for those that are not, with nothing between
+from launch.sampling_options import WAIT_S, add_sampling_options, read_sampling_options
 
 
 def main() -> None:
@@ -69,7 +67,7 @@ def _draw_file(
     prompts, out = Path(arguments.prompts), Path(arguments.out)
     config = SampledSetConfig(prompts, out, *models, sampling, arguments.num_images)
     read_prompts(prompts)  # before the ranks meet: a mistake is one line, not one from each
-    ranks = distributed.start(TIMEOUT_S)
+    ranks = distributed.start(WAIT_S)
     config = dataclasses.replace(config, device=str(ranks.device))
     count = draw_set(config, rank=ranks.rank, world=ranks.world, barrier=ranks.barrier)
     if ranks.is_first:
