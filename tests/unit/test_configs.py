@@ -12,6 +12,7 @@ from engine.schedule import learning_rate
 from launch.ablation import VARIANTS, AblationRun
 from launch.dry_run import LATENT_SHAPES
 from launch.quickstart import QuickstartRun
+from launch.quickstart_class import QuickstartClassRun
 from launch.recipes import table
 from launch.runs import ClassRun, EncodeRun, GeneratorRun, JudgeRun, StandInRun, TokenizerRun
 
@@ -26,6 +27,10 @@ KINDS: dict[str, type] = {
     "quickstart/t2i.yaml": GeneratorRun,
     "quickstart/edit.yaml": GeneratorRun,
     "quickstart/latents.yaml": EncodeRun,
+    "quickstart_class/run.yaml": QuickstartClassRun,
+    "quickstart_class/data.yaml": EmojiConfig,
+    **{f"quickstart_class/{name}_tokenizer.yaml": TokenizerRun for name in ("rae", "vae")},
+    **{f"quickstart_class/latents_{name}.yaml": EncodeRun for name in ("rpiae", "rae", "vae")},
     **{f"quickstart/{stage}.yaml": TokenizerRun for stage in ("pivot", "bridge", "decoder")},
 }
 FOLDERS: dict[str, type] = {
@@ -33,6 +38,7 @@ FOLDERS: dict[str, type] = {
     "ablation": TokenizerRun,
     "latents": EncodeRun,
     "generator": GeneratorRun,
+    "quickstart_class": ClassRun,
 }
 CLASS = CONFIGS / "generator" / "class"
 
