@@ -174,6 +174,13 @@ def unpatchify(out_BTO: Tensor, channels: int, grid: tuple[int, int], patch: int
     return places.permute(0, 5, 1, 3, 2, 4).reshape(len(out_BTO), channels, grid[0] * patch, grid[1] * patch)
 
 
+def patchify(x_BCYX: Tensor, patch: int) -> Tensor:
+    """The inverse of `unpatchify`: [B, C, Y, X] -> [B, T, P * P * C]."""
+    count, channels, height, width = x_BCYX.shape
+    cut = x_BCYX.reshape(count, channels, height // patch, patch, width // patch, patch)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(count, -1, patch * patch * channels)
+
+
 @torch.no_grad()
 def init_parts(model: nn.Module, generator: torch.Generator, *, gain: float) -> None:
     """Random start from `generator` alone, velocities exactly zero.

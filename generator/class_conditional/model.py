@@ -77,10 +77,20 @@ class ClassGenerator(nn.Module):
         `x_BCYX`: normalised noisy latents, fp32. `t_B`: fp32, 1 = noise. `labels_B`: int64; `config.num_classes` is "no
         class".
         """
-        out_BTO = self._velocities(x_BCYX, self.t_embedder(t_B), self.y_embedder(labels_B))
-        return unpatchify(out_BTO, x_BCYX.shape[1], self.grid, self.config.patch).float()
+        return self.forward_with_tokens(x_BCYX, t_B, labels_B, 0)[0]
 
-    def _velocities(self, x_BCYX: Tensor, time_BD: Tensor, class_BD: Tensor) -> Tensor:
+    def forward_with_tokens(
+        self, x_BCYX: Tensor, t_B: Tensor, labels_B: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and the backbone's tokens [B, T, D] after its first `layer` blocks."""
+        time_BD, class_BD = self.t_embedder(t_B), self.y_embedder(labels_B)
+        out_BTO, tokens_BTD = self._velocities(x_BCYX, time_BD, class_BD, layer)
+        velocity = unpatchify(out_BTO, x_BCYX.shape[1], self.grid, self.config.patch).float()
+        return velocity, tokens_BTD
+
+    def _velocities(
+        self, x_BCYX: Tensor, time_BD: Tensor, class_BD: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def compile_layers(self) -> None:
@@ -113,13 +123,15 @@ class LightningDit(ClassGenerator):
         super().__init__(config, latents)
         self.x_embedder = PatchEmbedding(latents.shape[0], config.width, config.patch)
 
-    def _velocities(self, x_BCYX: Tensor, time_BD: Tensor, class_BD: Tensor) -> Tensor:
+    def _velocities(
+        self, x_BCYX: Tensor, time_BD: Tensor, class_BD: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
         condition_B1D = (time_BD + class_BD)[:, None]
+        blocks, num_heads = list(self.blocks), self.config.num_heads
         x_BTD = self.x_embedder(x_BCYX) + self.pos_embed
-        out: Tensor = self.final_layer(
-            self._run(self.blocks, self.config.num_heads, x_BTD, condition_B1D), condition_B1D
-        )
-        return out
+        tokens_BTD = self._run(blocks[:layer], num_heads, x_BTD, condition_B1D)
+        x_BTD = self._run(blocks[layer:], num_heads, tokens_BTD, condition_B1D)
+        return self.final_layer(x_BTD, condition_B1D), tokens_BTD
 
 
 class DitDh(ClassGenerator):
@@ -133,18 +145,20 @@ class DitDh(ClassGenerator):
         same = config.width == config.head.width
         self.s_projector = nn.Identity() if same else nn.Linear(config.width, config.head.width)
 
-    def _velocities(self, x_BCYX: Tensor, time_BD: Tensor, class_BD: Tensor) -> Tensor:
+    def _velocities(
+        self, x_BCYX: Tensor, time_BD: Tensor, class_BD: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
         """In the published network SiLU comes twice, here and again inside every block."""
         config, blocks = self.config, list(self.blocks)
         assert config.head is not None
         condition_B1D = F.silu(time_BD + class_BD)[:, None]
         s_BTD = self.s_embedder(x_BCYX) + self.pos_embed
-        s_BTD = self._run(blocks[: config.num_layers], config.num_heads, s_BTD, condition_B1D)
+        tokens_BTD = self._run(blocks[:layer], config.num_heads, s_BTD, condition_B1D)
+        s_BTD = self._run(blocks[layer : config.num_layers], config.num_heads, tokens_BTD, condition_B1D)
         s_BTW = self.s_projector(F.silu(time_BD[:, None] + s_BTD))
         x_BTW = self.x_embedder(x_BCYX)
         x_BTW = self._run(blocks[config.num_layers :], config.head.num_heads, x_BTW, s_BTW)
-        out: Tensor = self.final_layer(x_BTW, s_BTW)
-        return out
+        return self.final_layer(x_BTW, s_BTW), tokens_BTD
 
 
 def new_generator(config: DitConfig, latents: LatentInfo) -> ClassGenerator:

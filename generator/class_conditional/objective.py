@@ -22,6 +22,7 @@ from data.transfer import to_device
 from engine.config import UserError, to_dict
 from engine.files import digest, sha256
 from engine.objective import LossOutput
+from generator.class_conditional.alignment import AlignConfig, AlignedGenerator
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import (
     WEIGHTS_NAME,
@@ -49,6 +50,8 @@ class ClassFlowConfig:
     """torch.compile on every block."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: about a third more time, activations of one block instead of all."""
+    align: AlignConfig | None = None
+    """Draw an inner layer to the clean latents as well (REPA, RAEv2); None: the paper's loss alone."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,15 @@ class ClassObjective:
         config: ClassFlowConfig,
         *,
         start: str,
+        seed: int = 0,
         preview: ClassPreview | None = None,
     ) -> None:
-        self.model: ClassGenerator = model
+        """`seed`: of the alignment's projection."""
+        self.generator = model
+        self._aligned: AlignedGenerator | None = None
+        if config.align is not None:
+            self._aligned = AlignedGenerator(model, config.align, seed)
+        self.model: nn.Module = self._aligned or model
         self._config = config
         self._shift = resolve_shift(config.time_shift, model.latents.shape)
         self._start = start
@@ -97,16 +106,25 @@ class ClassObjective:
         return {}
 
     def loss(self, batch: ClassBatch, step: int) -> LossOutput:
-        """Sum over images of mean_cyx (v - (eps - z))^2; t and eps are drawn from the batch's seed."""
+        """Sum over images of mean_cyx (v - (eps - z))^2; t and eps are drawn from the batch's seed.
+
+        With `align` also minus its weight times the mean cosine, logged as `alignment`.
+        """
         z_BCYX = batch.latents
         generator = torch.Generator().manual_seed(batch.seed)
         t_B = to_device(draw_times(len(z_BCYX), self._shift, generator), z_BCYX.device)
         noise_BCYX = to_device(torch.randn(z_BCYX.shape, generator=generator), z_BCYX.device)
         x_BCYX = interpolate(z_BCYX, noise_BCYX, t_B[:, None, None, None])
-        velocity = self.model(x_BCYX, t_B, batch.labels)
+        layer = 0 if self._aligned is None else self._aligned.config.layer
+        velocity, tokens_BTD = self.generator.forward_with_tokens(x_BCYX, t_B, batch.labels, layer)
         loss_sum = (velocity - velocity_target(z_BCYX, noise_BCYX)).square().mean((1, 2, 3)).sum()
-        flops = training_flops(self.model.config, self.model.latents.shape, len(z_BCYX))
-        return LossOutput(loss_sum, {"loss": loss_sum.detach()}, flops=flops)
+        metrics = {"loss": loss_sum.detach()}
+        if self._aligned is not None:
+            alignment = self._aligned.alignment_loss(tokens_BTD, z_BCYX)
+            metrics["alignment"] = -alignment.detach()
+            loss_sum = loss_sum + self._aligned.config.weight * alignment
+        flops = training_flops(self.generator.config, self.generator.latents.shape, len(z_BCYX))
+        return LossOutput(loss_sum, metrics, flops=flops)
 
     def adversary_active(self, step: int) -> bool:
         """There is none."""
@@ -123,14 +141,14 @@ class ClassObjective:
             return None
         labels, sampling = self._preview.labels, self._preview.sampling
         seeds = [sampling.seed + index for index in range(len(labels))]
-        pixels = self._preview.decode(sample_class_latents(self.model, labels, seeds, sampling))
+        pixels = self._preview.decode(sample_class_latents(self.generator, labels, seeds, sampling))
         columns = min(PREVIEW_COLUMNS, len(labels))
         missing = -len(labels) % columns
         return tile(torch.split(F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing), value=1.0), columns))
 
     def export(self, directory: Path) -> None:
         """Writes the generator: model.safetensors and config.json."""
-        self.model.save(directory)
+        self.generator.save(directory)
 
     def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
         """None are known."""
@@ -147,7 +165,7 @@ class ClassObjective:
 
     def fingerprints(self) -> Mapping[str, str]:
         """Autoencoder of the latents, and what the weights started from."""
-        return {"tokenizer": self.model.latents.tokenizer_fingerprint, "start": self._start}
+        return {"tokenizer": self.generator.latents.tokenizer_fingerprint, "start": self._start}
 
 
 def build_class_objective(
@@ -173,7 +191,7 @@ def build_class_objective(
                 f"{flow.init_from}: its shape differs from this run's generator config; make them equal"
             )
         start = sha256(Path(flow.init_from) / WEIGHTS_NAME)
-    return ClassObjective(model, flow, start=start, preview=preview)
+    return ClassObjective(model, flow, start=start, seed=seed, preview=preview)
 
 
 def spread_labels(num_classes: int, num_images: int) -> tuple[int, ...]:

@@ -21,7 +21,9 @@ from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 from data.storage import StorageConfig
 from data.stream import PackStream
 from engine.config import ConfigError, UserError
+from generator.class_conditional.alignment import AlignConfig, AlignedGenerator
 from generator.class_conditional.config import DitConfig, WideHeadConfig
+from generator.class_conditional.layers import patchify, unpatchify
 from generator.class_conditional.model import create_generator, load_generator
 from generator.class_conditional.objective import (
     ClassFlowConfig,
@@ -129,8 +131,43 @@ def test_at_the_start_velocities_are_zero_and_the_loss_is_that_of_the_target() -
 
 
 @pytest.mark.parametrize("config", [CONFIG, WIDE], ids=["lightning", "wide head"])
+def test_alignment_adds_minus_the_cosine_with_the_clean_latents_and_is_not_exported(
+    config: DitConfig, tmp_path: Path
+) -> None:
+    latents = replace(LATENTS, shape=(4, 2, 4))
+    met = batch()
+    met = replace(met, latents=torch.randn((6, 4, 2, 4), generator=torch.Generator().manual_seed(8)))
+    plain = build_class_objective(config, ClassFlowConfig(), latents, seed=0).loss(met, 0)
+    flow = ClassFlowConfig(align=AlignConfig(layer=1, weight=0.5, width=24))
+    objective = build_class_objective(config, flow, latents, seed=0)
+    output = objective.loss(met, 0)
+    aligned = objective.model
+    assert isinstance(aligned, AlignedGenerator)
+    tokens = []
+    handle = objective.generator.blocks[0].register_forward_hook(lambda *args: tokens.append(args[2]))
+    objective.loss(met, 0)
+    handle.remove()
+    projected = aligned.projection(tokens[0])  # [6, 8, 4]: the channels of every place
+    places = met.latents.flatten(2).transpose(1, 2)
+    cosine = (projected * places).sum(2) / (projected.norm(dim=2) * places.norm(dim=2))
+    torch.testing.assert_close(output.metrics["alignment"], cosine.mean(1).sum())
+    torch.testing.assert_close(output.loss_sum, plain.loss_sum - 0.5 * cosine.mean(1).sum())
+    output.loss_sum.backward()
+    assert all(p.grad is not None for p in aligned.parameters() if p.requires_grad)
+    objective.export(tmp_path)
+    assert load_generator(tmp_path).config == config
+    with pytest.raises(ConfigError, match="has 2 layers"):
+        build_class_objective(config, ClassFlowConfig(align=AlignConfig(layer=3)), latents, seed=0)
+
+
+def test_patches_are_cut_as_they_are_put_together() -> None:
+    x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(unpatchify(patchify(x, 2), 3, (2, 3), 2), x)
+
+
+@pytest.mark.parametrize("config", [CONFIG, WIDE], ids=["lightning", "wide head"])
 def test_every_trained_parameter_is_reached_and_time_class_and_place_matter(config: DitConfig) -> None:
-    model = build_class_objective(config, ClassFlowConfig(), LATENTS, seed=0).model
+    model = build_class_objective(config, ClassFlowConfig(), LATENTS, seed=0).generator
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -166,7 +203,7 @@ def test_weights_start_from_the_seed_alone_and_load_as_they_were_saved(tmp_path:
 def test_weights_to_start_from_must_fit(tmp_path: Path) -> None:
     create_generator(CONFIG, LATENTS, seed=1).save(tmp_path)
     flow = ClassFlowConfig(init_from=str(tmp_path))
-    started = build_class_objective(CONFIG, flow, LATENTS, seed=9).model
+    started = build_class_objective(CONFIG, flow, LATENTS, seed=9).generator
     assert torch.equal(started.t_embedder.W, load_generator(tmp_path).t_embedder.W)
     with pytest.raises(UserError, match="shape differs"):
         build_class_objective(WIDE, flow, LATENTS, seed=0)
