@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PACKAGES := data tokenizer generator evaluation engine launch
 
-.PHONY: install quickstart ablation test test-slow check format bench clean
+.PHONY: install quickstart quickstart-class ablation test test-slow check format bench clean
 
 install: $(INSTALLED)
 
@@ -17,6 +17,9 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 
 quickstart: install
 	$(BIN)/python launch/quickstart.py $(ARGS)
+
+quickstart-class: install
+	$(BIN)/python launch/quickstart_class.py $(ARGS)
 
 ablation: install
 	$(BIN)/python launch/ablation.py $(ARGS)
@@ -44,6 +47,7 @@ bench: install
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.class_conditional
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -76,6 +76,20 @@ def is_class(tree: Mapping[str, Any]) -> bool:
     return isinstance(tree.get("label"), int) and all(tree.get(name) is None for name in TEXT_FIELDS)
 
 
+def read_label(sample: Sample, num_classes: int) -> int:
+    """The class in the sample's json. Raises UserError: no json, no label, none of 0 .. num_classes - 1."""
+    label = read_meta(sample).get("label")
+    if isinstance(label, bool) or not isinstance(label, int):
+        raise UserError(
+            f"{sample.where}: its json has no integer 'label'; make the shards of labelled images (folder --labels)"
+        )
+    if not 0 <= label < num_classes:
+        raise UserError(
+            f"{sample.where}: label {label}, but num_classes is {num_classes}; set it to the data's number of classes"
+        )
+    return label
+
+
 def split_texts(tree: Mapping[str, Any]) -> list[Any] | None:
     """What the texts of json's "splits" are, good and bad; None without splits."""
     splits = tree.get("splits")

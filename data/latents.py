@@ -7,10 +7,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data.shards import LatentInfo, Sample
+from data.shards import LatentInfo, Sample, ShardDataset
+from engine import files
 from engine.config import UserError
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def check_latent_shards(dataset: ShardDataset, expected: LatentInfo) -> None:
+    """Raises UserError: shards of pixels, or other latents than `expected`."""
+    latent, where = dataset.manifest.latent, dataset.directory
+    if latent is None:
+        raise UserError(f"{where}: holds pixels, not latents; run launch/encode_latents.py on it")
+    if latent != expected:
+        raise UserError(
+            f"{where}: latents differ from this run's (tokenizer, shape or statistics); encode again"
+        )
+
+
+def check_has_variance(latent: LatentInfo) -> None:
+    """Raises UserError: latents to draw from were stored without a variance."""
+    if not latent.has_logvar:
+        raise UserError(
+            "packing.sample_latents: these latents were stored without a variance; encode with logvar: true"
+        )
+
+
+def latent_seed(seed: int, epoch: int, key: str) -> int:
+    """Seed of the draw of a sample's latents in one epoch, 60 bits; `seed` is the run's."""
+    return int(files.digest(["latent", seed, epoch, key])[:15], 16)
 
 
 def read_latents(

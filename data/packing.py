@@ -18,7 +18,7 @@ from torch import Tensor
 from data.attention_plan import AttentionPlan, PaddedBucket, VarlenGroup
 from data.captions import read_captions
 from data.images import part_name
-from data.latents import read_latents
+from data.latents import check_has_variance, check_latent_shards, latent_seed, read_latents
 from data.layouts import (
     LATENT_SUFFIX,
     ImagePart,
@@ -32,7 +32,6 @@ from data.layouts import (
 from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.plan import pack_seed, sample_uniforms
 from data.shards import LatentInfo, Sample, ShardDataset
-from engine import files
 from engine.config import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -94,10 +93,8 @@ class T2IPacker:
             raise UserError(
                 f"latents of {latent.shape[1:]} do not fit packing.max_side = {config.max_side}; raise it"
             )
-        if config.sample_latents and not latent.has_logvar:
-            raise UserError(
-                "packing.sample_latents: these latents were stored without a variance; encode with logvar: true"
-            )
+        if config.sample_latents:
+            check_has_variance(latent)
         self.budget = config.tokens_per_pack
         self._config = config
         self._latent = latent
@@ -109,18 +106,12 @@ class T2IPacker:
         Raises UserError: shards of pixels, other latents than this packer's, text counted by another
         tokenizer.
         """
-        latent, where = dataset.manifest.latent, dataset.directory
-        if latent is None:
-            raise UserError(f"{where}: holds pixels, not latents; run launch/encode_latents.py on it")
-        if latent != self._latent:
+        check_latent_shards(dataset, self._latent)
+        if self._latent.text_tokenizer_fingerprint != self._text_tokenizer.fingerprint:
             raise UserError(
-                f"{where}: latents differ from this run's (tokenizer, shape or statistics); encode again"
+                f"{dataset.directory}: text was counted by another text tokenizer; encode again with this run's"
             )
-        if latent.text_tokenizer_fingerprint != self._text_tokenizer.fingerprint:
-            raise UserError(
-                f"{where}: text was counted by another text tokenizer; encode again with this run's"
-            )
-        return packed_lengths(dataset, latent, self._config.draws_per_caption)
+        return packed_lengths(dataset, self._latent, self._config.draws_per_caption)
 
     def collate(
         self, samples: Sequence[Sample], *, step: int, stream: int, epochs: Sequence[int], seed: int
@@ -225,8 +216,8 @@ class _Choices:
 
     @property
     def latent_seed(self) -> int:
-        """Seed of the draw of its latents, 60 bits."""
-        return int(files.digest(["latent", *self._names])[:15], 16)
+        """Seed of the draw of its latents."""
+        return latent_seed(*self._names)
 
     def dropouts(self, layout: Layout) -> dict[int, float]:
         """A number for each condition, by its place in `layout`; of the first text and image they are the sample's."""

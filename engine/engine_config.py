@@ -42,6 +42,10 @@ class EngineConfig:
     at which every rank has finished. false: it waits for the disk and needs no such memory. The last checkpoint and
     the one after a stop signal are always waited for.
     """
+    export_at_steps: tuple[int, ...] = ()
+    """Steps whose averaged weights are also exported, to export_step_XXXXXXXX beside the last ones' export: what guides
+    by an early model (AutoGuidance) needs.
+    """
     sample_every_steps: int = 0
     """Steps between sample grids; 0: only at the end."""
     max_nonfinite_steps: int = 5
@@ -82,5 +86,7 @@ class EngineConfig:
             raise ConfigError(f"loss_spike_factor is {self.loss_spike_factor}; it must be above 1")
         if self.hang_timeout_s < 0:
             raise ConfigError(f"hang_timeout_s is {self.hang_timeout_s}; give seconds, or 0 for no limit")
+        if any(not 1 <= step <= self.steps for step in self.export_at_steps):
+            raise ConfigError(f"export_at_steps {self.export_at_steps}: give steps from 1 to {self.steps}")
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; it must be at least 1")

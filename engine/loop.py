@@ -147,6 +147,10 @@ class _Run:
             if self.config.sample_every_steps and self.step % self.config.sample_every_steps == 0:
                 with self.spans("samples"):
                     self._write_samples()
+            if (
+                self.step in self.config.export_at_steps
+            ):  # before a checkpoint: a resumed run would not come here
+                self._export(f"{EXPORT}_step_{self.step:08d}", None)
             stop = self._stop_agreed()
             last = stop or self.step == self.config.steps
             if last or self.step % self.config.checkpoint_every_steps == 0:

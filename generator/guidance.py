@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ConfigError
+from generator.drawing import check_interval, is_guided
 
 Branch = Literal["none", "source", "full"]
 """What a velocity knows: nothing, the source images, or sources and text."""
@@ -41,11 +42,7 @@ class GuidanceConfig:
     """The least factor of that (Bagel's cfg_renorm_min); 1 = never shorten."""
 
     def __post_init__(self) -> None:
-        low, high = self.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ConfigError(
-                f"guidance_interval is {low} to {high}; give two times, 0 <= first < second <= 1"
-            )
+        check_interval(self.guidance_interval)
         if not 0 <= self.renorm_min <= 1:
             raise ConfigError(f"renorm_min is {self.renorm_min}; give a factor from 0 to 1")
 
@@ -56,8 +53,7 @@ def branch_weights(config: GuidanceConfig, t: float, *, editing: bool) -> dict[B
     Text-to-image: v = v_none + s_txt (v_full - v_none) (Ho and Salimans 2022, eq. 6).
     Editing: v = v_none + s_src (v_src - v_none) + s_txt (v_full - v_src) (Brooks et al. 2023, eq. 3).
     """
-    low, high = config.guidance_interval
-    if not low < min(t, 1.0) <= high:  # a shifted 1 may be rounded up
+    if not is_guided(t, config.guidance_interval):
         return {"full": 1.0}
     s_text, s_source = float(config.text_guidance), float(config.source_guidance)
     weights: dict[Branch, float]

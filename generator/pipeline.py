@@ -57,11 +57,7 @@ class Pipeline:
             ("autoencoder", autoencoder, fingerprint(autoencoder), model.latents.tokenizer_fingerprint),
             ("text tokenizer", text_tokenizer, text.fingerprint, model.latents.text_tokenizer_fingerprint),
         ):
-            if found != expected:
-                raise UserError(
-                    f"{path}: {generator} was trained with another {what} "
-                    f"({expected[:12]}, not {found[:12]}); give that one"
-                )
+            check_trained_with(generator, what, path, found, expected)
         return cls(model.to(device), load_autoencoder(autoencoder).to(device), text)
 
     def generate(
@@ -126,15 +122,30 @@ class Pipeline:
         _same_length("seeds", seeds, conditions)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             latents = sample_latents(self.generator, conditions, seeds, sampling, self.text_tokenizer)
-        drawn = []
-        for part in torch.split(latents, sampling.batch_images):
-            pixels_01 = self.autoencoder.decode(part.to(self._device))
-            drawn.append((pixels_01.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-        return torch.cat(drawn)
+        return decode_uint8(self.autoencoder, latents, sampling.batch_images, self._device)
 
     @property
     def _device(self) -> torch.device:
         return self.generator.latent_out.weight.device
+
+
+def check_trained_with(generator: str | Path, what: str, path: str | Path, found: str, expected: str) -> None:
+    """Raises UserError: `path` has another fingerprint than what the generator was trained with."""
+    if found != expected:
+        raise UserError(
+            f"{path}: {generator} was trained with another {what} ({expected[:12]}, not {found[:12]}); give that one"
+        )
+
+
+def decode_uint8(
+    autoencoder: ImageAutoencoder, latents: Tensor, batch_images: int, device: torch.device
+) -> Tensor:
+    """Raw latents [N, C, Y, X] -> uint8 [N, 3, image_px, image_px] on the CPU."""
+    drawn = []
+    for part in torch.split(latents, batch_images):
+        pixels_01 = autoencoder.decode(part.to(device))
+        drawn.append((pixels_01.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+    return torch.cat(drawn)
 
 
 def read_pixels(image: ImageInput, image_px: int) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 from engine import files
 from engine.config import UserError
-from generator.sampling import SEEDS
+from generator.drawing import SEEDS
 
 KEY_PATTERN = re.compile(r"[\w+-][\w+.-]{0,127}")
 

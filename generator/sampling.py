@@ -19,41 +19,23 @@ from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_b
 from data.packing import text_split
 from data.shards import ShardDataset
 from data.text import TextTokenizer
-from engine.config import ConfigError, UserError
+from engine.config import UserError
 from generator.attention import JointAttention
-from generator.flow import TimeShift, resolve_shift, sampling_times
+from generator.drawing import DrawingConfig, draw_noise
+from generator.flow import resolve_shift, sampling_times
 from generator.guidance import Branch, GuidanceConfig, branch_weights, guide
 from generator.model import Generator, normalise, unnormalise
 from generator.prefix import PrefixCache, split_prefix
-from generator.solvers import Solver, integrate
-
-SEEDS = 1 << 32
-"""PyTorch's generator on the CPU reads no more bits of a seed."""
+from generator.solvers import integrate
 
 
 @dataclass(frozen=True)
-class SamplingConfig(GuidanceConfig):
+class SamplingConfig(GuidanceConfig, DrawingConfig):
     """How an image is drawn."""
 
-    num_steps: int = 50
-    """Steps from noise to data."""
-    solver: Solver = "euler"
-    """euler: one evaluation of all guidance branches a step; heun: second order, 2 num_steps - 1 evaluations."""
-    time_shift: TimeShift = "auto"
-    """Shift of the time grid; "auto" = sqrt(latent values / 4096), as in training."""
-    seed: int = 0
-    """Seed of the first image; image i of a call uses seed + i unless the call gives seeds."""
-    batch_images: int = 64
-    """Images denoised together. The result depends on it by rounding alone: after a few guided steps of two layers of
-    the 0.5B shape latents of deviation 1.4 differ by 1e-6 (root of the mean square) in fp32, by 0.01 in bf16.
-    """
-
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_steps < 1 or self.batch_images < 1:
-            raise ConfigError("num_steps and batch_images must be at least 1")
-        if not 0 <= self.seed < SEEDS:
-            raise ConfigError(f"seed {self.seed} is not a whole number from 0 to {SEEDS - 1}")
+        GuidanceConfig.__post_init__(self)
+        DrawingConfig.__post_init__(self)
 
 
 @dataclass(frozen=True)
@@ -129,8 +111,7 @@ def _sample_batch(
     shape = model.latents.shape
     times = sampling_times(config.num_steps, resolve_shift(config.time_shift, shape))
     velocity = GuidedVelocity(model, conditions, times[:-1], config, text_tokenizer)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    noise_SPC = torch.stack(noise).flatten(2).transpose(1, 2).to(model.latent_out.weight.device)
+    noise_SPC = draw_noise(shape, seeds).flatten(2).transpose(1, 2).to(model.latent_out.weight.device)
     x_SPC = integrate(velocity, noise_SPC, times, config.solver)
     return x_SPC.transpose(1, 2).reshape(len(seeds), *shape).cpu()
 

@@ -10,11 +10,12 @@ from launch.estimate import (
     MFU,
     PEAK,
     Plan,
+    class_plan,
     generator_plan,
     latent_shape,
     tokenizer_plan,
 )
-from launch.runs import GeneratorRun, TokenizerRun
+from launch.runs import ClassRun, GeneratorRun, TokenizerRun
 from launch.stage_size import num_parameters
 
 GPU_COUNTS = (1, 8, 32, 256)
@@ -31,13 +32,27 @@ def generator_run(run: GeneratorRun, *, is_edit: bool) -> str:
     """Report of a text-to-image or editing run. Without the shards, the latents' shape is assumed and said so."""
     shape, note = latent_shape(run)
     plan = generator_plan(run, shape, is_edit=is_edit)
+    step = f"{plan.num_tokens:,} tokens, about {plan.num_images:,} targets"
+    return _latents_report(run, plan, shape, note, step)
+
+
+def class_run(run: ClassRun) -> str:
+    """Report of a class-conditional run, likewise."""
+    shape, note = latent_shape(run)
+    plan = class_plan(run, shape)
+    step = f"{plan.num_images:,} images of {plan.num_tokens // plan.num_images} tokens"
+    return _latents_report(run, plan, shape, note, step)
+
+
+def _latents_report(
+    run: GeneratorRun | ClassRun, plan: Plan, shape: tuple[int, int, int], note: str, step: str
+) -> str:
     lines = [
         *([note] if note else []),
         dump(run) + "---",
         *_sizes(plan),
         f"time shift of {'x'.join(map(str, shape))}: {resolve_shift(run.flow.time_shift, shape):.3g}",
-        f"a step: {plan.num_tokens:,} tokens, about {plan.num_images:,} targets, {plan.step_flops:.3g} FLOP; "
-        f"{plan.engine.steps:,} steps",
+        f"a step: {step}, {plan.step_flops:.3g} FLOP; {plan.engine.steps:,} steps",
     ]
     return "\n".join([*lines, *_on_gpus(plan)])
 

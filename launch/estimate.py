@@ -12,9 +12,11 @@ from engine.config import UserError
 from engine.engine_config import EngineConfig
 from engine.memory import StateBytes
 from engine.spans import PEAK_FLOPS
+from generator.class_conditional import sizing as class_sizing
+from generator.class_conditional.model import new_generator
 from generator.model import Generator
 from generator.sizing import activation_bytes, training_flops, typical_pack
-from launch.runs import GeneratorRun, TokenizerRun
+from launch.runs import ClassRun, GeneratorRun, TokenizerRun
 from launch.stage_size import PhaseSize, count_parameters, stage_size
 
 TEXT_TOKENS = 102
@@ -33,6 +35,10 @@ LATENT_SHAPES = {
     "runs/ablations/table5c/latent32/decoder/export": (32, 16, 16),
     "runs/ablations/table5c/latent128/decoder/export": (128, 16, 16),
     "runs/rae": (768, 16, 16),
+    "runs/rae-s": (384, 16, 16),
+    "runs/ablations/table2/raw_adaptive/export": (768, 16, 16),
+    "runs/ablations/table2/normalised/export": (768, 16, 16),
+    "runs/ablations/table2/fixed_weight/export": (768, 16, 16),
     "runs/va-vae": (32, 16, 16),
     "runs/sd-vae": (4, 32, 32),
     "runs/flux-vae": (16, 32, 32),
@@ -204,6 +210,34 @@ def generator_plan(run: GeneratorRun, shape: tuple[int, int, int], *, is_edit: b
     )
 
 
+def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
+    """Of class-conditional generation on latents of `shape`."""
+    with torch.device("meta"):
+        model = new_generator(run.generator, untrained_latents(shape))
+    trained, frozen = count_parameters(model)
+    trained["positions"], frozen["positions"] = 0, model.pos_embed.numel()
+    streams, is_checkpointed = run.data.num_streams, run.flow.activation_checkpointing
+    pack_images = run.packing.images_per_pack
+    activations = class_sizing.activation_bytes(
+        run.generator, shape, pack_images, precision=run.engine.precision, checkpointing=is_checkpointed
+    )
+    flops = class_sizing.training_flops(run.generator, shape, pack_images)
+    return Plan(
+        trained=trained,
+        frozen=frozen,
+        num_adversary=0,
+        helper_bytes=0,
+        phases=(PhaseSize("a step", activations, flops),),
+        phase_steps=(run.engine.steps,),
+        num_tokens=class_sizing.num_tokens(run.generator, shape) * pack_images * streams,
+        num_images=pack_images * streams,
+        pack_units=pack_images,
+        engine=run.engine,
+        num_streams=streams,
+        recomputing=4 / 3 if is_checkpointed else 1.0,
+    )
+
+
 def tokenizer_plan(run: TokenizerRun) -> Plan:
     """Of a stage, by running its code without values (launch/stage_size.py)."""
     size = stage_size(run.stage, run.pixels, run.engine.precision)
@@ -227,13 +261,15 @@ def tokenizer_plan(run: TokenizerRun) -> Plan:
     )
 
 
-def latent_shape(run: GeneratorRun) -> tuple[tuple[int, int, int], str]:
+def latent_shape(run: GeneratorRun | ClassRun) -> tuple[tuple[int, int, int], str]:
     """Of the shards, and ""; without them of the run's autoencoder or the paper's (as far as the position table goes),
     and a note that says so.
     """
-    channels, *grid = LATENT_SHAPES.get(run.autoencoder or "", PAPER_LATENTS)
-    height, width = (min(side, run.generator.max_side) for side in grid)
-    shape = (channels, height, width)
+    shape = LATENT_SHAPES.get(run.autoencoder or "", PAPER_LATENTS)
+    if isinstance(run, GeneratorRun):
+        channels, *grid = shape
+        height, width = (min(side, run.generator.max_side) for side in grid)
+        shape = (channels, height, width)
     try:
         first = next(iter(run.data.sets.values())).shards
         latents = ShardDataset.open(first, run.data.storage).manifest.latent

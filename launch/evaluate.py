@@ -25,14 +25,15 @@ from engine import distributed
 from engine.config import UserError
 from engine.files import read_json
 from evaluation import calibration
+from evaluation.drawn_set import SETTINGS_NAME
 from evaluation.report.benchmarks import render_benchmarks
 from evaluation.runner import Team, evaluate
-from evaluation.sampled_set import SETTINGS_NAME, SampledSetConfig, draw_set
+from evaluation.sampled_set import SampledSetConfig, draw_set
 from generator.sampling import SamplingConfig
 from launch import entry
 from launch.evaluation_options import SUITES, add_commands, prepare_images, write_prompts
-from launch.sample import TIMEOUT_S, run_models
-from launch.sampling_options import read_sampling_options
+from launch.sample import run_models
+from launch.sampling_options import WAIT_S, read_sampling_options
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    ranks = distributed.start(TIMEOUT_S) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    ranks = distributed.start(WAIT_S) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     team = Team() if ranks is None else Team(ranks.rank, ranks.world, ranks.barrier)
     alone = "cuda" if torch.cuda.is_available() else "cpu"
     device = alone if ranks is None else str(ranks.device)

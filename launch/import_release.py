@@ -1,14 +1,15 @@
-"""Others' weights -> our export: launch/import_release.py rpiae | rae | diffusers | va-vae | bagel (with --help)"""
+"""Others' weights -> our export: launch/import_release.py rpiae|rae|diffusers|va-vae|bagel|dit (with --help)"""
 
 import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data.shards import ShardDataset
+from data.shards import LatentInfo, ShardDataset
 from engine import files
 from engine.config import UserError, load
 from generator.bagel import ImportedGenerator, import_bagel
+from generator.class_conditional.published import ImportedClassGenerator, import_dit
 from launch import entry
 from tokenizer.releases.imported import Imported
 from tokenizer.releases.kl import import_diffusers, import_va_vae
@@ -50,18 +51,27 @@ def _va_vae(arguments: argparse.Namespace) -> Imported:
 
 
 def _bagel(arguments: argparse.Namespace) -> ImportedGenerator:
-    latents = ShardDataset.open(arguments.latents).manifest.latent
+    return import_bagel(arguments.source, _latents(arguments.latents))
+
+
+def _dit(arguments: argparse.Namespace) -> ImportedClassGenerator:
+    return import_dit(arguments.source, _latents(arguments.latents))
+
+
+def _latents(directory: str) -> LatentInfo:
+    latents = ShardDataset.open(directory).manifest.latent
     if latents is None:
-        raise UserError(f"{arguments.latents}: holds pixels, not latents; give the latents it is to draw")
-    return import_bagel(arguments.source, latents)
+        raise UserError(f"{directory}: holds pixels, not latents; give the latents it is to draw")
+    return latents
 
 
-IMPORTS: dict[str, Callable[[argparse.Namespace], Imported | ImportedGenerator]] = {
+IMPORTS: dict[str, Callable[[argparse.Namespace], Imported | ImportedGenerator | ImportedClassGenerator]] = {
     "rpiae": _rpiae,
     "rae": _rpiae,
     "diffusers": _diffusers,
     "va-vae": _va_vae,
     "bagel": _bagel,
+    "dit": _dit,
 }
 
 
@@ -76,10 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     va_vae = commands.add_parser("va-vae", help="VA-VAE's checkpoint (LightningDiT)")
     bagel = commands.add_parser("bagel", help="a generator with Bagel's names, to train on from")
     bagel.add_argument("--source", type=Path, required=True, help="folder: ema.safetensors, llm_config.json")
-    bagel.add_argument(
-        "--latents", required=True, help="latent shards that it is to draw, with as many channels"
-    )
-    for command in (rpiae, rae, va_vae):
+    dit = commands.add_parser("dit", help="a class-conditional LightningDiT or DiTDH of RPiAE or RAE")
+    for command in (bagel, dit):
+        command.add_argument(
+            "--latents", required=True, help="latent shards that it is to draw, with as many channels"
+        )
+    for command in (rpiae, rae, va_vae, dit):
         command.add_argument(
             "--source", type=Path, required=True, help="weights: torch.save's or safetensors"
         )
@@ -91,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (diffusers, va_vae):
         command.add_argument("--image-px", type=int, default=256, help="side of the images to encode")
-    for command in (rpiae, rae, diffusers, va_vae, bagel):
+    for command in (rpiae, rae, diffusers, va_vae, bagel, dit):
         command.add_argument("--out", type=Path, help="folder of the export")
         command.add_argument("--verify", action="store_true", help="print the table of all parameters")
     return parser

@@ -14,6 +14,8 @@ from launch.estimate import LATENT_SHAPES, NODE_GPUS, PAPER_LATENTS, generator_p
 from launch.run_kinds import read_run
 from launch.runs import GeneratorRun
 
+CLASS = "class"
+"""The folder of class-conditional configs, which have no tokens of text."""
 TITLES = (
     "config", "latents", "time shift", "parameters, M", "packs x tokens", "targets a step", "TFLOP a step",
     "GPUs", "GiB each", "computing + exchange, ms", "run, h",
@@ -29,7 +31,7 @@ def main() -> None:
 
 def table(folder: Path) -> str:
     """Markdown. Raises UserError: no configs there."""
-    paths = sorted(folder.rglob("*.yaml"))
+    paths = sorted(path for path in folder.rglob("*.yaml") if CLASS not in path.relative_to(folder).parts)
     if not paths:
         raise UserError(f"{folder}: holds no .yaml files; give a folder of generator configs")
     names = [str(path.relative_to(folder).with_suffix("")) for path in paths]

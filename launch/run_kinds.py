@@ -23,6 +23,8 @@ def read_run(path: str, overrides: Sequence[str] = ()) -> tuple[Task, TokenizerR
         return "tokenizer", from_dict(TokenizerRun, tree, where=path)
     if kinds == ["generator"]:
         packing = tree.get("packing")
+        if isinstance(packing, Mapping) and "images_per_pack" in packing:
+            raise UserError(f"{path}: a class-conditional run; ask launch/train_class.py --dry-run")
         is_edit = isinstance(packing, Mapping) and "source_dropout" in packing
         return "edit" if is_edit else "t2i", from_dict(GeneratorRun, tree, where=path)
     raise UserError(

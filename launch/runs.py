@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from data.class_batch import ClassPacker, ClassPackingConfig
 from data.images import PixelConfig, PixelPacker
 from data.mixture import Mixture
 from data.packing import EditPacker, PackingConfig, T2IPacker
@@ -23,6 +24,14 @@ from engine.loop import train
 from engine.objective import Objective
 from engine.redaction import redact
 from evaluation.judges.emoji import JudgeConfig
+from generator.class_conditional.config import DitConfig
+from generator.class_conditional.objective import (
+    ClassFlowConfig,
+    ClassPreview,
+    build_class_objective,
+    spread_labels,
+)
+from generator.class_conditional.sampling import ClassSamplingConfig
 from generator.model import GeneratorConfig
 from generator.objective import FlowConfig, Preview, build_objective
 from generator.sampling import SamplingConfig, read_conditions
@@ -99,6 +108,24 @@ class GeneratorRun:
 
 
 @dataclass(frozen=True)
+class ClassRun:
+    """Class-conditional generation on latent shards."""
+
+    run_dir: str
+    """Folder of checkpoints, logs, samples and the export; running again with it continues."""
+    data: DataConfig
+    packing: ClassPackingConfig
+    generator: DitConfig
+    engine: EngineConfig
+    flow: ClassFlowConfig = field(default_factory=ClassFlowConfig)
+    autoencoder: str | None = None
+    """Export that decodes the sample grids; None: no grids."""
+    num_preview_images: int = 16
+    """Images of a sample grid, their classes spread over all."""
+    preview_sampling: ClassSamplingConfig = field(default_factory=ClassSamplingConfig)
+
+
+@dataclass(frozen=True)
 class EncodeRun(EncodeConfig):
     """Encoding of one data set, and of others that go with it."""
 
@@ -131,9 +158,7 @@ def train_generator(task: Literal["t2i", "edit"], run: GeneratorRun) -> None:
             "position table; make them equal"
         )
     mixture = Mixture.open(run.data.sets, run.data.storage)
-    latents = mixture.members[0].dataset.manifest.latent
-    if latents is None:
-        raise UserError(f"{mixture.where}: holds pixels, not latents; run launch/encode_latents.py on it")
+    latents = _latents(mixture)
     text_tokenizer = load_text_tokenizer(run.text_tokenizer)
     packer = PACKERS[task](run.packing, latents, text_tokenizer)
     objective = build_objective(
@@ -148,6 +173,19 @@ def train_generator(task: Literal["t2i", "edit"], run: GeneratorRun) -> None:
     _train(run, mixture, packer, objective)
 
 
+def train_class(run: ClassRun) -> None:
+    """What launch/train_class.py does."""
+    mixture = Mixture.open(run.data.sets, run.data.storage)
+    latents = _latents(mixture)
+    packer = ClassPacker(run.packing, latents, run.generator.num_classes)
+    preview = None
+    if run.autoencoder is not None:
+        labels = spread_labels(run.generator.num_classes, run.num_preview_images)
+        preview = ClassPreview(labels, run.preview_sampling, load_autoencoder(run.autoencoder).decode)
+    objective = build_class_objective(run.generator, run.flow, latents, seed=run.engine.seed, preview=preview)
+    _train(run, mixture, packer, objective)
+
+
 def preview_pixels(shards: str | None, num_images: int, pixels: PixelConfig) -> Tensor | None:
     """The first images of validation shards, uint8 [N, 3, H, W]; None without shards."""
     if shards is None:
@@ -156,6 +194,13 @@ def preview_pixels(shards: str | None, num_images: int, pixels: PixelConfig) -> 
     samples = dataset.read(range(min(num_images, len(dataset))))
     batch = PixelPacker(pixels).collate(samples, step=0, stream=0, epochs=[0] * len(samples), seed=0)
     return batch.pixels
+
+
+def _latents(mixture: Mixture) -> LatentInfo:
+    latents = mixture.members[0].dataset.manifest.latent
+    if latents is None:
+        raise UserError(f"{mixture.where}: holds pixels, not latents; run launch/encode_latents.py on it")
+    return latents
 
 
 def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer, latents: LatentInfo) -> Preview | None:
@@ -187,7 +232,9 @@ def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer, latents: LatentIn
     return Preview(conditions, run.sampling, autoencoder.decode)
 
 
-def _train(run: PixelRun | GeneratorRun, mixture: Mixture, packer: Packer, objective: Objective) -> None:
+def _train(
+    run: PixelRun | GeneratorRun | ClassRun, mixture: Mixture, packer: Packer, objective: Objective
+) -> None:
     ranks = distributed.start()
     resolved = to_dict(run)
     nodes.check_start(ranks, Path(run.run_dir), resolved)

@@ -21,10 +21,9 @@ from generator.prompts import read_prompts
 from generator.sampling import SamplingConfig
 from launch import entry
 from launch.runs import GeneratorRun
-from launch.sampling_options import add_sampling_options, read_sampling_options
+from launch.sampling_options import WAIT_S, add_sampling_options, read_sampling_options
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-TIMEOUT_S = 7 * 86400  # ranks that are done wait for those that are not, with nothing between
 
 
 def main() -> None:
@@ -83,7 +82,7 @@ def _draw_file(
         raise UserError("give --out, the folder of the image set")
     out = Path(arguments.out)
     config = SampledSetConfig(prompts, out, *models, sampling, arguments.num_images)
-    ranks = distributed.start(TIMEOUT_S)
+    ranks = distributed.start(WAIT_S)
     config = dataclasses.replace(config, device=str(ranks.device))
     count = draw_set(config, rank=ranks.rank, world=ranks.world, barrier=ranks.barrier)
     if ranks.is_first:

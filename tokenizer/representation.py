@@ -21,6 +21,9 @@ from tokenizer.backbones import Backbone, build_timm, output_weight
 from tokenizer.transformers_backbone import build_transformers
 from tokenizer.weights import load_exact, read_tensors
 
+SUM_NORM_EPS = 1e-6
+"""Of the LayerNorm behind a sum of layers; DINOv2's own."""
+
 
 @dataclass(frozen=True)
 class RepresentationConfig:
@@ -45,6 +48,10 @@ class RepresentationConfig:
     library: Literal["timm", "transformers"] = "timm"
     """Where the model comes from. It decides the names of the weights and how position tables are resampled:
     an export keeps its library."""
+    num_summed_layers: int = 1
+    """k: f is the LayerNorm of the sum of the last k blocks' patch tokens; 1: of the last block's, as in the paper.
+    RAEv2 (arXiv 2605.18324) finds that more reconstruct better; that the LayerNorm follows the sum is our choice, so
+    that f keeps its scale."""
 
     def __post_init__(self) -> None:
         if self.input_px == 0:
@@ -53,6 +60,8 @@ class RepresentationConfig:
                 hint = model_names.closest(self.name, [])
                 raise ConfigError(f"representation '{self.name}' is no short name: give input_px; {hint}")
             object.__setattr__(self, "input_px", known.input_px)
+        if self.num_summed_layers < 1:
+            raise ConfigError(f"num_summed_layers is {self.num_summed_layers}; give at least 1")
 
 
 def without_weights(config: RepresentationConfig) -> RepresentationConfig:
@@ -77,6 +86,10 @@ class Representation(nn.Module):
         self.vit = self._backbone.vit
         traits = self._backbone.traits
         self.width, self.depth = traits.width, traits.depth
+        if config.num_summed_layers > self.depth:
+            raise ConfigError(
+                f"{config.name}: has {self.depth} blocks; num_summed_layers {config.num_summed_layers} is more"
+            )
         self.has_class_token = traits.has_class_token
         patch_y, patch_x = traits.patch_px
         if config.input_px % patch_y or config.input_px % patch_x:
@@ -101,7 +114,13 @@ class Representation(nn.Module):
 
     def forward(self, pixels_01: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> f [B, D, Y, X], every token with mean 0 and variance 1 over D."""
-        tokens_BND = self._backbone.patch_tokens(self._prepare(pixels_01))
+        if self.config.num_summed_layers == 1:
+            tokens_BND = self._backbone.patch_tokens(self._prepare(pixels_01))
+        else:
+            depths = range(self.depth - self.config.num_summed_layers, self.depth)
+            summed = sum(patches for patches, _ in self.intermediates(pixels_01, depths))
+            assert isinstance(summed, Tensor)
+            tokens_BND = F.layer_norm(summed, (self.width,), eps=SUM_NORM_EPS)
         return tokens_BND.transpose(1, 2).reshape(-1, self.width, *self.grid)
 
     def intermediates(self, pixels_01: Tensor, depths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

@@ -4,6 +4,7 @@ OUT/scenes-*       KEY.png, KEY.json {"captions", "kind", "scene"}
 OUT/edits-*        KEY.source.png, KEY.target.png, KEY.json {"instructions", "kind", "source_scene",
                    "target_scene", "changed"}: the changed boxes, (x0, y0, x1, y1) in pixels
 OUT/identities-*   KEY.png, KEY.json {"label", "name", "background", "box"}
+OUT/classes-*      KEY.png, KEY.json {"label", "name", "scene"}: one object, labelled by its place in OBJECT_NAMES
 
 Sample i is a pure function of (seed, data set, i).
 """
@@ -23,10 +24,12 @@ from data.sources.emoji_edits import Edit, draw_edit, in_split
 from data.sources.emoji_scenes import (
     BACKGROUND_NAMES,
     CANVAS,
+    KINDS,
     OBJECT_NAMES,
     SKIN_TONES,
     Scene,
     draw_scene,
+    draw_single,
 )
 from engine import files
 from engine.config import ConfigError, to_dict
@@ -64,6 +67,11 @@ class EmojiConfig:
     train_identities: int = 8000
     """Images of them, spread evenly."""
     validation_identities: int = 320
+    train_classes: int = 0
+    """Scenes of one object with a class label, spread evenly over OBJECT_NAMES; 0: no such set. Nothing is held out: a
+    class is asked for, not its combination with a background.
+    """
+    validation_classes: int = 0
     max_samples_per_shard: int = 2000
 
     def __post_init__(self) -> None:
@@ -72,6 +80,8 @@ class EmojiConfig:
         for name in ("train_scenes", "validation_scenes", "train_edits", "validation_edits"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
+        if min(self.train_classes, self.validation_classes) < 0:
+            raise ConfigError("train_classes and validation_classes must be at least 0")
         for name in ("train_identities", "validation_identities"):
             if getattr(self, name) < self.num_identities:
                 raise ConfigError(f"{name} is less than num_identities; some would have no image")
@@ -80,7 +90,7 @@ class EmojiConfig:
 
 
 class EmojiSource:
-    """One of the six data sets; implements data.sources.base.Source."""
+    """One of the data sets; implements data.sources.base.Source."""
 
     def __init__(self, config: EmojiConfig, name: str, length: int) -> None:
         self.name = name  # folder, such as "scenes-train"
@@ -92,6 +102,7 @@ class EmojiSource:
             "scenes": self._scene,
             "edits": self._edit,
             "identities": self._identity,
+            "classes": self._class,
         }[content]
 
     @property
@@ -148,9 +159,17 @@ class EmojiSource:
         tree = {"label": label, "name": name, "background": background, "box": box}
         return Sample(f"identity-{index:06d}", {"png": png(image), "json": _json(tree)})
 
+    def _class(self, index: int) -> Sample:
+        draws = Draws(self._config.seed, self.name, index)
+        label = index % len(KINDS)
+        scene = draw_single(draws).with_kind(0, KINDS[label])
+        image_px = self._config.image_px
+        tree = {"label": label, "name": OBJECT_NAMES[label], "scene": scene.describe(image_px)}
+        return Sample(f"class-{index:06d}", {"png": png(render(scene, image_px)), "json": _json(tree)})
+
 
 def emoji_sources(config: EmojiConfig) -> tuple[EmojiSource, ...]:
-    """The six data sets, the longest to make first."""
+    """The data sets, the longest to make first."""
     lengths = {
         "edits-train": config.train_edits,
         "scenes-train": config.train_scenes,
@@ -158,8 +177,10 @@ def emoji_sources(config: EmojiConfig) -> tuple[EmojiSource, ...]:
         "identities-validation": config.validation_identities,
         "scenes-validation": config.validation_scenes,
         "edits-validation": config.validation_edits,
+        "classes-train": config.train_classes,
+        "classes-validation": config.validation_classes,
     }
-    return tuple(EmojiSource(config, name, length) for name, length in lengths.items())
+    return tuple(EmojiSource(config, name, length) for name, length in lengths.items() if length)
 
 
 def scene_at(seed: int, index: int, *, held_out: bool) -> tuple[Scene, Draws]:

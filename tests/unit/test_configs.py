@@ -8,11 +8,13 @@ import pytest
 
 from data.sources.emoji import EmojiConfig
 from engine import config
+from engine.schedule import learning_rate
 from launch.ablation import VARIANTS, AblationRun
 from launch.estimate import LATENT_SHAPES
 from launch.quickstart import QuickstartRun
+from launch.quickstart_class import QuickstartClassRun
 from launch.recipes import table
-from launch.runs import EncodeRun, GeneratorRun, JudgeRun, StandInRun, TokenizerRun
+from launch.runs import ClassRun, EncodeRun, GeneratorRun, JudgeRun, StandInRun, TokenizerRun
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS: dict[str, type] = {
@@ -25,6 +27,10 @@ KINDS: dict[str, type] = {
     "quickstart/t2i.yaml": GeneratorRun,
     "quickstart/edit.yaml": GeneratorRun,
     "quickstart/latents.yaml": EncodeRun,
+    "quickstart_class/run.yaml": QuickstartClassRun,
+    "quickstart_class/data.yaml": EmojiConfig,
+    **{f"quickstart_class/{name}_tokenizer.yaml": TokenizerRun for name in ("rae", "vae")},
+    **{f"quickstart_class/latents_{name}.yaml": EncodeRun for name in ("rpiae", "rae", "vae")},
     **{f"quickstart/{stage}.yaml": TokenizerRun for stage in ("pivot", "bridge", "decoder")},
 }
 FOLDERS: dict[str, type] = {
@@ -32,15 +38,28 @@ FOLDERS: dict[str, type] = {
     "ablation": TokenizerRun,
     "latents": EncodeRun,
     "generator": GeneratorRun,
+    "quickstart_class": ClassRun,
 }
+CLASS = CONFIGS / "generator" / "class"
+
+
+def kind_of(path: Path) -> type:
+    parts = path.relative_to(CONFIGS).parts
+    if CLASS in path.parents:
+        return ClassRun
+    return KINDS.get("/".join(parts)) or FOLDERS[parts[0]]
+
+
+def generator_configs() -> list[Path]:
+    """Of text-to-image and editing."""
+    return [path for path in (CONFIGS / "generator").rglob("*.yaml") if kind_of(path) is GeneratorRun]
 
 
 @pytest.mark.parametrize(
     "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
 )
 def test_config_is_read_strictly_and_written_back_equal(path: Path, tmp_path: Path) -> None:
-    name = str(path.relative_to(CONFIGS))
-    kind = KINDS[name] if name in KINDS else FOLDERS[path.relative_to(CONFIGS).parts[0]]
+    kind = kind_of(path)
     loaded = config.load(kind, path)
     copy = tmp_path / "copy.yaml"
     copy.write_text(config.dump(loaded))
@@ -56,7 +75,7 @@ def test_global_batches_of_the_paper() -> None:
     for path in tokenizer.glob("release/*.yaml"):
         run = config.load(TokenizerRun, path)
         assert run.pixels.images_per_pack * run.data.num_streams == 256
-    for path in (CONFIGS / "generator").rglob("*.yaml"):
+    for path in generator_configs():
         generator = config.load(GeneratorRun, path)
         steps, low, high = (50_000, 192_000, 200_000) if is_edit(path) else (200_000, 384_000, 400_000)
         tokens = generator.packing.tokens_per_pack * generator.data.num_streams
@@ -74,7 +93,7 @@ def test_generators_have_folders_of_their_own_and_edits_start_from_text_to_image
     """Over all latents: an edit has the autoencoder, shape and statistics of what it starts from."""
     runs = {
         path: config.load(GeneratorRun, path)
-        for path in (CONFIGS / "generator").rglob("*.yaml")
+        for path in generator_configs()
         if path.parent.name != "gpus"  # the main run for other machines, in its folder
     }
     folders = [run.run_dir for run in runs.values()]
@@ -100,11 +119,29 @@ def test_latents_of_a_config_are_those_of_its_autoencoder() -> None:
         for path in (CONFIGS / "tokenizer").rglob("*.yaml")
         if (run := config.load(TokenizerRun, path)).stage.stage == "decoder"
     }
-    for folder in (path for path in LATENT_SHAPES if path.endswith("/export")):
+    for folder in (path for path in LATENT_SHAPES if path.endswith("decoder/export")):
         bridge = config.load(TokenizerRun, written[folder].with_name("bridge.yaml")).stage.bridge
         assert bridge is not None and (bridge.latent_channels, 16, 16) == LATENT_SHAPES[folder]
-    used = {config.load(GeneratorRun, path).autoencoder for path in (CONFIGS / "generator").rglob("*.yaml")}
+    used = {config.load(GeneratorRun, path).autoencoder for path in generator_configs()}
+    used |= {config.load(ClassRun, path).autoencoder for path in CLASS.rglob("*.yaml")}
     assert used == LATENT_SHAPES.keys()
+
+
+def test_class_conditional_runs_are_the_papers() -> None:
+    """1,024 images a step; 60, 80 and 800 epochs of 1,251 steps; the rate constant until epoch 40, down until 800."""
+    folders, epoch = [], 1251
+    for path in CLASS.rglob("*.yaml"):
+        run = config.load(ClassRun, path)
+        folders.append(run.run_dir)
+        assert run.packing.images_per_pack * run.data.num_streams == 1024
+        epochs = int(path.stem.rpartition("_")[2]) if path.stem[-1] == "0" else 80
+        optimizer, steps = run.engine.optimizer, run.engine.steps
+        assert steps == epochs * epoch and run.engine.export_at_steps == (20 * epoch,)
+        rates = [learning_rate(optimizer, at * epoch, steps) for at in (0, 40, 420, 800)]
+        assert rates == pytest.approx([2e-4, 2e-4, 1.1e-4, 2e-5])
+        assert (run.engine.ema_decay, optimizer.grad_clip) == (0.9995, 1.0)
+        assert ("ditdh" in path.stem) == (run.generator.head is not None)
+    assert len(set(folders)) == len(folders) == 6 * 3 + 3 + 3
 
 
 def test_the_recipes_page_shows_what_the_command_prints() -> None:

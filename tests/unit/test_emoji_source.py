@@ -235,3 +235,15 @@ def test_shipped_config_is_the_default():
 def test_bad_config_is_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         replace(CONFIG, **change)
+
+
+def test_class_scenes_show_one_object_of_every_class_in_turn() -> None:
+    config = EmojiConfig(train_classes=90, validation_classes=44)
+    source = next(source for source in emoji_sources(config) if source.name == "classes-train")
+    trees = [json.loads(source.sample(index).parts["json"]) for index in range(len(source))]
+    assert [tree["label"] for tree in trees[:46]] == [*range(44), 0, 1]
+    for tree in trees:
+        (placed,) = tree["scene"]["objects"]
+        assert placed["name"] == tree["name"] == OBJECT_NAMES[tree["label"]]
+    assert len({tree["scene"]["background"] for tree in trees}) == len(BACKGROUND_NAMES)
+    assert "classes-train" not in {source.name for source in emoji_sources(EmojiConfig())}

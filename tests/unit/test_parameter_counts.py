@@ -10,8 +10,9 @@ from torch import nn
 
 from data.shards import LatentInfo
 from engine import config as configs
+from generator.class_conditional.model import new_generator
 from generator.model import Generator
-from launch.runs import GeneratorRun
+from launch.runs import ClassRun, GeneratorRun
 from tokenizer.cnn_decoder import CnnDecoder
 from tokenizer.kl import KlAutoencoder, KlConfig
 from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig
@@ -87,3 +88,40 @@ def test_the_papers_generator(name: str, count: int, trained: int) -> None:
         896 * 896 + 896 + 64 + 896 * 896 + 896 + 3 * 896 * 4864 + 896
     )  # the last layer's, read by a text loss
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained == count - frozen
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "count"),
+    [
+        ("rpiae64_80", 64, 675_629_696),  # the paper's 675.63 M
+        ("sizes/l", 64, 458_484_000),
+        ("sizes/b", 64, 130_803_776),
+        ("sizes/s", 64, 33_109_952),
+        ("rae_b_80", 768, 677_252_416),
+        ("ditdh_raw_adaptive", 768, 838_675_796),  # the paper's 839 M
+    ],
+)
+def test_class_conditional_generators(name: str, channels: int, count: int) -> None:
+    """Positions and the frequencies of time, which are fixed, are counted, as in the published code."""
+    path = Path(__file__).parents[2] / "configs" / "generator" / "class" / f"{name}.yaml"
+    config = configs.load(ClassRun, path).generator
+    latents = LatentInfo("bf16", (channels, 16, 16), (0.0,) * channels, (1.0,) * channels, "", "")
+    with torch.device("meta"):
+        model = new_generator(config, latents)
+
+    def block(width: int, heads: int) -> int:
+        inner = 8 * width // 3
+        norms = 2 * width + (2 * width // heads if config.qk_norm else 0)
+        mlp = 2 * inner * (width + 1) + width * (inner + 1)
+        return norms + mlp + 4 * width * (width + 1) + 6 * width * (width + 1)
+
+    width, head = config.width, config.head
+    entrance = channels * width + width + 512 * width + width + width * width + width + 1001 * width
+    layers, last = config.num_layers * block(width, config.num_heads), width
+    if head is not None:
+        entrance += channels * head.width + head.width + width * head.width + head.width
+        layers, last = layers + head.num_layers * block(head.width, head.num_heads), head.width
+    exit_ = last + channels * (last + 1) + 2 * last * (last + 1)
+    fixed = 256 * width + 256
+    assert num_parameters(model) == entrance + layers + exit_ + fixed == count
+    assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == fixed

@@ -141,7 +141,7 @@ def test_full_name_needs_an_input_size() -> None:
 def test_config_of_an_old_export_still_parses() -> None:
     tree = {"name": "vit_base_patch14_reg4_dinov2.lvd142m", "input_px": 224, "weights": "pretrained"}
     tree |= {"overrides": {"img_size": 224}, "mean": None, "std": [0.2, 0.2, 0.2], "library": "timm"}
-    assert to_dict(from_dict(RepresentationConfig, tree)) == tree
+    assert to_dict(from_dict(RepresentationConfig, tree)) == {**tree, "num_summed_layers": 1}
 
 
 @pytest.mark.parametrize(
@@ -336,3 +336,33 @@ def test_local_weights_are_loaded_whole_or_refused(library: str, tmp_path: Path)
     save_file({"surplus": torch.zeros(1), **source.vit.state_dict()}, str(path))
     with pytest.raises(UserError, match="unexpected: surplus"):
         Representation(RepresentationConfig(**arguments))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_f_may_be_the_normed_sum_of_the_last_layers(library: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        last = Representation(tiny("dinov2-s-reg", library)).eval()
+        both = Representation(tiny("dinov2-s-reg", library)).eval()
+        both.config = summed = Representation(
+            RepresentationConfig(**{**vars(tiny("dinov2-s-reg", library)), "num_summed_layers": 2})
+        ).config
+        with torch.no_grad():
+            for parameter in last.vit.parameters():  # blocks start as good as the identity
+                parameter += 0.3 * torch.randn_like(parameter)
+        both.vit.load_state_dict(last.vit.state_dict())
+    assert from_dict(RepresentationConfig, to_dict(summed)) == summed
+    first, second = (patches for patches, _ in last.intermediates(pixels(), (0, 1)))
+    total = first + second
+    centred = total - total.mean(2, keepdim=True)
+    expected = centred / (centred.square().mean(2, keepdim=True) + 1e-6).sqrt()
+    found = both(pixels())
+    torch.testing.assert_close(found.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-5)  # fp32
+    assert not torch.allclose(found, last(pixels()), atol=1e-2)
+    torch.autograd.grad(found.square().sum(), both.last_mlp_weight)  # the adaptive weight asks for it
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_sum_of_no_layers_or_too_many_is_refused(count: int) -> None:
+    with pytest.raises(ConfigError, match="num_summed_layers"):
+        on_meta(RepresentationConfig(**{**vars(tiny("dinov2-s", "timm")), "num_summed_layers": count}))

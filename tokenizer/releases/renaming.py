@@ -154,5 +154,5 @@ def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def _module(name: str) -> str:
-    first, second = name.split(".")[:2]
-    return first if first in ("encoder", "decoder") else f"{first}.{second}"
+    first, _, rest = name.partition(".")
+    return first if first in ("encoder", "decoder") or not rest else f"{first}.{rest.partition('.')[0]}"

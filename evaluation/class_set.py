@@ -1,0 +1,122 @@
+"""Class labels -> drawn images, as an image set that suites score; several ranks; resumable.
+
+The set holds result/LABEL/NUMBER.png (one folder per class), manifest.jsonl with meta.label, and sampling.json. Image
+after image goes round the classes, so that every class has as many, or one more than the last ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from engine import files
+from engine.config import UserError
+from evaluation.drawn_set import blocks_left, claim, draw_blocks, export_digest, sampling_settings
+from evaluation.manifest import Item, write_image, write_manifest
+from generator.class_conditional.pipeline import ClassPipeline
+from generator.class_conditional.sampling import ClassSamplingConfig
+
+SEED_DIGITS = 15  # of a hexadecimal digest: 60 bits
+
+
+@dataclass(frozen=True)
+class ClassSetConfig:
+    """What is drawn, with what, and where to."""
+
+    out: Path
+    """Folder of the image set."""
+    generator: Path
+    """Exported class-conditional generator."""
+    autoencoder: str
+    """Autoencoder that it was trained with."""
+    sampling: ClassSamplingConfig
+    """How; `batch_images` is the size of a block."""
+    num_images: int
+    """Images of the whole set (50,000: 50 of each of ImageNet's classes)."""
+    guide: Path | None = None
+    """Exported weaker generator for AutoGuidance; None: guidance by the same model without the class."""
+    device: str = "cpu"
+    """Where the models run."""
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise UserError(f"{self.num_images} images; give at least 1")
+        if self.guide is not None and self.sampling.guidance == 1:
+            raise UserError(
+                f"{self.guide}: a guide has no effect at guidance 1; give --guidance (the paper: 2.05)"
+            )
+
+
+@dataclass(frozen=True)
+class ClassDrawing:
+    """One image to draw: image `number` of class `label`."""
+
+    label: int
+    number: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Of its item."""
+        return f"{self.label:04d}-{self.number:05d}"
+
+    @property
+    def name(self) -> str:
+        """File in the set."""
+        return f"result/{self.label:04d}/{self.number:05d}.png"
+
+    def is_done(self, out: Path) -> bool:
+        """Whether its file is there."""
+        return (out / self.name).is_file()
+
+
+def draw_class_set(
+    config: ClassSetConfig, *, rank: int = 0, world: int = 1, barrier: Callable[[], None] = lambda: None
+) -> int:
+    """Draws blocks i with i % world == rank; after `barrier`, rank 0 writes the manifest. Returns the set's size.
+
+    Images that an earlier run finished are kept. Raises UserError: as ClassPipeline.load; a set in `out` that was drawn
+    with something else.
+    """
+    pipeline = ClassPipeline.load(config.generator, config.autoencoder, config.guide, config.device)
+    drawings = class_drawings(pipeline.generator.config.num_classes, config.num_images, config.sampling.seed)
+    mine = blocks_left(drawings, config.sampling.batch_images, config.out, rank=rank, world=world)
+    settings = sampling_settings(config.sampling)
+    if rank == 0:
+        guide = None if config.guide is None else export_digest(config.guide)
+        claim(config.out, {**settings, "generator": export_digest(config.generator), "guide": guide})
+    barrier()  # before this nobody writes into a folder that rank 0 may refuse
+
+    def draw(block: Sequence[ClassDrawing]) -> Tensor:
+        return pipeline.draw([one.label for one in block], [one.seed for one in block], config.sampling)
+
+    def write(block: Sequence[ClassDrawing], results: Tensor) -> None:
+        for one, result in zip(block, results, strict=True):
+            if not one.is_done(config.out):
+                write_image(config.out / one.name, result)
+
+    if mine:
+        draw_blocks(mine, draw, write, config.sampling, rank)
+    barrier()
+    if rank == 0:
+        items = [
+            Item(one.key, {"result": one.name}, {"label": one.label, "seed": one.seed, "sampling": settings})
+            for one in drawings
+        ]
+        write_manifest(config.out, items)
+    return len(drawings)
+
+
+def class_drawings(num_classes: int, num_images: int, seed: int) -> list[ClassDrawing]:
+    """Round and round the classes. An image's seed follows from (seed, label, number) alone."""
+    return [
+        ClassDrawing(label, number, _image_seed(seed, label, number))
+        for number, label in (divmod(index, num_classes) for index in range(num_images))
+    ]
+
+
+def _image_seed(seed: int, label: int, number: int) -> int:
+    return int(files.digest(["class image", seed, label, number])[:SEED_DIGITS], 16)

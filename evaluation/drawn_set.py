@@ -1,0 +1,101 @@
+"""Drawing an image set on several ranks, resumably, whatever it is drawn from.
+
+Images are drawn in blocks of neighbours of a list, and a block is always drawn as a whole: matrix products may round
+differently in another company, so this makes the images the same bytes on any number of ranks and after any
+interruption. `sampling.json` in the set says what its images were drawn with; a run with something else is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from data.progress import ProgressLine
+from engine import files
+from engine.config import UserError, to_dict
+from generator.drawing import DrawingConfig
+from generator.model import CONFIG_NAME, WEIGHTS_NAME
+from generator.solvers import num_evaluations
+
+SETTINGS_NAME = "sampling.json"
+
+
+class Drawing(Protocol):
+    """One image to draw."""
+
+    def is_done(self, out: Path) -> bool:
+        """Whether all its files are there."""
+
+
+DrawingT = TypeVar("DrawingT", bound=Drawing)
+DrawnT = TypeVar("DrawnT")
+
+
+def blocks_left(
+    drawings: Sequence[DrawingT], block_images: int, out: Path, *, rank: int, world: int
+) -> list[Sequence[DrawingT]]:
+    """Blocks i with i % world == rank that are not complete in `out`."""
+    blocks = [drawings[start : start + block_images] for start in range(0, len(drawings), block_images)]
+    return [block for block in blocks[rank::world] if not all(one.is_done(out) for one in block)]
+
+
+def draw_blocks(
+    blocks: Sequence[Sequence[DrawingT]],
+    draw: Callable[[Sequence[DrawingT]], DrawnT],
+    write: Callable[[Sequence[DrawingT], DrawnT], None],
+    sampling: DrawingConfig,
+    rank: int,
+) -> None:
+    """Draws every block while the one before it is written, with a line about progress."""
+    total, done = sum(len(block) for block in blocks), 0
+    if rank == 0:
+        evaluations = num_evaluations(sampling.num_steps, sampling.solver)
+        line = f"{sampling.num_steps} {sampling.solver} steps, {evaluations} evaluations an image"
+        print(line, file=sys.stderr, flush=True)
+    progress = ProgressLine(f"rank {rank}: {total} images to draw", "images")
+    with ThreadPoolExecutor(max_workers=1) as writer:  # the next block is drawn while PNGs are packed
+        writing: Future[None] | None = None
+        for block in blocks:
+            drawn = draw(block)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(write, block, drawn)
+            done += len(block)
+            progress.show(done, done / total)
+        if writing is not None:
+            writing.result()
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Notes in `out` what its images are drawn with. Raises UserError: they were drawn with something else."""
+    path = out / SETTINGS_NAME
+    found: dict[str, Any] = files.read_json(path) if path.is_file() else settings
+    for name in sorted({*found, *settings}):
+        if found.get(name) != settings.get(name):
+            raise UserError(
+                f"{out}: holds images of other settings ({name}: {_short(found.get(name))} there, "
+                f"{_short(settings.get(name))} here); give another folder, or the same settings to go on"
+            )
+    files.write_json(path, settings)
+
+
+def sampling_settings(sampling: DrawingConfig) -> dict[str, Any]:
+    """The sampling, without what may change between two runs: the size of a block matters for rounding only."""
+    settings = to_dict(sampling)
+    del settings["batch_images"]
+    return settings
+
+
+def export_digest(folder: Path) -> str:
+    """Of an exported generator's config and weights. Raises UserError: a file is missing."""
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: no such file; give a run with an exported generator")
+    return files.digest([files.sha256(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)])
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) else str(value)

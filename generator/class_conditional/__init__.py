@@ -1,0 +1,1 @@
+"""Class labels -> latents: LightningDiT and DiTDH on any latent shards."""

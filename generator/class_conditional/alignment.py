@@ -1,0 +1,66 @@
+"""Alignment of an inner layer to the encoder's features, beyond the paper and only in training.
+
+Sources: Yu et al. 2024 (REPA: a projected inner layer is drawn to a frozen encoder's features by their cosine), Singh
+et al. 2026 (RAEv2, arXiv 2605.18324: this helps also where the latents are those features). So the target is the clean
+latent itself: of an RAE the encoder's features, of RPiAE what its bridge keeps of them. Nothing else has to be stored.
+
+Shape suffixes: B images, T tokens, D width, O values of a patch (P * P * C).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config import ConfigError
+from generator.class_conditional.layers import init_parts, patchify
+from generator.class_conditional.model import ClassGenerator
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Which layer is aligned, and how strongly. Defaults: REPA's for XL."""
+
+    layer: int = 8
+    """Blocks of the backbone that come before the projection."""
+    weight: float = 0.5
+    """Of minus the mean cosine, beside the mean squared error of velocities."""
+    width: int = 2048
+    """Inner width of the projection, three matrices with SiLU between."""
+
+    def __post_init__(self) -> None:
+        if self.layer < 1 or self.width < 1 or self.weight <= 0:
+            raise ConfigError(
+                f"align: layer {self.layer}, weight {self.weight}, width {self.width}; each must be above 0"
+            )
+
+
+class AlignedGenerator(nn.Module):
+    """What a training with alignment optimises: the generator, and a projection that is not exported."""
+
+    def __init__(self, generator: ClassGenerator, config: AlignConfig, seed: int) -> None:
+        super().__init__()
+        if config.layer > generator.config.num_layers:
+            raise ConfigError(
+                f"align.layer {config.layer}: the backbone has {generator.config.num_layers} layers"
+            )
+        self.generator = generator
+        self.config = config
+        num_values = generator.latents.shape[0] * generator.config.patch**2
+        self.projection = nn.Sequential(
+            nn.Linear(generator.config.width, config.width),
+            nn.SiLU(),
+            nn.Linear(config.width, config.width),
+            nn.SiLU(),
+            nn.Linear(config.width, num_values),
+        )
+        init_parts(self.projection, torch.Generator().manual_seed(seed), gain=1.0)
+
+    def alignment_loss(self, tokens_BTD: Tensor, z_BCYX: Tensor) -> Tensor:
+        """Sum over images of minus the mean cosine of the projected tokens with the clean latents', fp32 scalar."""
+        projected_BTO = self.projection(tokens_BTD).float()
+        target_BTO = patchify(z_BCYX, self.generator.config.patch)
+        return -F.cosine_similarity(projected_BTO, target_BTO, dim=-1).mean(1).sum()

@@ -1,0 +1,199 @@
+"""Flow matching on class labels as an objective of the training loop.
+
+Shape suffixes: B images, C latent channels, Y X latent grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.class_batch import ClassBatch
+from data.shards import LatentInfo
+from data.transfer import to_device
+from engine.config import UserError, to_dict
+from engine.files import digest, sha256
+from engine.objective import LossOutput
+from generator.class_conditional.alignment import AlignConfig, AlignedGenerator
+from generator.class_conditional.config import DitConfig
+from generator.class_conditional.model import (
+    WEIGHTS_NAME,
+    ClassGenerator,
+    create_generator,
+    load_generator,
+)
+from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
+from generator.class_conditional.sizing import training_flops
+from generator.flow import TimeShift, draw_times, interpolate, resolve_shift, velocity_target
+from generator.objective import Decode, check_latents, tile
+
+PREVIEW_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class ClassFlowConfig:
+    """How the generator is trained (its shape is DitConfig)."""
+
+    time_shift: TimeShift = "auto"
+    """Shift of the drawn times towards noise; "auto" = sqrt(latent values / 4096)."""
+    init_from: str | None = None
+    """Directory of an exported or imported class-conditional generator to start from; None = a new model."""
+    compile: bool = False
+    """torch.compile on every block."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: about a third more time, activations of one block instead of all."""
+    align: AlignConfig | None = None
+    """Draw an inner layer to the clean latents as well (REPA, RAEv2); None: the paper's loss alone."""
+
+
+@dataclass(frozen=True)
+class ClassPreview:
+    """What `samples` draws: one image of each label, image i with seed + i."""
+
+    labels: tuple[int, ...]
+    sampling: ClassSamplingConfig
+    decode: Decode
+    """The autoencoder's decoder."""
+
+
+class ClassObjective:
+    """Mean squared error on the velocity of latents. Implements engine.objective.Objective."""
+
+    name = "class"
+    adversary: nn.Module | None = None
+
+    def __init__(
+        self,
+        model: ClassGenerator,
+        config: ClassFlowConfig,
+        *,
+        start: str,
+        seed: int = 0,
+        preview: ClassPreview | None = None,
+    ) -> None:
+        """`seed`: of the alignment's projection."""
+        self.generator = model
+        self._aligned: AlignedGenerator | None = None
+        if config.align is not None:
+            self._aligned = AlignedGenerator(model, config.align, seed)
+        self.model: nn.Module = self._aligned or model
+        self._config = config
+        self._shift = resolve_shift(config.time_shift, model.latents.shape)
+        self._start = start
+        self._preview = preview
+        model.activation_checkpointing = config.activation_checkpointing
+        if config.compile:
+            model.compile_layers()
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model."""
+        self.model.to(device)
+
+    def count(self, batch: ClassBatch) -> int:
+        """Images."""
+        return len(batch.sample_ids)
+
+    def further_counts(self, batch: ClassBatch) -> Mapping[str, int]:
+        """There are none."""
+        return {}
+
+    def loss(self, batch: ClassBatch, step: int) -> LossOutput:
+        """Sum over images of mean_cyx (v - (eps - z))^2; t and eps are drawn from the batch's seed.
+
+        With `align` also minus its weight times the mean cosine, logged as `alignment`.
+        """
+        z_BCYX = batch.latents
+        generator = torch.Generator().manual_seed(batch.seed)
+        t_B = to_device(draw_times(len(z_BCYX), self._shift, generator), z_BCYX.device)
+        noise_BCYX = to_device(torch.randn(z_BCYX.shape, generator=generator), z_BCYX.device)
+        x_BCYX = interpolate(z_BCYX, noise_BCYX, t_B[:, None, None, None])
+        layer = 0 if self._aligned is None else self._aligned.config.layer
+        velocity, tokens_BTD = self.generator.forward_with_tokens(x_BCYX, t_B, batch.labels, layer)
+        loss_sum = (velocity - velocity_target(z_BCYX, noise_BCYX)).square().mean((1, 2, 3)).sum()
+        metrics = {"loss": loss_sum.detach()}
+        if self._aligned is not None:
+            alignment = self._aligned.alignment_loss(tokens_BTD, z_BCYX)
+            metrics["alignment"] = -alignment.detach()
+            loss_sum = loss_sum + self._aligned.config.weight * alignment
+        flops = training_flops(self.generator.config, self.generator.latents.shape, len(z_BCYX))
+        return LossOutput(loss_sum, metrics, flops=flops)
+
+    def adversary_active(self, step: int) -> bool:
+        """There is none."""
+        return False
+
+    def adversary_loss(self, adversary_batch: None, step: int) -> LossOutput:
+        """Never called: there is no adversary."""
+        raise AssertionError("flow matching has no adversary")
+
+    @torch.no_grad()
+    def samples(self) -> npt.NDArray[np.uint8] | None:
+        """The preview's images in rows of at most 8, white where the last one ends. uint8 [H, W, 3]."""
+        if self._preview is None:
+            return None
+        labels, sampling = self._preview.labels, self._preview.sampling
+        seeds = [sampling.seed + index for index in range(len(labels))]
+        pixels = self._preview.decode(sample_class_latents(self.generator, labels, seeds, sampling))
+        columns = min(PREVIEW_COLUMNS, len(labels))
+        missing = -len(labels) % columns
+        return tile(torch.split(F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing), value=1.0), columns))
+
+    def export(self, directory: Path) -> None:
+        """Writes the generator: model.safetensors and config.json."""
+        self.generator.save(directory)
+
+    def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
+        """None are known."""
+        return []
+
+    def describe(self) -> list[str]:
+        """Size, start, time shift."""
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        fixed = sum(p.numel() for p in self.model.parameters()) - trained
+        return [
+            f"{trained:,} parameters are trained, {fixed:,} are fixed (positions, frequencies of time)",
+            f"start: {self._config.init_from or 'random'}; time shift {self._shift:.3g}",
+        ]
+
+    def fingerprints(self) -> Mapping[str, str]:
+        """Autoencoder of the latents, and what the weights started from."""
+        return {"tokenizer": self.generator.latents.tokenizer_fingerprint, "start": self._start}
+
+
+def build_class_objective(
+    generator: DitConfig,
+    flow: ClassFlowConfig,
+    latents: LatentInfo,
+    *,
+    seed: int,
+    preview: ClassPreview | None = None,
+) -> ClassObjective:
+    """The objective of train_class, on the CPU. `latents`: of the training shards' manifest.
+
+    Raises UserError: weights to start from of another shape, or of other latents (or statistics).
+    """
+    if flow.init_from is None:
+        model = create_generator(generator, latents, seed)
+        start = digest({"generator": to_dict(generator), "seed": seed})
+    else:
+        model = load_generator(flow.init_from)
+        check_latents(latents, model.latents, where=flow.init_from)
+        if model.config != generator:
+            raise UserError(
+                f"{flow.init_from}: its shape differs from this run's generator config; make them equal"
+            )
+        start = sha256(Path(flow.init_from) / WEIGHTS_NAME)
+    return ClassObjective(model, flow, start=start, seed=seed, preview=preview)
+
+
+def spread_labels(num_classes: int, num_images: int) -> tuple[int, ...]:
+    """`num_images` labels, spread evenly over the classes."""
+    return tuple(math.floor(index * num_classes / num_images) for index in range(num_images))

@@ -1,0 +1,60 @@
+"""Classes -> images: generator, autoencoder and, for AutoGuidance, a weaker generator that belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.config import UserError
+from generator.class_conditional.model import ClassGenerator, load_generator
+from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
+from generator.pipeline import check_trained_with, decode_uint8
+from tokenizer.autoencoders import load_autoencoder
+from tokenizer.export import ImageAutoencoder, fingerprint
+
+
+class ClassPipeline:
+    """On a GPU the generators compute in bf16 from fp32 weights, as they are trained; the autoencoder in fp32."""
+
+    def __init__(
+        self, generator: ClassGenerator, autoencoder: ImageAutoencoder, guide: ClassGenerator | None = None
+    ) -> None:
+        self.generator = generator.eval()
+        self.autoencoder = autoencoder.eval()
+        self.guide = None if guide is None else guide.eval()
+
+    @classmethod
+    def load(
+        cls,
+        generator: str | Path,
+        autoencoder: str | Path,
+        guide: str | Path | None = None,
+        device: str | torch.device = "cpu",
+    ) -> ClassPipeline:
+        """Reads the exports.
+
+        Raises UserError: one is missing, the generator was trained on another autoencoder, the guide on other latents
+        or classes.
+        """
+        model = load_generator(generator)
+        expected = model.latents.tokenizer_fingerprint
+        check_trained_with(generator, "autoencoder", autoencoder, fingerprint(autoencoder), expected)
+        weak = None if guide is None else load_generator(guide)
+        if weak is not None:
+            if weak.latents != model.latents or weak.config.num_classes != model.config.num_classes:
+                raise UserError(
+                    f"{guide}: was trained on other latents or classes than {generator}; give an export of the same run"
+                )
+            weak = weak.to(device)
+        return cls(model.to(device), load_autoencoder(autoencoder).to(device), weak)
+
+    @torch.no_grad()
+    def draw(self, labels: Sequence[int], seeds: Sequence[int], sampling: ClassSamplingConfig) -> Tensor:
+        """uint8 [N, 3, image_px, image_px] on the CPU, one image for each label and seed."""
+        device = self.generator.pos_embed.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            latents = sample_class_latents(self.generator, labels, seeds, sampling, self.guide)
+        return decode_uint8(self.autoencoder, latents, sampling.batch_images, device)

@@ -1,0 +1,155 @@
+"""Published LightningDiT and DiTDH checkpoints (RPiAE's, RAE's) -> our exports.
+
+Names are equal (generator/class_conditional/model.py). The shape is read from the tensors; the tables of positions and
+rotations, which are fixed, are compared with ours. LightningDiT's own first checkpoints (hustvl/LightningDiT) embed
+time otherwise, and count it from the other end: they are refused by the names of their time embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.shards import LatentInfo
+from engine.config import UserError
+from generator.class_conditional.config import DitConfig, WideHeadConfig
+from generator.class_conditional.layers import position_table, rope_2d
+from generator.class_conditional.model import ClassGenerator, new_generator
+from tokenizer.releases.checkpoint import read_checkpoint
+from tokenizer.releases.imported import shapes
+from tokenizer.releases.renaming import Report, Translation, check
+from tokenizer.weights import load_exact
+
+ROPES = {"feat_rope": "backbone", "enc_feat_rope": "backbone", "dec_feat_rope": "head"}
+TABLES = ("freqs_cos", "freqs_sin")
+TOLERANCE = 1e-4
+"""Of the stored tables: their sines are taken of angles in another precision."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportedClassGenerator:
+    """A class-conditional generator from a published checkpoint."""
+
+    report: Report
+    config: DitConfig
+    latents: LatentInfo
+    tensors: Mapping[str, Tensor]
+
+    def build(self) -> ClassGenerator:
+        """On the CPU in fp32; only where the report has no problems."""
+        with torch.device("meta"):
+            model = new_generator(self.config, self.latents)
+        model = model.to_empty(device="cpu")
+        load_exact(model, self.tensors, where="the published weights")
+        return model
+
+    def write(self, folder: Path) -> str:
+        """Saves it into an existing folder and says what it is."""
+        self.build().save(folder)
+        return f"class-conditional generator of latents {'x'.join(map(str, self.latents.shape))}"
+
+
+def import_dit(source: str | Path, latents: LatentInfo) -> ImportedClassGenerator:
+    """Reads a checkpoint. `latents`: what the generator draws, of a latent data set's manifest.
+
+    Raises UserError: not such a checkpoint, a number of heads that nothing tells, tables that are not the fixed ones.
+    """
+    stored = read_checkpoint(source)
+    tensors = dict(stored.tensors)
+    ropes = {
+        part: [tensors.pop(f"{name}.{table}") for table in TABLES]
+        for name, part in ROPES.items()
+        if f"{name}.{TABLES[0]}" in tensors
+    }
+    config = _shape(tensors, ropes, stored.where)
+    with torch.device("meta"):
+        model = new_generator(config, latents)
+    ours = shapes(model)
+    translation = Translation(
+        sources={name: (name,) for name in ours if name in tensors},
+        left_out=(),
+        unknown=tuple(name for name in tensors if name not in ours),
+    )
+    report = check(translation, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, ours)
+    if not report.problems:
+        _check_tables(tensors["pos_embed"], ropes, config, model.grid, stored.where)
+    notes = (
+        f"{config.num_layers} layers of width {config.width}, {config.num_heads} heads; head {config.head}",
+    )
+    filled = {} if report.problems else {name: tensors[name].float() for name in ours}
+    return ImportedClassGenerator(dataclasses.replace(report, notes=notes), config, latents, filled)
+
+
+def _shape(tensors: Mapping[str, Tensor], ropes: Mapping[str, list[Tensor]], where: str) -> DitConfig:
+    needed = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "t_embedder.W")
+    for name in needed:
+        if name not in tensors:
+            raise UserError(
+                f"{where}: has no {name}; give a LightningDiT or DiTDH checkpoint of RPiAE or RAE"
+            )
+    widths: list[int] = []
+    while (weight := tensors.get(f"blocks.{len(widths)}.attn.proj.weight")) is not None:
+        widths.append(len(weight))
+    has_head = "s_embedder.proj.weight" in tensors
+    width = tensors["pos_embed"].shape[-1]
+    num_layers = len(widths)
+    head = None
+    if has_head:
+        head_width = len(tensors["x_embedder.proj.weight"])
+        # Of equal widths nothing tells the stacks apart; RAE's head has two layers.
+        num_head_layers = widths.count(head_width) if head_width != width else WideHeadConfig.num_layers
+        num_layers -= num_head_layers
+        heads = _num_heads(tensors, ropes, "head", head_width, num_layers, where)
+        head = WideHeadConfig(head_width, num_head_layers, heads)
+    return DitConfig(
+        num_classes=len(tensors["y_embedder.embedding_table.weight"]) - 1,
+        width=width,
+        num_layers=num_layers,
+        num_heads=_num_heads(tensors, ropes, "backbone", width, 0, where),
+        patch=tensors["x_embedder.proj.weight"].shape[-1],
+        qk_norm="blocks.0.attn.q_norm.weight" in tensors,
+        head=head,
+    )
+
+
+def _num_heads(
+    tensors: Mapping[str, Tensor],
+    ropes: Mapping[str, list[Tensor]],
+    part: str,
+    width: int,
+    block: int,
+    where: str,
+) -> int:
+    """From the width of a head, which the rotary table or a QK-norm has."""
+    norm = tensors.get(f"blocks.{block}.attn.q_norm.weight")
+    if part in ropes:
+        return width // ropes[part][0].shape[-1]
+    if norm is None:
+        raise UserError(
+            f"{where}: neither rotary tables nor QK-norms, which tell the number of heads; give the whole checkpoint"
+        )
+    return width // len(norm)
+
+
+def _check_tables(
+    positions: Tensor, ropes: Mapping[str, list[Tensor]], config: DitConfig, grid: tuple[int, int], where: str
+) -> None:
+    pairs = [(positions, position_table(grid, config.width), "pos_embed")]
+    for part, tables in ropes.items():
+        shape = config if part == "backbone" else config.head
+        assert shape is not None
+        fixed = rope_2d(grid, shape.width // shape.num_heads, torch.device("cpu"))
+        pairs += [
+            (theirs, ours.repeat_interleave(2, dim=1), f"rotary table of the {part}")
+            for theirs, ours in zip(tables, fixed, strict=True)
+        ]
+    for theirs, ours, name in pairs:
+        tolerance = max(TOLERANCE, torch.finfo(theirs.dtype).eps)
+        if theirs.shape != ours.shape or (theirs.float() - ours).abs().max() > tolerance:
+            raise UserError(
+                f"{where}: its {name} is not the fixed table of a grid {grid[0]}x{grid[1]}; give latents of its grid"
+            )

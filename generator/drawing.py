@@ -1,0 +1,60 @@
+"""What drawing latents has in common, whatever they are drawn from: steps, solver, seeds, times that are guided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.config import ConfigError
+from generator.flow import TimeShift
+from generator.solvers import Solver
+
+SEEDS = 1 << 32
+"""PyTorch's generator on the CPU reads no more bits of a seed."""
+
+
+@dataclass(frozen=True)
+class DrawingConfig:
+    """How a solver goes from noise to data, and for how many images at once."""
+
+    num_steps: int = 50
+    """Steps from noise to data."""
+    solver: Solver = "euler"
+    """euler: one evaluation of all guidance branches a step; heun: second order, 2 num_steps - 1 evaluations."""
+    time_shift: TimeShift = "auto"
+    """Shift of the time grid; "auto" = sqrt(latent values / 4096), as in training."""
+    seed: int = 0
+    """Seed of the first image; image i of a call uses seed + i unless the call gives seeds."""
+    batch_images: int = 64
+    """Images denoised together. The result depends on it by rounding alone: after a few guided steps of two layers of
+    the 0.5B shape latents of deviation 1.4 differ by 1e-6 (root of the mean square) in fp32, by 0.01 in bf16.
+    """
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.batch_images < 1:
+            raise ConfigError("num_steps and batch_images must be at least 1")
+        if not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"seed {self.seed} is not a whole number from 0 to {SEEDS - 1}")
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    """Raises ConfigError: not two times in order."""
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise ConfigError(f"guidance_interval is {low} to {high}; give two times, 0 <= first < second <= 1")
+
+
+def is_guided(t: float, interval: tuple[float, float]) -> bool:
+    """Whether `t` lies above the first and up to the second time of the interval (Kynkäänniemi et al. 2024)."""
+    low, high = interval
+    return low < min(t, 1.0) <= high  # a shifted 1 may be rounded up
+
+
+def draw_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """One image of standard normal noise from each seed, fp32 [len(seeds), *shape] on the CPU."""
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )

@@ -1,0 +1,92 @@
+"""A small LightningDiT on RPiAE, RAE and VAE latents of emoji: launch/quickstart_class.py (make quickstart-class).
+
+The quickstart's own steps are the base (done ones are skipped). Running it again continues.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine import files
+from engine.config import load, to_dict
+from evaluation.report.class_page import LABELS
+from launch import ablation, entry, quickstart, quickstart_class_scores
+from launch.steps import Step, deepspeed, python, run_steps
+
+CONFIGS = "configs/quickstart_class"
+LAST_OF_BASE = "judge"
+
+
+@dataclass(frozen=True)
+class QuickstartClassRun:
+    """What is not in the config of a single step."""
+
+    root: str = "runs/quickstart_class"
+    """Folder of all results, beside the quickstart's."""
+    num_ranks: int = 2
+    """Processes of each training."""
+    scores: quickstart_class_scores.ScoresConfig = field(default_factory=quickstart_class_scores.ScoresConfig)
+    """What is drawn and judged at the end."""
+    out: str = "docs/results/class.md"
+    """The page that is written."""
+
+
+def main() -> None:
+    """The quickstart up to its judge; two more tokenizers; latents, a training and scores of each."""
+    parser = entry.config_parser(__doc__ or "", f"{CONFIGS}/run.yaml")
+    parser.add_argument("--fresh", action="store_true", help="remove what is there, but for the quickstart's")
+    arguments = parser.parse_args()
+    run = entry.read_config(QuickstartClassRun, arguments)
+    if arguments.dry_run:
+        entry.print_config(run)
+        return
+    base = load(quickstart.QuickstartRun, f"{quickstart.CONFIGS}/run.yaml")
+    steps = quickstart.build_steps(base, Path(base.root))
+    names = [step.name for step in steps]
+    run_steps(Path(base.root), steps[: names.index(LAST_OF_BASE) + 1])
+    root = Path(run.root)
+    if arguments.fresh:
+        shutil.rmtree(root, ignore_errors=True)
+    run_steps(root, build_steps(run, root, Path(base.root)))
+    print(f"results: {run.out}", flush=True)
+
+
+def build_steps(run: QuickstartClassRun, root: Path, base: Path) -> list[Step]:
+    """Every step in order."""
+    trained_on = files.read_json(base / "steps" / f"{LAST_OF_BASE}.json")["identity"]
+
+    def on_ranks(name: str, about: str, script: str, config: str, *options: str) -> Step:
+        command = deepspeed(run.num_ranks, f"launch/{script}.py", "--config", config, *options)
+        return Step(name, about, command, (config,), trained_on)
+
+    data = f"{CONFIGS}/data.yaml"
+    features = f"{ablation.CONFIGS}/features.yaml"
+    make = python("launch/make_shards.py", "emoji", "--config", data, "--out", f"{root}/data")
+    steps = [
+        Step("data", "compose labelled emoji scenes", make, (data,)),
+        on_ranks(
+            "features",
+            "the network of the feature distance",
+            "train_standin",
+            features,
+            f"run_dir={root}/features",
+        ),
+    ]
+    for name in ("rae", "vae"):
+        about, config = f"the {LABELS[name]}", f"{CONFIGS}/{name}_tokenizer.yaml"
+        steps.append(on_ranks(f"{name}_tokenizer", about, "train_tokenizer", config))
+    for name, label in LABELS.items():
+        latents, config = f"{CONFIGS}/latents_{name}.yaml", f"{CONFIGS}/{name}.yaml"
+        steps.append(on_ranks(f"latents_{name}", f"encode with the {label}", "encode_latents", latents))
+        steps.append(on_ranks(name, f"train on the {label}'s latents", "train_class", config))
+
+    def score() -> None:
+        quickstart_class_scores.score(root, base, run.scores, Path(run.out))
+
+    about = "draw, judge and compare"
+    return [*steps, Step("scores", about, score, settings=[to_dict(run.scores), run.out])]
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

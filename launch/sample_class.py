@@ -1,0 +1,66 @@
+"""Draws images of classes, class after class in turn, on all ranks; run again, it goes on.
+
+deepspeed launch/sample_class.py --run DIR --images 50000 --out SET [--npz FILE]
+... --guidance 2.05 --guide DIR/export_step_00025020     # AutoGuidance; without --guide by the model without class
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from engine import distributed
+from engine.config import UserError, from_dict
+from engine.files import read_json
+from engine.loop import EXPORT
+from evaluation.adm_npz import write_npz
+from evaluation.class_set import ClassSetConfig, draw_class_set
+from evaluation.manifest import ImageSet
+from launch import entry
+from launch.runs import ClassRun
+from launch.sampling_options import WAIT_S, add_class_sampling_options, read_sampling_options
+
+
+def main() -> None:
+    """Draws with a finished run's export and the autoencoder that it was trained with."""
+    arguments = _parser().parse_args()
+    run_dir: Path = arguments.run
+    if not (run_dir / EXPORT).is_dir():
+        raise UserError(
+            f"{run_dir}: no {EXPORT} folder; give the run_dir of a finished class-conditional training"
+        )
+    run = from_dict(ClassRun, read_json(run_dir / "config.json"), where=str(run_dir / "config.json"))
+    if run.autoencoder is None:
+        raise UserError(f"{run_dir}/config.json: names no autoencoder; set 'autoencoder' in the run's config")
+    base = dataclasses.replace(run.preview_sampling, time_shift=run.flow.time_shift)
+    sampling = read_sampling_options(arguments, base)
+    generator = run_dir / EXPORT
+    config = ClassSetConfig(
+        arguments.out, generator, run.autoencoder, sampling, arguments.images, arguments.guide
+    )
+    ranks = distributed.start(WAIT_S)
+    config = dataclasses.replace(config, device=str(ranks.device))
+    count = draw_class_set(config, rank=ranks.rank, world=ranks.world, barrier=ranks.barrier)
+    if ranks.is_first:
+        print(f"{config.out}: {count} images")
+        if arguments.npz is not None:
+            write_npz(ImageSet.open(config.out), arguments.npz)
+            print(arguments.npz)
+    distributed.stop()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = entry.parser(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="run_dir of a finished class-conditional training")
+    add("--images", type=int, required=True, help="of all classes together; the paper: 50000")
+    add("--out", type=Path, required=True, help="folder of the image set")
+    add("--npz", type=Path, help="also one file as ADM's evaluation reads it")
+    add("--guide", type=Path, help="an early export of the same run, which guides (AutoGuidance)")
+    add_class_sampling_options(parser, default="the run's preview_sampling")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))

@@ -1,0 +1,326 @@
+"""Class-conditional training and sampling by their commands: killed and resumed, on one rank and two, guided by an
+early export."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.shards import ShardDataset, ShardWriter
+from data.sources.emoji import EmojiConfig, EmojiSource
+from engine.config import UserError
+from evaluation.adm_npz import write_npz
+from evaluation.class_set import ClassSetConfig, class_drawings, draw_class_set
+from evaluation.manifest import ImageSet, Item, write_manifest
+from generator.class_conditional.config import DitConfig
+from generator.class_conditional.model import create_generator, load_generator
+from generator.class_conditional.sampling import ClassSamplingConfig
+from launch import entry, sample_class, train_class
+from tokenizer.bridge import BridgeConfig
+from tokenizer.encode import EncodeConfig, encode_shards
+from tokenizer.pixel_decoder import PixelDecoderConfig
+from tokenizer.representation import RepresentationConfig
+from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+
+ROOT = Path(__file__).parents[2]
+NUM_CLASSES = 44
+SAMPLING = ClassSamplingConfig(num_steps=3, guidance=2.0, batch_images=3)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labelled emoji shards, an untrained autoencoder, latents of images and their mirror images, a config."""
+    root = tmp_path_factory.mktemp("class")
+    source = EmojiSource(EmojiConfig(), "classes-train", 48)
+    with ShardWriter(root / "pixels", max_samples_per_shard=24, source="test") as writer:
+        for index in range(len(source)):
+            writer.write(source.sample(index))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        autoencoder = Autoencoder(
+            AutoencoderConfig(
+                representation=RepresentationConfig(
+                    name="vit_tiny_patch16_224",
+                    input_px=32,
+                    weights="random",
+                    overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
+                ),
+                decoder=PixelDecoderConfig(width=32, layers=1, heads=4, mlp_width=64, patch_px=8),
+                image_px=32,
+                bridge=BridgeConfig(latent_channels=6, decoder_layers=1, num_heads=4),
+            )
+        )
+    autoencoder.save(root / "autoencoder")
+    encode = EncodeConfig(
+        str(root / "autoencoder"), str(root / "pixels"), str(root / "latents"), None, horizontal_flip=True
+    )
+    encode_shards(encode, rank=0, world=1, barrier=lambda: None)
+    (root / "class.yaml").write_text(
+        f"""
+run_dir: unused
+data: {{shards: {root}/latents, num_streams: 2}}
+packing: {{images_per_pack: 4, class_dropout: 0.2}}
+generator: {{num_classes: {NUM_CLASSES}, width: 32, num_layers: 2, num_heads: 4}}
+engine:
+  steps: 5
+  optimizer: {{lr: 1.0e-2, schedule: linear, final_lr: 1.0e-3, decay_start_step: 2, decay_end_step: 5}}
+  export_at_steps: [2, 4]
+  log_every_steps: 1
+  checkpoint_every_steps: 2
+  wandb: disabled
+autoencoder: {root}/autoencoder
+num_preview_images: 3
+preview_sampling: {{num_steps: 2}}
+"""
+    )
+    return root
+
+
+def command(script: str, *options: str, ranks: int = 1) -> list[str]:
+    arguments = [str(ROOT / "launch" / f"{script}.py"), *options]
+    if ranks == 1:
+        return [sys.executable, *arguments]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    return [launcher, "--num_gpus", str(ranks), "--master_port", port, *arguments]
+
+
+def finish(arguments: list[str]) -> str:
+    result = subprocess.run(
+        arguments,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def train(inputs: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> str:
+    config = ["--config", str(inputs / "class.yaml"), f"run_dir={run_dir}", *overrides]
+    return finish(command("train_class", *config, ranks=ranks))
+
+
+def curve(run_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path) -> Path:
+    """An undisturbed run on one rank."""
+    train(inputs, inputs / "run")
+    return inputs / "run"
+
+
+def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
+    finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    """Stopped by lowering its steps: the state is the checkpoint's, and the rate follows the decay's own steps."""
+    resumed = tmp_path / "run"
+    train(inputs, resumed, "engine.steps=3", "engine.export_at_steps=[2]")
+    assert "resumed at step 3/5" in train(inputs, resumed)
+    for export in ("export", "export_step_00000002", "export_step_00000004"):
+        assert weights(resumed / export) == weights(finished / export), export
+    assert curve(resumed) == curve(finished)
+    assert Image.open(next((finished / "samples").glob("*.png"))).size == (3 * 32, 32)
+
+
+def test_early_exports_hold_the_averages_of_their_step(finished: Path) -> None:
+    exports = [weights(finished / f"export_step_0000000{step}") for step in (2, 4)]
+    assert len({*exports, weights(finished / "export")}) == 3
+    assert load_generator(finished / "export_step_00000002").config.num_classes == NUM_CLASSES
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_loss_curve_of_one(finished: Path, inputs: Path, tmp_path: Path) -> None:
+    train(inputs, tmp_path / "run", ranks=2)
+    # The sums run in another order: fp32 rounding, amplified by AdamW's division in the first steps.
+    assert curve(tmp_path / "run") == pytest.approx(curve(finished), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [2, 3])
+def test_every_zero_stage_trains_alike(zero: int, finished: Path, inputs: Path, tmp_path: Path) -> None:
+    train(inputs, tmp_path / "run", f"engine.zero_stage={zero}", ranks=2)
+    assert curve(tmp_path / "run") == pytest.approx(curve(finished), rel=1e-4)  # as above
+
+
+@pytest.fixture(scope="module")
+def drawn(finished: Path, inputs: Path) -> Path:
+    """A set drawn on one rank with AutoGuidance."""
+    out = inputs / "set"
+    assert draw_class_set(set_config(finished, inputs, out)) == 50
+    return out
+
+
+def set_config(finished: Path, inputs: Path, out: Path, **fields: object) -> ClassSetConfig:
+    config = {"num_images": 50, "guide": finished / "export_step_00000002", "sampling": SAMPLING} | fields
+    return ClassSetConfig(out, finished / "export", str(inputs / "autoencoder"), **config)  # type: ignore[arg-type]
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    found = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+
+
+def test_two_ranks_draw_the_same_bytes_and_go_on_where_a_stopped_run_was(
+    drawn: Path, finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    draw_class_set(set_config(finished, inputs, out), rank=1, world=2)
+    assert 0 < len(list(out.rglob("*.png"))) < 50 and not (out / "manifest.jsonl").exists()
+    for path in sorted(out.rglob("*.png"))[::4]:  # as a killed run leaves it: some blocks are not complete
+        path.unlink()
+    for rank in (1, 0):
+        draw_class_set(set_config(finished, inputs, out), rank=rank, world=2)
+    assert tree(out) == tree(drawn)
+
+
+@pytest.mark.slow
+def test_the_command_draws_the_same_bytes_on_two_ranks_and_after_a_stop(
+    drawn: Path, finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    draw_class_set(set_config(finished, inputs, out))
+    names = sorted(path for path in out.rglob("*.png"))
+    for path in [
+        *names[::3],
+        out / "manifest.jsonl",
+    ]:  # as a killed run leaves it: blocks that are complete, and not
+        path.unlink()
+    guide = ["--guide", str(finished / "export_step_00000002"), "--guidance", "2"]
+    options = ["--images", "50", "--steps", "3", "--batch-images", "3", "--npz", str(tmp_path / "set.npz")]
+    printed = finish(
+        command("sample_class", "--run", str(finished), "--out", str(out), *options, *guide, ranks=2)
+    )
+    assert "50 images" in printed
+    assert tree(out) == tree(drawn)
+    assert (tmp_path / "set.npz").is_file()
+
+
+def test_an_npz_holds_the_images_in_the_manifests_order(drawn: Path, tmp_path: Path) -> None:
+    images = ImageSet.open(drawn)
+    write_npz(images, tmp_path / "set.npz")
+    with np.load(tmp_path / "set.npz") as stored:
+        pixels = stored["arr_0"]
+    assert pixels.shape == (50, 32, 32, 3) and pixels.dtype == np.uint8
+    expected = images.read_all(images.items, "result").permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(pixels, expected)
+
+
+def test_images_do_not_depend_on_the_batch_but_for_rounding(
+    drawn: Path, finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    sampling = ClassSamplingConfig(num_steps=3, guidance=2.0, batch_images=50)
+    draw_class_set(set_config(finished, inputs, tmp_path, sampling=sampling))
+    first, second = ImageSet.open(drawn), ImageSet.open(tmp_path)
+    assert [item.key for item in first.items] == [item.key for item in second.items]
+    pixels = [images.read_all(images.items, "result").int() for images in (first, second)]
+    assert (pixels[0] - pixels[1]).abs().max() <= 1  # rounding to 8 bits
+
+
+def test_classes_are_balanced_and_a_larger_set_holds_the_smaller_one() -> None:
+    small, large = class_drawings(10, 25, seed=0), class_drawings(10, 50, seed=0)
+    assert large[:25] == small and len({one.seed for one in large}) == 50
+    counts = [sum(one.label == label for one in small) for label in range(10)]
+    assert counts == [3] * 5 + [2] * 5
+    assert {one.seed for one in class_drawings(10, 50, seed=1)}.isdisjoint(one.seed for one in large)
+
+
+def test_guidance_moves_away_from_the_guide(
+    drawn: Path, finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    """Without a guide it is the model without class; outside the interval there is none."""
+    sets = {
+        "class": {"guide": None},
+        "interval": {
+            "guide": None,
+            "sampling": ClassSamplingConfig(3, guidance=2.0, guidance_interval=(0.0, 0.01)),
+        },
+        "none": {"guide": None, "sampling": ClassSamplingConfig(3)},
+    }
+    pixels = {"auto": tree(drawn)["result/0000/00000.png"]}
+    for name, fields in sets.items():
+        draw_class_set(set_config(finished, inputs, tmp_path / name, num_images=1, **fields))
+        pixels[name] = tree(tmp_path / name)["result/0000/00000.png"]
+    assert pixels["interval"] == pixels["none"] and len(set(pixels.values())) == 3
+
+
+@pytest.mark.parametrize("other", ["settings", "guide", "latents"])
+def test_what_does_not_fit_is_refused(
+    other: str, drawn: Path, finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    if other == "settings":
+        with pytest.raises(UserError, match=r"other settings \(num_steps: 3 there, 4 here\)"):
+            draw_class_set(set_config(finished, inputs, drawn, sampling=ClassSamplingConfig(4, guidance=2.0)))
+        return
+    if other == "guide":
+        with pytest.raises(UserError, match="no effect at guidance 1"):
+            set_config(finished, inputs, tmp_path, sampling=ClassSamplingConfig(3))
+        return
+    latents = ShardDataset.open(inputs / "latents").manifest.latent
+    assert latents is not None
+    create_generator(DitConfig(3, 32, 1, 4), latents, seed=0).save(tmp_path)
+    with pytest.raises(UserError, match="other latents or classes"):
+        draw_class_set(set_config(finished, inputs, tmp_path / "set", guide=tmp_path))
+
+
+def test_an_npz_of_images_of_two_sizes_is_refused_and_leaves_nothing(drawn: Path, tmp_path: Path) -> None:
+    images = ImageSet.open(drawn)
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    odd = Item("odd", {"result": str(tmp_path / "small.png")}, {})
+    full = [Item(one.key, {"result": str(images.path(one, "result"))}, {}) for one in images.items]
+    write_manifest(tmp_path, [*full, odd])
+    with pytest.raises(UserError, match="one size"):
+        write_npz(ImageSet.open(tmp_path), tmp_path / "set.npz")
+    assert not (tmp_path / "set.npz").exists()
+
+
+def mistake(
+    module: object, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    assert entry.run(module.main) == 2  # type: ignore[attr-defined]
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_mistakes_are_one_line(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ["--config", str(inputs / "class.yaml"), f"run_dir={tmp_path / 'run'}"]
+    pixels = mistake(train_class, [*config, f"data.shards={inputs / 'pixels'}"], monkeypatch, capsys)
+    assert "holds pixels, not latents" in pixels
+    late = mistake(train_class, [*config, "engine.export_at_steps=[9]"], monkeypatch, capsys)
+    assert "give steps from 1 to 5" in late
+    options = ["--images", "4", "--out", str(tmp_path / "set")]
+    missing = mistake(sample_class, ["--run", str(tmp_path), *options], monkeypatch, capsys)
+    assert "no export folder" in missing
+
+
+def test_dry_run_of_the_papers_model_needs_no_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_class", "--dry-run"])
+    assert entry.run(train_class.main) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "trained: 675,334,528 of 675,629,696" in printed and "a step: 1,024 images of 256 tokens" in printed
+    )

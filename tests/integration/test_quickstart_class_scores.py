@@ -1,0 +1,83 @@
+"""The last step of `make quickstart-class` on untrained networks: every export is drawn, judged, and on the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from data.shards import LatentInfo, ShardWriter
+from data.sources.emoji import BACKGROUND_NAMES, OBJECT_NAMES, EmojiConfig, EmojiSource
+from engine import config
+from engine.config import to_dict
+from engine.files import write_json
+from evaluation.judges.emoji import JudgeConfig, JudgeObjective, SceneClasses
+from evaluation.report.class_page import LABELS
+from generator.class_conditional.config import DitConfig
+from generator.class_conditional.model import create_generator
+from generator.class_conditional.sampling import ClassSamplingConfig
+from launch import quickstart_class_scores
+from launch.runs import ClassRun, StandInRun
+from tokenizer.bridge import BridgeConfig
+from tokenizer.export import fingerprint
+from tokenizer.pixel_decoder import PixelDecoderConfig
+from tokenizer.representation import RepresentationConfig
+from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from tokenizer.standin import IdentityObjective
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NUM_IMAGES = 6
+
+
+def test_every_export_of_every_training_stands_on_the_page(tmp_path: Path) -> None:
+    root, base = tmp_path / "class", tmp_path / "quickstart"
+    source = EmojiSource(EmojiConfig(), "classes-validation", 8)
+    with ShardWriter(root / "data/classes-validation", max_samples_per_shard=8, source="test") as writer:
+        for index in range(len(source)):
+            writer.write(source.sample(index))
+    shape = AutoencoderConfig(
+        representation=RepresentationConfig(
+            name="vit_tiny_patch16_224",
+            input_px=64,
+            weights="random",
+            overrides={"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3},
+        ),
+        decoder=PixelDecoderConfig(width=32, layers=1, heads=4, mlp_width=64, patch_px=16),
+        image_px=64,
+        bridge=BridgeConfig(latent_channels=6, decoder_layers=1, num_heads=4),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        autoencoder = Autoencoder(shape)
+    autoencoder.save(tmp_path / "autoencoder")
+    features = config.load(StandInRun, CONFIGS / "ablation" / "features.yaml").standin
+    for folder, objective in (
+        (base / "judge", JudgeObjective(JudgeConfig(), SceneClasses(OBJECT_NAMES, BACKGROUND_NAMES))),
+        (root / "features", IdentityObjective(features)),
+    ):
+        (folder / "export").mkdir(parents=True)
+        objective.export(folder / "export")
+    latents = LatentInfo("fp32", (6, 4, 4), (0.0,) * 6, (1.0,) * 6, fingerprint(tmp_path / "autoencoder"), "")
+    overrides = [f"autoencoder={tmp_path / 'autoencoder'}", "engine.steps=30", "engine.export_at_steps=[10]"]
+    for seed, name in enumerate(LABELS):
+        run = config.load(ClassRun, CONFIGS / "quickstart_class" / f"{name}.yaml", overrides)
+        write_json(root / name / "config.json", to_dict(run))
+        for export in ("export_step_00000010", "export"):
+            (root / name / export).mkdir()
+            create_generator(DitConfig(44, 32, 1, 4), latents, seed).save(root / name / export)
+    write_json(root / "durations.json", [{"name": name, "seconds": 61.2} for name in LABELS])
+    scores = quickstart_class_scores.ScoresConfig(NUM_IMAGES, ClassSamplingConfig(num_steps=1))
+    quickstart_class_scores.score(root, base, scores, tmp_path / "docs" / "class.md")
+    page = (tmp_path / "docs" / "class.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith(("| RPiAE", "| RAE", "| VAE"))]
+    assert len(rows) == 6 and all(row.count("|") in (6, 5) for row in rows)
+    assert "distance, step 10 | distance, step 30" in page and "| 61 |" in rows[0]
+    for name in LABELS:
+        found = json.loads((root / "evaluation" / f"{name}_00000010" / "scores.json").read_text())["scores"]
+        assert found["class_right"]["n"] == found["feature_distance"]["n"] == NUM_IMAGES
+        assert (
+            len(list((root / "evaluation/images" / f"{name}_00000030" / "result").rglob("*.png")))
+            == NUM_IMAGES
+        )
+    assert torch.isfinite(torch.tensor(found["feature_distance"]["mean"]))
