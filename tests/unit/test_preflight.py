@@ -36,10 +36,18 @@ def tables(of: Preflight, *, num_gpus: int = 8, gpu_gib: float = 80, mfu: float 
     "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
 )
 def test_the_kind_of_every_config_is_found_or_refused_in_one_line(path: Path) -> None:
-    folder = path.relative_to(CONFIGS).parts[0]
-    if folder == "generator" or (folder == "quickstart" and path.stem in ("t2i", "edit")):
+    folder, below = path.relative_to(CONFIGS).parts[:2]
+    is_class = folder == "quickstart_class" and path.stem in ("rpiae", "rae", "vae")
+    if is_class or below == "class":
+        with pytest.raises(UserError, match=rf"{path.name}: a class-conditional run"):
+            read_run(str(path))
+    elif folder == "generator" or (folder == "quickstart" and path.stem in ("t2i", "edit")):
         assert read_run(str(path))[0] == ("edit" if "edit" in path.stem else "t2i")
-    elif folder == "latents" or path.stem in ("data", "judge", "latents", "run", "standin", "features"):
+    elif (
+        folder == "latents"
+        or path.stem.startswith("latents_")
+        or path.stem in ("data", "judge", "latents", "run", "standin", "features")
+    ):
         with pytest.raises(
             UserError, match=rf"{path.name}: .*'stage'.*'generator'.*; give one of these runs"
         ):
