@@ -5,6 +5,7 @@ Shape suffixes: S samples, B branches, P latent tokens of one image (Y * X), C l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -43,6 +44,9 @@ class GuidanceConfig:
 
     def __post_init__(self) -> None:
         check_interval(self.guidance_interval)
+        for name in ("text_guidance", "source_guidance"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} is {getattr(self, name)}; give a number")
         if not 0 <= self.renorm_min <= 1:
             raise ConfigError(f"renorm_min is {self.renorm_min}; give a factor from 0 to 1")
 

@@ -6,6 +6,7 @@ is printed.
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from generator.pretrained import AUTOENCODER, GENERATOR, SAMPLING, TEXT_TOKENIZE
 from launch import entry
 from launch.runs import GeneratorRun
 
+NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
 
 def main() -> None:
     """Writes the folder, whole or not at all, after it has been read back."""
@@ -33,6 +36,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
     out: Path = arguments.out
+    if not NAME.fullmatch(arguments.name):
+        raise UserError(f"--name '{arguments.name}': give OWNER/NAME of letters, digits, '.', '_' and '-'")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: is not an empty folder; remove it or give another --out")
     write(arguments, out)
@@ -68,10 +73,15 @@ def _card(arguments: argparse.Namespace, run: GeneratorRun, run_dir: Path) -> Ca
         optimizer={**to_dict(run.engine.optimizer), "ema_decay": run.engine.ema_decay},
         steps=lines[-1]["step"] if lines else run.engine.steps,
         metrics=lines,
-        started_from=run.flow.init_from,
+        started_from=run.flow.init_from and _without_machine(run.flow.init_from),
         commit=_commit(),
         time_shift=run.flow.time_shift,
     )
+
+
+def _without_machine(path: str) -> str:
+    """The end of an absolute path: a card is public."""
+    return "/".join(Path(path).parts[-2:]) if Path(path).is_absolute() else path
 
 
 def _describe_set(shards: str, run: GeneratorRun) -> str:

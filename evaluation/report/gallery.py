@@ -13,7 +13,7 @@ from PIL import Image
 from evaluation.manifest import Item
 from evaluation.report.inputs import Evaluation
 
-MAX_SMALL_PX = 128  # images up to this side are shown twice as large, pixel by pixel
+MAX_SMALL_PX = 128  # images up to this side are shown larger, pixel by pixel
 MAX_PX = 256  # larger ones are shown smaller
 MAX_RECONSTRUCTIONS = 20
 MAX_SAMPLES = 18  # of each group
@@ -111,21 +111,8 @@ def _image(evaluation: Evaluation, item: Item, role: str) -> str:
     path = evaluation.images.path(item, role)
     if not path.is_file():
         return '<span class="absent">image is gone</span>'
-    buffer = io.BytesIO()
     with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    image.thumbnail((MAX_PX, MAX_PX))
-    is_small = max(image.size) <= MAX_SMALL_PX
-    if is_small:
-        image.save(buffer, "PNG", optimize=True)
-    else:
-        image.save(buffer, "JPEG", quality=88)  # a tenth of it
-    width, height = (side * (2 if is_small else 1) for side in image.size)
-    kind, payload = "png" if is_small else "jpeg", base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img src="data:image/{kind};base64,{payload}" width="{width}" height="{height}" '
-        f'alt="{escape(role)} of {escape(item.key)}">'
-    )
+        return inlined(opened.convert("RGB"), f"{role} of {item.key}", MAX_SMALL_PX, MAX_PX)
 
 
 def _text(item: Item, field: str) -> str:

@@ -71,8 +71,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
-def run_export(monkeypatch: pytest.MonkeyPatch, run_dir: Path, out: Path) -> int:
-    words = ["--run", str(run_dir), "--task", "t2i", "--name", "me/apples", "--out", str(out)]
+def run_export(monkeypatch: pytest.MonkeyPatch, run_dir: Path, out: Path, name: str = "me/apples") -> int:
+    words = ["--run", str(run_dir), "--task", "t2i", "--name", name, "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["export", *words])
     return entry.run(export.main)
 
@@ -220,6 +220,22 @@ def test_an_unfinished_run_and_a_full_folder_are_refused(run_dir, monkeypatch, t
     assert run_export(monkeypatch, run_dir, run_dir) == 2
     assert "is not an empty folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and (run_dir / "config.json").exists()
+
+
+def test_a_name_that_the_hub_would_refuse_is_refused_before(run_dir, monkeypatch, tmp_path, capsys) -> None:
+    for name in ("apples", "me/red apples", "me/a/b", ""):
+        assert run_export(monkeypatch, run_dir, tmp_path / "out", name) == 2
+        assert "give OWNER/NAME" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_shows_the_end_of_a_path_of_this_machine_alone(run_dir, monkeypatch, tmp_path) -> None:
+    other = shutil.copytree(run_dir, tmp_path / "run")
+    tree = json.loads((other / "config.json").read_text())
+    tree["flow"]["init_from"] = "/home/me/runs/t2i/export"
+    write_json(other / "config.json", tree)
+    assert run_export(monkeypatch, other, tmp_path / "out") == 0
+    assert "- started from: t2i/export" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_parts_that_do_not_belong_together_are_not_written(run_dir, monkeypatch, tmp_path, capsys) -> None:

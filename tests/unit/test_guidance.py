@@ -101,6 +101,7 @@ def test_renormalisation_never_lengthens_and_leaves_the_conditional_branch_alone
         ({"renorm_min": 2}, "renorm_min"),
         ({"solver": "rk4"}, "solver"),
         ({"num_steps": 0}, "num_steps"),
+        ({"text_guidance": math.nan}, "text_guidance is nan"),
     ],
 )
 def test_bad_settings_are_one_line(settings, words) -> None:
