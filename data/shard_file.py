@@ -75,8 +75,8 @@ class OpenShard:
         self._temporary.unlink(missing_ok=True)
 
     def close(self, source: str, rejected: Rejections, num_read: int | None = None) -> ShardEntry | None:
-        """Makes the shard final. The side file comes last: a stop before it leaves an unfinished shard, or beside the
-        side file of a shard that is replaced, one that does not fit it.
+        """Makes the shard final. The side file comes last, and that of a shard that is replaced goes first: a stop in
+        between leaves an unfinished shard.
 
         Without samples there is no tar, only the side file, and None is returned.
         """
@@ -109,6 +109,8 @@ class OpenShard:
         os.fsync(self._file.fileno())
         self._file.close()
         _rescan(self._temporary, records)
+        # Its size would not tell a replaced tar from the new one: tars are padded to 10 KiB.
+        self.path.with_name(progress_name(self.path.name)).unlink(missing_ok=True)
         self._temporary.replace(self.path)
         return write_index(self.path, records)
 

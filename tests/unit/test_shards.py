@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from data import shard_reader
+from data import shard_file, shard_reader
+from data.shard_file import OpenShard
 from data.shards import (
     LatentInfo,
     Sample,
@@ -236,3 +237,24 @@ def test_latent_info_survives_the_manifest(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, max_samples_per_shard=4, source=SOURCE, latent=latent) as writer:
         writer.write(Sample("a", {"latent": bytes(64), "json": b"{}"}), num_image_tokens=16)
     assert ShardDataset.open(tmp_path).manifest.latent == latent
+
+
+def test_a_stop_while_a_shard_is_replaced_leaves_an_unfinished_one(tmp_path, monkeypatch) -> None:
+    path = tmp_path / shard_name(0)
+    samples = [Sample(f"s{number}", {"txt": b"text"}) for number in range(2)]
+    shard = OpenShard(path)
+    for sample in samples:
+        shard.add(sample)
+    shard.close("test", ())
+    size = path.stat().st_size
+    shard = OpenShard(path)
+    shard.add(samples[1])
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shard_file, "write_index", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        shard.close("test", (("s0", "duplicate: of s1"),), 2)
+    assert path.stat().st_size == size, "nothing but the side file tells them apart"
+    assert finished_shard(path, source="test") is None
