@@ -57,9 +57,8 @@ class Spans:
     def __init__(self, device: torch.device) -> None:
         self._on_stream = device.type == "cuda"
         self._measured: dict[str, list[Callable[[], float]]] = defaultdict(list)
-        self._inside: list[
-            list[Callable[[], float]]
-        ] = []  # of each part that is open: what was measured inside it
+        # Of each part that is open: what was measured inside it.
+        self._inside: list[list[Callable[[], float]]] = []
         self._open: list[str] = []
         self._num_entered = 0
         self.failed_in = ""  # the innermost part that an exception left last
