@@ -294,6 +294,11 @@ def test_two_ranks_share_a_cache_folder(requests: Requests, tmp_path: Path) -> N
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(epochs, range(2))) == [True, True]
+    # Blocks that were announced may still be on their way.
+    threads = [thread for rank in ranks for thread in rank._payloads._threads]  # type: ignore[attr-defined]
+    ranks.clear()
+    for thread in threads:
+        thread.join(timeout=10)
     assert not [path for path in blocks_of(tmp_path) if path.name.endswith(".tmp")]
 
 
