@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import resource
@@ -109,6 +110,12 @@ def start(timeout_s: int = DEFAULT_TIMEOUT_S, meeting_s: int = peers.MEETING_S) 
     peers.notice_vanished_peers()
     peers.introduce(ranks.gather(peers.introduction()))
     return ranks
+
+
+def patient(ranks: Ranks, timeout_s: int) -> Ranks:
+    """The same ranks, whose collectives wait longer for each other. Collective."""
+    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    return dataclasses.replace(ranks, control=control)
 
 
 def is_started() -> bool:

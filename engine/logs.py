@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -25,6 +25,7 @@ EventKind = Literal[
     "start",
     "resume",
     "checkpoint",
+    "evaluation",
     "warning",
     "alarm",
     "nonfinite",
@@ -60,9 +61,10 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 class RunLog:
-    """Writes metrics.jsonl, events.jsonl, sample grids and wandb of one run (rank 0 only). Secrets are taken out.
+    """Writes metrics.jsonl, scores.jsonl, events.jsonl, sample grids and wandb of one run (rank 0 only).
 
-    On resume, metrics of steps that are done again are dropped, so that every step stands there once; events all stay.
+    Secrets are taken out. On resume, metrics and scores of steps that are done again are dropped, so that every step
+    stands there once; events all stay.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class RunLog:
         self.run_dir = run_dir
         self.name = name
         self._metrics_path = run_dir / "metrics.jsonl"
+        self._scores_path = run_dir / "scores.jsonl"
         self._keep_before(start_step)
         self._metrics: TextIO = self._metrics_path.open("a")
         self._events = _open_whole_lines(run_dir / "events.jsonl")
@@ -100,8 +103,7 @@ class RunLog:
 
         Adds `time_s` (unix, s) and `num_steps`, the steps of the whole run.
         """
-        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        row = {**finite, "time_s": time.time(), "num_steps": num_steps}
+        row = {**_finite(values), "time_s": time.time(), "num_steps": num_steps}
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
         if self._wandb is not None:
@@ -121,6 +123,14 @@ class RunLog:
 
             self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
+    def scores(self, step: int, values: Mapping[str, float]) -> None:
+        """What an evaluation found, as one line of scores.jsonl: `step`, `time_s` (unix, s) and the scores."""
+        row = {"step": step, "time_s": time.time(), **_finite(values)}
+        with _open_whole_lines(self._scores_path) as file:
+            file.write(json.dumps(row) + "\n")
+        if self._wandb is not None:
+            self._wandb.log({f"evaluation/{name}": value for name, value in values.items()}, step=step)
+
     def rewind(self, step: int) -> None:
         """Drops the lines after `step`: its successors are done again (wandb keeps its own)."""
         self._metrics.close()
@@ -135,17 +145,9 @@ class RunLog:
             self._wandb.finish()
 
     def _keep_before(self, start_step: int) -> None:
-        if not self._metrics_path.exists():
-            return
-        kept = []
-        for line in self._metrics_path.read_text().splitlines():
-            try:
-                step = json.loads(line)["step"]
-            except json.JSONDecodeError:  # the line a killed process was writing
-                continue
-            if step <= start_step:
-                kept.append(line + "\n")
-        files.write_text(self._metrics_path, "".join(kept))
+        for path in (self._metrics_path, self._scores_path):
+            if path.exists():
+                files.write_text(path, "".join(_lines_before(path, start_step)))
 
 
 class Console:
@@ -174,6 +176,22 @@ class Console:
         name = before + after
         self._widths[name] = max(self._widths.get(name, width), len(number))
         return f"{before}{number:>{self._widths[name]}}{after}"
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no nan and no infinity: None instead."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _lines_before(path: Path, start_step: int) -> Iterator[str]:
+    """Those of steps up to `start_step`."""
+    for line in path.read_text().splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except json.JSONDecodeError:  # the line a killed process was writing
+            continue
+        if step <= start_step:
+            yield line + "\n"
 
 
 def _open_whole_lines(path: Path) -> TextIO:

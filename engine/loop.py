@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from engine.ema import Ema
 from engine.engine_config import EngineConfig
 from engine.guard import Guard, out_of_memory
 from engine.logs import EventKind, RunLog, say, seconds_text
-from engine.objective import Batch, BatchSource, Objective
+from engine.objective import Batch, BatchSource, Evaluation, Objective
 from engine.peers import notice_vanished_peers
 from engine.redaction import redact, redacted
 from engine.schedule import learning_rate
@@ -42,13 +42,14 @@ def train(
     run_dir: Path,
     resolved: Mapping[str, Any],
     ranks: Ranks,
+    evaluation: Evaluation | None = None,
 ) -> Path:
     """Runs or resumes a training and returns the folder of its export (EMA weights).
 
     `resolved` is the whole run's config, saved as config.json. The same command again continues from the newest good
     checkpoint, on any number of ranks, bit for bit on the same number; a finished run only returns.
     """
-    run = _Run(objective, source, config, run_dir, resolved, ranks)
+    run = _Run(objective, source, config, run_dir, resolved, ranks, evaluation)
     try:
         return run.train()
     except BaseException as error:  # only to write down why, for those who look at the run folder
@@ -68,12 +69,13 @@ class _Run:
         run_dir: Path,
         resolved: Mapping[str, Any],
         ranks: Ranks,
+        evaluation: Evaluation | None = None,
     ) -> None:
         self.spans = Spans(ranks.device)
         communication.time_collectives(self.spans)
         ranks = dataclasses.replace(ranks, waits=lambda: self.spans("waiting"))
         self.objective, self.source, self.config, self.ranks = objective, source, config, ranks
-        self.run_dir = run_dir
+        self.run_dir, self.evaluation = run_dir, evaluation
         objective.to(ranks.device)
         self.stepper = Stepper(objective, config, ranks, self.spans, source.num_streams)
         self.engines = self.stepper.engines
@@ -97,6 +99,7 @@ class _Run:
             for event in self._early:
                 self.log.event(*event)
         self._stop_requested = False
+        self._watchdog: Watchdog | None = None
         self._window = Window(ranks, peak_flops(ranks.device))
         self._system = SystemMeter(ranks.device, run_dir if ranks.is_first else None)
 
@@ -111,9 +114,8 @@ class _Run:
             self._event("resume", self.step, f"resumed at step {self.step}/{self.config.steps}: {how}")
         else:
             self._event("start", 0, f"{self.config.steps} steps: {how}")
-        watchdog = None
         if self.config.hang_timeout_s:
-            watchdog = Watchdog(
+            self._watchdog = Watchdog(
                 self.ranks, self.config.hang_timeout_s, lambda: (self.step, self.spans.place), self.run_dir
             )
         notice_vanished_peers()  # the watchdog has connections of its own, and DeepSpeed groups
@@ -123,8 +125,8 @@ class _Run:
             if explained := out_of_memory(error, self.step, self.spans.failed_in):
                 raise explained from error
             raise
-        if watchdog:
-            watchdog.close()
+        if self._watchdog:
+            self._watchdog.close()
         self.source.close()
         for engine in self.engines.values():
             engine.destroy()
@@ -147,6 +149,11 @@ class _Run:
             if self.config.sample_every_steps and self.step % self.config.sample_every_steps == 0:
                 with self.spans("samples"):
                     self._write_samples()
+            if self.evaluation and (
+                self.step % self.evaluation.every_steps == 0 or self.step == self.config.steps
+            ):
+                with self.spans("evaluation"):
+                    self._evaluate(self.evaluation)
             if (
                 self.step in self.config.export_at_steps
             ):  # before a checkpoint: a resumed run would not come here
@@ -237,18 +244,34 @@ class _Run:
             return contextlib.nullcontext()
         return masters.swapped(engine, self.ema.shadows[decay or self.config.ema_decays[0]])
 
-    def _write_samples(self) -> None:
-        """Every rank computes under ZeRO-3 (forward is collective there), else only the first."""
+    @contextlib.contextmanager
+    def _drawable(self) -> Iterator[None]:
+        """Inside, the model holds whole averaged weights, in eval mode."""
         self.objective.model.eval()
         with self._averaged(), masters.gathered(self.engines["main"]), torch.no_grad():
+            yield
+            self.ranks.barrier()
+        self.objective.model.train()
+
+    def _write_samples(self) -> None:
+        """Every rank computes under ZeRO-3 (forward is collective there), else only the first."""
+        with self._drawable():
             grid = None
             if self.ranks.is_first or self.config.zero_stage == 3:
                 with masters.autocast(self.config.precision, self.ranks.device):
                     grid = self.objective.samples()
             if self.log and grid is not None:
                 self.log.samples(self.step, grid)
-            self.ranks.barrier()
-        self.objective.model.train()
+
+    def _evaluate(self, evaluation: Evaluation) -> None:
+        begin_s = time.monotonic()
+        with self._watchdog.off() if self._watchdog else contextlib.nullcontext(), self._drawable():
+            scores = evaluation.run(self.step)
+        if self.log:
+            self.log.scores(self.step, scores)
+            found = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            spent = seconds_text(time.monotonic() - begin_s)
+            self._event("evaluation", self.step, f"evaluated step {self.step} in {spent}: {found}")
 
     def _save(self, last: bool) -> None:
         """A checkpoint of now. The last one of this process is waited for, and must succeed."""

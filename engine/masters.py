@@ -246,13 +246,14 @@ def push(engine: Any) -> None:
 
 @contextmanager
 def swapped(engine: Any, replacement: list[Tensor]) -> Iterator[None]:
-    """Inside, the model has the weights of `replacement` (shards as in `shards`); afterwards its own, bit for bit."""
+    """Inside, the model has the weights of `replacement` (shards as in `shards`); afterwards its own, bit for bit.
+
+    Not after an exception, which ends the run: to write is collective, and the other ranks may be elsewhere.
+    """
     own = [shard.detach().clone() for shard in shards(engine)]
-    try:
-        _write(engine, replacement)
-        yield
-    finally:
-        _write(engine, own)
+    _write(engine, replacement)
+    yield
+    _write(engine, own)
 
 
 @contextmanager

@@ -113,6 +113,21 @@ class Objective(Protocol):
         """Hashes of what the run was started from (tokenizer, initial weights); compared on resume."""
 
 
+class Evaluation(Protocol):
+    """What is measured now and then while a training goes on, on the averaged weights."""
+
+    @property
+    def every_steps(self) -> int:
+        """Steps between two of them; one more follows the last step."""
+
+    def run(self, step: int) -> Mapping[str, float]:
+        """Scores by name on the first rank, {} on others; nan: not defined. Collective.
+
+        Called without gradients, when the objective's model holds whole averaged weights in eval mode. Every rank must
+        call that model as often: under ZeRO-3 a forward pass is collective.
+        """
+
+
 class BatchSource(Protocol):
     """The global order of packs, seen from one rank (contract 2).
 

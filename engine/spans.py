@@ -49,10 +49,10 @@ class Spans:
     """Seconds spent in named parts of the loop since the last `read`; of a part inside another one, the inner one's.
 
     On a GPU, parts of the stream are timed by events: nothing waits for them before `read`. The host's own waits
-    (data, waiting for ranks, checkpoint, samples) are wall time.
+    (data, waiting for ranks, checkpoint, samples, evaluation) are wall time.
     """
 
-    HOST = ("data", "waiting", "checkpoint", "samples")
+    HOST = ("data", "waiting", "checkpoint", "samples", "evaluation")
 
     def __init__(self, device: torch.device) -> None:
         self._on_stream = device.type == "cuda"

@@ -7,6 +7,7 @@ named, every rank writes its stacks to RUN/hang/, and all end: a launcher or a s
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import json
@@ -15,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class Watchdog:
         self._host = socket.gethostname()
         self._store = self._join_store()
         self._stop = threading.Event()
+        self._is_off = False
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -63,6 +65,15 @@ class Watchdog:
         """Ends the thread."""
         self._stop.set()
         self._thread.join()
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, nobody is blamed: one rank may work for hours while the others wait."""
+        self._is_off = True
+        try:
+            yield
+        finally:
+            self._is_off = False
 
     def _join_store(self) -> dist.TCPStore:
         def join(port: int) -> dist.TCPStore:
@@ -82,7 +93,7 @@ class Watchdog:
         seen, since_s = self._where(), time.monotonic()
         while True:
             now = self._where()
-            if now != seen:
+            if now != seen or self._is_off:
                 seen, since_s = now, time.monotonic()
             still_s = time.monotonic() - since_s
             try:

@@ -6,16 +6,18 @@ after image goes round the classes, so that every class has as many, or one more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from engine import files
 from engine.config import UserError
-from evaluation.drawn_set import blocks_left, claim, draw_blocks, export_digest, sampling_settings
-from evaluation.manifest import Item, write_image, write_manifest
+from evaluation.drawn_set import announce, draw_on_ranks, export_digest, sampling_settings
+from evaluation.manifest import Item, write_image
+from evaluation.runner import Team
 from generator.class_conditional.pipeline import ClassPipeline
 from generator.class_conditional.sampling import ClassSamplingConfig
 
@@ -76,38 +78,61 @@ class ClassDrawing:
 def draw_class_set(
     config: ClassSetConfig, *, rank: int = 0, world: int = 1, barrier: Callable[[], None] = lambda: None
 ) -> int:
-    """Draws blocks i with i % world == rank; after `barrier`, rank 0 writes the manifest. Returns the set's size.
+    """Draws with exported models (evaluation/drawn_set.py says how). Returns the set's size.
 
-    Images that an earlier run finished are kept. Raises UserError: as ClassPipeline.load; a set in `out` that was drawn
-    with something else.
+    Raises UserError: as ClassPipeline.load; a set in `out` that was drawn with something else.
     """
     pipeline = ClassPipeline.load(config.generator, config.autoencoder, config.guide, config.device)
-    drawings = class_drawings(pipeline.generator.config.num_classes, config.num_images, config.sampling.seed)
-    mine = blocks_left(drawings, config.sampling.batch_images, config.out, rank=rank, world=world)
-    settings = sampling_settings(config.sampling)
+    exports: dict[str, str | None] = {}
     if rank == 0:
         guide = None if config.guide is None else export_digest(config.guide)
-        claim(config.out, {**settings, "generator": export_digest(config.generator), "guide": guide})
-    barrier()  # before this nobody writes into a folder that rank 0 may refuse
+        exports = {"generator": export_digest(config.generator), "guide": guide}
+    team = Team(rank, world, barrier)
+    return draw_classes(
+        pipeline, config.out, config.sampling, config.num_images, drawn_with=exports, team=team
+    )
+
+
+def draw_classes(
+    pipeline: ClassPipeline,
+    out: Path,
+    sampling: ClassSamplingConfig,
+    num_images: int,
+    *,
+    drawn_with: Mapping[str, Any],
+    team: Team,
+    in_step: bool = False,
+) -> int:
+    """As draw_on_ranks, with models in memory. `drawn_with`: on rank 0, what tells them from others."""
+    settings = sampling_settings(sampling)
+    drawings = class_drawings(pipeline.generator.config.num_classes, num_images, sampling.seed)
+    if team.rank == 0:
+        announce(sampling)
 
     def draw(block: Sequence[ClassDrawing]) -> Tensor:
-        return pipeline.draw([one.label for one in block], [one.seed for one in block], config.sampling)
+        return pipeline.draw([one.label for one in block], [one.seed for one in block], sampling)
 
     def write(block: Sequence[ClassDrawing], results: Tensor) -> None:
         for one, result in zip(block, results, strict=True):
-            if not one.is_done(config.out):
-                write_image(config.out / one.name, result)
+            if not one.is_done(out):
+                write_image(out / one.name, result)
 
-    if mine:
-        draw_blocks(mine, draw, write, config.sampling, rank)
-    barrier()
-    if rank == 0:
-        items = [
-            Item(one.key, {"result": one.name}, {"label": one.label, "seed": one.seed, "sampling": settings})
-            for one in drawings
-        ]
-        write_manifest(config.out, items)
-    return len(drawings)
+    def item(one: ClassDrawing) -> Item:
+        return Item(
+            one.key, {"result": one.name}, {"label": one.label, "seed": one.seed, "sampling": settings}
+        )
+
+    return draw_on_ranks(
+        drawings,
+        out,
+        block_images=sampling.batch_images,
+        drawn_with={**settings, **drawn_with},
+        start=lambda: draw,
+        write=write,
+        item=item,
+        team=team,
+        in_step=in_step,
+    )
 
 
 def class_drawings(num_classes: int, num_images: int, seed: int) -> list[ClassDrawing]:

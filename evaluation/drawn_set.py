@@ -8,7 +8,7 @@ interruption. `sampling.json` in the set says what its images were drawn with; a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,6 +16,8 @@ from typing import Any, Protocol, TypeVar
 from data.progress import ProgressLine
 from engine import files
 from engine.config import UserError, to_dict
+from evaluation.manifest import Item, write_manifest
+from evaluation.runner import Team
 from generator.drawing import DrawingConfig
 from generator.model import CONFIG_NAME, WEIGHTS_NAME
 from generator.solvers import num_evaluations
@@ -32,54 +34,52 @@ class Drawing(Protocol):
 
 DrawingT = TypeVar("DrawingT", bound=Drawing)
 DrawnT = TypeVar("DrawnT")
+Draw = Callable[[Sequence[DrawingT]], DrawnT]
+Write = Callable[[Sequence[DrawingT], DrawnT], None]
 
 
-def blocks_left(
-    drawings: Sequence[DrawingT], block_images: int, out: Path, *, rank: int, world: int
-) -> list[Sequence[DrawingT]]:
-    """Blocks i with i % world == rank that are not complete in `out`."""
-    blocks = [drawings[start : start + block_images] for start in range(0, len(drawings), block_images)]
-    return [block for block in blocks[rank::world] if not all(one.is_done(out) for one in block)]
+def draw_on_ranks(
+    drawings: Sequence[DrawingT],
+    out: Path,
+    *,
+    block_images: int,
+    drawn_with: Mapping[str, Any],
+    start: Callable[[], Draw[DrawingT, DrawnT]],
+    write: Write[DrawingT, DrawnT],
+    item: Callable[[DrawingT], Item],
+    team: Team,
+    in_step: bool = False,
+) -> int:
+    """Draws blocks i with i % world == rank; the first rank writes the manifest. Returns the set's size.
+
+    When it returns, the set is whole. Images that an earlier run finished are kept. `drawn_with`: all that decides the
+    images. `start` gives what draws a block, and is called where there is one to draw. `in_step`: every rank draws as
+    many blocks, some of them for nothing, because the drawing is collective. Raises UserError: `out` was drawn with
+    something else.
+    """
+    blocks = [drawings[first : first + block_images] for first in range(0, len(drawings), block_images)]
+    mine = [block for block in blocks[team.rank :: team.world] if not all(one.is_done(out) for one in block)]
+    if team.rank == 0:
+        _claim(out, drawn_with)
+    most = -(-len(blocks) // team.world) if in_step else len(mine)
+    draw = start() if most else None
+    team.barrier()  # before this nobody writes into a folder that rank 0 may refuse
+    if draw is not None:
+        _draw_blocks(mine, draw, write, team.rank)
+        for _ in range(most - len(mine)):
+            draw(blocks[0])
+    team.barrier()
+    if team.rank == 0:
+        write_manifest(out, [item(one) for one in drawings])
+    team.barrier()
+    return len(drawings)
 
 
-def draw_blocks(
-    blocks: Sequence[Sequence[DrawingT]],
-    draw: Callable[[Sequence[DrawingT]], DrawnT],
-    write: Callable[[Sequence[DrawingT], DrawnT], None],
-    sampling: DrawingConfig,
-    rank: int,
-) -> None:
-    """Draws every block while the one before it is written, with a line about progress."""
-    total, done = sum(len(block) for block in blocks), 0
-    if rank == 0:
-        evaluations = num_evaluations(sampling.num_steps, sampling.solver)
-        line = f"{sampling.num_steps} {sampling.solver} steps, {evaluations} evaluations an image"
-        print(line, file=sys.stderr, flush=True)
-    progress = ProgressLine(f"rank {rank}: {total} images to draw", "images")
-    with ThreadPoolExecutor(max_workers=1) as writer:  # the next block is drawn while PNGs are packed
-        writing: Future[None] | None = None
-        for block in blocks:
-            drawn = draw(block)
-            if writing is not None:
-                writing.result()
-            writing = writer.submit(write, block, drawn)
-            done += len(block)
-            progress.show(done, done / total)
-        if writing is not None:
-            writing.result()
-
-
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Notes in `out` what its images are drawn with. Raises UserError: they were drawn with something else."""
-    path = out / SETTINGS_NAME
-    found: dict[str, Any] = files.read_json(path) if path.is_file() else settings
-    for name in sorted({*found, *settings}):
-        if found.get(name) != settings.get(name):
-            raise UserError(
-                f"{out}: holds images of other settings ({name}: {_short(found.get(name))} there, "
-                f"{_short(settings.get(name))} here); give another folder, or the same settings to go on"
-            )
-    files.write_json(path, settings)
+def announce(sampling: DrawingConfig) -> None:
+    """What an image costs, as one line."""
+    evaluations = num_evaluations(sampling.num_steps, sampling.solver)
+    line = f"{sampling.num_steps} {sampling.solver} steps, {evaluations} evaluations an image"
+    print(line, file=sys.stderr, flush=True)
 
 
 def sampling_settings(sampling: DrawingConfig) -> dict[str, Any]:
@@ -95,6 +95,43 @@ def export_digest(folder: Path) -> str:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: no such file; give a run with an exported generator")
     return files.digest([files.sha256(folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME)])
+
+
+def _draw_blocks(
+    blocks: Sequence[Sequence[DrawingT]],
+    draw: Draw[DrawingT, DrawnT],
+    write: Write[DrawingT, DrawnT],
+    rank: int,
+) -> None:
+    """Draws every block while the one before it is written, with a line about progress."""
+    if not blocks:
+        return
+    total, done = sum(len(block) for block in blocks), 0
+    progress = ProgressLine(f"rank {rank}: {total} images to draw", "images")
+    with ThreadPoolExecutor(max_workers=1) as writer:  # the next block is drawn while PNGs are packed
+        writing: Future[None] | None = None
+        for block in blocks:
+            drawn = draw(block)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(write, block, drawn)
+            done += len(block)
+            progress.show(done, done / total)
+        if writing is not None:
+            writing.result()
+
+
+def _claim(out: Path, drawn_with: Mapping[str, Any]) -> None:
+    """Notes in `out` what its images are drawn with. Raises UserError: they were drawn with something else."""
+    path, settings = out / SETTINGS_NAME, dict(drawn_with)
+    found: dict[str, Any] = files.read_json(path) if path.is_file() else settings
+    for name in sorted({*found, *settings}):
+        if found.get(name) != settings.get(name):
+            raise UserError(
+                f"{out}: holds images of other settings ({name}: {_short(found.get(name))} there, "
+                f"{_short(settings.get(name))} here); give another folder, or the same settings to go on"
+            )
+    files.write_json(path, settings)
 
 
 def _short(value: object) -> str:

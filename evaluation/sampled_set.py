@@ -6,18 +6,20 @@ source1/KEY.png, ...), manifest.jsonl, and sampling.json. How blocks of images a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from data.layouts import number_roles
 from engine import files
 from engine.config import UserError
-from evaluation.drawn_set import blocks_left, claim, draw_blocks, export_digest, sampling_settings
-from evaluation.manifest import Item, write_image, write_manifest
+from evaluation.drawn_set import announce, draw_on_ranks, export_digest, sampling_settings
+from evaluation.manifest import Item, write_image
+from evaluation.runner import Team
 from generator.pipeline import Pipeline
 from generator.prompts import Prompt, read_prompts
 from generator.sampling import SamplingConfig
@@ -76,51 +78,65 @@ class _Drawing:
 def draw_set(
     config: SampledSetConfig, *, rank: int = 0, world: int = 1, barrier: Callable[[], None] = lambda: None
 ) -> int:
-    """Draws blocks i with i % world == rank; after `barrier`, rank 0 writes the manifest. Returns the set's size.
+    """Draws with exported models (evaluation/drawn_set.py says how). Returns the set's size.
 
-    Images that an earlier run finished are kept. Raises UserError: as read_prompts and Pipeline.load; an image that
-    cannot be read; a set in `out` that was drawn with something else.
+    Raises UserError: as read_prompts and Pipeline.load; an image that cannot be read; a set in `out` that was drawn
+    with something else.
     """
-    drawings = _drawings(config, read_prompts(config.prompts))
-    mine = blocks_left(drawings, config.sampling.batch_images, config.out, rank=rank, world=world)
-    settings = sampling_settings(config.sampling)
-    if rank == 0:
-        inputs = {
-            "generator": export_digest(config.generator),
-            "prompts": files.sha256(config.prompts),
-            "images_per_prompt": config.images_per_prompt,
-        }
-        claim(config.out, {**settings, **inputs})
-    pipeline = None
-    if mine:
-        pipeline = Pipeline.load(config.generator, config.autoencoder, config.text_tokenizer, config.device)
-    barrier()  # before this nobody writes into a folder that rank 0 may refuse
-    if pipeline is not None:
-        draw_blocks(
-            mine,
-            partial(_draw_block, config.sampling, pipeline),
-            partial(_write, config.out),
-            config.sampling,
-            rank,
-        )
-    barrier()
-    if rank == 0:
-        items = [
-            Item(one.key, one.names, {**one.prompt.meta, "seed": one.seed, "sampling": settings})
-            for one in drawings
-        ]
-        write_manifest(config.out, items)
-    return len(drawings)
+    exports = {"generator": export_digest(config.generator)} if rank == 0 else {}
+    return draw_prompts(
+        lambda: Pipeline.load(config.generator, config.autoencoder, config.text_tokenizer, config.device),
+        config.prompts,
+        config.out,
+        config.sampling,
+        config.images_per_prompt,
+        drawn_with=exports,
+        team=Team(rank, world, barrier),
+    )
 
 
-def _drawings(config: SampledSetConfig, prompts: Sequence[Prompt]) -> list[_Drawing]:
+def draw_prompts(
+    load: Callable[[], Pipeline],
+    prompts: Path,
+    out: Path,
+    sampling: SamplingConfig,
+    images_per_prompt: int,
+    *,
+    drawn_with: Mapping[str, Any],
+    team: Team,
+    in_step: bool = False,
+) -> int:
+    """As draw_on_ranks, with models that `load` gives. `drawn_with`: on rank 0, what tells them from others."""
+    settings = sampling_settings(sampling)
+    drawings = _drawings(read_prompts(prompts), images_per_prompt, sampling.seed)
+    inputs: dict[str, Any] = {}
+    if team.rank == 0:
+        announce(sampling)
+        inputs = {"prompts": files.sha256(prompts), "images_per_prompt": images_per_prompt}
+
+    def item(one: _Drawing) -> Item:
+        return Item(one.key, one.names, {**one.prompt.meta, "seed": one.seed, "sampling": settings})
+
+    return draw_on_ranks(
+        drawings,
+        out,
+        block_images=sampling.batch_images,
+        drawn_with={**settings, **inputs, **drawn_with},
+        start=lambda: partial(_draw_block, sampling, load()),
+        write=partial(_write, out),
+        item=item,
+        team=team,
+        in_step=in_step,
+    )
+
+
+def _drawings(prompts: Sequence[Prompt], count: int, seed: int) -> list[_Drawing]:
     """Image after image of prompt after prompt."""
-    count = config.images_per_prompt
     return [
         _Drawing(
             prompt.key if count == 1 else f"{prompt.key}-{number}",
             prompt,
-            prompt.image_seed(number, config.sampling.seed),
+            prompt.image_seed(number, seed),
         )
         for prompt in prompts
         for number in range(count)

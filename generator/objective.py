@@ -88,7 +88,7 @@ class FlowObjective:
         self.model: Generator = model
         self._config = config
         self._shift = resolve_shift(config.time_shift, model.latents.shape)
-        self._text_tokenizer = text_tokenizer
+        self.text_tokenizer = text_tokenizer
         self._start = start
         self._preview = preview
         model.attention_backend = config.attention_backend
@@ -153,7 +153,7 @@ class FlowObjective:
             return None
         conditions, sampling = self._preview.conditions, self._preview.sampling
         seeds = [sampling.seed + index for index in range(len(conditions))]
-        latents = sample_latents(self.model, conditions, seeds, sampling, self._text_tokenizer)
+        latents = sample_latents(self.model, conditions, seeds, sampling, self.text_tokenizer)
         sources = [condition.source for condition in conditions if condition.source is not None]
         rows = [torch.stack(sources).float(), latents] if sources else [latents]
         return tile([self._preview.decode(row) for row in rows])

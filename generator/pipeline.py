@@ -34,11 +34,18 @@ class Pipeline:
     """
 
     def __init__(
-        self, generator: Generator, autoencoder: ImageAutoencoder, text_tokenizer: TextTokenizer
+        self,
+        generator: Generator,
+        autoencoder: ImageAutoencoder,
+        text_tokenizer: TextTokenizer,
+        *,
+        bf16: bool = False,
     ) -> None:
+        """`bf16`: the generator computes in it on a CPU, too."""
         self.generator = generator.eval()
         self.autoencoder = autoencoder.eval()
         self.text_tokenizer = text_tokenizer
+        self._bf16 = bf16
 
     @classmethod
     def load(
@@ -120,13 +127,18 @@ class Pipeline:
         if seeds is None:
             seeds = [sampling.seed + index for index in range(len(conditions))]
         _same_length("seeds", seeds, conditions)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+        with in_bf16(self._device, self._bf16):
             latents = sample_latents(self.generator, conditions, seeds, sampling, self.text_tokenizer)
         return decode_uint8(self.autoencoder, latents, sampling.batch_images, self._device)
 
     @property
     def _device(self) -> torch.device:
         return self.generator.latent_out.weight.device
+
+
+def in_bf16(device: torch.device, always: bool = False) -> torch.autocast:
+    """The arithmetic of drawing: bf16 on a GPU, and where `always` is set."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=always or device.type == "cuda")
 
 
 def check_trained_with(generator: str | Path, what: str, path: str | Path, found: str, expected: str) -> None:

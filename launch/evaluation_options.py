@@ -67,7 +67,14 @@ def _generation(arguments: argparse.Namespace, device: str) -> Suite:
         other=None if local is None else RepresentationFeatures.load(local, device=device),
     )
     reference = Reference.open(arguments.reference)
-    return GenerationSuite(reference, spaces, _store(arguments), distances=arguments.distances, device=device)
+    return GenerationSuite(
+        reference,
+        spaces,
+        _store(arguments),
+        arguments.reference_store,
+        distances=arguments.distances,
+        device=device,
+    )
 
 
 def _linear(arguments: argparse.Namespace, device: str) -> Suite:
@@ -159,43 +166,10 @@ def write_prompts(arguments: argparse.Namespace) -> None:
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """A command for every suite, and prompts, calibrate, report."""
     commands = parser.add_subparsers(dest="command", required=True)
-    suites = {name: commands.add_parser(name) for name in SUITES}
-    for suite in suites.values():
+    for name in SUITES:
+        suite = commands.add_parser(name)
         _add_common(suite)
-    for name in ("reconstruction", "generation"):
-        suites[name].add_argument("--inception", default=DOWNLOAD, help=f"FID's network: {_source()}")
-        suites[name].add_argument("--features", help="an export whose encoder gives a feature distance")
-    suites["reconstruction"].add_argument("--vgg16", default=DOWNLOAD, help=f"LPIPS's network: {_source()}")
-    add = suites["generation"].add_argument
-    add("--reference", type=Path, required=True, help="ADM's .npz, an image set or a folder of images")
-    add("--dinov2", default=NONE, help=f"DINOv2 ViT-L/14 for FD-DINOv2: {_source()} (default)")
-    add("--clip", default=NONE, help=f"CLIP ViT-L/14 at 336 px for CMMD: {_source()} (default)")
-    add("--distances", choices=get_args(Distances), default="fp32", help="of precision and recall; ADM: fp16")
-    add = suites["linear"].add_argument
-    add(
-        "--autoencoder",
-        type=Path,
-        required=True,
-        help=f"export whose encoder is probed, or {UNTOUCHED}, untouched",
-    )
-    add("--head", default="dinov2_vitb14_reg4", choices=HEADS, help="published head")
-    add("--head-weights", default=DOWNLOAD, help="or the path of its .pth")
-    add("--model-weights", default=DOWNLOAD, help="or the pretrained model's file")
-    suites["geneval"].add_argument("--detector", default=DOWNLOAD, help="or a folder of the Mask2Former")
-    suites["geneval"].add_argument(
-        "--colour-model", default=DOWNLOAD, help="or a folder of the CLIP ViT-L/14"
-    )
-    for name in ("dpg", "gedit", "imgedit"):
-        _add_judge(suites[name])
-    suites["dpg"].add_argument("--questions", type=Path, help="dpg_bench.csv (default: download)")
-    suites["dpg"].add_argument("--official-faults", action="store_true", help="repeat the official script's")
-    suites["gedit"].add_argument(
-        "--instructions", type=Path, help="EditScore's vie_prompts.py (default: download)"
-    )
-    suites["gedit"].add_argument("--passes", type=int, default=1, help="judgments of each edit")
-    suites["imgedit"].add_argument(
-        "--instructions", type=Path, help="ImgEdit's prompts.json (default: download)"
-    )
+        add_suite_options(name, suite)
     prompts = commands.add_parser("prompts").add_argument
     prompts("benchmark", choices=["geneval", "geneval_rewritten", "dpg", "gedit", "imgedit"])
     prompts("--file", type=Path, nargs="+", help="the benchmark's own (default: download, but for gedit)")
@@ -209,6 +183,55 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     report("runs", type=Path, nargs="+", help="folders with a scores.json in or below them, one column each")
     report("--max-failed", type=int, default=MAX_FAILED, help="failed items shown of each suite and run")
     report("--out", type=Path, required=True, help="the page, an .html file")
+
+
+def add_suite_options(name: str, parser: argparse.ArgumentParser) -> None:
+    """What one suite needs besides images: references, networks, judges."""
+    add = parser.add_argument
+    if name in ("reconstruction", "generation"):
+        add("--inception", default=DOWNLOAD, help=f"FID's network: {_source()}")
+        add("--features", help="an export whose encoder gives a feature distance")
+    if name == "reconstruction":
+        add("--vgg16", default=DOWNLOAD, help=f"LPIPS's network: {_source()}")
+    elif name == "generation":
+        add(
+            "--reference",
+            type=Path,
+            required=True,
+            help="ADM's .npz, an image set or a folder of images",
+        )
+        add("--reference-store", type=Path, help="folder of its features, for many runs (default: the store)")
+        add("--dinov2", default=NONE, help=f"DINOv2 ViT-L/14 for FD-DINOv2: {_source()} (default)")
+        add("--clip", default=NONE, help=f"CLIP ViT-L/14 at 336 px for CMMD: {_source()} (default)")
+        add(
+            "--distances",
+            choices=get_args(Distances),
+            default="fp32",
+            help="of precision and recall; ADM: fp16",
+        )
+    elif name == "linear":
+        add(
+            "--autoencoder",
+            type=Path,
+            required=True,
+            help=f"export whose encoder is probed, or {UNTOUCHED}, untouched",
+        )
+        add("--head", default="dinov2_vitb14_reg4", choices=HEADS, help="published head")
+        add("--head-weights", default=DOWNLOAD, help="or the path of its .pth")
+        add("--model-weights", default=DOWNLOAD, help="or the pretrained model's file")
+    elif name == "geneval":
+        add("--detector", default=DOWNLOAD, help="or a folder of the Mask2Former")
+        add("--colour-model", default=DOWNLOAD, help="or a folder of the CLIP ViT-L/14")
+    else:
+        _add_judge(parser)
+    if name == "dpg":
+        add("--questions", type=Path, help="dpg_bench.csv (default: download)")
+        add("--official-faults", action="store_true", help="repeat the official script's")
+    elif name == "gedit":
+        add("--instructions", type=Path, help="EditScore's vie_prompts.py (default: download)")
+        add("--passes", type=int, default=1, help="judgments of each edit")
+    elif name == "imgedit":
+        add("--instructions", type=Path, help="ImgEdit's prompts.json (default: download)")
 
 
 def _add_common(suite: argparse.ArgumentParser) -> None:

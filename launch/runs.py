@@ -35,11 +35,12 @@ from generator.class_conditional.sampling import ClassSamplingConfig
 from generator.model import GeneratorConfig
 from generator.objective import FlowConfig, Preview, build_objective
 from generator.sampling import SamplingConfig, read_conditions
-from launch import nodes
+from launch import nodes, training_scores
+from launch.training_scores import ClassEvaluationConfig, PromptEvaluationConfig, StageEvaluationConfig
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.encode import EncodeConfig
 from tokenizer.export import fingerprint
-from tokenizer.stages import StageConfig
+from tokenizer.stages import StageConfig, build_stage
 from tokenizer.standin import StandInConfig
 
 PACKERS: dict[str, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
@@ -64,6 +65,8 @@ class TokenizerRun(PixelRun):
     preview_shards: str | None = None
     """Validation shards whose first images the sample grids reconstruct."""
     num_preview_images: int = 16
+    evaluation: StageEvaluationConfig | None = None
+    """Scores while the training goes on; None: none."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class GeneratorRun:
     num_preview_images: int = 8
     preview_sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the grids are drawn, and by default what sample.py draws; the time shift is always flow.time_shift."""
+    evaluation: PromptEvaluationConfig | None = None
+    """Scores while the training goes on; None: none."""
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -123,6 +128,13 @@ class ClassRun:
     num_preview_images: int = 16
     """Images of a sample grid, their classes spread over all."""
     preview_sampling: ClassSamplingConfig = field(default_factory=ClassSamplingConfig)
+    evaluation: ClassEvaluationConfig | None = None
+    """Scores while the training goes on; None: none."""
+
+    @property
+    def sampling(self) -> ClassSamplingConfig:
+        """`preview_sampling` under the time shift of the training: what sample_class.py and evaluations draw with."""
+        return dataclasses.replace(self.preview_sampling, time_shift=self.flow.time_shift)
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,17 @@ def train_on_pixels(run: PixelRun, build: Callable[[], Objective]) -> None:
     _train(run, mixture, PixelPacker(run.pixels), build())
 
 
+def train_tokenizer(run: TokenizerRun) -> None:
+    """What launch/train_tokenizer.py does."""
+    mixture = Mixture.open(run.data.sets, run.data.storage)
+    objective = build_stage(run.stage, preview_pixels(run.preview_shards, run.num_preview_images, run.pixels))
+    scores = None
+    if run.evaluation is not None:
+        bf16 = run.engine.precision == "bf16"
+        scores = training_scores.of_stage(run.evaluation, run.run_dir, objective, run.pixels, bf16=bf16)
+    _train(run, mixture, PixelPacker(run.pixels), objective, scores)
+
+
 def train_generator(task: Literal["t2i", "edit"], run: GeneratorRun) -> None:
     """What launch/train_t2i.py and launch/train_edit.py do."""
     if run.packing.max_side != run.generator.max_side:
@@ -170,7 +193,12 @@ def train_generator(task: Literal["t2i", "edit"], run: GeneratorRun) -> None:
         seed=run.engine.seed,
         preview=_preview(run, text_tokenizer, latents),
     )
-    _train(run, mixture, packer, objective)
+    scores = None
+    if run.evaluation is not None:
+        bf16 = run.engine.precision == "bf16"
+        models = objective, run.autoencoder, run.sampling
+        scores = training_scores.of_prompts(run.evaluation, run.run_dir, *models, bf16=bf16)
+    _train(run, mixture, packer, objective, scores)
 
 
 def train_class(run: ClassRun) -> None:
@@ -181,9 +209,14 @@ def train_class(run: ClassRun) -> None:
     preview = None
     if run.autoencoder is not None:
         labels = spread_labels(run.generator.num_classes, run.num_preview_images)
-        preview = ClassPreview(labels, run.preview_sampling, load_autoencoder(run.autoencoder).decode)
+        preview = ClassPreview(labels, run.sampling, load_autoencoder(run.autoencoder).decode)
     objective = build_class_objective(run.generator, run.flow, latents, seed=run.engine.seed, preview=preview)
-    _train(run, mixture, packer, objective)
+    scores = None
+    if run.evaluation is not None:
+        bf16 = run.engine.precision == "bf16"
+        models = objective, run.autoencoder, run.sampling
+        scores = training_scores.of_class(run.evaluation, run.run_dir, *models, bf16=bf16)
+    _train(run, mixture, packer, objective, scores)
 
 
 def preview_pixels(shards: str | None, num_images: int, pixels: PixelConfig) -> Tensor | None:
@@ -233,11 +266,16 @@ def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer, latents: LatentIn
 
 
 def _train(
-    run: PixelRun | GeneratorRun | ClassRun, mixture: Mixture, packer: Packer, objective: Objective
+    run: PixelRun | GeneratorRun | ClassRun,
+    mixture: Mixture,
+    packer: Packer,
+    objective: Objective,
+    scores: training_scores.Start | None = None,
 ) -> None:
     ranks = distributed.start()
     resolved = to_dict(run)
     nodes.check_start(ranks, Path(run.run_dir), resolved)
+    evaluation = scores(ranks) if scores is not None else None
     source = PackStream(
         mixture,
         packer,
@@ -256,5 +294,13 @@ def _train(
         if ranks.is_first:
             line = f"{engine.steps} steps: at most data.max_epochs = {run.data.max_epochs}"
             print(f"[{objective.name}] {line}", flush=True)
-    train(objective, source, engine, run_dir=Path(run.run_dir), resolved=resolved, ranks=ranks)
+    train(
+        objective,
+        source,
+        engine,
+        run_dir=Path(run.run_dir),
+        resolved=resolved,
+        ranks=ranks,
+        evaluation=evaluation,
+    )
     distributed.stop()

@@ -32,8 +32,7 @@ def main() -> None:
     run = from_dict(ClassRun, read_json(run_dir / "config.json"), where=str(run_dir / "config.json"))
     if run.autoencoder is None:
         raise UserError(f"{run_dir}/config.json: names no autoencoder; set 'autoencoder' in the run's config")
-    base = dataclasses.replace(run.preview_sampling, time_shift=run.flow.time_shift)
-    sampling = read_sampling_options(arguments, base)
+    sampling = read_sampling_options(arguments, run.sampling)
     generator = run_dir / EXPORT
     config = ClassSetConfig(
         arguments.out, generator, run.autoencoder, sampling, arguments.images, arguments.guide

@@ -3,8 +3,7 @@
 import sys
 
 from launch import dry_run, entry
-from launch.runs import TokenizerRun, preview_pixels, train_on_pixels
-from tokenizer.stages import build_stage
+from launch.runs import TokenizerRun, train_tokenizer
 
 
 def main() -> None:
@@ -13,9 +12,8 @@ def main() -> None:
     run = entry.read_config(TokenizerRun, arguments)
     if arguments.dry_run:
         print(dry_run.tokenizer_run(run))
-        return
-    preview = preview_pixels(run.preview_shards, run.num_preview_images, run.pixels)
-    train_on_pixels(run, lambda: build_stage(run.stage, preview))
+    else:
+        train_tokenizer(run)
 
 
 if __name__ == "__main__":

@@ -62,12 +62,16 @@ class GenerationSuite:
         reference: Reference,
         spaces: Spaces,
         store: Path,
+        reference_store: Path | None = None,
         *,
         distances: Distances = "fp32",
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
-        """`seed` draws KID's subsets. Raises UserError: no network; a reference that is of no use for one."""
+        """`reference_store`: of the reference's features, which serve many sets; None: `store`.
+
+        `seed` draws KID's subsets. Raises UserError: no network; a reference that is of no use for one.
+        """
         if not spaces.extractors():
             raise UserError(
                 "generation: no feature network; give --inception, --dinov2, --clip or --features"
@@ -78,6 +82,7 @@ class GenerationSuite:
                     f"{reference.name}: holds statistics without images; they are of no use for '{name}'"
                 )
         self._reference, self._spaces, self._store = reference, spaces, store
+        self._reference_store = reference_store or store
         self._distances, self._seed, self._device = distances, seed, device
         self._last: tuple[tuple[Path, tuple[str, ...]], FileImages] | None = None
         self.protocol: Mapping[str, Any] = {
@@ -195,7 +200,8 @@ class GenerationSuite:
         return SetScore(value, found.count, note)
 
     def _files(self, extractor: FeatureExtractor, source: ImageSource) -> FeatureFiles:
-        return FeatureFiles(self._store, extractor, source)
+        store = self._reference_store if source is self._reference.images else self._store
+        return FeatureFiles(store, extractor, source)
 
     def _rows(self, space: str, source: ImageSource) -> FeatureRows:
         """`spatial`: the second part of Inception's vector, `inception` the first."""

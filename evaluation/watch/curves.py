@@ -12,7 +12,7 @@ WIDE = (1180, 300)
 SMOOTH_FROM = 80  # points; of a curve with more, the average is drawn over the faint values
 SMOOTH_PART = 60  # the average reaches over one part in so many on either side
 UNITS = {"_gib": ", GiB", "_s": ", s", "_w": ", W", "_c": ", °C"}
-HEADINGS = ("Losses and quality", "Optimisation", "Speed", "Machine")
+HEADINGS = ("Scores", "Losses and quality", "Optimisation", "Speed", "Machine")
 ELSEWHERE = {"step", "time_s", "num_steps", "loss", "samples", "tokens", "samples_seen", "samples_pending"}
 ELSEWHERE |= {"epoch", "fill"}
 
@@ -63,6 +63,7 @@ def groups(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     for name in names:
         if name not in ELSEWHERE and not name.endswith("_share") and "/" not in name.removeprefix("system/"):
             found[_heading(name)].append(name)
+    found["Scores"] = list(dict.fromkeys(name for run in runs for name in run.score_names))
     return [(heading, metrics) for heading, metrics in found.items() if metrics]
 
 
@@ -93,5 +94,5 @@ def _title(metric: str) -> str:
     """`system/disk_free_gib -> disk free, GiB`."""
     name = metric.removeprefix("system/").removesuffix("_per_s")
     ending = next((ending for ending in UNITS if name.endswith(ending)), "")
-    text = name.removesuffix(ending).replace("_", " ") + UNITS.get(ending, "")
+    text = name.removesuffix(ending).replace("_", " ").replace("/", " ") + UNITS.get(ending, "")
     return text + " / s" if metric.endswith("_per_s") else text

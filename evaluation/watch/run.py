@@ -14,7 +14,7 @@ from engine import files
 from engine.config import UserError
 from evaluation.report.inputs import Training, read_lines
 
-METRICS, EVENTS, CONFIG = "metrics.jsonl", "events.jsonl", "config.json"
+METRICS, SCORES, EVENTS, CONFIG = "metrics.jsonl", "scores.jsonl", "events.jsonl", "config.json"
 RECENT_LINES = 20
 """Log lines that pace and rates are taken from."""
 MIN_SILENCE_S = 60.0
@@ -45,6 +45,7 @@ class Run:
     path: Path
     name: str
     training: Training
+    scores: Training  # evaluations on the way
     config: Mapping[str, Any]
     events: tuple[Event, ...]
     grids: tuple[tuple[int, Path], ...]  # step, image; ascending
@@ -102,14 +103,21 @@ class Run:
     def series(self, metric: str, unit: Unit) -> list[tuple[float, float]]:
         """(x, value) wherever the metric was logged and finite; x: the step, or the time since the first line."""
         begin_s = self.begin_s
+        source = self.scores if metric in self.score_names else self.training
         if unit == "step":
-            return self.training.series(metric)
-        rows = [(row.get("time_s"), row.get(metric)) for row in self.training.rows]
+            return source.series(metric)
+        rows = [(row.get("time_s"), row.get(metric)) for row in source.rows]
         return [
             ((time_s - begin_s) / SECONDS[unit], value)
             for time_s, value in rows
             if time_s is not None and begin_s is not None and value is not None
         ]
+
+    @property
+    def score_names(self) -> list[str]:
+        """`SUITE/METRIC` of every evaluation, in the order of their appearance."""
+        names = dict.fromkeys(name for row in self.scores.rows for name in row)
+        return [name for name in names if name not in ("step", "time_s")]
 
     def recent(self, metric: str) -> float | None:
         """Mean over the last lines that have it."""
@@ -161,7 +169,7 @@ def read_run(path: Path, name: str = "") -> Run:
         inside = sorted(found.parent.name for found in path.glob(f"*/{METRICS}"))
         hint = f"runs inside it: {', '.join(inside)}" if inside else "give the run_dir of a training"
         raise UserError(f"{path}: no run has logged anything here yet; {hint}")
-    rows = [row for row in _parse(path / METRICS, read_lines, []) if "step" in row]
+    name = name or path.resolve().name
     config = _parse(path / CONFIG, files.read_json, {})
     grids = [
         (int(grid.stem[5:]), grid)
@@ -171,16 +179,19 @@ def read_run(path: Path, name: str = "") -> Run:
     times = [found.stat().st_mtime for found in (path / METRICS, path / EVENTS) if found.is_file()]
     return Run(
         path=path,
-        name=name or path.resolve().name,
-        training=Training(
-            name or path.resolve().name,
-            tuple({key: _number(value) for key, value in row.items()} for row in rows),
-        ),
+        name=name,
+        training=_training(name, path / METRICS),
+        scores=_training(name, path / SCORES),
         config=config,
         events=tuple(_parse(path / EVENTS, _read_events, [])),
         grids=tuple(sorted(grids)),
         changed_s=max(times),
     )
+
+
+def _training(name: str, path: Path) -> Training:
+    rows = [row for row in _parse(path, read_lines, []) if "step" in row]
+    return Training(name, tuple({key: _number(value) for key, value in row.items()} for row in rows))
 
 
 def _parse(path: Path, read: Callable[[Path], Any], absent: Any) -> Any:

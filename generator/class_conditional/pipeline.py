@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.config import UserError
 from generator.class_conditional.model import ClassGenerator, load_generator
 from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
-from generator.pipeline import check_trained_with, decode_uint8
+from generator.pipeline import check_trained_with, decode_uint8, in_bf16
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import ImageAutoencoder, fingerprint
 
@@ -20,11 +20,18 @@ class ClassPipeline:
     """On a GPU the generators compute in bf16 from fp32 weights, as they are trained; the autoencoder in fp32."""
 
     def __init__(
-        self, generator: ClassGenerator, autoencoder: ImageAutoencoder, guide: ClassGenerator | None = None
+        self,
+        generator: ClassGenerator,
+        autoencoder: ImageAutoencoder,
+        guide: ClassGenerator | None = None,
+        *,
+        bf16: bool = False,
     ) -> None:
+        """`bf16`: the generators compute in it on a CPU, too."""
         self.generator = generator.eval()
         self.autoencoder = autoencoder.eval()
         self.guide = None if guide is None else guide.eval()
+        self._bf16 = bf16
 
     @classmethod
     def load(
@@ -55,6 +62,6 @@ class ClassPipeline:
     def draw(self, labels: Sequence[int], seeds: Sequence[int], sampling: ClassSamplingConfig) -> Tensor:
         """uint8 [N, 3, image_px, image_px] on the CPU, one image for each label and seed."""
         device = self.generator.pos_embed.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with in_bf16(device, self._bf16):
             latents = sample_class_latents(self.generator, labels, seeds, sampling, self.guide)
         return decode_uint8(self.autoencoder, latents, sampling.batch_images, device)

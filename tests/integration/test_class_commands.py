@@ -20,7 +20,12 @@ from data.sources.emoji import EmojiConfig, EmojiSource
 from engine.config import UserError
 from evaluation.adm_npz import write_npz
 from evaluation.class_set import ClassSetConfig, class_drawings, draw_class_set
+from evaluation.emoji_images import read_samples, real_renders
+from evaluation.features.representation import RepresentationFeatures
 from evaluation.manifest import ImageSet, Item, write_manifest
+from evaluation.reference import Reference
+from evaluation.runner import evaluate
+from evaluation.suites.generation import GenerationSuite, Spaces
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator, load_generator
 from generator.class_conditional.sampling import ClassSamplingConfig
@@ -160,6 +165,52 @@ def test_two_ranks_give_the_loss_curve_of_one(finished: Path, inputs: Path, tmp_
 def test_every_zero_stage_trains_alike(zero: int, finished: Path, inputs: Path, tmp_path: Path) -> None:
     train(inputs, tmp_path / "run", f"engine.zero_stage={zero}", ranks=2)
     assert curve(tmp_path / "run") == pytest.approx(curve(finished), rel=1e-4)  # as above
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_scores_on_the_way_are_those_of_the_exports(
+    world: int, finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    """10 images in blocks of 4: of two ranks, which under ZeRO-3 must draw alike often, one draws for nothing."""
+    run_dir, reference = tmp_path / "run", tmp_path / "real"
+    real_renders(read_samples(inputs / "pixels", 12), reference, 32)
+    suites = f"{{generation: {{reference: {reference}, inception: none, features: {inputs}/autoencoder}}}}"
+    settings = ["every_steps=2", "num_images=10", "sampling={num_steps: 3, guidance: 2, batch_images: 4}"]
+    options = [f"evaluation.{setting}" for setting in (*settings, f"suites={suites}")]
+    printed = train(inputs, run_dir, f"engine.zero_stage={3 if world == 2 else 1}", *options, ranks=world)
+    if world == 1:
+        assert weights(run_dir / "export") == weights(finished / "export")
+    assert "evaluated step 2 in" in printed and "generation/feature_distance" in printed
+    rows = [json.loads(line) for line in (run_dir / "scores.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    features = RepresentationFeatures.load(str(inputs / "autoencoder"))
+    for row, export in zip(rows, ("export_step_00000002", "export_step_00000004", "export"), strict=True):
+        images = tmp_path / export
+        sampling = ClassSamplingConfig(3, guidance=2.0, batch_images=4, time_shift="auto")
+        draw_class_set(
+            ClassSetConfig(images, run_dir / export, str(inputs / "autoencoder"), sampling, num_images=10)
+        )
+        suite = GenerationSuite(Reference.open(reference), Spaces(other=features), tmp_path / "store")
+        scores = evaluate(suite, images, tmp_path / f"scores_{export}")["scores"]
+        found = {name.removeprefix("generation/"): value for name, value in row.items() if "/" in name}
+        assert found == {name: entry["mean"] for name, entry in scores.items()}
+    assert not (run_dir / "evaluation" / "store").exists()
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_on_one_rank_ends_all(inputs: Path, tmp_path: Path) -> None:
+    """Only the first rank scores; the other one waits for it."""
+    real_renders(read_samples(inputs / "pixels", 1), tmp_path / "real", 32)
+    suites = (
+        f"{{generation: {{reference: {tmp_path}/real, inception: none, features: {inputs}/autoencoder}}}}"
+    )
+    options = ["evaluation.every_steps=2", "evaluation.num_images=4", f"evaluation.suites={suites}"]
+    config = ["--config", str(inputs / "class.yaml"), f"run_dir={tmp_path}/run", *options]
+    arguments = command("train_class", *config, "engine.zero_stage=3", ranks=2)
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    assert result.returncode != 0
+    printed = result.stdout + result.stderr
+    assert "features of 1 image" in printed, printed
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 
 def weights(run):
@@ -93,6 +94,26 @@ def test_muon_under_the_other_zero_stages(toy, tmp_path, zero, precision, tolera
     result = toy(tmp_path / "two", *arguments, ranks=2)
     assert result.returncode == 0, result.output
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=tolerance)
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_evaluation_sees_the_averages_and_changes_nothing(toy, tmp_path, zero):
+    plain, evaluated = tmp_path / "plain", tmp_path / "evaluated"
+    options = ["--no-adversary", "--zero", zero]
+    assert toy(plain, *options, ranks=2).returncode == 0
+    result = toy(evaluated, *options, "--evaluate-every", 3, ranks=2)
+    assert result.returncode == 0, result.output
+    assert "[toy] evaluated step 6 in" in result.output
+    assert curve(evaluated) == curve(plain)
+    averaged = weights(evaluated)
+    assert all(torch.equal(averaged[name], value) for name, value in weights(plain).items())
+    rows = [json.loads(line) for line in (evaluated / "scores.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6, 8] and rows[0]["toy/undefined"] is None
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+    model.load_state_dict(averaged)
+    assert rows[-1]["toy/output"] == pytest.approx(model(torch.ones(1, 6)).sum().item(), rel=1e-5)
+    events = [json.loads(line)["kind"] for line in (evaluated / "events.jsonl").read_text().splitlines()]
+    assert events.count("evaluation") == 3
 
 
 def test_a_discriminator_is_refused_under_zero_3(toy, tmp_path):

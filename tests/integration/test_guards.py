@@ -31,6 +31,14 @@ def test_a_rank_that_hangs_is_named_with_its_step(toy, tmp_path, fault, words) -
     assert "in all_reduce" in stacks, "where the waiting rank stood"
 
 
+def test_an_evaluation_is_no_hang_however_long_it_takes(toy, tmp_path) -> None:
+    options = ["--evaluate-every", 100, "--evaluation-seconds", 7, "--hang-timeout", 4]
+    result = toy(tmp_path / "run", *options, ranks=2)
+    assert result.returncode == 0, result.output
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
+    assert row["step"] == 8
+
+
 def test_full_memory_names_the_part_and_what_to_lower(toy, tmp_path) -> None:
     result = toy(tmp_path / "run", "--fault", "exhaust", "--fault-step", 2, "--fault-rank", 0)
     assert result.returncode == 2

@@ -42,10 +42,12 @@ def test_steps_that_are_done_again_stand_once_and_events_all_stay(tmp_path: Path
     log.event("start", 0, "10 steps")
     write(log, 1, 2, 3)
     log.event("alarm", 3, "the loss exploded")
+    for step in (2, 3):
+        log.scores(step, {"generation/fid": 10.0 - step, "generation/kid": math.nan})
     log.rewind(2)
     write(log, 3)
     log.close()
-    for name in ("metrics.jsonl", "events.jsonl"):  # killed while it wrote
+    for name in ("metrics.jsonl", "scores.jsonl", "events.jsonl"):  # killed while it wrote
         with (tmp_path / name).open("a") as file:
             file.write('{"step": 4, "ti')
     log = RunLog(tmp_path, "toy", {}, 2, "disabled")
@@ -54,6 +56,8 @@ def test_steps_that_are_done_again_stand_once_and_events_all_stay(tmp_path: Path
     log.close()
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [row["kind"] for row in rows(tmp_path / "events.jsonl")] == ["start", "alarm", "resume"]
+    (scores,) = rows(tmp_path / "scores.jsonl")
+    assert (scores["step"], scores["generation/fid"], scores["generation/kid"]) == (2, 8.0, None)
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,18 @@ def test_the_command_names_runs_apart_and_writes_the_page(
     assert "first/t2i" in (tmp_path / "page.html").read_text()
 
 
+def test_scores_of_evaluations_have_curves_of_their_own(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "class")
+    rows = [{"step": step, "time_s": time.time(), "generation/fid": 80.0 - step} for step in (20, 40)]
+    (path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_run(path)
+    assert run.series("generation/fid", "step") == [(20.0, 60.0), (40.0, 40.0)]
+    html = page([run], now_s=time.time())
+    assert "<h2>Scores</h2>" in html and "generation fid" in html
+    lines = screen([run], ["generation/fid"], width=80, height=24, now_s=time.time())
+    assert "generation/fid 40" in lines
+
+
 def test_thinning_keeps_a_spike_and_smoothing_does_not_lag() -> None:
     points = [(float(k), 1.0) for k in range(5000)]
     points[3333] = (3333.0, 99.0)

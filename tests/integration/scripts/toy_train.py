@@ -139,6 +139,21 @@ class ToyObjective:
         return {"initial weights": self.started_from}
 
 
+class ToyEvaluation:
+    """The first rank takes its time; the others wait."""
+
+    def __init__(self, model, every_steps, seconds, ranks):
+        self.model, self.every_steps, self.seconds = model, every_steps, seconds
+        self.ranks = distributed.patient(ranks, 60)
+
+    def run(self, step):
+        output = self.model(torch.ones(1, WIDTH)).sum().item()
+        time.sleep(self.seconds if self.ranks.is_first else 0)
+        self.ranks.barrier()
+        assert not self.model.training
+        return {"toy/output": output, "toy/undefined": float("nan")} if self.ranks.is_first else {}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank", type=int)
@@ -167,6 +182,8 @@ def main():
     parser.add_argument("--fault-rank", type=int, default=1)
     parser.add_argument("--hang-timeout", type=float, default=0.0)
     parser.add_argument("--on-loss-spike", default="ignore")
+    parser.add_argument("--evaluate-every", type=int, default=0)
+    parser.add_argument("--evaluation-seconds", type=float, default=0.0)
     parser.add_argument("--started-from", default="a")
     parser.add_argument(
         "--no-adversary", action="store_true", help="the critic is not trained (ZeRO-3 refuses it)"
@@ -202,16 +219,21 @@ def main():
         hang_timeout_s=args.hang_timeout,
         wandb="disabled",
     )
+    objective = ToyObjective(
+        args.started_from, not args.no_adversary, args.drift_step, ranks.rank, args.hidden, phases
+    )
+    evaluation = None
+    if args.evaluate_every:
+        evaluation = ToyEvaluation(objective.model, args.evaluate_every, args.evaluation_seconds, ranks)
     try:
         train(
-            ToyObjective(
-                args.started_from, not args.no_adversary, args.drift_step, ranks.rank, args.hidden, phases
-            ),
+            objective,
             source,
             config,
             run_dir=args.run,
             resolved={},
             ranks=ranks,
+            evaluation=evaluation,
         )
     except UserError as error:
         if ranks.is_first:
