@@ -3,18 +3,16 @@
 The quickstart's own steps are the base (done ones are skipped); each variant is one more stage in runs/ablation.
 """
 
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine import files
-from engine.config import load, to_dict
+from engine.config import to_dict
 from launch import ablation_scores, entry, quickstart
-from launch.steps import Step, deepspeed, run_steps
+from launch.steps import Step, deepspeed, identity_of
 
 CONFIGS = "configs/ablation"
-BASE = ("data", "text", "standin", "pivot", "bridge", "decoder")
+LAST_OF_BASE = "decoder"
 VARIANTS = {
     "frozen": "stage I with a frozen encoder",
     "no_pivot": "stage I without pivot loss",
@@ -41,27 +39,13 @@ class AblationRun:
 
 def main() -> None:
     """Trains what is missing, scores every variant, writes the page."""
-    parser = entry.config_parser(__doc__ or "", f"{CONFIGS}/run.yaml")
-    parser.add_argument("--fresh", action="store_true", help="remove the variants and train them again")
-    arguments = parser.parse_args()
-    run = entry.read_config(AblationRun, arguments)
-    if arguments.dry_run:
-        entry.print_config(run)
-        return
-    base = load(quickstart.QuickstartRun, f"{quickstart.CONFIGS}/run.yaml")
-    steps = {step.name: step for step in quickstart.build_steps(base, Path(base.root))}
-    run_steps(Path(base.root), [steps[name] for name in BASE])
-    root = Path(run.root)
-    if arguments.fresh:
-        shutil.rmtree(root, ignore_errors=True)
-    run_steps(root, build_steps(run, root, Path(base.root)))
-    print(f"results: {run.out}", flush=True)
+    quickstart.run_further(__doc__ or "", AblationRun, f"{CONFIGS}/run.yaml", LAST_OF_BASE, build_steps)
 
 
 def build_steps(run: AblationRun, root: Path, base: Path) -> list[Step]:
     """Every variant in order, then the scores."""
 
-    trained_on = files.read_json(base / "steps" / f"{BASE[-1]}.json")["identity"]
+    trained_on = identity_of(base, LAST_OF_BASE)
 
     def training(name: str, about: str, script: str = "tokenizer") -> Step:
         config = f"{CONFIGS}/{name}.yaml"

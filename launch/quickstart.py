@@ -2,10 +2,13 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from engine import files
+from engine.config import load
 from evaluation.report import render_report
 from launch import entry, quickstart_scores
 from launch.steps import Step, deepspeed, python, run_steps
@@ -80,6 +83,45 @@ def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
             "scores", "reconstruct, draw, edit and judge", lambda: quickstart_scores.score(root, run.scores)
         ),
     ]
+
+
+class FurtherRun(Protocol):
+    """The config of a chain on the quickstart's results."""
+
+    @property
+    def root(self) -> str:
+        """Folder of its results."""
+
+    @property
+    def out(self) -> str:
+        """The page it writes."""
+
+
+RunT = TypeVar("RunT", bound=FurtherRun)
+
+
+def run_further(
+    about: str, cls: type[RunT], config: str, last: str, build: Callable[[RunT, Path, Path], list[Step]]
+) -> None:
+    """The command of a chain that goes on from here: this one up to the step `last`, then what `build` gives.
+
+    `config`: the YAML file of its `cls`. `build`: (run, its root, the quickstart's root) -> steps.
+    """
+    parser = entry.config_parser(about, config)
+    parser.add_argument("--fresh", action="store_true", help="remove what is there, but for the quickstart's")
+    arguments = parser.parse_args()
+    run = entry.read_config(cls, arguments)
+    if arguments.dry_run:
+        entry.print_config(run)
+        return
+    base = load(QuickstartRun, f"{CONFIGS}/run.yaml")
+    base_root, root = Path(base.root), Path(run.root)
+    steps = build_steps(base, base_root)
+    run_steps(base_root, steps[: [step.name for step in steps].index(last) + 1])
+    if arguments.fresh:
+        shutil.rmtree(root, ignore_errors=True)
+    run_steps(root, build(run, root, base_root))
+    print(f"results: {run.out}", flush=True)
 
 
 if __name__ == "__main__":

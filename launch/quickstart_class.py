@@ -3,16 +3,14 @@
 The quickstart's own steps are the base (done ones are skipped). Running it again continues.
 """
 
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine import files
-from engine.config import load, to_dict
+from engine.config import to_dict
 from evaluation.report.class_page import LABELS
 from launch import ablation, entry, quickstart, quickstart_class_scores
-from launch.steps import Step, deepspeed, python, run_steps
+from launch.steps import Step, deepspeed, identity_of, python
 
 CONFIGS = "configs/quickstart_class"
 LAST_OF_BASE = "judge"
@@ -34,27 +32,13 @@ class QuickstartClassRun:
 
 def main() -> None:
     """The quickstart up to its judge; two more tokenizers; latents, a training and scores of each."""
-    parser = entry.config_parser(__doc__ or "", f"{CONFIGS}/run.yaml")
-    parser.add_argument("--fresh", action="store_true", help="remove what is there, but for the quickstart's")
-    arguments = parser.parse_args()
-    run = entry.read_config(QuickstartClassRun, arguments)
-    if arguments.dry_run:
-        entry.print_config(run)
-        return
-    base = load(quickstart.QuickstartRun, f"{quickstart.CONFIGS}/run.yaml")
-    steps = quickstart.build_steps(base, Path(base.root))
-    names = [step.name for step in steps]
-    run_steps(Path(base.root), steps[: names.index(LAST_OF_BASE) + 1])
-    root = Path(run.root)
-    if arguments.fresh:
-        shutil.rmtree(root, ignore_errors=True)
-    run_steps(root, build_steps(run, root, Path(base.root)))
-    print(f"results: {run.out}", flush=True)
+    about = __doc__ or ""
+    quickstart.run_further(about, QuickstartClassRun, f"{CONFIGS}/run.yaml", LAST_OF_BASE, build_steps)
 
 
 def build_steps(run: QuickstartClassRun, root: Path, base: Path) -> list[Step]:
     """Every step in order."""
-    trained_on = files.read_json(base / "steps" / f"{LAST_OF_BASE}.json")["identity"]
+    trained_on = identity_of(base, LAST_OF_BASE)
 
     def on_ranks(name: str, about: str, script: str, config: str, *options: str) -> Step:
         command = deepspeed(run.num_ranks, f"launch/{script}.py", "--config", config, *options)

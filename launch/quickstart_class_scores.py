@@ -15,7 +15,8 @@ from evaluation.features.representation import RepresentationFeatures
 from evaluation.judges.emoji import Judge
 from evaluation.manifest import ImageSet
 from evaluation.metrics.interval import Estimate
-from evaluation.report.class_page import LABELS, Point, Reference, page
+from evaluation.report.class_page import LABELS, Point, Reference, at_equal_time, charts, page
+from evaluation.report.inputs import read_training
 from evaluation.runner import evaluate
 from evaluation.suites.emoji_class import EmojiClassSuite
 from generator.class_conditional.sampling import ClassSamplingConfig
@@ -32,10 +33,11 @@ class ScoresConfig:
 
 
 def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
-    """Draws and judges; reconstructions of real images as the mark; the page."""
+    """Draws and judges; reconstructions of real images as the mark; the page `out`, its charts beside it, its table."""
     images = root / "evaluation" / "images"
     samples = emoji_images.read_samples(root / "data/classes-validation", 1 << 30)
     autoencoders = {name: files.read_json(root / name / "config.json")["autoencoder"] for name in LABELS}
+    trainings = {name: read_training(root / name) for name in LABELS}
     image_px = load_autoencoder(autoencoders["rpiae"]).config.image_px
     emoji_images.real_renders(samples, images / "real", image_px)
     judge, features = (
@@ -55,25 +57,27 @@ def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
         marks = f"{name}_reconstructions"
         emoji_images.reconstructions(samples, load_autoencoder(autoencoder), images / marks)
         references[name] = Reference(*scored(marks))
-        steps = files.read_json(root / name / "config.json")["engine"]
-        for step in sorted({*steps["export_at_steps"], steps["steps"]}):
-            early = step != steps["steps"]
-            export = root / name / (f"{EXPORT}_step_{step:08d}" if early else EXPORT)
+        for step, export in _exports(root / name):
             drawn = f"{name}_{step:08d}"
             draw_class_set(
                 ClassSetConfig(images / drawn, export, autoencoder, config.sampling, config.num_images)
             )
-            points.append(Point(name, step, *scored(drawn)))
+            points.append(Point(name, step, trainings[name].seconds_at(step), *scored(drawn)))
             print(f"      {points[-1].text()}", flush=True)
-    seconds = {row["name"]: row["seconds"] for row in files.read_json(root / "durations.json")}
+    paths = {}
+    for name, svg in charts(points, references).items():
+        paths[name] = f"{out.stem}_{name}.svg"
+        files.write_text(out.with_name(paths[name]), svg)
     found = machine()
-    text = page(
-        points,
-        references,
-        seconds,
-        f"{found['cores']} cores of {found['processor']}, GPU: {found['gpu']}",
-        num_images=config.num_images,
-        num_real=len(samples),
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    about = f"{found['cores']} cores of {found['processor']}, GPU: {found['gpu']}"
+    text = page(points, references, about, paths, num_images=config.num_images, num_real=len(samples))
     files.write_text(out, text)
+    print("\n".join(at_equal_time(points)), flush=True)
+
+
+def _exports(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every export that is there, steps ascending; the last one must be."""
+    engine = files.read_json(run_dir / "config.json")["engine"]
+    early = [(step, run_dir / f"{EXPORT}_step_{step:08d}") for step in sorted({*engine["export_at_steps"]})]
+    there = [(step, export) for step, export in early if export.is_dir() and step < engine["steps"]]
+    return [*there, (engine["steps"], run_dir / EXPORT)]

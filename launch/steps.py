@@ -42,7 +42,7 @@ def run_steps(root: Path, steps: Sequence[Step]) -> None:
     """
     done_before = ""
     for number, step in enumerate(steps, 1):
-        marker = root / "steps" / f"{step.name}.json"
+        marker = _marker(root, step.name)
         identity = files.digest([_command_text(step), *map(resolve, step.inputs), step.settings, done_before])
         done_before = identity
         state: dict[str, Any] = {"identity": identity, "seconds": 0.0, "done": False}
@@ -71,11 +71,16 @@ def run_steps(root: Path, steps: Sequence[Step]) -> None:
 
 def write_durations(root: Path, names: Sequence[str]) -> None:
     """durations.json: [{"name", "seconds"}] of the steps so far, in order."""
-    markers = [(name, root / "steps" / f"{name}.json") for name in names]
+    markers = [(name, _marker(root, name)) for name in names]
     rows = [
         {"name": name, "seconds": files.read_json(path)["seconds"]} for name, path in markers if path.exists()
     ]
     files.write_json(root / "durations.json", rows)
+
+
+def identity_of(root: Path, name: str) -> str:
+    """What the step, and all before it, were done with: a setting of steps elsewhere that build on it."""
+    return str(files.read_json(_marker(root, name))["identity"])
 
 
 def python(script: str, *arguments: str) -> list[str]:
@@ -89,6 +94,10 @@ def deepspeed(num_ranks: int, script: str, *arguments: str) -> list[str]:
     if launcher is None:
         raise UserError("deepspeed: no such command; install the package (make install)")
     return [launcher, "--num_gpus", str(num_ranks), script, *arguments]
+
+
+def _marker(root: Path, name: str) -> Path:
+    return root / "steps" / f"{name}.json"
 
 
 def _work(step: Step, log_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluation.metrics.interval import Estimate
+from evaluation.report.order import OVERLAP_TEXT, SAME_TEXT, has_less, has_more
 
 LABELS = {
     "pivot": "stage I: raw L2, adaptive, w_piv 0.25",
@@ -18,8 +19,6 @@ LABELS = {
     "fixed_weight": "stage I, lambda_piv = 1 (not adaptive)",
     "joint": "single stage",
 }
-SAME = 0.02
-"""Relative difference of the feature distance below which two variants count as equal: it has no interval."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +127,10 @@ def page(rows: Sequence[Row], machine: str, *, num_images: int, num_probe: int, 
 
 def _verdict(trend: Trend, better: Row, worse: Row) -> str:
     if trend.metric == "probe":
-        first, second = better.probe, worse.probe
-        here = f"probe {first.mean:.3f} against {second.mean:.3f}"
-        equal = first.low <= second.high and second.low <= first.high
-        holds = first.mean > second.mean
-        unclear = "intervals overlap"
+        holds, unclear = has_more(better.probe, worse.probe), OVERLAP_TEXT
+        here = f"probe {better.probe.mean:.3f} against {worse.probe.mean:.3f}"
     else:
-        distances = better.feature_distance, worse.feature_distance
-        here = f"distance {distances[0]:.3f} against {distances[1]:.3f}"
-        equal = abs(distances[0] - distances[1]) < SAME * max(distances)
-        holds = distances[0] < distances[1]
-        unclear = f"less than {SAME:.0%} apart"
-    verdict = f"not distinguishable ({unclear})" if equal else ("yes" if holds else "no, the reverse")
+        holds, unclear = has_less(better.feature_distance, worse.feature_distance), SAME_TEXT
+        here = f"distance {better.feature_distance:.3f} against {worse.feature_distance:.3f}"
+    verdict = {None: f"not distinguishable ({unclear})", True: "yes", False: "no, the reverse"}[holds]
     return f"| {trend.claim} | {trend.paper} | {here} | {verdict} |"

@@ -1,4 +1,4 @@
-"""Charts as inline SVG; colours and fonts come from the page's style sheet."""
+"""Charts as inline SVG, coloured by the page's style sheet, or as files that bring its rules along."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from evaluation.report.style import chart_file_style
+
 WIDTH, HEIGHT = 320, 180  # user units; the page scales them
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 22  # margins around the plot
+FILE_SIZE = (720, 300)  # of the chart in a file
+FILE_HEAD = 52  # title and legend above it
+CHARACTER_WIDTH = 7  # at most, of the legend
 MAX_POINTS = 400
 BAR_HEIGHT = 24
 NUM_COLOURS = 8  # in the style sheet
@@ -56,6 +61,12 @@ class Curve:
     points: Sequence[tuple[float, float]]  # x ascending; at least one
     colour: int = 0  # number of the colour in the style sheet
     is_faint: bool = False  # what a smoothed curve was made of
+    level: float | None = None  # what it is measured against: a dashed line across
+
+    @property
+    def classes(self) -> str:
+        """In the style sheet."""
+        return "curve" + (f" c{self.colour}" if self.colour else "") + (" faint" if self.is_faint else "")
 
 
 def line_chart(points: Sequence[tuple[float, float]], label: str) -> str:
@@ -70,11 +81,18 @@ def curve_chart(
     size: tuple[int, int] = (WIDTH, HEIGHT),
     unit: str = "step",
     marks: Sequence[tuple[float, str]] = (),
+    axis: Axis | None = None,
+    is_detailed: bool = False,
 ) -> str:
-    """Curves on the same axes, at least one. `unit`: of x; `marks`: (x, what happened there), dashed lines."""
+    """Curves on the same axes, at least one. `unit`: of x; `marks`: (x, what happened there), dashed lines.
+
+    `axis`: of the values (default: one that holds them all). `is_detailed`: with rings at the points and round numbers
+    along x.
+    """
     width, height = size
     curves = [dataclasses.replace(curve, points=thinned(curve.points)) for curve in curves]
-    axis = Axis.of([value for curve in curves for _, value in curve.points])
+    levels = [curve.level for curve in curves if curve.level is not None]
+    axis = axis or Axis.of([*levels, *(value for curve in curves for _, value in curve.points)])
     first = min(curve.points[0][0] for curve in curves)
     last = max(curve.points[-1][0] for curve in curves)
     span = (last - first) or 1.0
@@ -96,13 +114,44 @@ def curve_chart(
             line = f'<line class="mark" x1="{place}" x2="{place}" y1="{TOP}" y2="{height - BOTTOM}">'
             parts.append(f"{line}<title>{escape(event)}</title></line>")
     for curve in sorted(curves, key=lambda curve: not curve.is_faint):
-        places = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve.points)
-        kind = "curve" + (f" c{curve.colour}" if curve.colour else "") + (" faint" if curve.is_faint else "")
-        parts.append(f'<polyline class="{kind}" points="{places}"/>')
+        places = [(f"{x(step):.1f}", f"{y(value):.1f}") for step, value in curve.points]
+        parts.append(f'<polyline class="{curve.classes}" points="{" ".join(map(",".join, places))}"/>')
+        if is_detailed:
+            parts += [
+                f'<circle class="{curve.classes}" cx="{left}" cy="{top}" r="2.5"/>' for left, top in places
+            ]
+        if curve.level is not None:
+            place = f'x1="{LEFT}" x2="{width - RIGHT}" y1="{y(curve.level):.1f}" y2="{y(curve.level):.1f}"'
+            parts.append(f'<line class="{curve.classes} level" {place}/>')
+    labels = [(float(LEFT), f"{unit} {short(first)}", "start"), (float(width - RIGHT), short(last), "end")]
+    if is_detailed and last > first:
+        labels = [(x(step), text, "middle") for step, text in Axis(first, last, False).ticks()]
+    for left, text, anchor in labels:
+        parts.append(f'<text x="{left:.1f}" y="{height - 5}" text-anchor="{anchor}">{text}</text>')
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}'
-        f'<text x="{LEFT}" y="{height - 5}">{unit} {short(first)}</text>'
-        f'<text x="{width - RIGHT}" y="{height - 5}" text-anchor="end">{short(last)}</text></svg>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    )
+
+
+def chart_file(curves: Sequence[Curve], title: str, axis: Axis | None = None) -> str:
+    """The chart as an SVG file that stands alone: styles, white ground (for dark pages too), title and legend inside.
+
+    `title` says what is drawn over what. Curves without a name are not in the legend.
+    """
+    width, height = FILE_SIZE
+    legend, left = [], float(LEFT)
+    for curve in curves:
+        if curve.name:
+            key = f'<line class="{curve.classes}" x1="{left}" x2="{left + 20}" y1="38" y2="38"/>'
+            legend.append(f'{key}<text x="{left + 26}" y="42">{escape(curve.name)}</text>')
+            left += 60 + CHARACTER_WIDTH * len(curve.name)
+    chart = curve_chart(curves, title, size=FILE_SIZE, axis=axis, is_detailed=True)
+    size = f'viewBox="0 0 {width} {height + FILE_HEAD}" width="{width}" height="{height + FILE_HEAD}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(title)}">\n'
+        f"<style>\n{chart_file_style()}svg text {{ font-size: 12px; }}\n</style>\n"
+        f'<rect width="100%" height="100%" fill="white"/><text x="{LEFT}" y="20">{escape(title)}</text>\n'
+        f'{"".join(legend)}\n<svg y="{FILE_HEAD}" width="{width}" height="{height}">{chart}</svg></svg>\n'
     )
 
 

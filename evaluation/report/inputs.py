@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine import files
 from evaluation.environment import machine, versions
 from evaluation.manifest import MANIFEST_NAME, ImageSet, Item
 from evaluation.runner import PER_ITEM_NAME, SCORES_NAME
+
+METRICS_NAME = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,19 @@ class Training:
         """(step, value) wherever the metric was logged and finite."""
         pairs = [(row["step"], row.get(metric)) for row in self.rows]
         return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+    def seconds_at(self, step: int) -> float | None:
+        """Seconds that the first `step` steps took; None: not logged so far.
+
+        They are the sum of `step_s`: data, forward, backward, optimizer and what they wait for. The start of a process,
+        samples, checkpoints, exports and steps that were done again later do not count. A line's mean counts for all
+        steps since the line before it, and inside that stretch the time grows evenly.
+        """
+        steps, seconds = [0.0], [0.0]
+        for last, step_s in self.series("step_s"):
+            seconds.append(seconds[-1] + (last - steps[-1]) * step_s)
+            steps.append(last)
+        return float(np.interp(step, steps, seconds)) if step <= steps[-1] else None
 
     def last(self) -> dict[str, float | None]:
         """Every logged number of the last row; {} before the first."""
@@ -72,9 +89,7 @@ def read_report_input(root: Path) -> ReportInput:
     """Reads what is there."""
     durations = _read_json(root / "durations.json", [])
     order = {step["name"]: place for place, step in enumerate(durations)}
-    trainings = [
-        Training(path.parent.name, read_lines(path)) for path in sorted(root.glob("*/metrics.jsonl"))
-    ]
+    trainings = [read_training(path.parent) for path in sorted(root.glob(f"*/{METRICS_NAME}"))]
     return ReportInput(
         durations=tuple((str(step["name"]), float(step["seconds"])) for step in durations),
         notes=tuple(_read_json(root / "notes.json", [])),
@@ -86,6 +101,12 @@ def read_report_input(root: Path) -> ReportInput:
         machine=machine(),
         versions=versions(),
     )
+
+
+def read_training(run_dir: Path) -> Training:
+    """What a training logged; no rows where it logged nothing."""
+    path = run_dir / METRICS_NAME
+    return Training(run_dir.name, read_lines(path) if path.is_file() else ())
 
 
 def read_evaluation(path: Path) -> Evaluation:

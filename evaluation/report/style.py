@@ -1,13 +1,39 @@
 """The page's style sheet: light and dark, no fonts or files from elsewhere."""
 
-CSS = """
-:root {
-  color-scheme: light dark;
+import re
+
+_LIGHT = """\
   --paper: #fbfaf8; --card: #ffffff; --ink: #1f2328; --soft: #62676f; --line: #e4e1dc;
   --accent: #2f6f8f; --good: #2b7a4b; --bad: #b3432b; --none: #8a8f98;
   --c1: #c2702a; --c2: #6b5fb5; --c3: #4b8a4f; --c4: #b0497d; --c5: #7d6b3c;
   --c6: #3d9a9a; --c7: #8c4a3f;
-}
+"""
+
+_CHARTS = """\
+svg text { font-size: 10px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg.bars text { font-size: 13px; }
+svg .grid { stroke: var(--line); stroke-width: 1; }
+svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.6; stroke-linejoin: round; }
+svg .c1 { stroke: var(--c1); } svg .c2 { stroke: var(--c2); } svg .c3 { stroke: var(--c3); }
+svg .c4 { stroke: var(--c4); } svg .c5 { stroke: var(--c5); } svg .c6 { stroke: var(--c6); }
+svg .c7 { stroke: var(--c7); }
+svg .faint { stroke-width: 1; opacity: 0.3; }
+svg .level { stroke-width: 1; stroke-dasharray: 6 4; opacity: 0.8; }
+svg .mark { stroke: var(--bad); stroke-width: 1; stroke-dasharray: 3 3; opacity: 0.7; }
+svg .bar { fill: var(--accent); }
+svg .rest { fill: var(--line); }
+svg .p0 { fill: var(--accent); } svg .p1 { fill: var(--c1); } svg .p2 { fill: var(--c2); }
+svg .p3 { fill: var(--c3); } svg .p4 { fill: var(--c4); } svg .p5 { fill: var(--c5); }
+svg .p6 { fill: var(--c6); } svg .p7 { fill: var(--c7); }
+"""
+
+CSS = (
+    f"""
+:root {{
+  color-scheme: light dark;
+{_LIGHT}}}
+{_CHARTS}"""
+    + """\
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #16181b; --card: #1e2125; --ink: #e6e4e0; --soft: #9ba1a9; --line: #30343a;
@@ -51,20 +77,6 @@ figcaption .marks { display: block; font-size: 13px; color: var(--soft); padding
 .chart { padding: 12px 12px 8px; }
 .chart b { font-size: 15px; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
-svg text { font-size: 10px; fill: var(--soft); font-variant-numeric: tabular-nums; }
-svg.bars text { font-size: 13px; }
-svg .grid { stroke: var(--line); stroke-width: 1; }
-svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.6; stroke-linejoin: round; }
-svg .c1 { stroke: var(--c1); } svg .c2 { stroke: var(--c2); } svg .c3 { stroke: var(--c3); }
-svg .c4 { stroke: var(--c4); } svg .c5 { stroke: var(--c5); } svg .c6 { stroke: var(--c6); }
-svg .c7 { stroke: var(--c7); }
-svg .faint { stroke-width: 1; opacity: 0.3; }
-svg .mark { stroke: var(--bad); stroke-width: 1; stroke-dasharray: 3 3; opacity: 0.7; }
-svg .bar { fill: var(--accent); }
-svg .rest { fill: var(--line); }
-svg .p0 { fill: var(--accent); } svg .p1 { fill: var(--c1); } svg .p2 { fill: var(--c2); }
-svg .p3 { fill: var(--c3); } svg .p4 { fill: var(--c4); } svg .p5 { fill: var(--c5); }
-svg .p6 { fill: var(--c6); } svg .p7 { fill: var(--c7); }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 6px 0 0; }
 .k0 { background: var(--accent); } .k1 { background: var(--c1); } .k2 { background: var(--c2); }
 .k3 { background: var(--c3); } .k4 { background: var(--c4); } .k5 { background: var(--c5); }
@@ -76,3 +88,11 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 a { color: var(--accent); }
 @media print { figure { break-inside: avoid; } }
 """
+)
+
+
+def chart_file_style() -> str:
+    """The charts' rules for an image of its own: always light, and without variables, which not every viewer knows."""
+    colours = dict(re.findall(r"--(\w+): (#\w+);", _LIGHT))
+    rules = re.sub(r"var\(--(\w+)\)", lambda found: colours[found[1]], _CHARTS)
+    return f"svg {{ font-family: system-ui, 'Segoe UI', sans-serif; }}\n{rules}"

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from engine import files
 from engine.config import UserError
-from evaluation.report.inputs import Training, read_lines
+from evaluation.report.inputs import METRICS_NAME, Training, read_lines
 
-METRICS, SCORES, EVENTS, CONFIG = "metrics.jsonl", "scores.jsonl", "events.jsonl", "config.json"
+METRICS, SCORES, EVENTS, CONFIG = METRICS_NAME, "scores.jsonl", "events.jsonl", "config.json"
 RECENT_LINES = 20
 """Log lines that pace and rates are taken from."""
 MIN_SILENCE_S = 60.0

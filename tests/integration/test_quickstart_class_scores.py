@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from data.shards import LatentInfo, ShardWriter
 from data.sources.emoji import BACKGROUND_NAMES, OBJECT_NAMES, EmojiConfig, EmojiSource
 from engine import config
 from engine.config import to_dict
-from engine.files import write_json
+from engine.files import write_json, write_text
 from evaluation.judges.emoji import JudgeConfig, JudgeObjective, SceneClasses
 from evaluation.report.class_page import LABELS
 from generator.class_conditional.config import DitConfig
@@ -30,7 +31,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NUM_IMAGES = 6
 
 
-def test_every_export_of_every_training_stands_on_the_page(tmp_path: Path) -> None:
+def test_every_export_of_every_training_stands_on_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root, base = tmp_path / "class", tmp_path / "quickstart"
     source = EmojiSource(EmojiConfig(), "classes-validation", 8)
     with ShardWriter(root / "data/classes-validation", max_samples_per_shard=8, source="test") as writer:
@@ -59,20 +62,33 @@ def test_every_export_of_every_training_stands_on_the_page(tmp_path: Path) -> No
         (folder / "export").mkdir(parents=True)
         objective.export(folder / "export")
     latents = LatentInfo("fp32", (6, 4, 4), (0.0,) * 6, (1.0,) * 6, fingerprint(tmp_path / "autoencoder"), "")
-    overrides = [f"autoencoder={tmp_path / 'autoencoder'}", "engine.steps=30", "engine.export_at_steps=[10]"]
+    overrides = [
+        f"autoencoder={tmp_path / 'autoencoder'}",
+        "engine.steps=30",
+        "engine.export_at_steps=[10,20]",
+    ]
+    paces = {"rpiae": 0.5, "rae": 0.75}  # of the VAE's nothing is logged; the exports of step 20 are gone
     for seed, name in enumerate(LABELS):
         run = config.load(ClassRun, CONFIGS / "quickstart_class" / f"{name}.yaml", overrides)
         write_json(root / name / "config.json", to_dict(run))
         for export in ("export_step_00000010", "export"):
             (root / name / export).mkdir()
             create_generator(DitConfig(44, 32, 1, 4), latents, seed).save(root / name / export)
-    write_json(root / "durations.json", [{"name": name, "seconds": 61.2} for name in LABELS])
+    for name, pace in paces.items():
+        lines = [{"step": step, "loss": 1.0, "step_s": pace} for step in (10, 20, 30)]
+        write_text(root / name / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     scores = quickstart_class_scores.ScoresConfig(NUM_IMAGES, ClassSamplingConfig(num_steps=1))
     quickstart_class_scores.score(root, base, scores, tmp_path / "docs" / "class.md")
     page = (tmp_path / "docs" / "class.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith(("| RPiAE", "| RAE", "| VAE"))]
-    assert len(rows) == 6 and all(row.count("|") in (6, 5) for row in rows)
-    assert "distance, step 10 | distance, step 30" in page and "| 61 |" in rows[0]
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("|")]
+    assert [row[0:3] for row in rows if row[1] == "distance"] == [["", "distance", "step 10"]]
+    assert sum(row[1] in LABELS.values() for row in rows) == 2 + 3 * 3, "two at equal time, all by step"
+    assert {"", "RAE", "8", "22"} == {*next(row for row in rows if row[1:3] == ["RAE", "8"])}
+    assert "After 15 s, when RPiAE had done its 30 steps." in page and "Left out: VAE." in page
+    assert "After 15 s, when RPiAE" in capsys.readouterr().out
+    for chart in ("class_distance.svg", "class_right.svg"):
+        assert f"]({chart})" in page
+        assert (tmp_path / "docs" / chart).read_text().count("<polyline") == len(paces)
     for name in LABELS:
         found = json.loads((root / "evaluation" / f"{name}_00000010" / "scores.json").read_text())["scores"]
         assert found["class_right"]["n"] == found["feature_distance"]["n"] == NUM_IMAGES

@@ -8,7 +8,7 @@ from engine.config import load
 from engine.files import write_json
 from evaluation.metrics.interval import Estimate
 from evaluation.report.ablation import LABELS, TRENDS, Row, page
-from launch.ablation import BASE, VARIANTS, AblationRun, build_steps
+from launch.ablation import LAST_OF_BASE, VARIANTS, AblationRun, build_steps
 from launch.runs import StandInRun, TokenizerRun
 
 
@@ -31,6 +31,7 @@ def verdict_of(rows: list[Row], claim: str) -> str:
         (0.5, 1.0, "yes"),
         (1.0, 0.5, "no, the reverse"),
         (1.0, 1.01, "not distinguishable (less than 2% apart)"),
+        (0.0, 0.0, "not distinguishable (less than 2% apart)"),
     ],
 )
 def test_less_distance_is_better(ours: float, other: float, verdict: str) -> None:
@@ -59,7 +60,7 @@ def test_every_variant_has_a_label_and_missing_ones_leave_their_trends_out() -> 
 
 def test_every_training_of_the_chain_reads_its_config_and_writes_below_the_root(tmp_path: Path) -> None:
     root, base = tmp_path / "variants", tmp_path / "base"
-    write_json(base / "steps" / f"{BASE[-1]}.json", {"identity": "trained before"})
+    write_json(base / "steps" / f"{LAST_OF_BASE}.json", {"identity": "trained before"})
     *trainings, scores = build_steps(AblationRun(root=str(root)), root, base)
     assert [step.name for step in trainings] == ["features", *VARIANTS]
     for step in trainings:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -14,7 +16,16 @@ from engine.files import write_json
 from evaluation.judges.emoji import Verdict
 from evaluation.manifest import ImageSet, Item, write_image, write_manifest
 from evaluation.metrics.interval import Estimate
-from evaluation.report.class_page import LABELS, Point, Reference, page, verdict
+from evaluation.report.class_page import (
+    LABELS,
+    Point,
+    Reference,
+    at_equal_time,
+    at_time,
+    charts,
+    page,
+    verdict,
+)
 from evaluation.runner import evaluate
 from evaluation.suites.emoji_class import EmojiClassSuite
 from launch.quickstart_class import LAST_OF_BASE, QuickstartClassRun, build_steps
@@ -23,31 +34,119 @@ from launch.runs import ClassRun, EncodeRun
 RIGHT = Estimate(0.5, 0.4, 0.6, 100)
 
 
-def point(latents: str, distance: float, step: int = 40) -> Point:
-    return Point(latents, step, distance, RIGHT)
+REFERENCES = {name: Reference(0.25, Estimate(0.9, 0.85, 0.95, 100)) for name in LABELS}
+
+
+def rated(mean: float) -> Estimate:
+    return Estimate(mean, mean - 0.1, mean + 0.1, 100)
+
+
+def point(
+    latents: str, distance: float, step: int = 40, seconds: float | None = 8.0, right: Estimate = RIGHT
+) -> Point:
+    return Point(latents, step, seconds, distance, right)
+
+
+def page_of(points: list[Point]) -> str:
+    return page(points, REFERENCES, "machine", {"distance": "d.svg"}, num_images=8, num_real=9)
+
+
+def rows_of(text: str | list[str]) -> list[list[str]]:
+    lines = text.splitlines() if isinstance(text, str) else text
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
 
 
 @pytest.mark.parametrize(
     ("distances", "words"),
     [
         ((1.0, 2.0, 3.0), ["RPiAE before RAE appears", "RPiAE before VAE appears", "RAE before VAE appears"]),
-        ((3.0, 2.0, 2.01), ["RPiAE before RAE does not appear", "RAE before VAE cannot be told"]),
+        (
+            (3.0, 2.0, 2.01),
+            ["RPiAE before RAE does not appear", "RAE before VAE cannot be told (less than 2%"],
+        ),
     ],
 )
 def test_the_order_is_judged_pair_by_pair(distances: tuple[float, ...], words: list[str]) -> None:
-    text = verdict({name: point(name, d) for name, d in zip(LABELS, distances, strict=True)})
-    assert all(word in text for word in words), text
+    points = {name: point(name, d) for name, d in zip(LABELS, distances, strict=True)}
+    by_distance, by_right = verdict(points, "there").split("By class right: ")
+    assert all(word in by_distance for word in words), by_distance
+    assert by_right.count("cannot be told (intervals overlap)") == 3
+
+
+def test_class_right_is_judged_by_its_intervals() -> None:
+    rights = zip(LABELS, (0.2, 0.5, 0.65), strict=True)
+    text = verdict({name: point(name, 1.0, right=rated(mean)) for name, mean in rights}, "there")
+    assert "RPiAE before RAE does not appear" in text.split("By class right")[1]
+    assert "RAE before VAE cannot be told (intervals overlap)" in text
 
 
 def test_the_page_has_a_column_for_every_step_and_its_marks() -> None:
-    points = [point(name, 1.5, step) for name in LABELS for step in (20, 40)]
-    references = {name: Reference(0.25, RIGHT) for name in LABELS}
-    text = page(points, references, dict.fromkeys(LABELS, 61.0), "machine", num_images=8, num_real=9)
-    assert "| latents | distance, step 20 | distance, step 40 | reconstructions | training, s |" in text
-    assert "| RPiAE | 1.50 | 1.50 | 0.25 | 61 |" in text
-    assert "| RAE | 0.500 (0.400-0.600) | 0.500 (0.400-0.600) | 0.500 (0.400-0.600) |" in text
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in table[:5]}) == len({line.count("|") for line in table[5:]}) == 1
+    points = [point(name, 1.5, step, step / 5) for name in LABELS for step in (20, 40)]
+    text = page_of(points[:-2] + points[-1:])  # an export that is gone leaves a gap
+    rows = rows_of(text)
+    assert ["distance", "step 20", "step 40", "reconstructions"] in rows
+    assert ["RPiAE", "1.50", "1.50", "0.25"] in rows and ["VAE", "-", "1.50", "0.25"] in rows
+    right = "0.500 (0.400-0.600)"
+    assert ["RAE", right, right, "0.900 (0.850-0.950)"] in rows
+    assert ["RAE", "4", "8"] in rows
+    assert "](d.svg)" in text and "The paper's order at the last step" in text
+
+
+def test_equal_time_is_when_the_fastest_training_was_done() -> None:
+    points = [
+        *(point("rpiae", distance, step, 10.0 * step) for step, distance in ((1, 9.0), (3, 3.0))),
+        *(point("rae", distance, step, 8.0 * step) for step, distance in ((1, 8.0), (3, 4.0))),
+        *(point("vae", distance, step, 9.0 * step) for step, distance in ((1, 20.0), (3, 2.0))),
+    ]
+    text = at_equal_time(points)
+    assert text[0].startswith("After 24 s, when RAE had done its 3 steps.")
+    cells = {row[0]: row[2:5] for row in rows_of(text)}
+    assert cells["RAE"] == ["3", "8000", "4.00"]
+    assert cells["RPiAE"] == ["2", "10000", "4.80"]  # 9 - 6 * (24 - 10) / (30 - 10)
+    assert cells["VAE"] == ["3", "9000", "5.00"]  # 20 - 18 * (24 - 9) / (27 - 9)
+    assert "RPiAE before RAE does not appear" in text[-1] and "RPiAE before VAE appears" in text[-1]
+    assert "RPiAE before VAE does not appear" in page_of(points), "the last steps are judged as well"
+
+
+def test_intervals_are_interpolated_too_and_nothing_is_extrapolated() -> None:
+    run = [point("rae", 2.0, 10, 4.0, rated(0.2)), point("rae", 4.0, 30, 8.0, rated(0.6))]
+    found = at_time([4.0, 8.0], run, 5.0)
+    assert found is not None and (found.step, found.seconds, found.distance) == (15, 5.0, 2.5)
+    right = found.class_right
+    assert (right.mean, right.low, right.high, right.n) == pytest.approx((0.3, 0.2, 0.4, 100))
+    assert at_time([4.0, 8.0], run, 3.9) is None and at_time([4.0, 8.0], run, 8.1) is None
+
+
+def test_a_training_without_times_is_left_out_by_name() -> None:
+    points = [point("rpiae", 1.0), point("rae", 2.0), point("vae", 3.0, seconds=None)]
+    text = "\n".join(at_equal_time(points))
+    assert "Left out: VAE." in text and "before VAE" not in text and "RPiAE before RAE appears" in text
+    assert ["VAE", "-"] in rows_of(page_of(points)) and "before VAE" in page_of(points)
+    assert "no two trainings" in at_equal_time(points[1:])[-1]
+    nothing = [point(name, 1.0, seconds=None) for name in LABELS]
+    assert "Left out: RPiAE, RAE, VAE." in page_of(nothing) and charts(nothing, REFERENCES) == {}
+
+
+def test_a_training_without_an_export_when_the_fastest_was_done_is_left_out() -> None:
+    slow = [point("vae", 1.0, 20, 100.0), point("vae", 1.0, 40, 200.0)]
+    text = "\n".join(at_equal_time([point("rpiae", 1.0), point("rae", 2.0), *slow]))
+    assert "Left out: VAE." in text and "RPiAE before RAE appears" in text
+
+
+def test_curves_are_files_that_need_no_page() -> None:
+    points = [point(name, 5.0 - step / 10, step, 2.0 * step) for name in LABELS for step in (10, 20, 40)]
+    for svg in charts(points, REFERENCES).values():
+        root = ElementTree.fromstring(svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and "var(" not in svg and "prefers" not in svg
+        texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+        assert {"RPiAE", "RAE", "VAE", "20", "40", "60", "80"} <= set(texts)
+        first, *_ = re.findall(r'<polyline class="curve" points="([^"]*)"', svg)
+        lefts = [float(place.split(",")[0]) for place in first.split()]
+        assert (lefts[2] - lefts[0]) / (lefts[1] - lefts[0]) == pytest.approx(
+            3, rel=0.01
+        )  # seconds 20, 40, 80
+        assert svg.count(' level"') == svg.count("<polyline") == 3 and svg.count("<circle") == 9
+        assert 'fill="white"' in svg
 
 
 class Features:

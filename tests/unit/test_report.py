@@ -13,6 +13,7 @@ from engine import files
 from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.report import render_report
 from evaluation.report.charts import bar_chart, line_chart, short
+from evaluation.report.inputs import Training, read_training
 
 
 def estimate(value: float, n: int = 40) -> dict[str, Any]:
@@ -113,6 +114,35 @@ def test_a_non_finite_loss_leaves_a_gap_and_no_error(tmp_path: Path) -> None:
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}]
     (tmp_path / "t2i/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "loss of t2i" in render_report(tmp_path).read_text()
+
+
+def training_of(*lines: tuple[int, float | None]) -> Training:
+    return Training("t", tuple({"step": step, "step_s": step_s} for step, step_s in lines))
+
+
+def test_training_seconds_are_the_sum_of_the_steps() -> None:
+    training = training_of((100, 0.5), (200, 0.1))
+    seconds = [training.seconds_at(step) for step in (0, 50, 100, 150, 200)]
+    assert seconds == pytest.approx([0.0, 25.0, 50.0, 55.0, 60.0])
+
+
+def test_training_seconds_after_what_was_logged_are_unknown() -> None:
+    assert training_of((100, 0.5)).seconds_at(101) is None
+    assert training_of((100, 0.5), (200, None)).seconds_at(200) is None
+    assert training_of().seconds_at(1) is None
+    assert Training("t", ({"step": 100, "loss": 1.0},)).seconds_at(100) is None
+
+
+def test_a_line_without_pace_and_steps_before_a_resume_count_with_the_next_mean() -> None:
+    assert training_of((100, None), (200, 0.25)).seconds_at(200) == pytest.approx(50)
+    # Stopped at step 137 and resumed: the next line's mean is of steps 138 to 200.
+    assert training_of((100, 0.5), (200, 0.25)).seconds_at(137) == pytest.approx(50 + 37 * 0.25)
+
+
+def test_a_training_that_logged_nothing_has_no_rows(tmp_path: Path) -> None:
+    assert read_training(tmp_path / "gone") == Training("gone", ())
+    files.write_text(tmp_path / "t/metrics.jsonl", '{"step": 4, "step_s": 0.5}\n{"step": 8, "st')
+    assert read_training(tmp_path / "t").seconds_at(4) == pytest.approx(2)
 
 
 def test_trainings_stand_in_the_order_they_ran(tmp_path: Path) -> None:

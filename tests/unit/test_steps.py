@@ -8,6 +8,7 @@ import pytest
 
 from engine.config import UserError
 from engine.files import read_json
+from launch import ablation, quickstart, quickstart_class
 from launch.steps import Step, run_steps
 
 
@@ -58,3 +59,31 @@ def test_output_of_a_step_is_logged_whole_and_shown_without_noise(tmp_path, caps
     shown = capsys.readouterr().out
     assert "[pivot] step 1" in shown and "noise" not in shown
     assert "noise" in (tmp_path / "logs" / "speaks.log").read_text()
+
+
+@pytest.mark.parametrize("command", [quickstart_class, ablation])
+def test_a_further_chain_does_the_quickstarts_steps_it_needs_and_then_its_own(
+    command, tmp_path, monkeypatch, capsys
+) -> None:
+    ran = []
+    monkeypatch.setattr(quickstart, "run_steps", lambda root, steps: ran.append((root, steps)))
+    monkeypatch.setattr(command, "identity_of", lambda base, name: f"{name} of {base}")
+    old = tmp_path / "old"
+    old.touch()
+
+    def call(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["command", *arguments, f"root={tmp_path}"])
+        command.main()
+
+    call("--dry-run", "--fresh")
+    assert not ran and "num_ranks: 2" in capsys.readouterr().out
+    call()
+    (base, needed), (root, own) = ran
+    assert (str(base), root) == ("runs/quickstart", tmp_path) and old.exists()
+    assert needed[0].name == "data" and needed[-1].name == command.LAST_OF_BASE
+    assert own[-1].name == "scores" and f"{command.LAST_OF_BASE} of {base}" in {
+        step.settings for step in own[:-1]
+    }
+    assert "results: docs/results/" in capsys.readouterr().out
+    call("--fresh")
+    assert not old.exists()
