@@ -30,6 +30,7 @@ class Known:
 
     name: str
     suite: str
+    """As scores.json calls it."""
     what: str
     source: str
     expected: tuple[Expected, ...]
@@ -116,6 +117,11 @@ class Verdict:
         return (
             f"{name}: {measured}, expected {self.expected.value:.4g} +- {self.expected.tolerance:g}: {sign}"
         )
+
+
+def known_of(suite: str) -> list[str]:
+    """Names of the sets of a suite; `linear`, its command, is as good as `linear_probe`."""
+    return [one.name for one in KNOWN if one.suite in (suite, f"{suite}_probe")]
 
 
 def known(name: str) -> Known:

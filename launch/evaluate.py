@@ -9,7 +9,7 @@ gedit imgedit     edits of the benchmark's images    GEdit-Bench-EN, ImgEdit-Ben
 
 --run RUN --prompts FILE draws the images first. Run again, every command goes on where it stopped.
 prompts           a benchmark's files -> a file of prompts to draw from
-calibrate         do finished scores of a known image set agree with the published ones?
+calibrate         do finished scores of a known image set agree with the published ones? (SUITE --calibrate: at once)
 report            one page: runs beside the paper's tables, images behind failed items
 """
 
@@ -17,7 +17,9 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,6 +76,8 @@ def _score(arguments: argparse.Namespace) -> None:
         mean = "-" if value["mean"] is None else f"{value['mean']:.4g}"
         print(f"{name}: {mean}{interval}, n = {value['n']} {value.get('note', '')}".rstrip())
     distributed.stop()
+    if scores and getattr(arguments, "calibrate", None) is not None:
+        _compare(arguments.calibrate, scores)
 
 
 def _sampling_options(arguments: argparse.Namespace) -> list[str]:
@@ -99,8 +103,13 @@ def _draw(arguments: argparse.Namespace, team: Team, device: str) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    of = calibration.known(arguments.known)
-    verdicts = calibration.compare(of, read_json(arguments.scores))
+    _compare(arguments.known, read_json(arguments.scores))
+
+
+def _compare(known: str, scores: Mapping[str, Any]) -> None:
+    """Raises UserError: numbers differ."""
+    of = calibration.known(known)
+    verdicts = calibration.compare(of, scores)
     print(f"{of.what} ({of.source})")
     for verdict in verdicts:
         print(verdict.line())

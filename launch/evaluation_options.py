@@ -10,7 +10,7 @@ from typing import get_args
 from data.images import IMAGE_PARTS
 from engine.config import UserError
 from evaluation import benchmark_files, prompt_sets
-from evaluation.calibration import KNOWN
+from evaluation.calibration import KNOWN, known_of
 from evaluation.features.inception import AdmInception, InceptionFeatures
 from evaluation.features.interface import FeatureExtractor
 from evaluation.features.representation import RepresentationFeatures
@@ -169,6 +169,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     for name in SUITES:
         suite = commands.add_parser(name)
         _add_common(suite)
+        if known := known_of(name):
+            suite.add_argument(
+                "--calibrate", choices=known, help="known set that --images are: compare at the end"
+            )
         add_suite_options(name, suite)
     prompts = commands.add_parser("prompts").add_argument
     prompts("benchmark", choices=["geneval", "geneval_rewritten", "dpg", "gedit", "imgedit"])

@@ -1,6 +1,7 @@
 """launch/evaluate.py from the command line on tiny sets: scores, calibration, prompts, report; killed and resumed."""
 
 import csv
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 from engine.config import UserError
-from evaluation import benchmark_files
+from evaluation import benchmark_files, calibration
 from evaluation.benchmark_files import FILES, git_blob_hash, obtain
 from evaluation.features import feature_files
 from evaluation.features.representation import RepresentationFeatures
@@ -193,6 +194,22 @@ def test_calibration_says_which_numbers_differ(
     write_scores(tmp_path / "partial/scores.json", "generation", adm, {}, partial=True)
     with pytest.raises(UserError, match="scores are partial"):
         run(monkeypatch, "calibrate", "adm", "--scores", tmp_path / "partial/scores.json")
+
+
+def test_a_known_set_is_scored_and_compared_in_one_command(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The set and the network of this test stand for ADM's; the published numbers are not theirs."""
+    options = [*generation(folder, tmp_path / "out"), "--calibrate", "adm"]
+    with pytest.raises(UserError, match=r"5 of 5 numbers differ: trust no score of 'generation'"):
+        run(monkeypatch, *options)
+    assert "fid: not measured, expected 3.943" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out/scores.json").read_text())["scores"]["feature_distance"]["mean"]
+    expected = (calibration.Expected("feature_distance", found + 0.004, 0.005),)
+    adm = dataclasses.replace(calibration.known("adm"), expected=expected)
+    monkeypatch.setattr(calibration, "KNOWN", (adm,))
+    run(monkeypatch, *options)
+    assert "calibrated: all 1 numbers agree" in capsys.readouterr().out
 
 
 def test_the_report_sets_runs_beside_the_paper_and_shows_what_failed(
