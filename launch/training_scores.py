@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -118,22 +118,13 @@ class TrainingScores:
     The suites' networks are loaded each time and dropped again: a training needs the memory.
     """
 
-    def __init__(
-        self, config: EvaluationConfig, run_dir: Path, ranks: Ranks, roles: tuple[str, ...], draw: DrawSet
-    ) -> None:
-        """Loads every suite once, so that what is missing is missed now. Collective. Raises UserError."""
+    def __init__(self, config: EvaluationConfig, run_dir: Path, ranks: Ranks, draw: DrawSet) -> None:
+        """Collective."""
         self.every_steps = config.every_steps
         self._config, self._folder, self._draw = config, run_dir / FOLDER, draw
         self._device = ranks.device
         patient = distributed.patient(ranks, WAIT_S)
         self._team = Team(patient.rank, patient.world, patient.barrier)
-        for name in config.suites:
-            suite = self._load(name)
-            if lacking := [role for role in suite.roles if role not in roles]:
-                raise UserError(
-                    f"evaluation: suite '{name}' needs images '{', '.join(lacking)}', this training makes "
-                    f"{', '.join(roles)}; name another suite"
-                )
 
     def run(self, step: int) -> Mapping[str, float]:
         """`SUITE/METRIC` -> value."""
@@ -146,7 +137,9 @@ class TrainingScores:
         scores: dict[str, float] = {}
         for name in self._config.suites:
             out = self._folder / f"step_{step:08d}" / name
-            found = evaluate(self._load(name), images, out, team=team).get("scores", {})
+            suite = _load(self._config, name, self._folder, str(self._device))
+            found = evaluate(suite, images, out, team=team).get("scores", {})
+            del suite
             for metric, entry in found.items():
                 scores[f"{name}/{metric}"] = math.nan if entry["mean"] is None else entry["mean"]
         team.barrier()
@@ -155,13 +148,6 @@ class TrainingScores:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         return scores
-
-    def _load(self, name: str) -> Suite:
-        arguments = self._config.arguments(name)
-        arguments.store = self._folder / "store"
-        if getattr(arguments, "reference_store", arguments) is None:
-            arguments.reference_store = self._folder / "reference"
-        return SUITES[name](arguments, str(self._device))
 
 
 def of_class(
@@ -173,7 +159,8 @@ def of_class(
     *,
     bf16: bool,
 ) -> Start:
-    """`sampling`: where the config has none. `bf16`: the weights are. Raises UserError: no autoencoder."""
+    """`sampling`: where the config has none. `bf16`: the weights are. Raises UserError: as `check`; no autoencoder."""
+    check(config, ("result",))
     decoder = _named(autoencoder)
     shift = sampling.time_shift
     chosen = dataclasses.replace(config.sampling or sampling, time_shift=shift)
@@ -188,7 +175,7 @@ def of_class(
                 pipeline, out, chosen, number, drawn_with={"step": step}, team=team, in_step=True
             )
 
-        return TrainingScores(config, Path(run_dir), ranks, ("result",), draw)
+        return TrainingScores(config, Path(run_dir), ranks, draw)
 
     return start
 
@@ -202,10 +189,11 @@ def of_prompts(
     *,
     bf16: bool,
 ) -> Start:
-    """As `of_class`. Raises UserError: no autoencoder, a file of prompts that cannot be read."""
+    """As `of_class`. Raises UserError: a file of prompts that cannot be read, too."""
     decoder, prompts = _named(autoencoder), Path(config.prompts)
     chosen = dataclasses.replace(config.sampling or sampling, time_shift=sampling.time_shift)
     roles = ("result", "source") if any(prompt.images for prompt in read_prompts(prompts)) else ("result",)
+    check(config, roles)
 
     def start(ranks: Ranks) -> Evaluation:
         def load() -> Pipeline:
@@ -218,7 +206,7 @@ def of_prompts(
                 load, prompts, out, chosen, number, drawn_with={"step": step}, team=team, in_step=True
             )
 
-        return TrainingScores(config, Path(run_dir), ranks, roles, draw)
+        return TrainingScores(config, Path(run_dir), ranks, draw)
 
     return start
 
@@ -231,7 +219,8 @@ def of_stage(
     *,
     bf16: bool,
 ) -> Start:
-    """Images are fitted as launch/reconstruct.py fits them. Raises UserError: no such shards, shards of latents."""
+    """Images are fitted as launch/reconstruct.py fits them. Raises UserError: as `check`; no such shards, latents."""
+    check(config, ROLES)
     dataset = ShardDataset.open(config.shards)
     fitted = PixelConfig(pixels.images_per_pack, pixels.image_px)
     PixelPacker(fitted).lengths(dataset)
@@ -250,9 +239,28 @@ def of_stage(
                     in_step=True,
                 )
 
-        return TrainingScores(config, Path(run_dir), ranks, ROLES, draw)
+        return TrainingScores(config, Path(run_dir), ranks, draw)
 
     return start
+
+
+def check(config: EvaluationConfig, roles: Sequence[str]) -> None:
+    """Loads every suite once, so that what is missing is missed before the training. Raises UserError."""
+    for name in config.suites:
+        suite = _load(config, name, Path(FOLDER), "cpu")
+        if lacking := [role for role in suite.roles if role not in roles]:
+            raise UserError(
+                f"evaluation: suite '{name}' needs images '{', '.join(lacking)}', this training makes "
+                f"{', '.join(roles)}; name another suite"
+            )
+
+
+def _load(config: EvaluationConfig, name: str, folder: Path, device: str) -> Suite:
+    arguments = config.arguments(name)
+    arguments.store = folder / "store"
+    if getattr(arguments, "reference_store", arguments) is None:
+        arguments.reference_store = folder / "reference"
+    return SUITES[name](arguments, device)
 
 
 class _Strict(argparse.ArgumentParser):

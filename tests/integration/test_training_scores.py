@@ -23,6 +23,7 @@ from evaluation.emoji_images import read_samples, real_renders, reconstructions
 from evaluation.manifest import ImageSet
 from evaluation.metrics.psnr import psnr_db
 from evaluation.sampled_set import SampledSetConfig, draw_set
+from evaluation.stage_set import ROLES
 from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
 from generator.objective import FlowConfig, FlowObjective
@@ -30,7 +31,7 @@ from generator.sampling import SamplingConfig
 from launch.training_scores import (
     PromptEvaluationConfig,
     StageEvaluationConfig,
-    TrainingScores,
+    check,
     of_prompts,
     of_stage,
 )
@@ -174,14 +175,12 @@ def test_mistakes_are_found_with_the_config(change: dict[str, Any], message: str
     assert str(error.value).startswith("run.yaml: evaluation") and "\n" not in str(error.value)
 
 
-def test_what_is_missing_is_missed_at_the_start(inputs: Path, alone: Ranks, tmp_path: Path) -> None:
-    def scores(suites: dict[str, Any], roles: tuple[str, ...] = ("result",)) -> TrainingScores:
-        config = StageEvaluationConfig(1, suites, "unused")
-        return TrainingScores(config, tmp_path, alone, roles, lambda out, step, team: 0)
-
+def test_what_is_missing_is_missed_at_the_start(inputs: Path, tmp_path: Path) -> None:
+    config = StageEvaluationConfig(1, {"reconstruction": {"inception": "none", "vgg16": "none"}}, "unused")
+    check(config, ROLES)
     with pytest.raises(UserError, match="needs images 'original', this training makes result"):
-        scores({"reconstruction": {"inception": "none", "vgg16": "none"}})
+        check(config, ("result",))
     broken = generation(inputs)
     broken["generation"]["reference"] = str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        scores(broken)
+        check(replace(config, suites=broken), ROLES)
