@@ -138,7 +138,7 @@ def test_a_folder_becomes_a_set_that_suites_score(
         expected = (model.decode(latent[None]).clamp(0, 1) * 255).to(torch.uint8)[0]
     result = ImageSet.open(out).read(items[0], "result")
     assert int((result.int() - expected.int()).abs().max()) <= 1  # truncation at a level's edge
-    scores = evaluate(ReconstructionSuite(), out, tmp_path / "scores", seed=0)["scores"]
+    scores = evaluate(ReconstructionSuite(tmp_path / "store"), out, tmp_path / "scores", seed=0)["scores"]
     assert f"3 images, PSNR {scores['psnr_db']['mean']:.2f} dB" in printed
 
 
