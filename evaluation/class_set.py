@@ -6,7 +6,7 @@ after image goes round the classes, so that every class has as many, or one more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from engine import files
 from engine.config import UserError
 from evaluation.drawn_set import announce, draw_on_ranks, export_digest, sampling_settings
 from evaluation.manifest import Item, write_image
-from evaluation.runner import Team
+from evaluation.runner import ALONE, Team
 from generator.class_conditional.pipeline import ClassPipeline
 from generator.class_conditional.sampling import ClassSamplingConfig
 
@@ -75,19 +75,16 @@ class ClassDrawing:
         return (out / self.name).is_file()
 
 
-def draw_class_set(
-    config: ClassSetConfig, *, rank: int = 0, world: int = 1, barrier: Callable[[], None] = lambda: None
-) -> int:
+def draw_class_set(config: ClassSetConfig, team: Team = ALONE) -> int:
     """Draws with exported models (evaluation/drawn_set.py says how). Returns the set's size.
 
     Raises UserError: as ClassPipeline.load; a set in `out` that was drawn with something else.
     """
     pipeline = ClassPipeline.load(config.generator, config.autoencoder, config.guide, config.device)
     exports: dict[str, str | None] = {}
-    if rank == 0:
+    if team.rank == 0:
         guide = None if config.guide is None else export_digest(config.guide)
         exports = {"generator": export_digest(config.generator), "guide": guide}
-    team = Team(rank, world, barrier)
     return draw_classes(
         pipeline, config.out, config.sampling, config.num_images, drawn_with=exports, team=team
     )

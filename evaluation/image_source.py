@@ -1,5 +1,8 @@
 """Images in an order that never changes, read a few at a time: an image set, a folder, or arr_0 of an .npz file.
 
+A suite reads its set as images of one size (FileImages), of any sizes (LooseImages), or two beside each other
+(ImagePairs).
+
 Shapes: N images, H W pixels.
 """
 
@@ -11,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,8 +29,11 @@ ARRAY_NAME = "arr_0"
 NPZ_NAME = "npz.json"
 
 
-class ImageSource(Protocol):
-    """What features are computed from."""
+BlockT_co = TypeVar("BlockT_co", covariant=True)
+
+
+class Source(Protocol[BlockT_co]):
+    """What rows of numbers are computed from, in blocks."""
 
     @property
     def digest(self) -> str:
@@ -35,6 +41,13 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int:
         """N."""
+
+    def read(self, start: int, stop: int) -> BlockT_co:
+        """The images from `start` to `stop` - 1. Raises UserError: no readable image, sizes differ."""
+
+
+class ImageSource(Source[Tensor], Protocol):
+    """Images of one size: what features are computed from."""
 
     def read(self, start: int, stop: int) -> Tensor:
         """uint8 [stop - start, 3, H, W]. Raises UserError: no readable image, sizes differ."""
@@ -44,7 +57,7 @@ class FileImages:
     """Image files in the given order; implements ImageSource."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = tuple(paths)
+        self.paths = tuple(paths)
 
     @classmethod
     def of_set(cls, images: ImageSet, items: Sequence[Item], role: str) -> FileImages:
@@ -64,24 +77,89 @@ class FileImages:
     @cached_property
     def digest(self) -> str:
         """Hash of the files' hashes."""
-        return files.digest([files.sha256(path) for path in self._paths])
+        return files.digest([files.sha256(path) for path in self.paths])
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Decodes the files."""
+        images = self.read_each(start, stop)
+        for path, image in zip(self.paths[start:stop], images, strict=True):
+            if image.shape != images[0].shape:
+                sizes = f"{_size(images[0])} and {_size(image)}"
+                raise UserError(f"{path}: images of one set must be of one size, not {sizes}")
+        return torch.stack(images)
+
+    def read_each(self, start: int, stop: int) -> list[Tensor]:
+        """uint8 [3, H, W] of any sizes. Raises UserError: no readable image."""
         images = []
-        for path in self._paths[start:stop]:
+        for path in self.paths[start:stop]:
             try:
                 picture = read_rgb(io.BytesIO(path.read_bytes()))
             except DECODE_ERRORS as error:
                 raise UserError(f"{path}: no readable image ({' '.join(str(error).split())})") from None
             images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-            if images[-1].shape != images[0].shape:
-                sizes = " and ".join(f"{i.shape[2]} x {i.shape[1]}" for i in (images[0], images[-1]))
-                raise UserError(f"{path}: images of one set must be of one size, not {sizes}")
-        return torch.stack(images)
+        return images
+
+
+@dataclass(frozen=True)
+class LooseImages:
+    """Image files of any sizes; implements Source."""
+
+    files: FileImages
+
+    @property
+    def digest(self) -> str:
+        """As the files'."""
+        return self.files.digest
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, start: int, stop: int) -> list[Tensor]:
+        """uint8 [3, H, W] each."""
+        return self.files.read_each(start, stop)
+
+
+@dataclass(frozen=True)
+class ImagePairs:
+    """Each image beside the one that it is compared with; implements Source."""
+
+    first: FileImages
+    second: FileImages
+
+    @property
+    def digest(self) -> str:
+        """Of both."""
+        return files.digest([self.first.digest, self.second.digest])
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Two of uint8 [stop - start, 3, H, W]. Raises UserError, too: the two differ in size."""
+        first, second = self.first.read(start, stop), self.second.read(start, stop)
+        if first.shape != second.shape:
+            paths = f"{self.first.paths[start]} and {self.second.paths[start]}"
+            raise UserError(f"{paths} differ in size: {_size(first)} and {_size(second)}")
+        return first, second
+
+
+class RoleImages:
+    """One role of the image set that a suite is at. Kept while the files stay: their digest reads them all."""
+
+    def __init__(self, role: str) -> None:
+        self._role = role
+        self._last: tuple[str, FileImages] | None = None
+
+    def of(self, images: ImageSet, items: Sequence[Item]) -> FileImages:
+        """In the order of `items`."""
+        found = FileImages.of_set(images, items, self._role)
+        state = files.digest([[str(path), *_state(path)] for path in found.paths])
+        if self._last is None or self._last[0] != state:
+            self._last = state, found
+        return self._last[1]
 
 
 @dataclass(frozen=True)
@@ -154,6 +232,17 @@ def write_npz_set(path: Path, out: Path) -> int:
             write_image(out / item.images["result"], images.read(index, index + 1)[0])
     write_manifest(out, items)
     return len(items)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of the last change: another file of this name differs in one of them."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _size(image: Tensor) -> str:
+    """Of [..., H, W], as people say it."""
+    return f"{image.shape[-1]} x {image.shape[-2]}"
 
 
 def _zip(path: Path) -> zipfile.ZipFile:

@@ -106,9 +106,12 @@ class HeadClassifier:
         self._representation = representation.to(self._device)
         freeze(self._representation)
         self._head = head.to(self._device)
+        self.num_classes = len(head.bias)
         self.fingerprints = {"encoder": state_hash(representation), "head": state_hash(head)}
         self.protocol: Mapping[str, Any] = {
             "input": f"short side {RESIZE_PX} (bicubic), centre crop {CROP_PX}",
+            "input mean": list(representation.mean),
+            "input std": list(representation.std),
             "features": "class token and mean patch token after the last LayerNorm, affine restored",
             "head": "DINOv2's published linear head, one layer",
         }

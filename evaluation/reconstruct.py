@@ -3,12 +3,16 @@
 The set holds original/NAME.png (cropped and resized as the autoencoder sees it), result/NAME.png, if wanted
 latents/NAME.npy, and manifest.jsonl; NAME is the path below the folder, without the suffix.
 
+Images go through the autoencoder in blocks of neighbours, always the same ones: the files are the same bytes on any
+number of ranks and after any interruption.
+
 Shapes: B images, C latent channels, Y X latent grid, H W pixels.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +29,15 @@ from engine import files
 from engine.config import UserError
 from evaluation.manifest import ImageSet, Item, write_image, write_manifest
 from evaluation.metrics.psnr import psnr_db, to_uint8
+from evaluation.runner import ALONE, Team
+from evaluation.store import share
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import ImageAutoencoder, fingerprint
 
 SOURCE_NAME = "reconstruct.json"
 ROLES = ("original", "result")
+
+_Block = Sequence[tuple[str, Path]]  # name in the set and file of neighbours
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class ReconstructConfig:
     save_latents: bool = False
     """Also write every latent, float32 [C, Y, X]."""
     batch_images: int = 16
-    """Images per forward pass."""
+    """Size of a block, a forward pass; another one may round differently."""
     device: str = "cpu"
     """Where the autoencoder runs."""
 
@@ -62,46 +70,62 @@ class Reconstructed:
     """Mean over the images; nan without any."""
 
 
-def reconstruct(config: ReconstructConfig) -> Reconstructed:
-    """Writes the set. Images that an earlier run of the same autoencoder wrote are kept; the manifest comes last.
+def reconstruct(config: ReconstructConfig, team: Team = ALONE) -> Reconstructed:
+    """Writes the blocks of images that are this rank's; when all are done, rank 0 writes the manifest.
 
-    Raises UserError: no autoencoder, no images, two files that would become the same, a set by another
-    autoencoder in `out`.
+    Images that an earlier run of the same autoencoder wrote are kept. All ranks return what came of the whole set.
+    Raises UserError: no autoencoder, no images, two files that would become the same, a set by another autoencoder
+    in `out`.
     """
-    names = _names(config.images)
-    _claim(config)
+    names = image_names(config.images)
+    if team.rank == 0:
+        _claim(config)
+    team.barrier()  # before this nobody writes into a folder that rank 0 may refuse
+    mine = share(_blocks(names, config.batch_images), team.rank, team.world)
+    found: list[_Share] = team.gather(_reconstruct_share(config, mine, team.rank))
+    unreadable = {name: line for part in found for name, line in part.unreadable.items()}
+    items = [_item(config, name, path) for name, path in names.items() if name not in unreadable]
+    if team.rank == 0:
+        write_manifest(config.out, items)
+    # fsum is exact: the mean does not depend on who found which value.
+    total = math.fsum(value for part in found for value in part.psnr_db)
+    mean = total / len(items) if items else math.nan
+    return Reconstructed(len(items), tuple(unreadable[name] for name in names if name in unreadable), mean)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What came of one rank's blocks."""
+
+    psnr_db: list[float]
+    unreadable: dict[str, str]  # name -> one line
+
+
+def _reconstruct_share(config: ReconstructConfig, mine: Sequence[_Block], rank: int) -> _Share:
     model = load_autoencoder(config.autoencoder).to(config.device)
-    todo = [(name, path) for name, path in names.items() if not _is_done(config, name)]
-    progress = ProgressLine(f"{len(todo)} to reconstruct, {len(names) - len(todo)} kept", "images")
+    todo = [block for block in mine if not all(_is_done(config, name) for name, _ in block)]
+    num_images = sum(map(len, todo))
+    kept = sum(map(len, mine)) - num_images
+    progress = ProgressLine(f"rank {rank}: {num_images} to reconstruct, {kept} kept", "images")
     values: dict[str, float] = {}
     unreadable: dict[str, str] = {}
-    for batch in _read_ahead(todo, model.config.image_px, config.batch_images):
-        for name, reason in batch.unreadable.items():
-            unreadable[name] = f"{names[name]}: no readable image ({reason})"
-            print(unreadable[name], file=sys.stderr, flush=True)
-        if batch.names:
-            values |= _write(config, model, batch)
-        done = len(values) + len(unreadable)
-        progress.show(done, done / len(todo))
-    items = [
-        Item(
-            name, {role: _image(role, name) for role in ROLES}, {"file": str(path.relative_to(config.images))}
-        )
-        for name, path in names.items()
-        if name not in unreadable
-    ]
-    write_manifest(config.out, items)
-    images = ImageSet(config.out, tuple(items))
-    for item in items:
-        if item.key not in values:
-            result, original = (images.read(item, role)[None] for role in ("result", "original"))
-            values[item.key] = psnr_db(result, original).item()
-    mean = float(np.mean([values[item.key] for item in items])) if items else float("nan")
-    return Reconstructed(len(items), tuple(unreadable.values()), mean)
+    done = 0
+    for block, batch in zip(todo, _read_ahead(todo, model.config.image_px), strict=True):
+        for name, path in block:
+            if name in batch.unreadable and not _is_done(config, name):  # it may be kept of an earlier run
+                unreadable[name] = f"{path}: no readable image ({batch.unreadable[name]})"
+                print(unreadable[name], file=sys.stderr, flush=True)
+        values |= _write(config, model, batch)
+        done += len(block)
+        progress.show(done, done / num_images)
+    for name, path in (image for block in mine for image in block):
+        if name not in values and name not in unreadable:
+            values[name] = _psnr_db(config.out, _item(config, name, path))
+    return _Share(list(values.values()), unreadable)
 
 
-def _names(images: Path) -> dict[str, Path]:
-    """Name in the set -> file, in the order of the names."""
+def image_names(images: Path) -> dict[str, Path]:
+    """Name in the set -> file, in the order of the files. Raises UserError: no images, two with one name."""
     if not images.is_dir():
         raise UserError(f"{images}: no such folder; give --images the folder that holds the images")
     found = sorted(path for path in images.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_PARTS)
@@ -126,6 +150,16 @@ def _claim(config: ReconstructConfig) -> None:
     files.write_json(path, made_by)
 
 
+def _item(config: ReconstructConfig, name: str, path: Path) -> Item:
+    images = {role: _image(role, name) for role in ROLES}
+    return Item(name, images, {"file": str(path.relative_to(config.images))})
+
+
+def _blocks(names: dict[str, Path], batch_images: int) -> list[_Block]:
+    images = list(names.items())
+    return [images[start : start + batch_images] for start in range(0, len(images), batch_images)]
+
+
 def _is_done(config: ReconstructConfig, name: str) -> bool:
     wanted = [_image(role, name) for role in ROLES] + ([_latent(name)] if config.save_latents else [])
     return all((config.out / file).is_file() for file in wanted)
@@ -138,21 +172,20 @@ class _Batch:
     unreadable: dict[str, str]  # name -> why
 
 
-def _read_ahead(todo: Sequence[tuple[str, Path]], image_px: int, batch_images: int) -> Iterator[_Batch]:
-    """The images in batches, while a thread reads the next one."""
-    parts = [todo[i : i + batch_images] for i in range(0, len(todo), batch_images)]
+def _read_ahead(blocks: Sequence[_Block], image_px: int) -> Iterator[_Batch]:
+    """The images of every block, while a thread reads the next one."""
     with ThreadPoolExecutor(max_workers=1) as reader:
-        pending = [reader.submit(_read, part, image_px) for part in parts[:1]]
-        for part in parts[1:]:
+        pending = [reader.submit(_read, block, image_px) for block in blocks[:1]]
+        for block in blocks[1:]:
             ready = pending.pop().result()
-            pending.append(reader.submit(_read, part, image_px))
+            pending.append(reader.submit(_read, block, image_px))
             yield ready
         yield from (last.result() for last in pending)
 
 
-def _read(part: Sequence[tuple[str, Path]], image_px: int) -> _Batch:
+def _read(block: _Block, image_px: int) -> _Batch:
     batch = _Batch([], [], {})
-    for name, path in part:
+    for name, path in block:
         try:
             pixels = fit_image(read_rgb(io.BytesIO(path.read_bytes())), image_px)
         except (OSError, ValueError) as error:
@@ -165,18 +198,30 @@ def _read(part: Sequence[tuple[str, Path]], image_px: int) -> _Batch:
 
 @torch.inference_mode()
 def _write(config: ReconstructConfig, model: ImageAutoencoder, batch: _Batch) -> dict[str, float]:
-    """Writes a batch, the result last; returns each image's PSNR in dB."""
+    """Writes what is missing of a batch, the result last; returns the PSNR in dB of each image that was written."""
+    missing = [index for index, name in enumerate(batch.names) if not _is_done(config, name)]
+    if not missing:  # its block has an unreadable file, which no run can do
+        return {}
     originals = torch.stack(batch.pixels)
     z_BCYX = model.encode(originals.to(config.device).float() / 255)
     results = to_uint8(model.decode(z_BCYX)).cpu()
-    for index, name in enumerate(batch.names):
+    for index in missing:
+        name = batch.names[index]
         if config.save_latents:
             file = io.BytesIO()
             np.save(file, z_BCYX[index].float().cpu().numpy())
             files.write_bytes(config.out / _latent(name), file.getvalue())
         write_image(config.out / _image("original", name), originals[index])
         write_image(config.out / _image("result", name), results[index])
-    return dict(zip(batch.names, psnr_db(results, originals).tolist(), strict=True))
+    values = psnr_db(results, originals).tolist()
+    return {batch.names[index]: values[index] for index in missing}
+
+
+def _psnr_db(out: Path, item: Item) -> float:
+    """Of images that were written earlier."""
+    images = ImageSet(out, (item,))
+    result, original = (images.read(item, role)[None] for role in ("result", "original"))
+    return float(psnr_db(result, original).item())
 
 
 def _image(role: str, name: str) -> str:

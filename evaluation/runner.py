@@ -97,11 +97,16 @@ class CollectingSuite(Protocol):
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that share an evaluation."""
+    """The processes that share an evaluation, or the making of an image set."""
 
     rank: int = 0
     world: int = 1
     barrier: Callable[[], None] = lambda: None
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    """One small value from each process, in the order of ranks, to all; nobody goes on before all have come."""
+
+
+ALONE = Team()
 
 
 def evaluate(
@@ -111,7 +116,7 @@ def evaluate(
     *,
     seed: int = 0,
     allow_partial: bool = False,
-    team: Team = Team(),
+    team: Team = ALONE,
     manifest: str | Path | None = None,
 ) -> dict[str, Any]:
     """Scores an image set; writes `output_dir`/per_item.jsonl, then scores.json, and returns the latter.

@@ -19,7 +19,7 @@ from engine import files
 from engine.config import UserError
 from evaluation.drawn_set import announce, draw_on_ranks, export_digest, sampling_settings
 from evaluation.manifest import Item, write_image
-from evaluation.runner import Team
+from evaluation.runner import ALONE, Team
 from generator.pipeline import Pipeline
 from generator.prompts import Prompt, read_prompts
 from generator.sampling import SamplingConfig
@@ -75,15 +75,13 @@ class _Drawing:
         return all((out / name).is_file() for name in self.names.values())
 
 
-def draw_set(
-    config: SampledSetConfig, *, rank: int = 0, world: int = 1, barrier: Callable[[], None] = lambda: None
-) -> int:
+def draw_set(config: SampledSetConfig, team: Team = ALONE) -> int:
     """Draws with exported models (evaluation/drawn_set.py says how). Returns the set's size.
 
     Raises UserError: as read_prompts and Pipeline.load; an image that cannot be read; a set in `out` that was drawn
     with something else.
     """
-    exports = {"generator": export_digest(config.generator)} if rank == 0 else {}
+    exports = {"generator": export_digest(config.generator)} if team.rank == 0 else {}
     return draw_prompts(
         lambda: Pipeline.load(config.generator, config.autoencoder, config.text_tokenizer, config.device),
         config.prompts,
@@ -91,7 +89,7 @@ def draw_set(
         config.sampling,
         config.images_per_prompt,
         drawn_with=exports,
-        team=Team(rank, world, barrier),
+        team=team,
     )
 
 

@@ -55,7 +55,7 @@ def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
             continue
         images = root / "evaluation" / "images" / run_dir.name
         emoji_images.reconstructions(scenes, Autoencoder.load(run_dir / EXPORT), images)
-        suite = ReconstructionSuite(distances={DISTANCE: features})
+        suite = ReconstructionSuite(root / "evaluation" / "store", distances={DISTANCE: features})
         found = evaluate(suite, images, root / "evaluation" / run_dir.name)["scores"]
         encoder = RepresentationFeatures.load(run_dir / EXPORT)
         probe = fit(

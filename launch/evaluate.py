@@ -15,13 +15,10 @@ report            one page: runs beside the paper's tables, images behind failed
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from engine import distributed
 from engine.config import UserError
@@ -35,7 +32,8 @@ from generator.sampling import SamplingConfig
 from launch import entry
 from launch.evaluation_options import SUITES, add_commands, prepare_images, write_prompts
 from launch.sample import run_models
-from launch.sampling_options import WAIT_S, read_sampling_options
+from launch.sampling_options import read_sampling_options
+from launch.team import meet
 
 
 def main() -> None:
@@ -51,10 +49,7 @@ def main() -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    ranks = distributed.start(WAIT_S) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    team = Team() if ranks is None else Team(ranks.rank, ranks.world, ranks.barrier)
-    alone = "cuda" if torch.cuda.is_available() else "cpu"
-    device = alone if ranks is None else str(ranks.device)
+    team, device = meet()
     if arguments.run is not None:
         _draw(arguments, team, device)
     elif arguments.prompts is not None or _sampling_options(arguments):
@@ -99,7 +94,7 @@ def _draw(arguments: argparse.Namespace, team: Team, device: str) -> None:
     sampling = read_sampling_options(arguments, base)
     config = SampledSetConfig(arguments.prompts, arguments.images, *models, sampling, arguments.num_images)
     config = dataclasses.replace(config, device=device)
-    draw_set(config, rank=team.rank, world=team.world, barrier=team.barrier)
+    draw_set(config, team)
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

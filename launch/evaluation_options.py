@@ -52,7 +52,7 @@ def _reconstruction(arguments: argparse.Namespace, device: str) -> Suite:
     if arguments.features is not None:
         distances["feature_distance"] = RepresentationFeatures.load(arguments.features, device=device)
     lpips = None if arguments.vgg16 == NONE else Lpips.load(arguments.vgg16, device)
-    return ReconstructionSuite(lpips, distances)
+    return ReconstructionSuite(_store(arguments), lpips, distances)
 
 
 def _generation(arguments: argparse.Namespace, device: str) -> Suite:
@@ -83,7 +83,7 @@ def _linear(arguments: argparse.Namespace, device: str) -> Suite:
         encoder = Representation(RepresentationConfig(UNTOUCHED))
     else:
         encoder = Autoencoder.load(arguments.autoencoder).encoder
-    return LinearProbeSuite(HeadClassifier(encoder, head, device))
+    return LinearProbeSuite(HeadClassifier(encoder, head, device), _store(arguments))
 
 
 def _geneval(arguments: argparse.Namespace, device: str) -> Suite:

@@ -48,7 +48,7 @@ def score(root: Path, config: ScoresConfig) -> None:
     autoencoder = load_autoencoder(autoencoder_dir)
     scenes = emoji_images.read_samples(root / "data/scenes-validation", config.num_images)
     edits = emoji_images.read_samples(root / "data/edits-validation", config.num_edits)
-    images = root / "evaluation" / "images"
+    images, store = root / "evaluation" / "images", root / "evaluation" / "store"
 
     def scored(name: str, suite: Suite, seed: int = 0, images_name: str | None = None) -> None:
         scores = evaluate(suite, images / (images_name or name), root / "evaluation" / name, seed=seed)[
@@ -64,7 +64,7 @@ def score(root: Path, config: ScoresConfig) -> None:
     emoji_images.real_renders(scenes, images / "judge", autoencoder.config.image_px)
     scored("judge", EmojiT2ISuite(judge))
     emoji_images.reconstructions(scenes, autoencoder, images / "reconstruction")
-    scored("reconstruction", ReconstructionSuite())
+    scored("reconstruction", ReconstructionSuite(store))
     scored("judge_on_reconstructions", EmojiT2ISuite(judge), images_name="reconstruction")
     text_tokenizer = root / "text_tokenizer"
     t2i = Pipeline.load(root / "t2i" / EXPORT, autoencoder_dir, text_tokenizer)
@@ -72,7 +72,7 @@ def score(root: Path, config: ScoresConfig) -> None:
     scored("t2i", EmojiT2ISuite(judge), config.t2i.seed)
     features = RepresentationFeatures.load(root / "standin" / EXPORT)
     real = Reference.open(images / "judge")
-    generation = GenerationSuite(real, Spaces(other=features), root / "evaluation" / "store")
+    generation = GenerationSuite(real, Spaces(other=features), store)
     scored("generation", generation, config.t2i.seed, images_name="t2i")
     edit = Pipeline.load(root / "edit" / EXPORT, autoencoder_dir, text_tokenizer)
     emoji_images.edits(edits, edit, config.edit, images / "edit")

@@ -1,19 +1,23 @@
-"""Reconstructs a folder of images: launch/reconstruct.py --autoencoder DIR --images DIR --out DIR"""
+"""Reconstructs a folder of images: launch/reconstruct.py --autoencoder DIR --images DIR --out DIR
+
+Under `deepspeed` all ranks share the images.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-import torch
-
+from engine import distributed
 from engine.config import UserError
-from evaluation.reconstruct import ReconstructConfig, reconstruct
+from evaluation.reconstruct import ReconstructConfig, image_names, reconstruct
 from launch import entry
+from launch.team import meet
 
 
 def main() -> None:
     """Writes an image set of originals and results; run again, it continues. Status 1: unreadable images."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = entry.parser(__doc__ or "")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--autoencoder", type=Path, required=True, help="export, trained or imported")
     parser.add_argument("--images", type=Path, required=True, help="folder of png, jpg, webp; also below it")
     parser.add_argument("--out", type=Path, required=True, help="folder of the image set")
@@ -24,18 +28,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; give at least 1")
+    image_names(arguments.images)  # before the ranks meet: a mistake is one line, not one from each
+    team, device = meet()
     config = ReconstructConfig(
         arguments.autoencoder,
         arguments.images,
         arguments.out,
         save_latents=arguments.save_latents,
         batch_images=arguments.batch_size,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
     )
-    done = reconstruct(config)
-    print(f"{config.out}: {done.num_images} images, PSNR {done.psnr_db:.2f} dB")
+    done = reconstruct(config, team)
+    if team.rank == 0:
+        print(f"{config.out}: {done.num_images} images, PSNR {done.psnr_db:.2f} dB")
+        if done.unreadable:
+            print(f"{len(done.unreadable)} files could not be read; they are named above", file=sys.stderr)
+    distributed.stop()
     if done.unreadable:
-        print(f"{len(done.unreadable)} files could not be read; they are named above", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -21,7 +21,8 @@ from generator.prompts import read_prompts
 from generator.sampling import SamplingConfig
 from launch import entry
 from launch.runs import GeneratorRun
-from launch.sampling_options import WAIT_S, add_sampling_options, read_sampling_options
+from launch.sampling_options import add_sampling_options, read_sampling_options
+from launch.team import meet
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -82,10 +83,9 @@ def _draw_file(
         raise UserError("give --out, the folder of the image set")
     out = Path(arguments.out)
     config = SampledSetConfig(prompts, out, *models, sampling, arguments.num_images)
-    ranks = distributed.start(WAIT_S)
-    config = dataclasses.replace(config, device=str(ranks.device))
-    count = draw_set(config, rank=ranks.rank, world=ranks.world, barrier=ranks.barrier)
-    if ranks.is_first:
+    team, device = meet()
+    count = draw_set(dataclasses.replace(config, device=device), team)
+    if team.rank == 0:
         print(f"{out}: {count} images")
     distributed.stop()
 

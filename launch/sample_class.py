@@ -18,7 +18,8 @@ from evaluation.class_set import ClassSetConfig, draw_class_set
 from evaluation.manifest import ImageSet
 from launch import entry
 from launch.runs import ClassRun
-from launch.sampling_options import WAIT_S, add_class_sampling_options, read_sampling_options
+from launch.sampling_options import add_class_sampling_options, read_sampling_options
+from launch.team import meet
 
 
 def main() -> None:
@@ -37,10 +38,9 @@ def main() -> None:
     config = ClassSetConfig(
         arguments.out, generator, run.autoencoder, sampling, arguments.images, arguments.guide
     )
-    ranks = distributed.start(WAIT_S)
-    config = dataclasses.replace(config, device=str(ranks.device))
-    count = draw_class_set(config, rank=ranks.rank, world=ranks.world, barrier=ranks.barrier)
-    if ranks.is_first:
+    team, device = meet()
+    count = draw_class_set(dataclasses.replace(config, device=device), team)
+    if team.rank == 0:
         print(f"{config.out}: {count} images")
         if arguments.npz is not None:
             write_npz(ImageSet.open(config.out), arguments.npz)

@@ -124,7 +124,7 @@ class TrainingScores:
         self._config, self._folder, self._draw = config, run_dir / FOLDER, draw
         self._device = ranks.device
         patient = distributed.patient(ranks, WAIT_S)
-        self._team = Team(patient.rank, patient.world, patient.barrier)
+        self._team = Team(patient.rank, patient.world, patient.barrier, patient.gather)
 
     def run(self, step: int) -> Mapping[str, float]:
         """`SUITE/METRIC` -> value."""

@@ -1,11 +1,11 @@
-"""Features of many images on disk: one append-only file a shard, resumable, spread over ranks, read in blocks.
+"""Rows of numbers of many images on disk: one append-only file a shard, resumable, spread over ranks, read in blocks.
 
 Images go through the network in blocks of IMAGES_PER_CALL that never depend on ranks or interruptions, because
 another batch may round differently. A killed run leaves whole blocks and at most one torn one, which is dropped:
 the files, hence every score, are the same bytes on any number of ranks and after any number of kills.
 
 DIR/DIGEST/about.json       network, images, sizes
-DIR/DIGEST/00000.f32        float32 rows of images 0 to SHARD_IMAGES - 1, little-endian
+DIR/DIGEST/00000.f32        float32 rows of images 0 to SHARD_IMAGES - 1, little-endian; .f64: float64
 
 Shapes: N images, D features.
 """
@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,26 +26,31 @@ from torch import Tensor
 from data.progress import ProgressLine
 from engine import files
 from engine.config import UserError
-from evaluation.features.interface import IMAGES_PER_CALL, FeatureExtractor
-from evaluation.image_source import ImageSource
+from evaluation.features.interface import IMAGES_PER_CALL, RowFunction
+from evaluation.image_source import Source
 
 SHARD_IMAGES = 32 * IMAGES_PER_CALL
-ROW_DTYPE = np.dtype("<f4")
-READ_IMAGES = 1024  # rows of a block when features are read back
+READ_IMAGES = 1024  # rows of a block when they are read back
+
+BlockT = TypeVar("BlockT")
 
 
-class FeatureFiles:
-    """Features of one source by one network."""
+class RowFiles(Generic[BlockT]):
+    """Rows of one source by one function: FeatureFiles or ScoreFiles."""
 
-    def __init__(self, directory: Path, extractor: FeatureExtractor, source: ImageSource) -> None:
-        """Below `directory`, in a folder named after network and images: others are never mistaken for these."""
-        self.fingerprint = extractor.fingerprint
-        self.dim = extractor.dim
+    KIND: ClassVar[str]
+    DTYPE: ClassVar[np.dtype[Any]]
+    ALLOWS_NAN: ClassVar[bool]
+
+    def __init__(self, directory: Path, function: RowFunction[BlockT], source: Source[BlockT]) -> None:
+        """Below `directory`, in a folder named after function and images: others are never mistaken for these."""
+        self.fingerprint = function.fingerprint
+        self.dim = function.dim
         self.count = len(source)
-        about = {"features": extractor.fingerprint, "images": source.digest, "n": self.count, "dim": self.dim}
+        about = {self.KIND: function.fingerprint, "images": source.digest, "n": self.count, "dim": self.dim}
         self._about = {**about, "shard_images": SHARD_IMAGES}
         self._directory = directory / files.digest(self._about)[:16]
-        self._extractor, self._source = extractor, source
+        self._function, self._source = function, source
 
     def collect(self, rank: int = 0, world: int = 1) -> None:
         """Computes what is missing of shards rank, rank + world, ... Raises UserError as the source does."""
@@ -55,7 +61,7 @@ class FeatureFiles:
         todo = [shard for shard in shards if not self._is_whole(shard)]
         if not todo:
             return
-        progress = ProgressLine(f"rank {rank}: {self._extractor.name} features", "images")
+        progress = ProgressLine(f"rank {rank}: {self._function.name} {self.KIND}", "images")
         done, total = 0, sum(self._num_rows(shard) for shard in todo)
         for shard in todo:
             for count in self._extend(shard):
@@ -66,18 +72,20 @@ class FeatureFiles:
         return self.count
 
     def read(self, start: int, stop: int) -> Tensor:
-        """float32 [stop - start, D]."""
+        """[stop - start, D], float32 or float64 as they are kept."""
         return torch.from_numpy(self.take(range(start, min(stop, self.count))))
 
-    def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """float32 [len(indices), D] of any images, in this order. Raises UserError: not computed yet."""
+    def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """[len(indices), D] of any images, in this order. Raises UserError: not computed yet."""
         places = np.asarray(indices, np.int64)
-        rows = np.empty((len(places), self.dim), np.float32)
+        rows = np.empty((len(places), self.dim), self.DTYPE.newbyteorder("="))
         for shard in np.unique(places // SHARD_IMAGES):
             if not self._is_whole(int(shard)):
-                raise UserError(f"{self._path(int(shard))}: features are not complete; run the command again")
+                raise UserError(
+                    f"{self._path(int(shard))}: {self.KIND} are not complete; run the command again"
+                )
             here = places // SHARD_IMAGES == shard
-            stored = np.memmap(self._path(int(shard)), ROW_DTYPE, "r").reshape(-1, self.dim)
+            stored = np.memmap(self._path(int(shard)), self.DTYPE, "r").reshape(-1, self.dim)
             rows[here] = stored[places[here] % SHARD_IMAGES]
         return rows
 
@@ -89,21 +97,21 @@ class FeatureFiles:
     def _extend(self, shard: int) -> Iterator[int]:
         """Appends block after block; yields the number of images of each."""
         path, first, size = self._path(shard), shard * SHARD_IMAGES, self._num_rows(shard)
-        block_bytes = IMAGES_PER_CALL * self.dim * ROW_DTYPE.itemsize
+        block_bytes = IMAGES_PER_CALL * self.dim * self.DTYPE.itemsize
         whole = path.stat().st_size // block_bytes if path.is_file() else 0
         with path.open("ab") as file:
             file.truncate(whole * block_bytes)
             yield min(whole * IMAGES_PER_CALL, size)
             for start in range(whole * IMAGES_PER_CALL, size, IMAGES_PER_CALL):
                 stop = min(start + IMAGES_PER_CALL, size)
-                values = self._extractor(self._source.read(first + start, first + stop))
+                values = self._function(self._source.read(first + start, first + stop))
                 assert values.shape == (stop - start, self.dim)
-                if not bool(values.isfinite().all()):
+                if bool((values.isinf() if self.ALLOWS_NAN else ~values.isfinite()).any()):
                     raise UserError(
-                        f"{self._extractor.name}: features of images {first + start} to {first + stop - 1} are "
+                        f"{self._function.name}: {self.KIND} of images {first + start} to {first + stop - 1} are "
                         "not finite; look at the images and the network's weights"
                     )
-                file.write(values.numpy().astype(ROW_DTYPE).tobytes())
+                file.write(values.numpy().astype(self.DTYPE).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
                 yield stop - start
@@ -113,11 +121,23 @@ class FeatureFiles:
 
     def _is_whole(self, shard: int) -> bool:
         path = self._path(shard)
-        expected = self._num_rows(shard) * self.dim * ROW_DTYPE.itemsize
+        expected = self._num_rows(shard) * self.dim * self.DTYPE.itemsize
         return path.is_file() and path.stat().st_size == expected
 
     def _path(self, shard: int) -> Path:
-        return self._directory / f"{shard:05d}.f32"
+        return self._directory / f"{shard:05d}.f{8 * self.DTYPE.itemsize}"
+
+
+class FeatureFiles(RowFiles[Tensor]):
+    """Vectors of images by a FeatureExtractor: float32, all finite."""
+
+    KIND, DTYPE, ALLOWS_NAN = "features", np.dtype("<f4"), False
+
+
+class ScoreFiles(RowFiles[BlockT]):
+    """Numbers that are scores themselves: float64; nan says that one is not defined for an image."""
+
+    KIND, DTYPE, ALLOWS_NAN = "scores", np.dtype("<f8"), True
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,18 @@ Shapes: B images, H W pixels, D features.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 IMAGES_PER_CALL = 32
 
+BlockT_contra = TypeVar("BlockT_contra", contravariant=True)
 
-class FeatureExtractor(Protocol):
-    """A frozen network that gives one vector for an image."""
+
+class RowFunction(Protocol[BlockT_contra]):
+    """What gives one row of numbers for an image, or for what else a source holds."""
 
     @property
     def name(self) -> str:
@@ -23,17 +25,24 @@ class FeatureExtractor(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides the vectors: weights, layer, preparation of the pixels."""
-
-    @property
-    def protocol(self) -> Mapping[str, Any]:
-        """Network, layer and preparation in words, JSON-able."""
+        """Hash of everything that decides the rows: weights, layer, preparation of the pixels."""
 
     @property
     def dim(self) -> int:
         """D."""
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, block: BlockT_contra, /) -> Tensor:
+        """A block of evaluation.image_source.Source, on the CPU -> float [B, D] on the CPU."""
+
+
+class FeatureExtractor(RowFunction[Tensor], Protocol):
+    """A frozen network that gives one vector for an image."""
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        """Network, layer and preparation in words, JSON-able."""
+
+    def __call__(self, pixels: Tensor, /) -> Tensor:
         """uint8 [B, 3, H, W], any size, on the CPU -> float32 [B, D] on the CPU."""
 
 

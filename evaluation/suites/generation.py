@@ -19,7 +19,7 @@ from engine.config import UserError
 from evaluation.features.feature_files import FeatureFiles, FeatureRows
 from evaluation.features.inception import AdmInception
 from evaluation.features.interface import FeatureExtractor
-from evaluation.image_source import FileImages, ImageSource
+from evaluation.image_source import FileImages, ImageSource, RoleImages
 from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.frechet import FeatureStatistics, caveat, gaussian_distance
 from evaluation.metrics.inception_score import SPLIT_IMAGES, inception_score
@@ -84,7 +84,7 @@ class GenerationSuite:
         self._reference, self._spaces, self._store = reference, spaces, store
         self._reference_store = reference_store or store
         self._distances, self._seed, self._device = distances, seed, device
-        self._last: tuple[tuple[Path, tuple[str, ...]], FileImages] | None = None
+        self._results = RoleImages("result")
         self.protocol: Mapping[str, Any] = {
             "reference": reference.name,
             "statistics": "of the reference file"
@@ -124,11 +124,7 @@ class GenerationSuite:
         return self._set_scores(self._source(images, items))
 
     def _source(self, images: ImageSet, items: Sequence[Item]) -> FileImages:
-        """The results; kept, because its digest reads every file."""
-        key = (images.directory, tuple(item.key for item in items))
-        if self._last is None or self._last[0] != key:
-            self._last = key, FileImages.of_set(images, items, "result")
-        return self._last[1]
+        return self._results.of(images, items)
 
     def _precision(self, source: ImageSource, space: str) -> Tensor:
         """bool [N]: which images lie in the reference's manifold."""

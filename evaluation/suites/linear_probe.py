@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from engine import files
 from engine.config import UserError
-from evaluation.features.interface import IMAGES_PER_CALL, FeatureExtractor
+from evaluation.features.feature_files import ScoreFiles
+from evaluation.features.interface import FeatureExtractor
+from evaluation.image_source import LooseImages, RoleImages
 from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.probe import LinearProbe
 from evaluation.runner import Measurement
@@ -33,8 +37,12 @@ class Classifier(Protocol):
     def fingerprints(self) -> Mapping[str, str]:
         """Hashes of encoder and head."""
 
+    @property
+    def num_classes(self) -> int:
+        """K."""
+
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
-        """uint8 [3, H, W] each -> its classes from the most probable down, at most NUM_RANKED, int64 [B, R]."""
+        """uint8 [3, H, W] each -> its classes as `ranked` gives them, int64 [B, min(K, NUM_RANKED)]."""
 
 
 class ProbeClassifier:
@@ -42,6 +50,7 @@ class ProbeClassifier:
 
     def __init__(self, features: FeatureExtractor, probe: LinearProbe) -> None:
         self._features, self._probe = features, probe
+        self.num_classes = len(probe.bias)
         self.fingerprints = {"encoder": features.fingerprint, "head": probe.fingerprint}
         self.protocol: Mapping[str, Any] = {
             "features": dict(features.protocol),
@@ -53,14 +62,33 @@ class ProbeClassifier:
         return ranked(self._probe.logits(self._features(torch.stack(list(images)))))
 
 
+class _RankedClasses:
+    """What a classifier says, as rows that are kept; implements RowFunction."""
+
+    name = "linear probe"
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier
+        self.dim = min(NUM_RANKED, classifier.num_classes)
+        self.fingerprint = files.digest([dict(classifier.protocol), dict(classifier.fingerprints)])
+
+    def __call__(self, images: list[Tensor], /) -> Tensor:
+        """uint8 [3, H, W] each -> float64 [B, D]: numbers of classes, which it holds exactly."""
+        return self._classifier(images).double()
+
+
 class LinearProbeSuite:
-    """Compares the class of `original` with meta["label"]; implements evaluation.runner.Suite."""
+    """Compares the class of `original` with meta["label"]; implements Suite and CollectingSuite of evaluation.runner.
+
+    The most probable classes of every image go to `store`.
+    """
 
     name = "linear_probe"
     roles = ("original",)
 
-    def __init__(self, classifier: Classifier) -> None:
-        self._classifier = classifier
+    def __init__(self, classifier: Classifier, store: Path) -> None:
+        self._ranked, self._store = _RankedClasses(classifier), store
+        self._images = RoleImages("original")
         self.protocol: Mapping[str, Any] = {
             "top1": "most probable class is meta.label",
             "top5": f"meta.label is among the {NUM_RANKED} most probable classes",
@@ -68,16 +96,28 @@ class LinearProbeSuite:
         }
         self.fingerprints = classifier.fingerprints
 
+    def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
+        """Classes of the images that are not in the store yet. Raises UserError: a label that is no integer."""
+        for item in items:  # before the hours, not after them
+            _label(item)
+        self._classes(images, items).collect(rank, world)
+
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
-        """top1 and top5 of every item, whose intervals are Wilson's. Raises UserError: a label that is no integer."""
+        """top1 and top5 of every item, whose intervals are Wilson's."""
+        rows = (row for block in self._classes(images, items).blocks() for row in block.long().tolist())
         found = []
-        for start in range(0, len(items), IMAGES_PER_CALL):
-            part = items[start : start + IMAGES_PER_CALL]
-            classes = self._classifier([images.read(item, "original") for item in part]).tolist()
-            for item, best in zip(part, classes, strict=True):
-                label = item.field("label")
-                if not isinstance(label, int):
-                    raise UserError(f"item '{item.key}': meta.label must be an integer, not {label!r}")
-                right = {"top1": best[0] == label, "top5": label in best}
-                found.append(Measurement(right, detail={"predicted": best[0]}))
+        for item, best in zip(items, rows, strict=True):
+            label = _label(item)
+            right = {"top1": best[0] == label, "top5": label in best}
+            found.append(Measurement(right, detail={"predicted": best[0]}))
         return found
+
+    def _classes(self, images: ImageSet, items: Sequence[Item]) -> ScoreFiles[list[Tensor]]:
+        return ScoreFiles(self._store, self._ranked, LooseImages(self._images.of(images, items)))
+
+
+def _label(item: Item) -> int:
+    label = item.field("label")
+    if not isinstance(label, int):
+        raise UserError(f"item '{item.key}': meta.label must be an integer, not {label!r}")
+    return label

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from engine import files
 from engine.config import UserError
-from evaluation.features.interface import IMAGES_PER_CALL, FeatureExtractor
+from evaluation.features.feature_files import FeatureFiles, ScoreFiles
+from evaluation.features.interface import FeatureExtractor
+from evaluation.image_source import ImagePairs, RoleImages
 from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.frechet import FeatureStatistics, caveat, frechet_distance
 from evaluation.metrics.lpips import Lpips
@@ -16,13 +21,42 @@ from evaluation.metrics.psnr import Rounding, psnr_db
 from evaluation.metrics.ssim import ssim
 from evaluation.runner import Measurement, SetScore
 
+Pair = tuple[Tensor, Tensor]
+
+
+class PairScores:
+    """psnr_db, ssim and, with a network for it, lpips of two images; implements RowFunction."""
+
+    def __init__(self, lpips: Lpips | None) -> None:
+        self._lpips = lpips
+        self.protocol = {
+            "psnr_db": "uint8, dB per image, mean of dB",
+            "ssim": "uint8, data range 1, Gaussian window 11 px, sigma 1.5, reflected borders count",
+        }
+        if lpips is not None:
+            self.protocol["lpips"] = "v0.1, VGG16, uint8 scaled to [-1, 1]"
+        self.metrics = tuple(self.protocol)
+        self.name, self.dim = ", ".join(self.metrics), len(self.metrics)
+        self.fingerprint = files.digest([self.protocol, lpips and lpips.fingerprint])
+
+    def __call__(self, pair: Pair, /) -> Tensor:
+        """uint8 [B, 3, H, W] twice -> float64 [B, metrics]; nan: not defined for images of this size."""
+        columns = [psnr_db(*pair), ssim(*pair)]
+        if self._lpips is not None:
+            distance = self._lpips(*pair)
+            if not bool(distance.isfinite().all()):
+                raise UserError("lpips: some distances are not finite; look at VGG16's weights")
+            columns.append(distance.double())
+        return torch.stack(columns, dim=1)
+
 
 class ReconstructionSuite:
-    """`result` against `original`; implements evaluation.runner.Suite and SetSuite.
+    """`result` against `original`; implements Suite, SetSuite and CollectingSuite of evaluation.runner.
 
     PSNR and SSIM always; LPIPS where VGG16 is at hand; for every entry of `distances` (metric name -> feature
     network) the Fréchet distance between all results and all originals: rFID with Inception's features, a
-    number of its own with any other's. `rounding` says how the results became 8 bits, for the record.
+    number of its own with any other's. Scores of pairs and features go to `store`. `rounding` says how the results
+    became 8 bits, for the record.
     """
 
     name = "reconstruction"
@@ -30,20 +64,20 @@ class ReconstructionSuite:
 
     def __init__(
         self,
+        store: Path,
         lpips: Lpips | None = None,
         distances: Mapping[str, FeatureExtractor] | None = None,
         rounding: Rounding = "truncate",
     ) -> None:
-        self._lpips = lpips
+        self._store, self._pair_scores = store, PairScores(lpips)
         self._distances = dict(distances or {})
+        self._images = {role: RoleImages(role) for role in self.roles}
         self.protocol: dict[str, Any] = {
             "pixels": f"uint8, rounding of the results: {rounding}",
-            "psnr_db": "uint8, dB per image, mean of dB",
-            "ssim": "uint8, data range 1, Gaussian window 11 px, sigma 1.5, reflected borders count",
+            **self._pair_scores.protocol,
         }
         self.fingerprints: dict[str, str] = {}
         if lpips is not None:
-            self.protocol["lpips"] = "v0.1, VGG16, uint8 scaled to [-1, 1]"
             self.fingerprints["lpips"] = lpips.fingerprint
         for metric, extractor in self._distances.items():
             self.protocol[metric] = {
@@ -52,38 +86,42 @@ class ReconstructionSuite:
             }
             self.fingerprints[metric] = extractor.fingerprint
 
+    def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
+        """Scores of pairs and features that are not in the store yet. Raises UserError: sizes differ."""
+        self._pairs(images, items).collect(rank, world)
+        for extractor in self._distances.values():
+            for features in self._features(extractor, images, items):
+                features.collect(rank, world)
+
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
-        """psnr_db, ssim and, with a network for it, lpips of every item. Raises UserError: sizes differ."""
-        found = []
-        for result, original in zip(*(_read(images, items, role) for role in self.roles), strict=True):
-            if result.shape != original.shape:
-                sizes = " and ".join(f"{x.shape[3]} x {x.shape[2]}" for x in (result, original))
-                raise UserError(f"{images.directory}: a result and its original differ in size: {sizes}")
-            values = {"psnr_db": psnr_db(result, original).tolist(), "ssim": ssim(result, original).tolist()}
-            if self._lpips is not None:
-                values["lpips"] = self._lpips(result, original).tolist()
-            found += [
-                Measurement(dict(zip(values, numbers, strict=True)))
-                for numbers in zip(*values.values(), strict=True)
-            ]
-        return found
+        """psnr_db, ssim and, with a network for it, lpips of every item."""
+        metrics = self._pair_scores.metrics
+        return [
+            Measurement(dict(zip(metrics, row, strict=True)))
+            for block in self._pairs(images, items).blocks()
+            for row in block.tolist()
+        ]
 
     def measure_set(self, images: ImageSet, items: Sequence[Item]) -> dict[str, SetScore]:
         """The distance of every feature network. Raises UserError: fewer than two images."""
         scores = {}
         for metric, extractor in self._distances.items():
             result, original = (
-                FeatureStatistics.stream(
-                    extractor.fingerprint, (extractor(pixels) for pixels in _read(images, items, role))
-                )
-                for role in self.roles
+                FeatureStatistics.stream(features.fingerprint, features.blocks())
+                for features in self._features(extractor, images, items)
             )
             value = frechet_distance(result, original)
             scores[metric] = SetScore(value, n=result.count, note=caveat(result, original))
         return scores
 
+    def _pairs(self, images: ImageSet, items: Sequence[Item]) -> ScoreFiles[Pair]:
+        result, original = (self._images[role].of(images, items) for role in self.roles)
+        return ScoreFiles(self._store, self._pair_scores, ImagePairs(result, original))
 
-def _read(images: ImageSet, items: Sequence[Item], role: str) -> Iterator[Tensor]:
-    """uint8 [B, 3, H, W], a few images at a time."""
-    for start in range(0, len(items), IMAGES_PER_CALL):
-        yield images.read_all(items[start : start + IMAGES_PER_CALL], role)
+    def _features(
+        self, extractor: FeatureExtractor, images: ImageSet, items: Sequence[Item]
+    ) -> list[FeatureFiles]:
+        """Of results and of originals."""
+        return [
+            FeatureFiles(self._store, extractor, self._images[role].of(images, items)) for role in self.roles
+        ]

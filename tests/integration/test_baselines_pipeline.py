@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
+import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +23,11 @@ from PIL import Image
 
 from data.shards import Sample, ShardDataset, ShardWriter
 from data.text import train_text_tokenizer
+from evaluation import reconstruct as reconstruct_module
 from evaluation.manifest import ImageSet
-from evaluation.runner import evaluate
+from evaluation.reconstruct import ReconstructConfig
+from evaluation.reconstruct import reconstruct as reconstruct_folder
+from evaluation.runner import Team, evaluate
 from evaluation.suites.reconstruction import ReconstructionSuite
 from launch import entry
 from launch import reconstruct as command_line
@@ -24,6 +35,8 @@ from tokenizer.autoencoders import load_autoencoder
 from tokenizer.encode import EncodeConfig, encode_shards
 from tokenizer.export import fingerprint
 from tokenizer.kl import KlAutoencoder, KlConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
@@ -125,7 +138,7 @@ def test_a_folder_becomes_a_set_that_suites_score(
         expected = (model.decode(latent[None]).clamp(0, 1) * 255).to(torch.uint8)[0]
     result = ImageSet.open(out).read(items[0], "result")
     assert int((result.int() - expected.int()).abs().max()) <= 1  # truncation at a level's edge
-    scores = evaluate(ReconstructionSuite(), out, tmp_path / "scores", seed=0)["scores"]
+    scores = evaluate(ReconstructionSuite(tmp_path / "store"), out, tmp_path / "scores", seed=0)["scores"]
     assert f"3 images, PSNR {scores['psnr_db']['mean']:.2f} dB" in printed
 
 
@@ -154,6 +167,89 @@ def test_unreadable_images_are_named_and_the_others_written(
     assert len(ImageSet.open(tmp_path / "out").items) == 3
 
 
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def teams(world: int) -> list[Team]:
+    """Ranks in threads."""
+    barrier, values = threading.Barrier(world), [None] * world
+
+    def wait() -> None:
+        barrier.wait(timeout=60)
+
+    def gather(rank: int, value: Any) -> list[Any]:
+        values[rank] = value
+        wait()
+        return list(values)
+
+    return [Team(rank, world, wait, partial(gather, rank)) for rank in range(world)]
+
+
+@pytest.fixture
+def many(images: Path) -> Path:
+    """Blocks of four: a, b, c, 0; 1, 2, one that cannot be read, 3; 4, 5."""
+    for number in range(6):
+        picture(10 + number).save(images / f"more{number}.png")
+    (images / "more2x.png").write_bytes(b"no image")
+    return images
+
+
+@pytest.mark.parametrize(("world", "shares"), [(2, [6, 4]), (3, [4, 4, 2]), (9, [4, 4, 2])])
+def test_ranks_share_a_folder_and_change_no_byte(
+    many: Path,
+    tmp_path: Path,
+    exports: Path,
+    world: int,
+    shares: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = ReconstructConfig(exports / "vae", many, tmp_path / "one", save_latents=True, batch_images=4)
+    alone = reconstruct_folder(config)
+    capsys.readouterr()
+    shared = dataclasses.replace(config, out=tmp_path / "shared")
+    with ThreadPoolExecutor(world) as ranks:
+        found = list(ranks.map(partial(reconstruct_folder, shared), teams(world)))
+    assert tree(tmp_path / "shared") == tree(tmp_path / "one")
+    assert found == [alone] * world  # the mean to the last digit
+    assert alone.num_images == 9 and len(alone.unreadable) == 1
+    printed = capsys.readouterr().err
+    assert printed.count("more2x.png: no readable image") == 1  # named by the rank that met it
+    assert all(f"rank {rank}: {share} to reconstruct" in printed for rank, share in enumerate(shares))
+
+
+def test_a_killed_reconstruction_goes_on_to_the_same_bytes(
+    many: Path, tmp_path: Path, exports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ReconstructConfig(exports / "vae", many, tmp_path / "one", batch_images=4)
+    whole = reconstruct_folder(config)
+    killed = dataclasses.replace(config, out=tmp_path / "killed")
+    seen: list[int] = []
+    encode, write_image = KlAutoencoder.encode, reconstruct_module.write_image
+
+    def count(self: KlAutoencoder, pixels_01: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels_01))
+        return encode(self, pixels_01)
+
+    def die(path: Path, pixels: torch.Tensor) -> None:
+        if len(tree(tmp_path / "killed")) == 12:  # of the second block, one pair and one original
+            raise KeyboardInterrupt
+        write_image(path, pixels)
+
+    monkeypatch.setattr(KlAutoencoder, "encode", count)
+    monkeypatch.setattr(reconstruct_module, "write_image", die)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct_folder(killed)
+    monkeypatch.setattr(reconstruct_module, "write_image", write_image)
+    assert not (tmp_path / "killed/manifest.jsonl").exists()
+    seen.clear()
+    assert reconstruct_folder(killed) == whole
+    # The torn block goes through as a whole: an image in other company may round differently.
+    assert seen == [3, 2] and tree(tmp_path / "killed") == tree(tmp_path / "one")
+    seen.clear()
+    assert reconstruct_folder(killed) == whole and seen == []  # nothing for the unreadable one's sake
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -171,3 +267,42 @@ def test_folders_that_cannot_be_reconstructed_are_one_clear_line(
     spoil(images)
     status, printed = reconstruct(images, tmp_path / "out")
     assert status == 2 and message in printed and len(printed.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_of_the_launcher_reconstruct_and_score_to_the_bytes_of_one(
+    many: Path, tmp_path: Path, exports: Path
+) -> None:
+    def run(launcher: list[str], script: str, *options: object) -> tuple[int, str]:
+        command = [*launcher, str(ROOT / "launch" / script), *map(str, options)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, timeout=300, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    for name in ("one", "two"):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        deepspeed = str(Path(sys.executable).parent / "deepspeed")
+        launcher = {"one": [sys.executable], "two": [deepspeed, "--num_gpus", "2", "--master_port", port]}[
+            name
+        ]
+        out = tmp_path / name
+        options = [
+            "--autoencoder",
+            exports / "vae",
+            "--images",
+            many,
+            "--out",
+            out / "set",
+            "--batch-size",
+            4,
+        ]
+        status, printed = run(launcher, "reconstruct.py", *options)
+        assert status == 1 and "1 files could not be read" in printed, printed
+        assert printed.count("9 images, PSNR") == 1 and printed.count("no readable image") == 1, printed
+        networks = ["--inception", "none", "--vgg16", "none"]
+        options = ["--images", out / "set", "--out", out / "scores", *networks]
+        status, printed = run(launcher, "evaluate.py", "reconstruction", *options)
+        assert status == 0 and printed.count("psnr_db: ") == 1, printed
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")

@@ -24,7 +24,7 @@ from evaluation.emoji_images import read_samples, real_renders
 from evaluation.features.representation import RepresentationFeatures
 from evaluation.manifest import ImageSet, Item, write_manifest
 from evaluation.reference import Reference
-from evaluation.runner import evaluate
+from evaluation.runner import Team, evaluate
 from evaluation.suites.generation import GenerationSuite, Spaces
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator, load_generator
@@ -235,12 +235,12 @@ def test_two_ranks_draw_the_same_bytes_and_go_on_where_a_stopped_run_was(
     drawn: Path, finished: Path, inputs: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "set"
-    draw_class_set(set_config(finished, inputs, out), rank=1, world=2)
+    draw_class_set(set_config(finished, inputs, out), Team(1, 2))
     assert 0 < len(list(out.rglob("*.png"))) < 50 and not (out / "manifest.jsonl").exists()
     for path in sorted(out.rglob("*.png"))[::4]:  # as a killed run leaves it: some blocks are not complete
         path.unlink()
     for rank in (1, 0):
-        draw_class_set(set_config(finished, inputs, out), rank=rank, world=2)
+        draw_class_set(set_config(finished, inputs, out), Team(rank, 2))
     assert tree(out) == tree(drawn)
 
 

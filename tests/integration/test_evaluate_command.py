@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.report.benchmarks import failed_items, page, read_run
 from evaluation.report.comparison import Paired, paired
 from evaluation.report.paper_tables import TABLES
+from evaluation.suites import reconstruction as reconstruction_suite
 from generator.prompts import read_prompts
 from launch import evaluate as command
 from tokenizer.representation import RepresentationConfig
@@ -91,31 +93,56 @@ def test_generation_scores_are_printed_and_written(
     assert scores["suite"] == "generation" and scores["protocol"]["other"]["network"].startswith("standin")
 
 
-def test_a_killed_generation_goes_on_to_the_same_bytes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(monkeypatch, *generation(folder, tmp_path / "whole"))
-    monkeypatch.setattr(feature_files, "SHARD_IMAGES", 64)
-    plain = RepresentationFeatures.__call__
+def reconstruction(folder: Path, out: Path) -> list[object]:
+    """Every image of the set against the one that is as far from the end."""
+    lines = []
+    for index in range(130):
+        names = {"result": f"{index}.png", "original": f"{129 - index}.png"}
+        lines.append(json.dumps({"key": str(index), "images": names, "meta": {}}))
+    (out.parent / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    networks = ["--inception", "none", "--vgg16", "none", "--features", folder / "standin/export"]
+    files = ["--images", folder / "set", "--manifest", out.parent / "pairs.jsonl", "--out", out]
+    return ["reconstruction", *files, *networks]
 
-    def slow(self: RepresentationFeatures, pixels: torch.Tensor) -> torch.Tensor:
+
+@pytest.mark.parametrize(
+    ("command_line", "network", "kept"),
+    [
+        (generation, (RepresentationFeatures, "__call__"), "*.f32"),
+        (reconstruction, (reconstruction_suite.PairScores, "__call__"), "*.f64"),
+    ],
+)
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command_line: Callable[[Path, Path], list[object]],
+    network: tuple[type, str],
+    kept: str,
+) -> None:
+    run(monkeypatch, *command_line(folder, tmp_path / "whole"))
+    monkeypatch.setattr(feature_files, "SHARD_IMAGES", 64)
+    plain = getattr(*network)
+
+    def slow(self: object, images: object) -> torch.Tensor:
         time.sleep(0.2)
-        return plain(self, pixels)
+        found: torch.Tensor = plain(self, images)
+        return found
 
     def child() -> None:
-        monkeypatch.setattr(RepresentationFeatures, "__call__", slow)
-        run(monkeypatch, *generation(folder, tmp_path / "killed"))
+        monkeypatch.setattr(*network, slow)
+        run(monkeypatch, *command_line(folder, tmp_path / "killed"))
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
-    while not any(path.stat().st_size for path in (tmp_path / "killed").rglob("*.f32")):
+    while not any(path.stat().st_size for path in (tmp_path / "killed").rglob(kept)):
         assert process.is_alive(), "it ended before it was killed, see its output"
         time.sleep(0.01)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert not (tmp_path / "killed/scores.json").exists()
-    run(monkeypatch, *generation(folder, tmp_path / "killed"))
+    run(monkeypatch, *command_line(folder, tmp_path / "killed"))
     for name in ("scores.json", "per_item.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

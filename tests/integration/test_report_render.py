@@ -56,7 +56,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_image(images / names["result"], original - (original > 0).to(torch.uint8) * 20)
         items.append(Item(str(index), names, {}))
     write_manifest(images, items)
-    evaluate(ReconstructionSuite(), images, root / "evaluation/reconstruction")
+    evaluate(ReconstructionSuite(root / "store"), images, root / "evaluation/reconstruction")
     (root / "pivot").mkdir()
     rows = [{"step": step, "loss": math.exp(-step / 100)} for step in range(1, 300)]
     (root / "pivot/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -28,6 +28,7 @@ from engine.config import UserError, to_dict
 from engine.files import write_json
 from evaluation import sampled_set
 from evaluation.manifest import ImageSet, write_image
+from evaluation.runner import Team
 from evaluation.sampled_set import SampledSetConfig, draw_set
 from generator.model import Generator
 from generator.pipeline import Pipeline
@@ -269,7 +270,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(inputs, whole, companies, worl
     companies.clear()
     config = set_config(inputs, tmp_path / "set")
     for rank in reversed(range(world)):  # rank 0, which writes the manifest when all are done, comes last
-        draw_set(config, rank=rank, world=world)
+        draw_set(config, Team(rank, world))
     assert sorted(companies) == sorted(alone)
     assert tree(config.out) == tree(whole)
 

@@ -91,7 +91,12 @@ class Run:
 def alone(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     """One rank that has joined no process group."""
     monkeypatch.setattr(distributed, "patient", lambda ranks, timeout_s: ranks)
-    return cast(Ranks, SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), barrier=lambda: None))
+    return cast(
+        Ranks,
+        SimpleNamespace(
+            rank=0, world=1, device=torch.device("cpu"), barrier=lambda: None, gather=lambda v: [v]
+        ),
+    )
 
 
 def generation(inputs: Path) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def test_reconstruction_suite_compares_each_image_with_its_own_original(tmp_path
             write_image(tmp_path / f"{index}.{role}.png", pixels)
         items.append(Item(str(index), {role: f"{index}.{role}.png" for role in images}, {}))
     write_manifest(tmp_path, items)
-    scores = evaluate(ReconstructionSuite(), tmp_path, tmp_path / "out")
+    scores = evaluate(ReconstructionSuite(tmp_path / "store"), tmp_path, tmp_path / "out")
     expected = (20 * math.log10(255) + 20 * math.log10(25.5)) / 2
     assert scores["scores"]["psnr_db"]["mean"] == pytest.approx(expected, abs=1e-9)  # PNG is lossless
 

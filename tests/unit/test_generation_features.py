@@ -1,5 +1,6 @@
 """Features on disk: the same bytes after kills and on any number of ranks; images read in place."""
 
+import math
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 
 from engine.config import UserError
 from evaluation.features import feature_files
-from evaluation.features.feature_files import FeatureFiles, FeatureRows
+from evaluation.features.feature_files import FeatureFiles, FeatureRows, ScoreFiles
 from evaluation.features.inception import AdmInception
 from evaluation.features.vision_transformers import VisionFeatures
 from evaluation.image_source import FileImages, NpzImages
@@ -145,6 +146,30 @@ def test_features_that_are_not_finite_are_refused(npz: Path, tmp_path: Path) -> 
 
     with pytest.raises(UserError, match="images 0 to 15 are not finite"):
         FeatureFiles(tmp_path / "store", Broken(), NpzImages.open(npz)).collect()
+
+
+def test_scores_are_kept_to_the_last_digit_and_may_be_undefined(npz: Path, tmp_path: Path) -> None:
+    class Scores(Colours):
+        def __init__(self, last: float) -> None:
+            super().__init__()
+            self._last = last
+
+        def __call__(self, pixels: Tensor) -> Tensor:
+            scores = super().__call__(pixels).double() / 3
+            scores[-1, 0] = self._last
+            return scores
+
+    source = NpzImages.open(npz)
+    stored = ScoreFiles(tmp_path / "store", Scores(math.nan), source)
+    stored.collect()
+    found = stored.read(0, 16)
+    assert torch.equal(found[:15], Colours()(source.read(0, 15)).double() / 3)
+    assert math.isnan(found[15, 0]) and bool(found[15, 1:].isfinite().all())
+    features = FeatureFiles(tmp_path / "store", Colours(), source)  # the same hashes, another kind of rows
+    with pytest.raises(UserError, match="not complete"):
+        features.read(0, 16)
+    with pytest.raises(UserError, match="scores of images 0 to 15 are not finite"):
+        ScoreFiles(tmp_path / "other", Scores(math.inf), source).collect()
 
 
 def test_spatial_features_are_seven_channels_in_adms_order() -> None:

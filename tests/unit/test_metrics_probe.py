@@ -102,7 +102,9 @@ def test_probe_suite_scores_an_encoder_with_wilsons_interval(tmp_path: Path) -> 
     vectors = features(levels[:, None, None, None].expand(-1, 3, 32, 32))
     probe = fit(vectors, (levels > 120).long(), num_classes=2, l2=1e-6)
     images = image_set(tmp_path / "images", [5, 15, 235, 245], [0, 0, 1, 0])
-    scores = evaluate(LinearProbeSuite(ProbeClassifier(features, probe)), images, tmp_path / "out")
+    scores = evaluate(
+        LinearProbeSuite(ProbeClassifier(features, probe), tmp_path / "store"), images, tmp_path / "out"
+    )
     assert scores["scores"]["top1"]["mean"] == 0.75 and scores["scores"]["top1"]["low"] < 0.5
     assert scores["scores"]["top5"]["mean"] == 1  # there are but two classes
     assert scores["fingerprints"] == {"encoder": features.fingerprint, "head": probe.fingerprint}
@@ -119,7 +121,9 @@ def test_a_label_that_is_no_integer_is_named(tmp_path: Path) -> None:
     probe = fit(torch.randn(4, 24), torch.tensor([0, 1, 0, 1]), 2)
     images = image_set(tmp_path / "images", [5], ["dog"])
     with pytest.raises(UserError, match=r"item '0': meta\.label must be an integer, not 'dog'"):
-        evaluate(LinearProbeSuite(ProbeClassifier(features, probe)), images, tmp_path / "out")
+        evaluate(
+            LinearProbeSuite(ProbeClassifier(features, probe), tmp_path / "store"), images, tmp_path / "out"
+        )
 
 
 def published(tmp_path: Path, width: int) -> tuple[Path, Path]:
@@ -157,6 +161,21 @@ def test_the_head_reads_class_and_mean_patch_token_after_the_restored_norm(tmp_p
     # fp32; logits of about 10 from sums over 48 features.
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert HeadClassifier(model, head)([image]).tolist() == expected.topk(5, dim=1).indices.tolist()
+
+
+def test_the_head_scores_images_of_any_sizes(tmp_path: Path) -> None:
+    head = LinearHead.load("dinov2_vitb14_reg4", *map(str, published(tmp_path, 24)))
+    classifier = HeadClassifier(tiny_model(name="vit_base_patch14_reg4_dinov2"), head)
+    pictures = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((40, 60), (300, 230))]
+    items = []
+    for index, (picture, best) in enumerate(zip(pictures, classifier(pictures).tolist(), strict=True)):
+        write_image(tmp_path / "images" / f"{index}.png", picture)
+        items.append(Item(str(index), {"original": f"{index}.png"}, {"label": best[4 * index]}))
+    write_manifest(tmp_path / "images", items)
+    scores = evaluate(LinearProbeSuite(classifier, tmp_path / "store"), tmp_path / "images", tmp_path / "out")
+    # The first label is the best class, the second the fifth.
+    assert scores["scores"]["top1"]["mean"] == 0.5 and scores["scores"]["top5"]["mean"] == 1
+    assert len(scores["protocol"]["input mean"]) == 3  # decides what is seen, and is no weight
 
 
 def test_the_heads_transform_is_resize_256_and_centre_crop_224() -> None:

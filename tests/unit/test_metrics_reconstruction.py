@@ -108,7 +108,7 @@ def test_suite_scores_items_with_intervals_and_the_set_without(tmp_path: Path, l
     results = (originals.float() * 0.9).to(torch.uint8)
     images = make_set(tmp_path / "images", originals, results)
     colour: FeatureExtractor = MeanColour()
-    suite = ReconstructionSuite(lpips, {"fd_colour": colour})
+    suite = ReconstructionSuite(tmp_path / "store", lpips, {"fd_colour": colour})
     scores = evaluate(suite, images, tmp_path / "out")
     assert list(scores["scores"]) == ["psnr_db", "ssim", "lpips", "fd_colour"]
     for metric in ("psnr_db", "ssim", "lpips"):
@@ -130,7 +130,11 @@ def test_suite_scores_items_with_intervals_and_the_set_without(tmp_path: Path, l
 def test_a_perfect_reconstruction_has_distance_zero(tmp_path: Path) -> None:
     originals = noise(8, 16, seed=7)
     images = make_set(tmp_path / "images", originals, originals)
-    scores = evaluate(ReconstructionSuite(distances={"fd_colour": MeanColour()}), images, tmp_path / "out")
+    scores = evaluate(
+        ReconstructionSuite(tmp_path / "store", distances={"fd_colour": MeanColour()}),
+        images,
+        tmp_path / "out",
+    )
     assert scores["scores"]["ssim"]["mean"] == pytest.approx(1.0, abs=1e-12)
     assert scores["scores"]["fd_colour"]["mean"] == pytest.approx(0.0, abs=1e-9)  # of traces of about 100
 
@@ -138,7 +142,7 @@ def test_a_perfect_reconstruction_has_distance_zero(tmp_path: Path) -> None:
 def test_a_distance_from_too_few_images_says_so_in_scores_and_report(tmp_path: Path) -> None:
     originals = noise(3, 16, seed=8)
     images = make_set(tmp_path / "evaluation/images/reconstruction", originals, 255 - originals)
-    suite = ReconstructionSuite(distances={"fd_colour": MeanColour()})
+    suite = ReconstructionSuite(tmp_path / "store", distances={"fd_colour": MeanColour()})
     scores = evaluate(suite, images, tmp_path / "evaluation/reconstruction")
     assert "biased upwards: 3 images" in scores["scores"]["fd_colour"]["note"]
     page = render_report(tmp_path).read_text()
@@ -148,10 +152,14 @@ def test_a_distance_from_too_few_images_says_so_in_scores_and_report(tmp_path: P
 def test_a_set_of_one_image_has_no_distance(tmp_path: Path) -> None:
     images = make_set(tmp_path / "images", noise(1, 16, seed=9), noise(1, 16, seed=10))
     with pytest.raises(UserError, match="needs two"):
-        evaluate(ReconstructionSuite(distances={"fd_colour": MeanColour()}), images, tmp_path / "out")
+        evaluate(
+            ReconstructionSuite(tmp_path / "store", distances={"fd_colour": MeanColour()}),
+            images,
+            tmp_path / "out",
+        )
 
 
 def test_a_result_of_another_size_is_one_clear_line(tmp_path: Path) -> None:
     images = make_set(tmp_path / "images", noise(2, 16, seed=0), noise(2, 24, seed=0))
     with pytest.raises(UserError, match="differ in size: 24 x 24 and 16 x 16"):
-        evaluate(ReconstructionSuite(), images, tmp_path / "out")
+        evaluate(ReconstructionSuite(tmp_path / "store"), images, tmp_path / "out")
