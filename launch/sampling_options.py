@@ -12,8 +12,6 @@ from generator.drawing import DrawingConfig
 from generator.guidance import Renorm
 from generator.solvers import Solver
 
-WAIT_S = 7 * 86400
-"""Ranks that are done wait for those that are not, with nothing between."""
 ConfigT = TypeVar("ConfigT", bound=DrawingConfig)
 
 

@@ -8,7 +8,9 @@ import torch
 
 from engine import distributed
 from evaluation.runner import ALONE, Team
-from launch.sampling_options import WAIT_S
+
+WAIT_S = 7 * 86400
+"""Ranks that are done wait for those that are not, with nothing between."""
 
 
 def meet() -> tuple[Team, str]:
