@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from generator.class_conditional.objective import (
 )
 from generator.class_conditional.sampling import ClassSamplingConfig
 from generator.model import GeneratorConfig
+from generator.model_card import Task
 from generator.objective import FlowConfig, Preview, build_objective
 from generator.sampling import SamplingConfig, read_conditions
 from launch import nodes
@@ -42,7 +42,7 @@ from tokenizer.export import fingerprint
 from tokenizer.stages import StageConfig
 from tokenizer.standin import StandInConfig
 
-PACKERS: dict[str, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
+PACKERS: dict[Task, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,14 @@ class GeneratorRun:
     num_preview_images: int = 8
     preview_sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the grids are drawn, and by default what sample.py draws; the time shift is always flow.time_shift."""
+    task: Task | None = None
+    """What is learned. The entry point fills it in, so that the run folder's config.json says it."""
+
+    def learning(self, task: Task) -> GeneratorRun:
+        """This run with its task filled in. Raises UserError: it is a run of the other task."""
+        if self.task not in (None, task):
+            raise UserError(f"task is {self.task}: start this config with launch/train_{self.task}.py")
+        return dataclasses.replace(self, task=task)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -150,8 +158,10 @@ def train_on_pixels(run: PixelRun, build: Callable[[], Objective]) -> None:
     _train(run, mixture, PixelPacker(run.pixels), build())
 
 
-def train_generator(task: Literal["t2i", "edit"], run: GeneratorRun) -> None:
-    """What launch/train_t2i.py and launch/train_edit.py do."""
+def train_generator(run: GeneratorRun) -> None:
+    """What launch/train_t2i.py and launch/train_edit.py do, with their task in `run`."""
+    task = run.task
+    assert task is not None
     if run.packing.max_side != run.generator.max_side:
         raise UserError(
             f"packing.max_side {run.packing.max_side} and generator.max_side {run.generator.max_side} number the same "

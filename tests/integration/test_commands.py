@@ -21,6 +21,7 @@ from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import config
 from generator.model import Generator
 from launch import entry, runs
+from launch.run_kinds import read_run
 from launch.runs import GeneratorRun, TokenizerRun
 from tokenizer.bridge import BridgeConfig
 from tokenizer.encode import EncodeConfig, encode_shards
@@ -302,6 +303,17 @@ def test_a_missing_shard_is_named(inputs, tmp_path, capsys, monkeypatch) -> None
     arguments = command("t2i", inputs, tmp_path / "run", f"data.shards={tmp_path / 'latents'}")
     assert shard.name in error_of(capsys, monkeypatch, arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_says_what_is_learned(finished, capsys, monkeypatch) -> None:
+    task, run = finished
+    if task != "t2i":
+        pytest.skip("the sections of its config say it")
+    config_of_run = str(run / "config.json")
+    assert read_run(config_of_run)[0] == "t2i", "with a source_dropout, as every config that is written out"
+    script = str(ROOT / "launch" / "train_edit.py")
+    line = error_of(capsys, monkeypatch, [sys.executable, script, "--config", config_of_run])
+    assert "task is t2i: start this config with launch/train_t2i.py" in line
 
 
 def test_latents_of_another_tokenizer_are_refused(inputs, finished, tmp_path, capsys, monkeypatch) -> None:
