@@ -1,19 +1,17 @@
 """The arithmetic of a step's work, against what PyTorch counts."""
 
 import dataclasses
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
+from engine.memory import TensorBytes
 from generator.heads import DdtHeadConfig
 from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
@@ -232,32 +230,6 @@ def saved_bytes(model: Generator, batch: PackedBatch, *, autocast: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-class Allocated(TorchDispatchMode):
-    """Bytes of all tensors made inside, now and at the most."""
-
-    def __init__(self, known: set[int]) -> None:
-        super().__init__()
-        self.known, self.now, self.peak = known, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
-                self._add(leaf.untyped_storage())
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        address, num_bytes = storage.data_ptr(), storage.nbytes()
-        self.known.add(address)
-        self.now += num_bytes
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, address, num_bytes)
-
-    def _free(self, address: int, num_bytes: int) -> None:
-        self.known.discard(address)
-        self.now -= num_bytes
-
-
 @pytest.mark.usefixtures("flash_in_the_head")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_memory_at_its_fullest_is_what_a_step_allocates(checkpointing) -> None:
@@ -266,8 +238,7 @@ def test_memory_at_its_fullest_is_what_a_step_allocates(checkpointing) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     state = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
-    allocated = Allocated({tensor.untyped_storage().data_ptr() for tensor in state if tensor is not None})
-    with allocated:
+    with TensorBytes(tensor for tensor in state if tensor is not None) as allocated:
         forward(model, batch).sum().backward()
     expected = activation_bytes(
         PackSize.of(batch), WIDE, CHANNELS, precision="fp32", checkpointing=checkpointing
