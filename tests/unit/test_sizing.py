@@ -15,6 +15,7 @@ from engine.memory import TensorBytes
 from generator.heads import DdtHeadConfig
 from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
+from generator.qwen import QWEN2_5_0_5B
 from generator.sizing import PackSize, activation_bytes, forward_flops, training_flops, typical_pack
 
 CONFIG = GeneratorConfig(
@@ -87,16 +88,7 @@ def test_attention_is_counted_over_the_pairs_of_the_mask() -> None:
 
 def test_the_papers_model_is_counted_as_its_parameters_say() -> None:
     """Without attention, a token costs 2 FLOPs for each weight of its expert: 357.8 M in Qwen2.5-0.5B's 24 layers."""
-    backbone = MotConfig(
-        vocab_size=151_936,
-        width=896,
-        num_layers=24,
-        num_heads=14,
-        num_kv_heads=2,
-        head_dim=64,
-        mlp_width=4864,
-    )
-    config = GeneratorConfig(backbone=backbone, max_side=64, text_output=True)
+    config = GeneratorConfig(backbone=QWEN2_5_0_5B, max_side=64, text_output=True)
     size = PackSize(1000, *[0] * 10)
     layer = 896 * 896 * 2 + 896 * 128 * 2 + 3 * 896 * 4864
     assert forward_flops(size, config, 64) == 2 * 1000 * 24 * layer
