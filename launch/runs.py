@@ -104,9 +104,16 @@ class GeneratorRun:
     """What is learned. The entry point fills it in, so that the run folder's config.json says it."""
 
     def learning(self, task: Task) -> GeneratorRun:
-        """This run with its task filled in. Raises UserError: it is a run of the other task."""
+        """This run with its task filled in. Raises UserError: it is a run of the other task; a text loss for samples
+        that mark no text.
+        """
         if self.task not in (None, task):
             raise UserError(f"task is {self.task}: start this config with launch/train_{self.task}.py")
+        if task == "t2i" and self.flow.text_loss_weight:
+            raise UserError(
+                f"flow.text_loss_weight is {self.flow.text_loss_weight:g}, but only interleaved samples mark text for "
+                "a loss: train those with launch/train_edit.py, or set it to 0 and generator.text_output to false"
+            )
         return dataclasses.replace(self, task=task)
 
     @property

@@ -296,6 +296,13 @@ def test_a_wrong_key_names_the_nearest_one(inputs, tmp_path, capsys, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+def test_a_text_loss_of_text_to_image_is_refused(inputs, tmp_path, capsys, monkeypatch) -> None:
+    text = ["flow.text_loss_weight=0.5", "generator.text_output=true"]
+    line = error_of(capsys, monkeypatch, command("t2i", inputs, tmp_path / "run", *text))
+    assert "flow.text_loss_weight is 0.5, but only interleaved samples mark text for a loss" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_shard_is_named(inputs, tmp_path, capsys, monkeypatch) -> None:
     encode(inputs, inputs / "pixels", tmp_path / "latents", "autoencoder")
     shard = sorted((tmp_path / "latents").glob("*.tar"))[1]
