@@ -16,11 +16,13 @@ from data.packing import EditPacker, PackingConfig, T2IPacker
 from data.shards import LatentInfo, ShardDataset
 from data.stream import DataConfig, Packer, PackStream
 from data.text import TextTokenizer, load_text_tokenizer
-from engine import distributed
+from engine import distributed, run_lock
 from engine.config import UserError, to_dict
+from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
 from engine.loop import train
 from engine.objective import Objective
+from engine.peers import LostContactError
 from engine.redaction import redact
 from evaluation.judges.emoji import JudgeConfig
 from generator.class_conditional.config import DitConfig
@@ -249,10 +251,20 @@ def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer, latents: LatentIn
     return Preview(conditions, run.sampling, autoencoder.decode)
 
 
+def _start_ranks(run_dir: Path) -> Ranks:
+    """Two launches of one command on a host ask for one port: the second is told of the training, not of the port."""
+    try:
+        return distributed.start()
+    except LostContactError:
+        if reason := run_lock.refusal(run_dir):
+            raise UserError(reason) from None
+        raise
+
+
 def _train(
     run: PixelRun | GeneratorRun | ClassRun, mixture: Mixture, packer: Packer, objective: Objective
 ) -> None:
-    ranks = distributed.start()
+    ranks = _start_ranks(Path(run.run_dir))
     resolved = to_dict(run)
     nodes.check_start(ranks, Path(run.run_dir), resolved)
     source = PackStream(
