@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_b
 from evaluation.environment import machine, versions
 from generator.attention import planned_attention
 from generator.mot import Mot, MotConfig, init_weights
+from generator.qwen import QWEN2_5_0_5B
 
 TEXT_TOKENS, SIDE, NUM_IMAGES, DRAWS = 100, 16, 4, 4
 GRID_TOKENS = SIDE * SIDE
@@ -49,15 +51,7 @@ def main() -> None:
 
 
 def _report(num_layers: int, device: torch.device, dtype: torch.dtype, repeats: int) -> None:
-    config = MotConfig(
-        vocab_size=8,
-        width=896,
-        num_layers=num_layers,
-        num_heads=14,
-        num_kv_heads=2,
-        head_dim=64,
-        mlp_width=4864,
-    )
+    config = dataclasses.replace(QWEN2_5_0_5B, vocab_size=8, num_layers=num_layers)
     model = Mot(config)
     init_weights(model, torch.Generator().manual_seed(0))
     model = model.to(device, dtype)

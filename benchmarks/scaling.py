@@ -8,6 +8,7 @@ pass (on a GPU the allocator's peak above the weights). Prints the fit and draws
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from evaluation.environment import machine, versions
 from generator.attention import planned_attention
-from generator.mot import Mot, MotConfig, init_weights
+from generator.mot import Mot, init_weights
+from generator.qwen import QWEN2_5_0_5B
 
 SIDE, SHORTEST, LONGEST = 16, 20, 180
 PICTURE = Path(__file__).parent / "results" / "scaling.png"
@@ -39,15 +41,7 @@ def main() -> None:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     print(f"machine: {machine()}\nversions: {versions()}")
     print(f"{arguments.layers} layers of Qwen2.5-0.5B's shape, {device}, {arguments.dtype}")
-    config = MotConfig(
-        vocab_size=8,
-        width=896,
-        num_layers=arguments.layers,
-        num_heads=14,
-        num_kv_heads=2,
-        head_dim=64,
-        mlp_width=4864,
-    )
+    config = dataclasses.replace(QWEN2_5_0_5B, vocab_size=8, num_layers=arguments.layers)
     model = Mot(config)
     init_weights(model, torch.Generator().manual_seed(0))
     model = model.to(device, dtype)

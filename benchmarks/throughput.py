@@ -8,6 +8,7 @@ the slowest operations with --profile. Without a GPU, `--layers 1 --tokens 1024 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 
 import numpy as np
@@ -20,7 +21,7 @@ from engine.spans import peak_flops
 from evaluation.environment import machine, versions
 from generator.attention import Backend, choose_backend
 from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
+from generator.qwen import QWEN2_5_0_5B
 from generator.sizing import PackSize, training_flops
 
 LATENTS = LatentInfo("bf16", (64, 16, 16), (0.0,) * 64, (1.0,) * 64, "", "")
@@ -99,15 +100,7 @@ def _step(model: Generator, batch: PackedBatch) -> None:
 
 
 def _model(num_layers: int) -> Generator:
-    backbone = MotConfig(
-        vocab_size=151_936,
-        width=896,
-        num_layers=num_layers,
-        num_heads=14,
-        num_kv_heads=2,
-        head_dim=64,
-        mlp_width=4864,
-    )
+    backbone = dataclasses.replace(QWEN2_5_0_5B, num_layers=num_layers)
     return Generator.create(GeneratorConfig(backbone, max_side=64), LATENTS, seed=0)
 
 

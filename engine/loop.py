@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine import communication, files, masters
+from engine import communication, files, masters, run_lock
 from engine.checkpoint import Checkpoints
 from engine.config import StoppedError
 from engine.distributed import Ranks
@@ -47,15 +47,17 @@ def train(
     """Runs or resumes a training and returns the folder of its export (EMA weights).
 
     `resolved` is the whole run's config, saved as config.json. The same command again continues from the newest good
-    checkpoint, on any number of ranks, bit for bit on the same number; a finished run only returns.
+    checkpoint, on any number of ranks, bit for bit on the same number; a finished run only returns. Raises UserError:
+    another training runs in `run_dir`.
     """
-    run = _Run(objective, source, config, run_dir, resolved, ranks, evaluation)
-    try:
-        return run.train()
-    except BaseException as error:  # only to write down why, for those who look at the run folder
-        if run.log:
-            run.log.ended_by(error, run.step)
-        raise
+    with run_lock.held(run_dir, ranks, lambda text: say(f"[{objective.name}] {text}")):
+        run = _Run(objective, source, config, run_dir, resolved, ranks, evaluation)
+        try:
+            return run.train()
+        except BaseException as error:  # only to write down why, for those who look at the run folder
+            if run.log:
+                run.log.ended_by(error, run.step)
+            raise
 
 
 class _Run:

@@ -128,6 +128,28 @@ class Evaluation(Protocol):
         """
 
 
+class WithoutAdversary:
+    """The part of `Objective` that those without an adversary share; a term or an alarm of their own replaces its."""
+
+    adversary: nn.Module | None = None
+
+    def further_counts(self, batch: Any) -> Mapping[str, int]:
+        """There are none."""
+        return {}
+
+    def adversary_active(self, step: int) -> bool:
+        """There is none."""
+        return False
+
+    def adversary_loss(self, adversary_batch: Any, step: int) -> LossOutput:
+        """Never called."""
+        raise AssertionError("there is no adversary")
+
+    def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
+        """None are known."""
+        return []
+
+
 class BatchSource(Protocol):
     """The global order of packs, seen from one rank (contract 2).
 

@@ -53,12 +53,16 @@ class Window:
             self._source[name] = before + value
 
     def read(self) -> dict[str, float]:
-        """Means per unit over the window and over ranks, the ledger, rates; then a new window. Collective."""
+        """Means per unit over the window and over ranks, the ledger, rates; then a new window. Collective.
+
+        A term of the loss (or an adversary) that met no units has no mean: its names are absent.
+        """
         keys = sorted(self._sums)
         totals = self._ranks.sum_on_device(torch.stack([self._sums[key] for key in keys])).tolist()
         values = {
             prefix + name: total / max(self._counts[prefix], 1.0)
             for (prefix, name), total in zip(keys, totals, strict=True)
+            if self._counts[prefix] or not prefix
         }
         values["step_s"] = self._seconds / self._num_steps
         ledger = self._ranks.sum(list(self._source.values()))

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.packed_batch import PackedBatch
 from data.shards import LatentInfo
@@ -22,13 +22,15 @@ from data.text import TextTokenizer
 from data.transfer import to_device
 from engine.config import UserError, to_dict
 from engine.files import digest, sha256
-from engine.objective import LossOutput, Term
+from engine.objective import HISTORY_WINDOWS, LossOutput, Term, WithoutAdversary
 from generator.attention import Backend, choose_backend
 from generator.flow import TimeShift, draw_times, interpolate, resolve_shift, velocity_target
 from generator.model import WEIGHTS_NAME, Generator, GeneratorConfig
 from generator.sampling import Condition, SamplingConfig, sample_latents
 from generator.sizing import PackSize, training_flops
 
+ENOUGH_SAMPLES = 1000
+"""Without any text that is marked for a loss: then the data are taken to have none."""
 Decode = Callable[[Tensor], Tensor]
 """Raw latents float32 [N, C, Y, X] -> pixels_01 [N, 3, H, W]."""
 
@@ -47,7 +49,7 @@ class FlowConfig:
     """Forces one attention kernel; "auto" follows the device."""
     text_loss_weight: float = 0.0
     """Weight of the mean cross entropy of text marked for it, beside the mean squared error of velocities (Bagel: 1);
-    0 = none. Above it, generator.text_output must be true.
+    0 = none. Above it, generator.text_output must be true. Data that mark no text raise an alarm (engine.on_alarm).
     """
     compile: bool = False
     """torch.compile on each layer's work before and after the attention: fused norms, rotations and SwiGLU."""
@@ -69,10 +71,8 @@ class Preview:
     """The autoencoder's decoder."""
 
 
-class FlowObjective:
+class FlowObjective(WithoutAdversary):
     """Mean squared error on the velocity of noisy latent tokens. Implements engine.objective.Objective."""
-
-    adversary: nn.Module | None = None
 
     def __init__(
         self,
@@ -91,6 +91,7 @@ class FlowObjective:
         self.text_tokenizer = text_tokenizer
         self._start = start
         self._preview = preview
+        self._awaits_text = config.text_loss_weight > 0
         model.attention_backend = config.attention_backend
         model.backbone.activation_checkpointing = config.activation_checkpointing
         if config.text_loss_weight and not model.config.text_output:
@@ -138,14 +139,6 @@ class FlowObjective:
         flops = training_flops(PackSize.of(batch), self.model.config, self.model.latents.shape[0])
         return LossOutput(loss_sum, {"loss": loss_sum.detach()}, further=further, flops=flops)
 
-    def adversary_active(self, step: int) -> bool:
-        """There is none."""
-        return False
-
-    def adversary_loss(self, adversary_batch: None, step: int) -> LossOutput:
-        """Never called: there is no adversary."""
-        raise AssertionError("flow matching has no adversary")
-
     @torch.no_grad()
     def samples(self) -> npt.NDArray[np.uint8] | None:
         """The preview's images in one row; for edits the sources in a row above. uint8 [H, W, 3]."""
@@ -163,8 +156,19 @@ class FlowObjective:
         self.model.save(directory)
 
     def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
-        """None are known."""
-        return []
+        """A text loss that no text has been met for, in ENOUGH_SAMPLES or in all windows that are seen; told once."""
+        num_samples = sum(window.get("samples", 0.0) for window in history)
+        if any("text_loss" in window for window in history):
+            self._awaits_text = False
+        is_enough = num_samples >= ENOUGH_SAMPLES or len(history) == HISTORY_WINDOWS
+        if not (self._awaits_text and is_enough):
+            return []
+        self._awaits_text = False
+        return [
+            f"flow.text_loss_weight is {self._config.text_loss_weight:g}, but none of {num_samples:,.0f} samples marks "
+            'a text for it ("loss" in json\'s "splits", data/layouts.py); mark some, or set it to 0 and '
+            "generator.text_output to false"
+        ]
 
     def describe(self) -> list[str]:
         """Size, start, time shift, attention kernel. Raises UserError: a forced kernel cannot run here."""

@@ -1,4 +1,4 @@
-"""A finished run -> a folder for the hub: python launch/export.py --run RUN --task t2i --name OWNER/NAME --out DIR
+"""A finished run -> a folder for the hub: python launch/export.py --run RUN --name OWNER/NAME --out DIR
 
 Generator, autoencoder, text tokenizer, sampling defaults and a model card. Nothing is uploaded: the command that would
 is printed.
@@ -30,7 +30,9 @@ def main() -> None:
     """Writes the folder, whole or not at all, after it has been read back."""
     parser = entry.parser(__doc__ or "")
     parser.add_argument("--run", type=Path, required=True, help="run_dir of a finished training")
-    parser.add_argument("--task", choices=get_args(Task), required=True, help="what it was trained for")
+    parser.add_argument(
+        "--task", choices=get_args(Task), help="what it was trained for, if its folder does not say"
+    )
     parser.add_argument("--name", required=True, help="OWNER/NAME it will have on the hub")
     parser.add_argument("--license", default="other", help="the hub's identifier (default: other)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -52,22 +54,23 @@ def write(arguments: argparse.Namespace, out: Path) -> None:
     run = from_dict(GeneratorRun, files.read_json(run_dir / "config.json"), where=f"{run_dir}/config.json")
     if run.autoencoder is None:
         raise UserError(f"{run_dir}/config.json: names no autoencoder; set 'autoencoder' in the run's config")
+    task = task_of(run, arguments.task, run_dir)
     with files.directory(out) as temporary:
         for source, part in ((run_dir / EXPORT, GENERATOR), (Path(run.autoencoder), AUTOENCODER)):
             _copy(source, WEIGHTS, temporary / part)
         copy_text_tokenizer(run.text_tokenizer, temporary / TEXT_TOKENIZER)
         files.write_json(temporary / SAMPLING, to_dict(run.sampling))
         pipeline, defaults = load_pretrained(temporary)
-        card = _card(arguments, run, run_dir)
+        card = _card(arguments, task, run, run_dir)
         files.write_text(temporary / "README.md", model_card(card, pipeline.generator, defaults))
 
 
-def _card(arguments: argparse.Namespace, run: GeneratorRun, run_dir: Path) -> Card:
+def _card(arguments: argparse.Namespace, task: Task, run: GeneratorRun, run_dir: Path) -> Card:
     metrics = run_dir / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     return Card(
         name=arguments.name,
-        task=arguments.task,
+        task=task,
         license=arguments.license,
         data=[_describe_set(part.shards, run) for part in run.data.sets.values()],
         optimizer={**to_dict(run.engine.optimizer), "ema_decay": run.engine.ema_decay},
@@ -77,6 +80,17 @@ def _card(arguments: argparse.Namespace, run: GeneratorRun, run_dir: Path) -> Ca
         commit=_commit(),
         time_shift=run.flow.time_shift,
     )
+
+
+def task_of(run: GeneratorRun, given: Task | None, run_dir: Path) -> Task:
+    """What the run was trained for. Raises UserError: `given` is something else, or nobody says it."""
+    if run.task is not None and given not in (None, run.task):
+        raise UserError(f"--task {given}: {run_dir} was trained for {run.task}; leave --task out")
+    if (task := run.task or given) is None:
+        raise UserError(
+            f"{run_dir}/config.json does not say what was trained; give --task t2i or --task edit"
+        )
+    return task
 
 
 def _without_machine(path: str) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -17,11 +16,13 @@ from data.packing import EditPacker, PackingConfig, T2IPacker
 from data.shards import LatentInfo, ShardDataset
 from data.stream import DataConfig, Packer, PackStream
 from data.text import TextTokenizer, load_text_tokenizer
-from engine import distributed
+from engine import distributed, run_lock
 from engine.config import UserError, to_dict
+from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
 from engine.loop import train
 from engine.objective import Objective
+from engine.peers import LostContactError
 from engine.redaction import redact
 from evaluation.judges.emoji import JudgeConfig
 from generator.class_conditional.config import DitConfig
@@ -33,6 +34,7 @@ from generator.class_conditional.objective import (
 )
 from generator.class_conditional.sampling import ClassSamplingConfig
 from generator.model import GeneratorConfig
+from generator.model_card import Task
 from generator.objective import FlowConfig, Preview, build_objective
 from generator.sampling import SamplingConfig, read_conditions
 from launch import nodes, training_scores
@@ -43,7 +45,7 @@ from tokenizer.export import fingerprint
 from tokenizer.stages import StageConfig, build_stage
 from tokenizer.standin import StandInConfig
 
-PACKERS: dict[str, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
+PACKERS: dict[Task, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,21 @@ class GeneratorRun:
     """How the grids are drawn, and by default what sample.py draws; the time shift is always flow.time_shift."""
     evaluation: PromptEvaluationConfig | None = None
     """Scores while the training goes on; None: none."""
+    task: Task | None = None
+    """What is learned. The entry point fills it in, so that the run folder's config.json says it."""
+
+    def learning(self, task: Task) -> GeneratorRun:
+        """This run with its task filled in. Raises UserError: it is a run of the other task; a text loss for samples
+        that mark no text.
+        """
+        if self.task not in (None, task):
+            raise UserError(f"task is {self.task}: start this config with launch/train_{self.task}.py")
+        if task == "t2i" and self.flow.text_loss_weight:
+            raise UserError(
+                f"flow.text_loss_weight is {self.flow.text_loss_weight:g}, but only interleaved samples mark text for "
+                "a loss: train those with launch/train_edit.py, or set it to 0 and generator.text_output to false"
+            )
+        return dataclasses.replace(self, task=task)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -173,8 +190,10 @@ def train_tokenizer(run: TokenizerRun) -> None:
     _train(run, mixture, PixelPacker(run.pixels), objective, scores)
 
 
-def train_generator(task: Literal["t2i", "edit"], run: GeneratorRun) -> None:
-    """What launch/train_t2i.py and launch/train_edit.py do."""
+def train_generator(run: GeneratorRun) -> None:
+    """What launch/train_t2i.py and launch/train_edit.py do, with their task in `run`."""
+    task = run.task
+    assert task is not None
     if run.packing.max_side != run.generator.max_side:
         raise UserError(
             f"packing.max_side {run.packing.max_side} and generator.max_side {run.generator.max_side} number the same "
@@ -265,6 +284,16 @@ def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer, latents: LatentIn
     return Preview(conditions, run.sampling, autoencoder.decode)
 
 
+def _start_ranks(run_dir: Path) -> Ranks:
+    """Two launches of one command on a host ask for one port: the second is told of the training, not of the port."""
+    try:
+        return distributed.start()
+    except LostContactError:
+        if reason := run_lock.refusal(run_dir):
+            raise UserError(reason) from None
+        raise
+
+
 def _train(
     run: PixelRun | GeneratorRun | ClassRun,
     mixture: Mixture,
@@ -272,7 +301,7 @@ def _train(
     objective: Objective,
     scores: training_scores.Start | None = None,
 ) -> None:
-    ranks = distributed.start()
+    ranks = _start_ranks(Path(run.run_dir))
     resolved = to_dict(run)
     nodes.check_start(ranks, Path(run.run_dir), resolved)
     evaluation = scores(ranks) if scores is not None else None

@@ -9,11 +9,11 @@ from launch.runs import GeneratorRun, train_generator
 def main() -> None:
     """Source image and instruction in, edited image out; without --config the paper's run on OmniEdit."""
     arguments = entry.config_parser(__doc__ or "", "configs/generator/edit_omniedit.yaml").parse_args()
-    run = entry.read_config(GeneratorRun, arguments)
+    run = entry.read_config(GeneratorRun, arguments).learning("edit")
     if arguments.dry_run:
         print(dry_run.generator_run(run, is_edit=True))
     else:
-        train_generator("edit", run)
+        train_generator(run)
 
 
 if __name__ == "__main__":

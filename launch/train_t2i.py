@@ -9,11 +9,11 @@ from launch.runs import GeneratorRun, train_generator
 def main() -> None:
     """Text in, image out; without --config the paper's run on CC12M."""
     arguments = entry.config_parser(__doc__ or "", "configs/generator/t2i_cc12m.yaml").parse_args()
-    run = entry.read_config(GeneratorRun, arguments)
+    run = entry.read_config(GeneratorRun, arguments).learning("t2i")
     if arguments.dry_run:
         print(dry_run.generator_run(run, is_edit=False))
     else:
-        train_generator("t2i", run)
+        train_generator(run)
 
 
 if __name__ == "__main__":

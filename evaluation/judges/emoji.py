@@ -6,7 +6,7 @@ light augmentation keeps it from judging by a decoder's softness instead of by w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.images import PixelBatch
 from engine import config, files
 from engine.config import UserError
-from engine.objective import LossOutput
+from engine.objective import LossOutput, WithoutAdversary
 from evaluation.judges.emoji_network import (
     CELL_PX,
     JudgeConfig,
@@ -103,11 +103,10 @@ class Judge:
         return verdicts
 
 
-class JudgeObjective:
+class JudgeObjective(WithoutAdversary):
     """Trains the judge on PixelBatch with meta[i]["scene"]; implements engine.objective.Objective."""
 
     name = "judge"
-    adversary: nn.Module | None = None
 
     def __init__(self, judge_config: JudgeConfig, classes: SceneClasses) -> None:
         self.config = JudgeExport(judge_config, classes)
@@ -123,10 +122,6 @@ class JudgeObjective:
     def count(self, batch: PixelBatch) -> int:
         """Images in the micro-batch."""
         return len(batch.sample_ids)
-
-    def further_counts(self, batch: PixelBatch) -> Mapping[str, int]:
-        """There are none."""
-        return {}
 
     def loss(self, batch: PixelBatch, step: int) -> LossOutput:
         """Cross entropies of cells and background; metrics: share of images with the exact set of objects,
@@ -155,14 +150,6 @@ class JudgeObjective:
             },
         )
 
-    def adversary_active(self, step: int) -> bool:
-        """There is none."""
-        return False
-
-    def adversary_loss(self, adversary_batch: None, step: int) -> LossOutput:
-        """There is none."""
-        raise AssertionError("the judge has no adversary")
-
     def samples(self) -> npt.NDArray[np.uint8] | None:
         """A classifier has nothing to show."""
         return None
@@ -175,10 +162,6 @@ class JudgeObjective:
     def fingerprints(self) -> Mapping[str, str]:
         """Classes, sizes and seed: nothing else was loaded."""
         return {"judge": files.digest(config.to_dict(self.config))}
-
-    def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
-        """None are known."""
-        return []
 
     def describe(self) -> list[str]:
         """One line for people."""

@@ -21,6 +21,7 @@ from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import config
 from generator.model import Generator
 from launch import entry, runs
+from launch.run_kinds import read_run
 from launch.runs import GeneratorRun, TokenizerRun
 from tokenizer.bridge import BridgeConfig
 from tokenizer.encode import EncodeConfig, encode_shards
@@ -295,6 +296,13 @@ def test_a_wrong_key_names_the_nearest_one(inputs, tmp_path, capsys, monkeypatch
     assert not (tmp_path / "run").exists()
 
 
+def test_a_text_loss_of_text_to_image_is_refused(inputs, tmp_path, capsys, monkeypatch) -> None:
+    text = ["flow.text_loss_weight=0.5", "generator.text_output=true"]
+    line = error_of(capsys, monkeypatch, command("t2i", inputs, tmp_path / "run", *text))
+    assert "flow.text_loss_weight is 0.5, but only interleaved samples mark text for a loss" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_shard_is_named(inputs, tmp_path, capsys, monkeypatch) -> None:
     encode(inputs, inputs / "pixels", tmp_path / "latents", "autoencoder")
     shard = sorted((tmp_path / "latents").glob("*.tar"))[1]
@@ -302,6 +310,17 @@ def test_a_missing_shard_is_named(inputs, tmp_path, capsys, monkeypatch) -> None
     arguments = command("t2i", inputs, tmp_path / "run", f"data.shards={tmp_path / 'latents'}")
     assert shard.name in error_of(capsys, monkeypatch, arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_says_what_is_learned(finished, capsys, monkeypatch) -> None:
+    task, run = finished
+    if task != "t2i":
+        pytest.skip("the sections of its config say it")
+    config_of_run = str(run / "config.json")
+    assert read_run(config_of_run)[0] == "t2i", "with a source_dropout, as every config that is written out"
+    script = str(ROOT / "launch" / "train_edit.py")
+    line = error_of(capsys, monkeypatch, [sys.executable, script, "--config", config_of_run])
+    assert "task is t2i: start this config with launch/train_t2i.py" in line
 
 
 def test_latents_of_another_tokenizer_are_refused(inputs, finished, tmp_path, capsys, monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """The loop's contracts, each on a whole training of a toy model in processes of its own."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -228,6 +229,31 @@ def test_a_rank_that_drifted_is_named_and_nothing_is_saved(toy, tmp_path):
     assert result.returncode != 0
     assert "the adversary weights of ranks [1] differ from rank 0's" in result.output + result.output
     assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000003"]
+
+
+def test_a_second_training_in_the_same_folder_ends_and_leaves_the_first_one_alone(start_ranks, toy, tmp_path):
+    """Neither logs nor checkpoints are of both; and once the first one is killed, the same command goes on at once."""
+    run, endless = tmp_path / "run", ["--steps", 100_000, "--checkpoint-every", 3]
+    first = start_ranks("toy_train.py", ["--run", run, *endless], 2, tmp_path / "first.log")
+    deadline = time.monotonic() + 200
+    while not (run / "checkpoints" / "latest").exists():
+        assert first[0].is_alive() and time.monotonic() < deadline, (tmp_path / "first.log").read_text()
+        time.sleep(0.05)
+    second = toy(run, *endless, ranks=2)
+    lines = [line for line in second.output.splitlines() if "[toy]" in line or line.startswith("error:")]
+    assert second.returncode == 2 and len(lines) == 1, second.output
+    assert f"{run}: another training runs here: " in lines[0] and f"process {first[0].pid}, since" in lines[0]
+    assert all(rank.is_alive() for rank in first)
+    for rank in first:
+        rank.kill()
+        rank.join()
+    steps = curve(run, "step")
+    assert steps == list(range(1, len(steps) + 1))
+    events = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert set(events) == {"start", "checkpoint"}
+    third = toy(run, "--steps", len(steps) + 6)
+    assert third.returncode == 0 and "resumed at step" in third.output
+    assert "sign of life" not in third.output and "WARNING" not in third.output
 
 
 def test_resume_from_other_initial_weights_is_refused(toy, tmp_path):

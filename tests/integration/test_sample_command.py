@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -250,6 +251,31 @@ def test_other_settings_in_the_same_folder_are_refused(inputs, whole, change, wo
     with pytest.raises(UserError, match=words) as error:
         draw_set(replace(set_config(inputs, whole), **change))
     assert "\n" not in str(error.value) and tree(whole) == before
+
+
+def test_a_source_that_has_changed_is_refused_and_one_that_was_only_touched_is_not(
+    inputs, whole, tmp_path
+) -> None:
+    for name in ("wide.png", "square.png", "prompts.jsonl"):
+        shutil.copyfile(inputs / name, tmp_path / name)
+    config = replace(set_config(inputs, tmp_path / "set"), prompts=tmp_path / "prompts.jsonl")
+    draw_set(config)
+    os.utime(tmp_path / "square.png", (0, 0))
+    (config.out / "result" / "both-1.png").unlink()
+    draw_set(config)
+    assert tree(config.out) == tree(whole), "wherever the prompts and sources stand"
+    Image.open(inputs / "wide.png").transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(tmp_path / "square.png")
+    (config.out / "result" / "both-1.png").unlink()
+    before = tree(config.out)
+    with pytest.raises(UserError, match=r"images of other settings \(sources: ") as error:
+        draw_set(config)
+    assert "\n" not in str(error.value) and tree(config.out) == before
+
+
+def test_a_set_without_edits_is_claimed_as_ever(inputs, tmp_path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    draw_set(replace(set_config(inputs, tmp_path / "set"), prompts=tmp_path / "prompts.txt"))
+    assert "sources" not in json.loads((tmp_path / "set" / "sampling.json").read_text())
 
 
 def command(inputs: Path, *arguments: str, ranks: int = 1) -> list[str]:

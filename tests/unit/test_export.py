@@ -66,13 +66,15 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(model.latent_out.weight, generator=torch.Generator().manual_seed(1))
     (root / "run" / "export").mkdir(parents=True)
     model.save(root / "run" / "export")
-    write_json(root / "run" / "config.json", to_dict(run))
+    write_json(root / "run" / "config.json", to_dict(run.learning("t2i")))
     (root / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
     return root / "run"
 
 
-def run_export(monkeypatch: pytest.MonkeyPatch, run_dir: Path, out: Path, name: str = "me/apples") -> int:
-    words = ["--run", str(run_dir), "--task", "t2i", "--name", name, "--out", str(out)]
+def run_export(
+    monkeypatch: pytest.MonkeyPatch, run_dir: Path, out: Path, *more: str, name: str = "me/apples"
+) -> int:
+    words = ["--run", str(run_dir), "--name", name, "--out", str(out), *more]
     monkeypatch.setattr(sys, "argv", ["export", *words])
     return entry.run(export.main)
 
@@ -224,7 +226,7 @@ def test_an_unfinished_run_and_a_full_folder_are_refused(run_dir, monkeypatch, t
 
 def test_a_name_that_the_hub_would_refuse_is_refused_before(run_dir, monkeypatch, tmp_path, capsys) -> None:
     for name in ("apples", "me/red apples", "me/a/b", ""):
-        assert run_export(monkeypatch, run_dir, tmp_path / "out", name) == 2
+        assert run_export(monkeypatch, run_dir, tmp_path / "out", name=name) == 2
         assert "give OWNER/NAME" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -247,3 +249,35 @@ def test_parts_that_do_not_belong_together_are_not_written(run_dir, monkeypatch,
     assert run_export(monkeypatch, other, tmp_path / "out") == 2
     assert "was trained with another autoencoder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def another_run(run_dir: Path, copy: Path, **changed: object) -> Path:
+    """A copy of the run whose config.json says something else."""
+    shutil.copytree(run_dir, copy)
+    write_json(copy / "config.json", {**json.loads((run_dir / "config.json").read_text()), **changed})
+    return copy
+
+
+def test_the_card_follows_the_task_that_the_run_folder_records(run_dir, monkeypatch, tmp_path) -> None:
+    edit = another_run(run_dir, tmp_path / "run", task="edit")
+    assert run_export(monkeypatch, edit, tmp_path / "folder") == 0
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "pipeline_tag: image-to-image" in card and "pipeline.edit(" in card
+
+
+def test_another_task_than_the_recorded_one_is_refused(run_dir, monkeypatch, tmp_path, capsys) -> None:
+    assert run_export(monkeypatch, run_dir, tmp_path / "folder", "--task", "edit") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--task edit: {run_dir} was trained for t2i" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_a_folder_without_a_record_the_task_is_asked_for(run_dir, monkeypatch, tmp_path, capsys) -> None:
+    old = another_run(run_dir, tmp_path / "run")
+    tree = json.loads((old / "config.json").read_text())
+    del tree["task"]
+    write_json(old / "config.json", tree)
+    assert run_export(monkeypatch, old, tmp_path / "folder") == 2
+    assert "does not say what was trained; give --task t2i or --task edit" in capsys.readouterr().err
+    assert run_export(monkeypatch, old, tmp_path / "folder", "--task", "edit") == 0
+    assert "pipeline_tag: image-to-image" in (tmp_path / "folder" / "README.md").read_text()

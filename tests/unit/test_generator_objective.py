@@ -11,11 +11,13 @@ from torch import Tensor
 from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
 from engine.config import ConfigError, UserError, from_dict, to_dict
+from engine.objective import HISTORY_WINDOWS, LossOutput
+from engine.window import Window
 from generator.embeddings import grid_sinusoids, time_sinusoids
 from generator.flow import draw_times, interpolate, resolve_shift, sampling_times, shift_time, velocity_target
 from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
-from generator.objective import FlowConfig, Preview, build_objective, check_latents, tile
+from generator.objective import FlowConfig, FlowObjective, Preview, build_objective, check_latents, tile
 from generator.sampling import Condition, SamplingConfig
 
 SHAPE = (4, 2, 3)
@@ -238,3 +240,59 @@ def test_configs_refuse_shapes_that_cannot_be_built() -> None:
         GeneratorConfig(CONFIG.backbone, 4, init="qwn")
     with pytest.raises(ConfigError, match="max_side 2 is less"):
         Generator.create(dataclasses.replace(CONFIG, max_side=2), LATENTS, 0)
+
+
+def talking() -> FlowObjective:
+    return build(
+        generator=dataclasses.replace(CONFIG, text_output=True), flow=FlowConfig(text_loss_weight=0.5)
+    )
+
+
+def test_a_text_loss_without_any_text_is_told_once() -> None:
+    objective, silent = talking(), {"loss": 1.0, "samples": 300.0}
+    assert [objective.alarms([silent] * count) for count in (1, 2, 3)] == [[]] * 3
+    (alarm,) = objective.alarms([silent] * 4)
+    assert alarm.startswith("flow.text_loss_weight is 0.5, but none of 1,200 samples marks a text for it")
+    assert objective.alarms([silent] * 5) == []
+    (alarm,) = talking().alarms([{"loss": 1.0, "samples": 2.0}] * HISTORY_WINDOWS)
+    assert "none of 40 samples" in alarm, "small windows do not hide it"
+
+
+def test_rare_text_and_runs_without_a_text_loss_raise_no_alarm() -> None:
+    silent, spoken = {"loss": 1.0, "samples": 900.0}, {"loss": 1.0, "text_loss": 3.0, "samples": 900.0}
+    objective = talking()
+    assert objective.alarms([silent]) == objective.alarms([silent, spoken]) == []
+    assert objective.alarms([silent] * HISTORY_WINDOWS) == [], "the window with text has been forgotten"
+    assert build().alarms([silent] * HISTORY_WINDOWS) == []
+
+
+class OneRank:
+    """The collectives of one rank."""
+
+    world = 1
+
+    def sum(self, values: list[float]) -> list[float]:
+        return values
+
+    def sum_on_device(self, values: Tensor) -> Tensor:
+        return values
+
+
+def test_a_window_without_marked_text_logs_no_text_loss() -> None:
+    objective = talking()
+    learned = build_packed_batch(
+        [[TextSplit([1, 5, 2], loss=True), image(0, noisy=True)]],
+        vision_start_id=28,
+        vision_end_id=29,
+        max_side=4,
+        seed=7,
+        sample_ids=["a"],
+    )
+    for batch, names in ((pack(), {"loss"}), (learned, {"loss", "text_loss"})):
+        window = Window(OneRank())
+        output = objective.loss(batch, 0)
+        window.add("", output, 1.0)
+        window.add("text_", LossOutput(output.further["text"].loss_sum), 1.0)
+        counts = {"": objective.count(batch), "text_": objective.further_counts(batch)["text"]}
+        window.close_step(counts, {"samples": 1.0}, 1.0)
+        assert {name for name in window.read() if name.endswith("loss")} == names

@@ -1,22 +1,21 @@
 """The arithmetic of a step's work, against what PyTorch counts."""
 
 import dataclasses
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
+from engine.memory import TensorBytes
 from generator.heads import DdtHeadConfig
 from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
+from generator.qwen import QWEN2_5_0_5B
 from generator.sizing import PackSize, activation_bytes, forward_flops, training_flops, typical_pack
 
 CONFIG = GeneratorConfig(
@@ -89,16 +88,7 @@ def test_attention_is_counted_over_the_pairs_of_the_mask() -> None:
 
 def test_the_papers_model_is_counted_as_its_parameters_say() -> None:
     """Without attention, a token costs 2 FLOPs for each weight of its expert: 357.8 M in Qwen2.5-0.5B's 24 layers."""
-    backbone = MotConfig(
-        vocab_size=151_936,
-        width=896,
-        num_layers=24,
-        num_heads=14,
-        num_kv_heads=2,
-        head_dim=64,
-        mlp_width=4864,
-    )
-    config = GeneratorConfig(backbone=backbone, max_side=64, text_output=True)
+    config = GeneratorConfig(backbone=QWEN2_5_0_5B, max_side=64, text_output=True)
     size = PackSize(1000, *[0] * 10)
     layer = 896 * 896 * 2 + 896 * 128 * 2 + 3 * 896 * 4864
     assert forward_flops(size, config, 64) == 2 * 1000 * 24 * layer
@@ -232,32 +222,6 @@ def saved_bytes(model: Generator, batch: PackedBatch, *, autocast: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-class Allocated(TorchDispatchMode):
-    """Bytes of all tensors made inside, now and at the most."""
-
-    def __init__(self, known: set[int]) -> None:
-        super().__init__()
-        self.known, self.now, self.peak = known, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
-                self._add(leaf.untyped_storage())
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        address, num_bytes = storage.data_ptr(), storage.nbytes()
-        self.known.add(address)
-        self.now += num_bytes
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, address, num_bytes)
-
-    def _free(self, address: int, num_bytes: int) -> None:
-        self.known.discard(address)
-        self.now -= num_bytes
-
-
 @pytest.mark.usefixtures("flash_in_the_head")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 def test_memory_at_its_fullest_is_what_a_step_allocates(checkpointing) -> None:
@@ -266,8 +230,7 @@ def test_memory_at_its_fullest_is_what_a_step_allocates(checkpointing) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     state = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
-    allocated = Allocated({tensor.untyped_storage().data_ptr() for tensor in state if tensor is not None})
-    with allocated:
+    with TensorBytes(tensor for tensor in state if tensor is not None) as allocated:
         forward(model, batch).sum().backward()
     expected = activation_bytes(
         PackSize.of(batch), WIDE, CHANNELS, precision="fp32", checkpointing=checkpointing
