@@ -113,6 +113,20 @@ class Objective(Protocol):
         """Hashes of what the run was started from (tokenizer, initial weights); compared on resume."""
 
 
+class WithoutAdversary:
+    """The adversary's part of an `Objective` that has none."""
+
+    adversary: nn.Module | None = None
+
+    def adversary_active(self, step: int) -> bool:
+        """There is none."""
+        return False
+
+    def adversary_loss(self, adversary_batch: None, step: int) -> LossOutput:
+        """Never called."""
+        raise AssertionError("this objective has no adversary")
+
+
 class BatchSource(Protocol):
     """The global order of packs, seen from one rank (contract 2).
 

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.packed_batch import PackedBatch
 from data.shards import LatentInfo
@@ -22,7 +22,7 @@ from data.text import TextTokenizer
 from data.transfer import to_device
 from engine.config import UserError, to_dict
 from engine.files import digest, sha256
-from engine.objective import LossOutput, Term
+from engine.objective import LossOutput, Term, WithoutAdversary
 from generator.attention import Backend, choose_backend
 from generator.flow import TimeShift, draw_times, interpolate, resolve_shift, velocity_target
 from generator.model import WEIGHTS_NAME, Generator, GeneratorConfig
@@ -69,10 +69,8 @@ class Preview:
     """The autoencoder's decoder."""
 
 
-class FlowObjective:
+class FlowObjective(WithoutAdversary):
     """Mean squared error on the velocity of noisy latent tokens. Implements engine.objective.Objective."""
-
-    adversary: nn.Module | None = None
 
     def __init__(
         self,
@@ -137,14 +135,6 @@ class FlowObjective:
         loss_sum = (velocity_TC - velocity_target(z_TC, noise_TC)).square().mean(1).sum()
         flops = training_flops(PackSize.of(batch), self.model.config, self.model.latents.shape[0])
         return LossOutput(loss_sum, {"loss": loss_sum.detach()}, further=further, flops=flops)
-
-    def adversary_active(self, step: int) -> bool:
-        """There is none."""
-        return False
-
-    def adversary_loss(self, adversary_batch: None, step: int) -> LossOutput:
-        """Never called: there is no adversary."""
-        raise AssertionError("flow matching has no adversary")
 
     @torch.no_grad()
     def samples(self) -> npt.NDArray[np.uint8] | None:

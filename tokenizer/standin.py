@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from data.images import PixelBatch
 from engine import files
 from engine.config import ConfigError, UserError, to_dict
-from engine.objective import LossOutput
+from engine.objective import LossOutput, WithoutAdversary
 from tokenizer.representation import Representation, RepresentationConfig
 from tokenizer.rpiae import CONFIG_NAME, WEIGHTS_NAME
 from tokenizer.weights import write_tensors
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
         return self.head(f_BDYX.mean(dim=(2, 3))), F.pixel_shuffle(patches, self.patch_px)
 
 
-class IdentityObjective:
+class IdentityObjective(WithoutAdversary):
     """Cross-entropy on the identity and the error of the patches read back; implements engine.objective.Objective.
 
     The head sees the very patch tokens that become f, so that these, not a class token, learn what things
@@ -70,7 +70,6 @@ class IdentityObjective:
     """
 
     name = "standin"
-    adversary: nn.Module | None = None
 
     def __init__(self, config: StandInConfig) -> None:
         self.config = config
@@ -102,14 +101,6 @@ class IdentityObjective:
         correct = (logits.argmax(dim=1) == labels).sum().float()
         terms = {"cross_entropy": cross_entropy.detach(), "pixel_error": pixel_error.detach()}
         return LossOutput(loss_sum, {**terms, "accuracy": correct})
-
-    def adversary_active(self, step: int) -> bool:
-        """There is none."""
-        return False
-
-    def adversary_loss(self, adversary_batch: None, step: int) -> LossOutput:
-        """There is none."""
-        raise AssertionError("the stand-in has no adversary")
 
     def samples(self) -> npt.NDArray[np.uint8] | None:
         """A classifier has nothing to show."""

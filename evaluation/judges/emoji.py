@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.images import PixelBatch
 from engine import config, files
 from engine.config import UserError
-from engine.objective import LossOutput
+from engine.objective import LossOutput, WithoutAdversary
 from evaluation.judges.emoji_network import (
     CELL_PX,
     JudgeConfig,
@@ -103,11 +103,10 @@ class Judge:
         return verdicts
 
 
-class JudgeObjective:
+class JudgeObjective(WithoutAdversary):
     """Trains the judge on PixelBatch with meta[i]["scene"]; implements engine.objective.Objective."""
 
     name = "judge"
-    adversary: nn.Module | None = None
 
     def __init__(self, judge_config: JudgeConfig, classes: SceneClasses) -> None:
         self.config = JudgeExport(judge_config, classes)
@@ -154,14 +153,6 @@ class JudgeObjective:
                 "background_right": background_right,
             },
         )
-
-    def adversary_active(self, step: int) -> bool:
-        """There is none."""
-        return False
-
-    def adversary_loss(self, adversary_batch: None, step: int) -> LossOutput:
-        """There is none."""
-        raise AssertionError("the judge has no adversary")
 
     def samples(self) -> npt.NDArray[np.uint8] | None:
         """A classifier has nothing to show."""

@@ -21,7 +21,7 @@ from data.shards import LatentInfo
 from data.transfer import to_device
 from engine.config import UserError, to_dict
 from engine.files import digest, sha256
-from engine.objective import LossOutput
+from engine.objective import LossOutput, WithoutAdversary
 from generator.class_conditional.alignment import AlignConfig, AlignedGenerator
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import (
@@ -64,11 +64,10 @@ class ClassPreview:
     """The autoencoder's decoder."""
 
 
-class ClassObjective:
+class ClassObjective(WithoutAdversary):
     """Mean squared error on the velocity of latents. Implements engine.objective.Objective."""
 
     name = "class"
-    adversary: nn.Module | None = None
 
     def __init__(
         self,
@@ -125,14 +124,6 @@ class ClassObjective:
             loss_sum = loss_sum + self._aligned.config.weight * alignment
         flops = training_flops(self.generator.config, self.generator.latents.shape, len(z_BCYX))
         return LossOutput(loss_sum, metrics, flops=flops)
-
-    def adversary_active(self, step: int) -> bool:
-        """There is none."""
-        return False
-
-    def adversary_loss(self, adversary_batch: None, step: int) -> LossOutput:
-        """Never called: there is no adversary."""
-        raise AssertionError("flow matching has no adversary")
 
     @torch.no_grad()
     def samples(self) -> npt.NDArray[np.uint8] | None:
