@@ -122,7 +122,8 @@ class ClassObjective(WithoutAdversary):
             alignment = self._aligned.alignment_loss(tokens_BTD, z_BCYX)
             metrics["alignment"] = -alignment.detach()
             loss_sum = loss_sum + self._aligned.config.weight * alignment
-        flops = training_flops(self.generator.config, self.generator.latents.shape, len(z_BCYX))
+        shape, align = self.generator.latents.shape, self._config.align
+        flops = training_flops(self.generator.config, shape, len(z_BCYX), align)
         return LossOutput(loss_sum, metrics, flops=flops)
 
     @torch.no_grad()
