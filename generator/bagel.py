@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from data.shards import LatentInfo
 from engine.config import UserError
 from engine.files import write_json
 from generator.embeddings import grid_sinusoids
+from generator.imported import ImportedGenerator
 from generator.model import Generator, GeneratorConfig
 from generator.qwen import qwen_shape
 from tokenizer.releases.imported import shapes
-from tokenizer.releases.renaming import Report, Translation, check
-from tokenizer.weights import load_exact, read_tensors
+from tokenizer.releases.renaming import Translation, check
+from tokenizer.weights import read_tensors
 
 WEIGHTS = ("ema.safetensors", "model.safetensors")
 """In the order they are looked for: averaged weights are what Bagel's authors evaluate."""
@@ -60,29 +61,7 @@ def bagel_name(ours: str) -> str:
     return f"language_model.model.layers.{index}.{place}{module}{_SUFFIX[expert]}.{path}"
 
 
-@dataclasses.dataclass(frozen=True)
-class ImportedGenerator:
-    """A generator from a checkpoint with Bagel's names."""
-
-    report: Report
-    config: GeneratorConfig
-    latents: LatentInfo
-    tensors: Mapping[str, Tensor]
-    """By our names."""
-
-    def build(self) -> Generator:
-        """On the CPU in fp32; only where the report has no problems."""
-        model = Generator.uninitialised(self.config, self.latents)
-        load_exact(model, self.tensors, where="Bagel's weights")
-        return model
-
-    def write(self, folder: Path) -> str:
-        """Saves it into an existing folder and says what it is."""
-        self.build().save(folder)
-        return f"generator of latents {'x'.join(map(str, self.latents.shape))}"
-
-
-def import_bagel(folder: Path, latents: LatentInfo) -> ImportedGenerator:
+def import_bagel(folder: Path, latents: LatentInfo) -> ImportedGenerator[Generator]:
     """Reads a folder of Bagel's. `latents`: what the generator will draw; its channels must be the checkpoint's.
 
     An LM head that differs from the embedding is kept as one of its own. Raises UserError: a file is missing or
@@ -119,7 +98,7 @@ def import_bagel(folder: Path, latents: LatentInfo) -> ImportedGenerator:
     notes += ["the LM head is the text embedding" if tied else "the LM head is kept as a matrix of its own"]
     report = dataclasses.replace(report, notes=tuple(notes))
     tensors = {} if report.problems else translation.assemble(theirs, ours)
-    return ImportedGenerator(report, config, latents, tensors)
+    return ImportedGenerator(report, "generator", partial(Generator.uninitialised, config, latents), tensors)
 
 
 def export_bagel(model: Generator, folder: Path) -> None:

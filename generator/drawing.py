@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,12 @@ def check_interval(interval: tuple[float, float]) -> None:
     low, high = interval
     if not 0 <= low < high <= 1:
         raise ConfigError(f"guidance_interval is {low} to {high}; give two times, 0 <= first < second <= 1")
+
+
+def check_scale(name: str, scale: float) -> None:
+    """Raises ConfigError naming the field: not a finite number."""
+    if not math.isfinite(scale):
+        raise ConfigError(f"{name} is {scale}; give a number")
 
 
 def is_guided(t: float, interval: tuple[float, float]) -> bool:

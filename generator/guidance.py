@@ -5,7 +5,6 @@ Shape suffixes: S samples, B branches, P latent tokens of one image (Y * X), C l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ConfigError
-from generator.drawing import check_interval, is_guided
+from generator.drawing import check_interval, check_scale, is_guided
 
 Branch = Literal["none", "source", "full"]
 """What a velocity knows: nothing, the source images, or sources and text."""
@@ -45,8 +44,7 @@ class GuidanceConfig:
     def __post_init__(self) -> None:
         check_interval(self.guidance_interval)
         for name in ("text_guidance", "source_guidance"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"{name} is {getattr(self, name)}; give a number")
+            check_scale(name, getattr(self, name))
         if not 0 <= self.renorm_min <= 1:
             raise ConfigError(f"renorm_min is {self.renorm_min}; give a factor from 0 to 1")
 

@@ -13,11 +13,12 @@ from engine.engine_config import EngineConfig
 from engine.memory import StateBytes
 from engine.spans import PEAK_FLOPS
 from generator.class_conditional import sizing as class_sizing
+from generator.class_conditional.alignment import AlignedGenerator
 from generator.class_conditional.model import new_generator
 from generator.model import Generator
 from generator.sizing import activation_bytes, training_flops, typical_pack
 from launch.runs import ClassRun, GeneratorRun, TokenizerRun
-from launch.stage_size import PhaseSize, count_parameters, stage_size
+from launch.stage_size import PhaseSize, count_parameters, num_parameters, stage_size
 
 TEXT_TOKENS = 102
 """Of a caption of 100 tokens, where nothing has been counted yet."""
@@ -72,6 +73,8 @@ class Plan:
     num_streams: int
     recomputing: float = 1.0
     """Executed products over those in `phases` (activation checkpointing)."""
+    num_unexported: int = 0
+    """Parameters that only the training needs."""
 
     @property
     def num_trained(self) -> int:
@@ -170,7 +173,7 @@ class Plan:
 
     def export_bytes(self) -> int:
         """Of the export: averaged weights, whole."""
-        return self.num_parameters * (2 if self.engine.precision == "bf16" else 4)
+        return (self.num_parameters - self.num_unexported) * (2 if self.engine.precision == "bf16" else 4)
 
 
 def generator_plan(run: GeneratorRun, shape: tuple[int, int, int], *, is_edit: bool) -> Plan:
@@ -212,16 +215,28 @@ def generator_plan(run: GeneratorRun, shape: tuple[int, int, int], *, is_edit: b
 
 def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
     """Of class-conditional generation on latents of `shape`."""
+    align = run.flow.align
     with torch.device("meta"):
         model = new_generator(run.generator, untrained_latents(shape))
+        aligned = None if align is None else AlignedGenerator(model, align, run.engine.seed)
     trained, frozen = count_parameters(model)
     trained["positions"], frozen["positions"] = 0, model.pos_embed.numel()
+    num_unexported = 0
+    if aligned is not None:
+        num_unexported = num_parameters(aligned.projection)
+        trained["projection"], frozen["projection"] = num_unexported, 0
     streams, is_checkpointed = run.data.num_streams, run.flow.activation_checkpointing
     pack_images = run.packing.images_per_pack
     activations = class_sizing.activation_bytes(
-        run.generator, shape, pack_images, precision=run.engine.precision, checkpointing=is_checkpointed
+        run.generator,
+        shape,
+        pack_images,
+        precision=run.engine.precision,
+        checkpointing=is_checkpointed,
+        num_weights=sum(trained.values()),
+        align=align,
     )
-    flops = class_sizing.training_flops(run.generator, shape, pack_images)
+    flops = class_sizing.training_flops(run.generator, shape, pack_images, align)
     return Plan(
         trained=trained,
         frozen=frozen,
@@ -235,6 +250,7 @@ def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
         engine=run.engine,
         num_streams=streams,
         recomputing=4 / 3 if is_checkpointed else 1.0,
+        num_unexported=num_unexported,
     )
 
 

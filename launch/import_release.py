@@ -8,8 +8,11 @@ from pathlib import Path
 from data.shards import LatentInfo, ShardDataset
 from engine import files
 from engine.config import UserError, load
-from generator.bagel import ImportedGenerator, import_bagel
-from generator.class_conditional.published import ImportedClassGenerator, import_dit
+from generator.bagel import import_bagel
+from generator.class_conditional.model import ClassGenerator
+from generator.class_conditional.published import import_dit
+from generator.imported import ImportedGenerator
+from generator.model import Generator
 from launch import entry
 from tokenizer.releases.imported import Imported
 from tokenizer.releases.kl import import_diffusers, import_va_vae
@@ -50,11 +53,11 @@ def _va_vae(arguments: argparse.Namespace) -> Imported:
     return import_va_vae(arguments.source, arguments.image_px)
 
 
-def _bagel(arguments: argparse.Namespace) -> ImportedGenerator:
+def _bagel(arguments: argparse.Namespace) -> ImportedGenerator[Generator]:
     return import_bagel(arguments.source, _latents(arguments.latents))
 
 
-def _dit(arguments: argparse.Namespace) -> ImportedClassGenerator:
+def _dit(arguments: argparse.Namespace) -> ImportedGenerator[ClassGenerator]:
     return import_dit(arguments.source, _latents(arguments.latents))
 
 
@@ -65,7 +68,8 @@ def _latents(directory: str) -> LatentInfo:
     return latents
 
 
-IMPORTS: dict[str, Callable[[argparse.Namespace], Imported | ImportedGenerator | ImportedClassGenerator]] = {
+AnyImport = Imported | ImportedGenerator[Generator] | ImportedGenerator[ClassGenerator]
+IMPORTS: dict[str, Callable[[argparse.Namespace], AnyImport]] = {
     "rpiae": _rpiae,
     "rae": _rpiae,
     "diffusers": _diffusers,

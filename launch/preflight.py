@@ -21,6 +21,7 @@ TITLES = {
     "tokenizer": "a stage of the tokenizer",
     "t2i": "text-to-image (an editing run sets packing.source_dropout)",
     "edit": "editing (packing.source_dropout is set)",
+    "class": "class-conditional generation",
 }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from data.shards import ShardDataset
 from engine.config import UserError
@@ -13,27 +14,35 @@ from launch.estimate import (
     GIB,
     PEAK,
     Plan,
+    class_plan,
     generator_plan,
     latent_shape,
     tokenizer_plan,
     untrained_latents,
 )
-from launch.run_kinds import Task
-from launch.runs import GeneratorRun, TokenizerRun
+from launch.run_kinds import Run, Task
+from launch.runs import ClassRun, GeneratorRun, TokenizerRun
 
-Run = TokenizerRun | GeneratorRun
+RunT = TypeVar("RunT", bound=Run)
 STAGES = (1, 2, 3)
 TOKEN_STEP = 256  # what a smaller pack is rounded to, where there are so many
+IMAGENET_CLASSES, IMAGENET_IMAGES = 1_000, 1_281_167
+PACKS: dict[type[Run], tuple[str, str]] = {
+    TokenizerRun: ("pixels", "images_per_pack"),
+    GeneratorRun: ("packing", "tokens_per_pack"),
+    ClassRun: ("packing", "images_per_pack"),
+}
+"""Section and field of the size of a pack."""
+CHECKPOINTING = "activation_checkpointing"
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """A run, its plan, and how to plan it again after a change."""
+    """A run and its plan."""
 
     task: Task
     run: Run
     plan: Plan
-    replan: Callable[[Run], Plan]
     shape: tuple[int, int, int] | None
     """Latents of a generator."""
     note: str = ""
@@ -41,49 +50,52 @@ class Preflight:
     @property
     def pack_key(self) -> str:
         """The config's size of a pack."""
-        return "packing.tokens_per_pack" if isinstance(self.run, GeneratorRun) else "pixels.images_per_pack"
+        return ".".join(PACKS[type(self.run)])
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Of a pack; others count images."""
+        return self.pack_key.endswith(".tokens_per_pack")
 
     @property
     def checkpointing_key(self) -> str:
         """The config's switch."""
-        section = "flow" if isinstance(self.run, GeneratorRun) else "stage"
-        return f"{section}.activation_checkpointing"
+        return f"{self._trained}.{CHECKPOINTING}"
 
-    def with_pack(self, units: int) -> Run:
-        """The run with packs of so many tokens or images."""
-        if isinstance(self.run, GeneratorRun):
-            return dataclasses.replace(
-                self.run, packing=dataclasses.replace(self.run.packing, tokens_per_pack=units)
-            )
-        return dataclasses.replace(
-            self.run, pixels=dataclasses.replace(self.run.pixels, images_per_pack=units)
-        )
+    def with_pack(self, units: int) -> Plan:
+        """With packs of so many tokens or images."""
+        section, field = PACKS[type(self.run)]
+        return _plan(self.task, _changed(self.run, section, field, units), self.shape)
 
-    def with_checkpointing(self) -> Run | None:
-        """The run with activation checkpointing; None where it has it."""
-        if isinstance(self.run, GeneratorRun):
-            flow = dataclasses.replace(self.run.flow, activation_checkpointing=True)
-            return None if flow == self.run.flow else dataclasses.replace(self.run, flow=flow)
-        stage = dataclasses.replace(self.run.stage, activation_checkpointing=True)
-        return None if stage == self.run.stage else dataclasses.replace(self.run, stage=stage)
+    def with_checkpointing(self) -> Plan | None:
+        """With activation checkpointing; None where the run has it."""
+        changed = _changed(self.run, self._trained, CHECKPOINTING, True)
+        return None if changed == self.run else _plan(self.task, changed, self.shape)
+
+    @property
+    def _trained(self) -> str:
+        """The config's section of what is trained."""
+        return "stage" if isinstance(self.run, TokenizerRun) else "flow"
 
 
 def plan_run(task: Task, run: Run) -> Preflight:
     """The arithmetic of a run. Raises UserError: an earlier stage's export that is not there."""
+    shape, note = (None, "") if isinstance(run, TokenizerRun) else latent_shape(run)
+    return Preflight(task, run, _plan(task, run, shape), shape, note)
+
+
+def _plan(task: Task, run: Run, shape: tuple[int, int, int] | None) -> Plan:
     if isinstance(run, TokenizerRun):
-        return Preflight(task, run, tokenizer_plan(run), _tokenizer_again, None)
-    shape, note = latent_shape(run)
-
-    def again(changed: Run) -> Plan:
-        assert isinstance(changed, GeneratorRun)
-        return generator_plan(changed, shape, is_edit=task == "edit")
-
-    return Preflight(task, run, again(run), again, shape, note)
+        return tokenizer_plan(run)
+    assert shape is not None
+    if isinstance(run, ClassRun):
+        return class_plan(run, shape)
+    return generator_plan(run, shape, is_edit=task == "edit")
 
 
-def _tokenizer_again(changed: Run) -> Plan:
-    assert isinstance(changed, TokenizerRun)
-    return tokenizer_plan(changed)
+def _changed(run: RunT, section: str, field: str, value: Any) -> RunT:
+    """A copy with one field of a section set."""
+    return dataclasses.replace(run, **{section: dataclasses.replace(getattr(run, section), **{field: value})})
 
 
 def report(preflight: Preflight, *, num_gpus: int, gpu_gib: float, mfu: float) -> str:
@@ -114,7 +126,7 @@ def remedies(preflight: Preflight, num_gpus: int, gpu_gib: float) -> list[str]:
     ]
     checkpointed = preflight.with_checkpointing()
     if checkpointed is not None:
-        peak = preflight.replan(checkpointed).peak(num_gpus)
+        peak = checkpointed.peak(num_gpus)
         fits = "" if peak <= limit else ", still too much alone"
         lines.append(f"{preflight.checkpointing_key}=true: {peak / GIB:.1f} GiB{fits}")
     smaller = _smaller_pack(preflight, num_gpus, limit)
@@ -134,14 +146,13 @@ def remedies(preflight: Preflight, num_gpus: int, gpu_gib: float) -> list[str]:
 def _smaller_pack(preflight: Preflight, num_gpus: int, limit: float) -> tuple[int, float] | None:
     """The largest pack that fits, and its peak; it still holds a sample."""
     plan = preflight.plan
-    is_generator = isinstance(preflight.run, GeneratorRun)
-    least = -(-plan.num_tokens // plan.num_images) if is_generator else 1
+    least = -(-plan.num_tokens // plan.num_images) if preflight.counts_tokens else 1
     room = limit - plan.peak(num_gpus) + plan.activations
     units = min(int(plan.pack_units * room / plan.activations), plan.pack_units - 1)
     while units >= least:
-        if is_generator and units > TOKEN_STEP:
+        if preflight.counts_tokens and units > TOKEN_STEP:
             units -= units % TOKEN_STEP
-        peak = preflight.replan(preflight.with_pack(units)).peak(num_gpus)
+        peak = preflight.with_pack(units).peak(num_gpus)
         if peak <= limit:
             return units, peak
         units = min(int(units * 0.9), units - 1)
@@ -208,7 +219,9 @@ def _storage(preflight: Preflight) -> Iterator[str]:
         f"  checkpoints: {one / GIB:.2f} GiB each, {keep} kept, one more while it is written: "
         f"{one * (keep + 1) / GIB:.1f} GiB; a save every {plan.engine.checkpoint_every_steps:,} steps"
     )
-    yield f"  export: {plan.export_bytes() / GIB:.2f} GiB"
+    count = max(1, len(plan.engine.ema_decays)) + len(plan.engine.export_at_steps)
+    several = f" each, {count} of them" if count > 1 else ""
+    yield f"  export: {plan.export_bytes() / GIB:.2f} GiB{several}"
 
 
 def _shards(preflight: Preflight, shards: str) -> str:
@@ -217,11 +230,15 @@ def _shards(preflight: Preflight, shards: str) -> str:
     except UserError:
         if preflight.shape is None:
             return "unknown, they are not there, and the size of the image files is nowhere in the config"
-        num_images = 2 if preflight.task == "edit" else 1
-        each = num_images * untrained_latents(preflight.shape).num_bytes
+        each = (2 if preflight.task == "edit" else 1) * untrained_latents(preflight.shape).num_bytes
+        count, whose, beside = 1_000_000, "a million", "texts apart"
+        if isinstance(preflight.run, ClassRun):
+            beside = "with their mirror images twice that"
+            if preflight.run.generator.num_classes == IMAGENET_CLASSES:
+                count, whose = IMAGENET_IMAGES, f"ImageNet's {IMAGENET_IMAGES:,}"
         return (
-            f"unknown, they are not there; in bf16 the latents of a sample take {each / 1024:.0f} KiB, of a million "
-            f"{1e6 * each / GIB:.0f} GiB, texts apart"
+            f"unknown, they are not there; in bf16 the latents of a sample take {each / 1024:.0f} KiB, of {whose} "
+            f"{count * each / GIB:.0f} GiB, {beside}"
         )
     total = sum(entry.num_bytes for entry in manifest.shards)
     return f"{total / GIB:.2f} GiB, {manifest.num_samples:,} samples"

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -15,12 +16,14 @@ from engine.config import UserError
 from engine.distributed import Ranks
 from engine.objective import Batch, BatchSource, Objective
 from engine.rehearsal import Meter, OutOfMemoryError, rehearse
+from generator.class_conditional.objective import ClassPreview, build_class_objective, spread_labels
+from generator.drawing import DrawingConfig
 from generator.model import Generator
 from generator.objective import Decode, FlowObjective, Preview
 from launch import synthetic
 from launch.estimate import GIB, INSTRUCTION_TOKENS, TEXT_TOKENS, Plan, untrained_latents
 from launch.preflight_report import Preflight, remedies
-from launch.runs import GeneratorRun, TokenizerRun
+from launch.runs import ClassRun, GeneratorRun, TokenizerRun
 from launch.stage_size import in_phases
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import CONFIG_NAME
@@ -30,6 +33,9 @@ MAX_PACKS = 2
 """Of a rank and step: more than one accumulate gradients, and further ones add nothing."""
 PREVIEW_STEPS = 4  # of the solver: more take longer, not more memory
 Build = Callable[[], Objective]
+Parts = tuple[Build, Callable[[int], Batch], str]
+"""How the objective is built, the pack of a stream, and a line about both."""
+SamplingT = TypeVar("SamplingT", bound=DrawingConfig)
 
 
 def execute(preflight: Preflight, *, gpu_gib: float) -> None:
@@ -44,10 +50,11 @@ def execute(preflight: Preflight, *, gpu_gib: float) -> None:
         steps=1 + len(plan.phases),
         log_every_steps=1,
         sample_every_steps=0,
+        export_at_steps=(),
         on_alarm="warn",
         wandb="disabled",
     )
-    build, pack, note = _tokenizer(run) if isinstance(run, TokenizerRun) else _generator(preflight, run)
+    build, pack, note = _parts(preflight)
     streams = range(ranks.rank, packs * ranks.world, ranks.world)
 
     def open_source() -> BatchSource:
@@ -102,8 +109,14 @@ def _compared(name: str, estimate: float, measured: float) -> str:
     return f"  {name:32s} estimate {estimate / GIB:9.3f} GiB  measured {measured / GIB:9.3f} GiB  error {error:+.1f} %"
 
 
-def _tokenizer(run: TokenizerRun) -> tuple[Build, Callable[[int], Batch], str]:
-    """How the objective is built, the pack of a stream, and a line about both."""
+def _parts(preflight: Preflight) -> Parts:
+    run = preflight.run
+    if isinstance(run, TokenizerRun):
+        return _tokenizer(run)
+    return _class(preflight, run) if isinstance(run, ClassRun) else _generator(preflight, run)
+
+
+def _tokenizer(run: TokenizerRun) -> Parts:
     preview = synthetic.pixels(run.num_preview_images, run.pixels.image_px) if run.preview_shards else None
     return (
         lambda: build_untrained(in_phases(run.stage), preview),
@@ -112,12 +125,12 @@ def _tokenizer(run: TokenizerRun) -> tuple[Build, Callable[[int], Batch], str]:
     )
 
 
-def _generator(preflight: Preflight, run: GeneratorRun) -> tuple[Build, Callable[[int], Batch], str]:
-    assert preflight.shape is not None and preflight.task != "tokenizer"
+def _generator(preflight: Preflight, run: GeneratorRun) -> Parts:
+    assert preflight.shape is not None and (preflight.task == "t2i" or preflight.task == "edit")
     task, shape, is_edit = preflight.task, preflight.shape, preflight.task == "edit"
     text = synthetic.SyntheticText(run.generator.backbone.vocab_size)
     text_tokens = INSTRUCTION_TOKENS if is_edit else TEXT_TOKENS
-    decode, note = _decoder(run)
+    decode, note = _decoder(run.autoencoder if run.preview_shards is not None else None)
 
     def build() -> Objective:
         config = dataclasses.replace(run.generator, init="random")
@@ -125,7 +138,6 @@ def _generator(preflight: Preflight, run: GeneratorRun) -> tuple[Build, Callable
         model = Generator.create(config, latents, run.engine.seed)
         preview = None
         if decode is not None:
-            steps = min(PREVIEW_STEPS, run.preview_sampling.num_steps)
             preview = Preview(
                 synthetic.conditions(
                     shape,
@@ -133,7 +145,7 @@ def _generator(preflight: Preflight, run: GeneratorRun) -> tuple[Build, Callable
                     text_tokens=text_tokens,
                     num_sources=int(is_edit),
                 ),
-                dataclasses.replace(run.preview_sampling, num_steps=steps),
+                _shortened(run.preview_sampling),
                 decode,
             )
         return FlowObjective(task, model, run.flow, text, start="untrained", preview=preview)
@@ -154,13 +166,38 @@ def _generator(preflight: Preflight, run: GeneratorRun) -> tuple[Build, Callable
     return build, pack, f"random weights, latents and texts; {note}"
 
 
-def _decoder(run: GeneratorRun) -> tuple[Decode | None, str]:
+def _class(preflight: Preflight, run: ClassRun) -> Parts:
+    assert preflight.shape is not None
+    shape, num_classes = preflight.shape, run.generator.num_classes
+    decode, note = _decoder(run.autoencoder)
+
+    def build() -> Objective:
+        preview = None
+        if decode is not None:
+            labels = spread_labels(num_classes, run.num_preview_images)
+            preview = ClassPreview(labels, _shortened(run.preview_sampling), decode)
+        flow = dataclasses.replace(run.flow, init_from=None)
+        latents = untrained_latents(shape)
+        return build_class_objective(run.generator, flow, latents, seed=run.engine.seed, preview=preview)
+
+    def pack(stream: int) -> Batch:
+        images = run.packing.images_per_pack
+        return synthetic.class_pack(shape, num_images=images, num_classes=num_classes, seed=stream)
+
+    return build, pack, f"random weights, latents and classes; {note}"
+
+
+def _shortened(sampling: SamplingT) -> SamplingT:
+    return dataclasses.replace(sampling, num_steps=min(PREVIEW_STEPS, sampling.num_steps))
+
+
+def _decoder(autoencoder: str | None) -> tuple[Decode | None, str]:
     """What turns previews into pixels, as far as it is there; None: the run draws none."""
-    if run.autoencoder is None or run.preview_shards is None:
+    if autoencoder is None:
         return None, "samples: none, autoencoder or preview_shards is not set"
-    if (Path(run.autoencoder) / CONFIG_NAME).is_file():
-        return load_autoencoder(run.autoencoder).decode, f"samples are decoded by {run.autoencoder}"
-    return _grey, f"samples: {run.autoencoder} is not there, latents are shown in grey"
+    if (Path(autoencoder) / CONFIG_NAME).is_file():
+        return load_autoencoder(autoencoder).decode, f"samples are decoded by {autoencoder}"
+    return _grey, f"samples: {autoencoder} is not there, latents are shown in grey"
 
 
 def _grey(latents: Tensor) -> Tensor:

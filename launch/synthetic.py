@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.class_batch import ClassBatch
 from data.images import PixelBatch, PixelConfig
 from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from engine.objective import Batch
@@ -107,6 +108,13 @@ def latent_pack(
         seed=seed,
         sample_ids=[f"synthetic-{index}" for index in range(num_samples)],
     )
+
+
+def class_pack(shape: tuple[int, int, int], *, num_images: int, num_classes: int, seed: int) -> ClassBatch:
+    """A pack of noise, its images of all classes in turn."""
+    latents = torch.randn((num_images, *shape), generator=torch.Generator().manual_seed(seed))
+    names = tuple(f"synthetic-{index}" for index in range(num_images))
+    return ClassBatch(latents, torch.arange(num_images) % num_classes, names, seed)
 
 
 def conditions(

@@ -168,7 +168,7 @@ def new_generator(config: DitConfig, latents: LatentInfo) -> ClassGenerator:
 
 def create_generator(config: DitConfig, latents: LatentInfo, seed: int) -> ClassGenerator:
     """On the CPU: random from `seed`, velocities exactly zero."""
-    model = _uninitialised(config, latents)
+    model = uninitialised(config, latents)
     generator = torch.Generator().manual_seed(seed)
     init_parts(model, generator, gain=1.0 if config.head is None else HEAD_GAIN)
     with torch.no_grad():
@@ -193,12 +193,12 @@ def load_generator(directory: str | Path) -> ClassGenerator:
             f"{path}: this is not an exported class-conditional generator (kind {tree.get('kind')!r})"
         )
     config = from_dict(DitConfig, tree["generator"], where=str(path))
-    model = _uninitialised(config, from_dict(LatentInfo, tree["latents"], where=str(path)))
+    model = uninitialised(config, from_dict(LatentInfo, tree["latents"], where=str(path)))
     load_exact(model, read_tensors(directory / WEIGHTS_NAME), where=str(directory))
     return model
 
 
-def _uninitialised(config: DitConfig, latents: LatentInfo) -> ClassGenerator:
+def uninitialised(config: DitConfig, latents: LatentInfo) -> ClassGenerator:
     """Allocated but not filled, so that no weight is drawn twice or from the global random state."""
     with torch.device("meta"):
         model = new_generator(config, latents)

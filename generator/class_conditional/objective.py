@@ -6,7 +6,7 @@ Shape suffixes: B images, C latent channels, Y X latent grid.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from data.shards import LatentInfo
 from data.transfer import to_device
 from engine.config import UserError, to_dict
 from engine.files import digest, sha256
-from engine.objective import LossOutput
+from engine.objective import LossOutput, WithoutAdversary
 from generator.class_conditional.alignment import AlignConfig, AlignedGenerator
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import (
@@ -64,11 +64,10 @@ class ClassPreview:
     """The autoencoder's decoder."""
 
 
-class ClassObjective:
+class ClassObjective(WithoutAdversary):
     """Mean squared error on the velocity of latents. Implements engine.objective.Objective."""
 
     name = "class"
-    adversary: nn.Module | None = None
 
     def __init__(
         self,
@@ -101,10 +100,6 @@ class ClassObjective:
         """Images."""
         return len(batch.sample_ids)
 
-    def further_counts(self, batch: ClassBatch) -> Mapping[str, int]:
-        """There are none."""
-        return {}
-
     def loss(self, batch: ClassBatch, step: int) -> LossOutput:
         """Sum over images of mean_cyx (v - (eps - z))^2; t and eps are drawn from the batch's seed.
 
@@ -123,16 +118,9 @@ class ClassObjective:
             alignment = self._aligned.alignment_loss(tokens_BTD, z_BCYX)
             metrics["alignment"] = -alignment.detach()
             loss_sum = loss_sum + self._aligned.config.weight * alignment
-        flops = training_flops(self.generator.config, self.generator.latents.shape, len(z_BCYX))
+        shape, align = self.generator.latents.shape, self._config.align
+        flops = training_flops(self.generator.config, shape, len(z_BCYX), align)
         return LossOutput(loss_sum, metrics, flops=flops)
-
-    def adversary_active(self, step: int) -> bool:
-        """There is none."""
-        return False
-
-    def adversary_loss(self, adversary_batch: None, step: int) -> LossOutput:
-        """Never called: there is no adversary."""
-        raise AssertionError("flow matching has no adversary")
 
     @torch.no_grad()
     def samples(self) -> npt.NDArray[np.uint8] | None:
@@ -149,10 +137,6 @@ class ClassObjective:
     def export(self, directory: Path) -> None:
         """Writes the generator: model.safetensors and config.json."""
         self.generator.save(directory)
-
-    def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
-        """None are known."""
-        return []
 
     def describe(self) -> list[str]:
         """Size, start, time shift."""

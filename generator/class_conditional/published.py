@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +19,11 @@ from data.shards import LatentInfo
 from engine.config import UserError
 from generator.class_conditional.config import DitConfig, WideHeadConfig
 from generator.class_conditional.layers import position_table, rope_2d
-from generator.class_conditional.model import ClassGenerator, new_generator
+from generator.class_conditional.model import ClassGenerator, new_generator, uninitialised
+from generator.imported import ImportedGenerator
 from tokenizer.releases.checkpoint import read_checkpoint
 from tokenizer.releases.imported import shapes
-from tokenizer.releases.renaming import Report, Translation, check
-from tokenizer.weights import load_exact
+from tokenizer.releases.renaming import Translation, check
 
 ROPES = {"feat_rope": "backbone", "enc_feat_rope": "backbone", "dec_feat_rope": "head"}
 TABLES = ("freqs_cos", "freqs_sin")
@@ -30,30 +31,7 @@ TOLERANCE = 1e-4
 """Of the stored tables: their sines are taken of angles in another precision."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ImportedClassGenerator:
-    """A class-conditional generator from a published checkpoint."""
-
-    report: Report
-    config: DitConfig
-    latents: LatentInfo
-    tensors: Mapping[str, Tensor]
-
-    def build(self) -> ClassGenerator:
-        """On the CPU in fp32; only where the report has no problems."""
-        with torch.device("meta"):
-            model = new_generator(self.config, self.latents)
-        model = model.to_empty(device="cpu")
-        load_exact(model, self.tensors, where="the published weights")
-        return model
-
-    def write(self, folder: Path) -> str:
-        """Saves it into an existing folder and says what it is."""
-        self.build().save(folder)
-        return f"class-conditional generator of latents {'x'.join(map(str, self.latents.shape))}"
-
-
-def import_dit(source: str | Path, latents: LatentInfo) -> ImportedClassGenerator:
+def import_dit(source: str | Path, latents: LatentInfo) -> ImportedGenerator[ClassGenerator]:
     """Reads a checkpoint. `latents`: what the generator draws, of a latent data set's manifest.
 
     Raises UserError: not such a checkpoint, a number of heads that nothing tells, tables that are not the fixed ones.
@@ -81,7 +59,12 @@ def import_dit(source: str | Path, latents: LatentInfo) -> ImportedClassGenerato
         f"{config.num_layers} layers of width {config.width}, {config.num_heads} heads; head {config.head}",
     )
     filled = {} if report.problems else {name: tensors[name].float() for name in ours}
-    return ImportedClassGenerator(dataclasses.replace(report, notes=notes), config, latents, filled)
+    return ImportedGenerator(
+        dataclasses.replace(report, notes=notes),
+        "class-conditional generator",
+        partial(uninitialised, config, latents),
+        filled,
+    )
 
 
 def _shape(tensors: Mapping[str, Tensor], ropes: Mapping[str, list[Tensor]], where: str) -> DitConfig:

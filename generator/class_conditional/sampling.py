@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from generator.class_conditional.model import ClassGenerator
-from generator.drawing import DrawingConfig, check_interval, draw_noise, is_guided
+from generator.drawing import DrawingConfig, check_interval, check_scale, draw_noise, is_guided
 from generator.flow import resolve_shift, sampling_times
 from generator.model import unnormalise
 from generator.solvers import integrate
@@ -32,6 +32,7 @@ class ClassSamplingConfig(DrawingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_scale("guidance", self.guidance)
         check_interval(self.guidance_interval)
 
 

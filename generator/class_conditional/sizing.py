@@ -5,14 +5,26 @@ Symbols: B images, T tokens of an image, D width, W head width, C latent channel
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from generator.class_conditional.alignment import AlignConfig
 from generator.class_conditional.config import DitConfig, mlp_width
 from generator.class_conditional.layers import TIME_FREQUENCIES
 from generator.sizing import BACKWARD, FP32_BYTES
 
+LATENTS = 6
+"""Tensors like the batch's latents when the loss is taken: clean, noise, noisy, velocity, target, difference."""
 
-def training_flops(config: DitConfig, shape: tuple[int, int, int], num_images: int) -> float:
+
+def training_flops(
+    config: DitConfig, shape: tuple[int, int, int], num_images: int, align: AlignConfig | None = None
+) -> float:
     """Forward and backward pass of so many images; `shape`: of their latents, C, Y, X."""
-    return (1.0 + BACKWARD) * forward_flops(config, shape, num_images)
+    work = forward_flops(config, shape, num_images)
+    if align is not None:
+        tokens, inner = num_images * num_tokens(config, shape), align.width
+        work += 2.0 * tokens * inner * (config.width + inner + shape[0] * config.patch**2)
+    return (1.0 + BACKWARD) * work
 
 
 def forward_flops(config: DitConfig, shape: tuple[int, int, int], num_images: int) -> float:
@@ -44,44 +56,75 @@ def _block(tokens: int, width: int, num_conditions: int) -> int:
 
 
 def activation_bytes(
-    config: DitConfig, shape: tuple[int, int, int], num_images: int, *, precision: str, checkpointing: bool
+    config: DitConfig,
+    shape: tuple[int, int, int],
+    num_images: int,
+    *,
+    precision: str,
+    checkpointing: bool,
+    num_weights: int,
+    align: AlignConfig | None = None,
 ) -> int:
     """What a batch holds on a GPU at its fullest, in tensors that a fused attention and the other layers save.
 
-    `checkpointing`: every block keeps its input, one block is there as a whole.
+    That is at the end of the forward pass or at the start of the backward pass. `precision`: EngineConfig's.
+    `checkpointing`: every block keeps its input, one block at a time is there as a whole. `num_weights`: of which
+    autocast of fp32 keeps bf16 copies: till the backward pass, with `checkpointing` till the forward pass or one block
+    is done.
     """
     tokens, product = num_images * num_tokens(config, shape), FP32_BYTES if precision == "fp32" else 2
-    head = config.head
-    stacks = [(config.width, config.num_heads, config.num_layers, False)]
-    if head is not None:
-        stacks.append((head.width, head.num_heads, head.num_layers, True))
-    whole = [
-        (_block_bytes(width, heads, config.qk_norm, product, per_token), width, layers)
-        for width, heads, layers, per_token in stacks
-    ]
-    layers = sum(block * layers for block, _, layers in whole)
-    if checkpointing:
-        kept = sum(FP32_BYTES * width * layers for _, width, layers in whole)
-        layers = kept + max(block for block, _, _ in whole)
-    return tokens * (layers + _end_bytes(config, product))
+    is_cast, values = precision == "bf16_autocast", shape[0] * config.patch**2
+    stacks = [_Stack(config.width, config.num_heads, config.num_layers, is_head=False)]
+    if config.head is not None:
+        head = config.head
+        stacks.append(_Stack(head.width, head.num_heads, head.num_layers, is_head=True))
+    behind = _end_bytes(config, product) + values * (LATENTS * FP32_BYTES + _cast_bytes(product))
+    if align is not None:
+        behind += _alignment_bytes(config, align, values, product)
+    under_way = _under_way_bytes(config, product) + values * (FP32_BYTES + product)
+    forward, again = tokens * behind + 2 * num_weights * is_cast, tokens * under_way
+    whole = [tokens * stack.token_bytes(config.qk_norm, product) for stack in stacks]
+    if not checkpointing:
+        blocks = sum(block * stack.num_layers for block, stack in zip(whole, stacks, strict=True))
+        return blocks + max(forward, again + 2 * num_weights * is_cast)
+    blocks = tokens * sum(stack.input_bytes(is_cast, product) * stack.num_layers for stack in stacks)
+    largest = max(block + 2 * stack.num_weights * is_cast for block, stack in zip(whole, stacks, strict=True))
+    return blocks + max(forward, largest + again)
 
 
-def _block_bytes(width: int, num_heads: int, qk_norm: bool, product: int, per_token: bool) -> int:
-    """Of one token in one block.
+@dataclass(frozen=True)
+class _Stack:
+    """Blocks of one width."""
 
-    Twice, for attention and MLP: the stream before its norm, the normed values that the scale multiplies, what enters
-    the product, the gated output. Attention: q, k and v as one tensor, q and k turned, the output twice, the
-    log-sum-exp; under autocast q and k once more for their norms. MLP: two wide values, silu of the first, their
-    product. `per_token`: silu of the condition, six modulations, and 1 + scale twice, of every token.
-    """
-    total = 2 * width * (2 * FP32_BYTES + 2 * product) + 2 * FP32_BYTES
-    total += 7 * width * product + FP32_BYTES * num_heads
-    if qk_norm:
-        total += 2 * num_heads * FP32_BYTES + (2 * width * FP32_BYTES if product < FP32_BYTES else 0)
-    total += 4 * mlp_width(width) * product
-    if per_token:
-        total += 9 * width * product
-    return total
+    width: int
+    num_heads: int
+    num_layers: int
+    is_head: bool
+
+    @property
+    def num_weights(self) -> int:
+        """Of one block: q, k, v, out; modulations; MLP."""
+        return 10 * self.width**2 + 3 * self.width * mlp_width(self.width)
+
+    def input_bytes(self, is_cast: bool, product: int) -> int:
+        """Of one token: under autocast fp32, as the positions are; nothing like them is added before a head."""
+        return self.width * (FP32_BYTES if is_cast and not self.is_head else product)
+
+    def token_bytes(self, qk_norm: bool, product: int) -> int:
+        """Of one token in one block.
+
+        Twice, for attention and MLP: the stream before its norm, the normed values that the scale multiplies, what
+        enters the product, the gated output. Attention: q, k and v as one tensor, q and k turned, the output twice, the
+        log-sum-exp; under autocast q and k once more for their norms. MLP: two wide values, silu of the first, their
+        product. In a head: silu of the condition, six modulations, and 1 + scale twice, of every token.
+        """
+        width = self.width
+        total = 2 * width * (2 * FP32_BYTES + 2 * product) + 2 * FP32_BYTES
+        total += 7 * width * product + FP32_BYTES * self.num_heads
+        if qk_norm:
+            total += 2 * self.num_heads * FP32_BYTES + (2 * width * FP32_BYTES if product < FP32_BYTES else 0)
+        total += 4 * mlp_width(width) * product
+        return total + (9 * width * product if self.is_head else 0)
 
 
 def _end_bytes(config: DitConfig, product: int) -> int:
@@ -90,3 +133,23 @@ def _end_bytes(config: DitConfig, product: int) -> int:
     if config.head is None:
         return width * (2 * FP32_BYTES + product)
     return config.head.width * (2 * FP32_BYTES + 5 * product) + width * (FP32_BYTES + product)
+
+
+def _under_way_bytes(config: DitConfig, product: int) -> int:
+    """Of one token: gradients of the stream, of the last MLP's wide values, of a head's condition beside itself."""
+    width = config.width if config.head is None else config.head.width
+    total = 2 * width * FP32_BYTES + mlp_width(width) * product
+    return total if config.head is None else total + 2 * width * product
+
+
+def _alignment_bytes(config: DitConfig, align: AlignConfig, values: int, product: int) -> int:
+    """Of one token: what enters the projection, both inner layers before and behind SiLU, what comes out and the patch
+    that it is compared with, in fp32.
+    """
+    total = (config.width + values) * _cast_bytes(product)
+    return total + 4 * align.width * product + 2 * values * FP32_BYTES
+
+
+def _cast_bytes(product: int) -> int:
+    """Of an fp32 value that enters a product: its copy, if the product is in bf16."""
+    return product if product < FP32_BYTES else 0

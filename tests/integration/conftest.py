@@ -41,6 +41,7 @@ def start_ranks() -> Callable[..., list[multiprocessing.process.BaseProcess]]:
     """Starts a script of tests/integration/scripts on some ranks, forked from a process that imported everything.
 
     start_ranks(script name, arguments, number of ranks, file for stdout and stderr) -> their processes, rank order.
+    Scripts elsewhere by their whole path.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

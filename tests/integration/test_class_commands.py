@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +43,8 @@ from tokenizer.rpiae import Autoencoder, AutoencoderConfig
 
 ROOT = Path(__file__).parents[2]
 NUM_CLASSES = 44
+STEPS_PER_KILL = 6
+StartRanks = Callable[[str, list[str], int, Path], list[BaseProcess]]
 SAMPLING = ClassSamplingConfig(num_steps=3, guidance=2.0, batch_images=3)
 
 
@@ -123,6 +130,15 @@ def curve(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def wait_for_steps(run_dir: Path, steps: int, process: BaseProcess) -> None:
+    """Counts the lines of the log; the last one may be half written."""
+    log, output = run_dir / "metrics.jsonl", run_dir.with_suffix(".log")
+    deadline_s = time.monotonic() + 120
+    while not log.exists() or log.read_bytes().count(b"\n") < steps:
+        assert process.is_alive() and time.monotonic() < deadline_s, output.read_text()[-4000:]
+        time.sleep(0.001)
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
@@ -151,6 +167,47 @@ def test_early_exports_hold_the_averages_of_their_step(finished: Path) -> None:
     exports = [weights(finished / f"export_step_0000000{step}") for step in (2, 4)]
     assert len({*exports, weights(finished / "export")}) == 3
     assert load_generator(finished / "export_step_00000002").config.num_classes == NUM_CLASSES
+
+
+@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_undisturbed_one(
+    num_kills: int, inputs: Path, start_ranks: StartRanks, tmp_path: Path
+) -> None:
+    """SIGKILL, each time after some more steps and a random while; most kills leave a checkpoint half written."""
+    steps = (num_kills + 2) * STEPS_PER_KILL
+    rhythm = [f"engine.steps={steps}", "engine.checkpoint_every_steps=2", "engine.sample_every_steps=5"]
+    rhythm += [f"engine.export_at_steps={list(range(3, steps, 3))}", "engine.keep_checkpoints=2"]
+
+    def start(run_dir: Path) -> BaseProcess:
+        config = ["--config", str(inputs / "class.yaml"), f"run_dir={run_dir}", *rhythm]
+        script = str(ROOT / "launch" / "train_class.py")
+        (process,) = start_ranks(script, config, 1, run_dir.with_suffix(".log"))
+        return process
+
+    draws, killed, undisturbed = random.Random(num_kills), tmp_path / "killed", tmp_path / "undisturbed"
+    unfinished: Counter[str] = Counter()
+    for number in range(1, num_kills + 1):
+        process = start(killed)
+        wait_for_steps(killed, number * STEPS_PER_KILL, process)
+        time.sleep(draws.uniform(0, 0.1))
+        assert process.is_alive()
+        process.kill()
+        process.join()
+        unfinished.update(path.name for path in killed.rglob(".*.tmp"))
+    print(f"{num_kills} kills left unfinished {dict(unfinished)}")
+    for run_dir in (killed, undisturbed):
+        process = start(run_dir)
+        process.join(300)
+        assert process.exitcode == 0, run_dir.with_suffix(".log").read_text()[-4000:]
+    # The first kill may come before the first checkpoint is whole.
+    assert killed.with_suffix(".log").read_text().count("resumed at step") >= num_kills - 1
+    exports = sorted(path.name for path in undisturbed.glob("export*"))
+    assert len(exports) == len(range(3, steps, 3)) + 1
+    assert {name: weights(killed / name) for name in exports} == {
+        name: weights(undisturbed / name) for name in exports
+    }
+    assert tree(killed / "samples") == tree(undisturbed / "samples")
+    assert curve(killed) == curve(undisturbed) and len(curve(killed)) == steps
 
 
 @pytest.mark.slow

