@@ -3,7 +3,8 @@
 import sys
 
 from launch import dry_run, entry
-from launch.runs import ClassRun, train_class
+from launch.runs import ClassRun
+from launch.training import train_class
 
 
 def main() -> None:

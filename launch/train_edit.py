@@ -3,7 +3,8 @@
 import sys
 
 from launch import dry_run, entry
-from launch.runs import GeneratorRun, train_generator
+from launch.runs import GeneratorRun
+from launch.training import train_generator
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ import sys
 from data.sources.emoji import BACKGROUND_NAMES, OBJECT_NAMES
 from evaluation.judges.emoji import JudgeObjective, SceneClasses
 from launch import dry_run, entry
-from launch.runs import JudgeRun, train_on_pixels
+from launch.runs import JudgeRun
+from launch.training import train_on_pixels
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 import sys
 
 from launch import dry_run, entry
-from launch.runs import StandInRun, train_on_pixels
+from launch.runs import StandInRun
+from launch.training import train_on_pixels
 from tokenizer.standin import IdentityObjective
 
 

@@ -3,7 +3,8 @@
 import sys
 
 from launch import dry_run, entry
-from launch.runs import TokenizerRun, train_tokenizer
+from launch.runs import TokenizerRun
+from launch.training import train_tokenizer
 
 
 def main() -> None:

@@ -6,21 +6,19 @@ the images of the last time and the reference's features.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TypeVar
 
 import torch
 
 from data.images import PixelConfig, PixelPacker
 from data.shards import ShardDataset
 from engine import distributed
-from engine.config import ConfigError, UserError
+from engine.config import UserError
 from engine.distributed import Ranks
 from engine.objective import Evaluation
 from evaluation.class_set import draw_classes
@@ -29,87 +27,24 @@ from evaluation.sampled_set import draw_prompts
 from evaluation.stage_set import ROLES, reconstruct_samples
 from generator.class_conditional.objective import ClassObjective
 from generator.class_conditional.pipeline import ClassPipeline
-from generator.class_conditional.sampling import ClassSamplingConfig
+from generator.drawing import DrawingConfig
 from generator.objective import FlowObjective
 from generator.pipeline import Pipeline
 from generator.prompts import read_prompts
-from generator.sampling import SamplingConfig
-from launch.evaluation_options import SUITES, add_suite_options
+from launch.evaluation_config import EvaluationConfig
+from launch.evaluation_options import SUITES
+from launch.runs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.stage_objective import StageObjective
 
 FOLDER = "evaluation"
 WAIT_S = 6 * 3600
 """Ranks wait so long for the first one to score, which can take longer than any step."""
-Option = bool | int | float | str
-DrawSet = Callable[[Path, int, Team], int]
-"""(folder of the image set, step, ranks) -> number of images."""
+DrawSet = Callable[[Path, int, Ranks, Team], None]
+"""Draws an image set: folder, step, this rank and its device, all ranks."""
+SamplingT = TypeVar("SamplingT", bound=DrawingConfig)
 Start = Callable[[Ranks], Evaluation]
 """What is built once the ranks have met."""
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """What is scored, and how often."""
-
-    every_steps: int
-    """Steps between two evaluations; one more follows the last step. Training waits meanwhile."""
-    suites: dict[str, dict[str, Option]]
-    """Suite -> its options, as `launch/evaluate.py SUITE --help` names them, without dashes:
-    {generation: {reference: VIRTUAL_imagenet256_labeled.npz}}.
-    """
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ConfigError(f"every_steps is {self.every_steps}; it must be at least 1")
-        if not self.suites:
-            raise ConfigError("suites: names none; take the section 'evaluation' out, or name one")
-        for suite in self.suites:
-            if suite not in SUITES or suite == "linear":  # which scores an encoder's export, no images
-                known = ", ".join(name for name in SUITES if name != "linear")
-                raise ConfigError(f"suites: '{suite}' is none that a training can run; there are {known}")
-            self.arguments(suite)
-
-    def arguments(self, suite: str) -> argparse.Namespace:
-        """The suite's options as its command line gives them. Raises ConfigError: an unknown one, one missing."""
-        parser = _Strict(prog=suite, add_help=False, allow_abbrev=False)
-        add_suite_options(suite, parser)
-        words = []
-        for name, value in self.suites[suite].items():
-            option = f"--{name.replace('_', '-')}"
-            words += [option] * value if isinstance(value, bool) else [f"{option}={value}"]
-        return parser.parse_args(words)
-
-
-@dataclass(frozen=True)
-class ClassEvaluationConfig(EvaluationConfig):
-    """Of a class-conditional training."""
-
-    num_images: int = 5000
-    """Drawn each time, of all classes together. Published numbers use 50,000."""
-    sampling: ClassSamplingConfig | None = None
-    """How they are drawn; None: as preview_sampling. The time shift is always flow.time_shift."""
-
-
-@dataclass(frozen=True)
-class PromptEvaluationConfig(EvaluationConfig):
-    """Of a text-to-image or editing training."""
-
-    prompts: str
-    """File of prompts or edits (generator/prompts.py; launch/evaluate.py prompts writes those of benchmarks)."""
-    images_per_prompt: int = 1
-    sampling: SamplingConfig | None = None
-    """How they are drawn; None: as preview_sampling. The time shift is always flow.time_shift."""
-
-
-@dataclass(frozen=True)
-class StageEvaluationConfig(EvaluationConfig):
-    """Of a tokenizer's stage."""
-
-    shards: str
-    """Validation images."""
-    num_images: int = 5000
-    """The first ones are reconstructed each time. Published numbers use ImageNet's 50,000."""
 
 
 class TrainingScores:
@@ -122,7 +57,7 @@ class TrainingScores:
         """Collective."""
         self.every_steps = config.every_steps
         self._config, self._folder, self._draw = config, run_dir / FOLDER, draw
-        self._device = ranks.device
+        self._ranks = ranks
         patient = distributed.patient(ranks, WAIT_S)
         self._team = Team(patient.rank, patient.world, patient.barrier, patient.gather)
 
@@ -133,11 +68,11 @@ class TrainingScores:
             for stale in (images, store):
                 shutil.rmtree(stale, ignore_errors=True)
         team.barrier()
-        self._draw(images, step, team)
+        self._draw(images, step, self._ranks, team)
         scores: dict[str, float] = {}
         for name in self._config.suites:
             out = self._folder / f"step_{step:08d}" / name
-            suite = _load(self._config, name, self._folder, str(self._device))
+            suite = _load(self._config, name, self._folder, str(self._ranks.device))
             found = evaluate(suite, images, out, team=team).get("scores", {})
             del suite
             for metric, entry in found.items():
@@ -145,103 +80,69 @@ class TrainingScores:
         team.barrier()
         if team.rank == 0:
             shutil.rmtree(store, ignore_errors=True)  # gigabytes that serve nobody again
-        if self._device.type == "cuda":
+        if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
         return scores
 
 
-def of_class(
-    config: ClassEvaluationConfig,
-    run_dir: str,
-    objective: ClassObjective,
-    autoencoder: str | None,
-    sampling: ClassSamplingConfig,
-    *,
-    bf16: bool,
-) -> Start:
-    """`sampling`: where the config has none. `bf16`: the weights are. Raises UserError: as `check`; no autoencoder."""
+def of_class(run: ClassRun, objective: ClassObjective) -> Start | None:
+    """None where the config asks for no scores. Raises UserError: as `check`; no autoencoder."""
+    config = run.evaluation
+    if config is None:
+        return None
     check(config, ("result",))
-    decoder = _named(autoencoder)
-    shift = sampling.time_shift
-    chosen = dataclasses.replace(config.sampling or sampling, time_shift=shift)
+    autoencoder, sampling = _named(run.autoencoder), _sampling(config.sampling, run.sampling)
 
-    def start(ranks: Ranks) -> Evaluation:
-        def draw(out: Path, step: int, team: Team) -> int:
-            pipeline = ClassPipeline(
-                objective.generator, load_autoencoder(decoder).to(ranks.device), bf16=bf16
-            )
-            number = config.num_images
-            return draw_classes(
-                pipeline, out, chosen, number, drawn_with={"step": step}, team=team, in_step=True
-            )
+    def draw(out: Path, step: int, ranks: Ranks, team: Team) -> None:
+        decoder = load_autoencoder(autoencoder).to(ranks.device)
+        pipeline = ClassPipeline(objective.generator, decoder, bf16=_is_bf16(run))
+        number, made_by = config.num_images, {"step": step}
+        draw_classes(pipeline, out, sampling, number, drawn_with=made_by, team=team, in_step=True)
 
-        return TrainingScores(config, Path(run_dir), ranks, draw)
-
-    return start
+    return lambda ranks: TrainingScores(config, Path(run.run_dir), ranks, draw)
 
 
-def of_prompts(
-    config: PromptEvaluationConfig,
-    run_dir: str,
-    objective: FlowObjective,
-    autoencoder: str | None,
-    sampling: SamplingConfig,
-    *,
-    bf16: bool,
-) -> Start:
+def of_prompts(run: GeneratorRun, objective: FlowObjective) -> Start | None:
     """As `of_class`. Raises UserError: a file of prompts that cannot be read, too."""
-    decoder, prompts = _named(autoencoder), Path(config.prompts)
-    chosen = dataclasses.replace(config.sampling or sampling, time_shift=sampling.time_shift)
+    config = run.evaluation
+    if config is None:
+        return None
+    prompts = Path(config.prompts)
     roles = ("result", "source") if any(prompt.images for prompt in read_prompts(prompts)) else ("result",)
     check(config, roles)
+    autoencoder, sampling = _named(run.autoencoder), _sampling(config.sampling, run.sampling)
 
-    def start(ranks: Ranks) -> Evaluation:
+    def draw(out: Path, step: int, ranks: Ranks, team: Team) -> None:
         def load() -> Pipeline:
-            model = load_autoencoder(decoder).to(ranks.device)
-            return Pipeline(objective.model, model, objective.text_tokenizer, bf16=bf16)
+            decoder = load_autoencoder(autoencoder).to(ranks.device)
+            return Pipeline(objective.model, decoder, objective.text_tokenizer, bf16=_is_bf16(run))
 
-        def draw(out: Path, step: int, team: Team) -> int:
-            number = config.images_per_prompt
-            return draw_prompts(
-                load, prompts, out, chosen, number, drawn_with={"step": step}, team=team, in_step=True
-            )
+        number, made_by = config.images_per_prompt, {"step": step}
+        draw_prompts(load, prompts, out, sampling, number, drawn_with=made_by, team=team, in_step=True)
 
-        return TrainingScores(config, Path(run_dir), ranks, draw)
-
-    return start
+    return lambda ranks: TrainingScores(config, Path(run.run_dir), ranks, draw)
 
 
-def of_stage(
-    config: StageEvaluationConfig,
-    run_dir: str,
-    objective: StageObjective,
-    pixels: PixelConfig,
-    *,
-    bf16: bool,
-) -> Start:
-    """Images are fitted as launch/reconstruct.py fits them. Raises UserError: as `check`; no such shards, latents."""
+def of_stage(run: TokenizerRun, objective: StageObjective) -> Start | None:
+    """As `of_class`; images are fitted as launch/reconstruct.py fits them. Raises UserError: as `check`; no such
+    shards, or shards of latents.
+    """
+    config = run.evaluation
+    if config is None:
+        return None
     check(config, ROLES)
     dataset = ShardDataset.open(config.shards)
-    fitted = PixelConfig(pixels.images_per_pack, pixels.image_px)
-    PixelPacker(fitted).lengths(dataset)
+    pixels = PixelConfig(run.pixels.images_per_pack, run.pixels.image_px)
+    PixelPacker(pixels).lengths(dataset)
 
-    def start(ranks: Ranks) -> Evaluation:
-        def draw(out: Path, step: int, team: Team) -> int:
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16):
-                return reconstruct_samples(
-                    objective.model,
-                    dataset,
-                    fitted,
-                    out,
-                    config.num_images,
-                    drawn_with={"step": step},
-                    team=team,
-                    in_step=True,
-                )
+    def draw(out: Path, step: int, ranks: Ranks, team: Team) -> None:
+        number, made_by = config.num_images, {"step": step}
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=_is_bf16(run)):
+            reconstruct_samples(
+                objective.model, dataset, pixels, out, number, drawn_with=made_by, team=team, in_step=True
+            )
 
-        return TrainingScores(config, Path(run_dir), ranks, draw)
-
-    return start
+    return lambda ranks: TrainingScores(config, Path(run.run_dir), ranks, draw)
 
 
 def check(config: EvaluationConfig, roles: Sequence[str]) -> None:
@@ -263,9 +164,14 @@ def _load(config: EvaluationConfig, name: str, folder: Path, device: str) -> Sui
     return SUITES[name](arguments, device)
 
 
-class _Strict(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"suites: {self.prog}: {message}; see launch/evaluate.py {self.prog} --help")
+def _sampling(chosen: SamplingT | None, default: SamplingT) -> SamplingT:
+    """The time shift is always the training's."""
+    return default if chosen is None else dataclasses.replace(chosen, time_shift=default.time_shift)
+
+
+def _is_bf16(run: PixelRun | GeneratorRun | ClassRun) -> bool:
+    """Whether the weights are, so that nothing else will do."""
+    return run.engine.precision == "bf16"
 
 
 def _named(autoencoder: str | None) -> str:

@@ -20,7 +20,7 @@ from data.sources.emoji import EmojiConfig, EmojiSource
 from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import config
 from generator.model import Generator
-from launch import entry, runs
+from launch import entry, training
 from launch.run_kinds import read_run
 from launch.runs import GeneratorRun, TokenizerRun
 from tokenizer.bridge import BridgeConfig
@@ -350,7 +350,7 @@ def test_grids_are_drawn_under_the_time_shift_of_the_training(inputs, tmp_path) 
     run = config.load(GeneratorRun, QUICKSTART / "t2i.yaml", [*overrides, "preview_sampling.time_shift=auto"])
     latents = ShardDataset.open(inputs / "latents").manifest.latent
     assert latents is not None
-    preview = runs._preview(run, load_text_tokenizer(run.text_tokenizer), latents)
+    preview = training._preview(run, load_text_tokenizer(run.text_tokenizer), latents)
     assert preview is not None and preview.sampling.time_shift == 3
 
 

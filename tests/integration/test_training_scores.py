@@ -28,13 +28,9 @@ from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
 from generator.objective import FlowConfig, FlowObjective
 from generator.sampling import SamplingConfig
-from launch.training_scores import (
-    PromptEvaluationConfig,
-    StageEvaluationConfig,
-    check,
-    of_prompts,
-    of_stage,
-)
+from launch.evaluation_config import PromptEvaluationConfig, StageEvaluationConfig
+from launch.runs import GeneratorRun, TokenizerRun
+from launch.training_scores import check, of_prompts, of_stage
 from tokenizer.bridge import BridgeConfig
 from tokenizer.export import fingerprint
 from tokenizer.pixel_decoder import PixelDecoderConfig
@@ -124,7 +120,15 @@ def test_prompts_are_drawn_as_the_export_draws_them(inputs: Path, alone: Ranks, 
         1, generation(inputs), str(inputs / "prompts.jsonl"), sampling=replace(SAMPLING, time_shift=9.0)
     )
     autoencoder = str(inputs / "autoencoder")
-    start = of_prompts(config, str(tmp_path / "run"), objective, autoencoder, SAMPLING, bf16=False)
+    run = SimpleNamespace(
+        evaluation=config,
+        run_dir=str(tmp_path / "run"),
+        autoencoder=autoencoder,
+        sampling=SAMPLING,
+        engine=SimpleNamespace(precision="fp32"),
+    )
+    start = of_prompts(cast(GeneratorRun, run), objective)
+    assert start is not None
     evaluation = start(alone)
     scores = [evaluation.run(step) for step in (1, 2)]
     assert scores[0] == scores[1] and scores[0]["generation/feature_distance"] > 0
@@ -146,8 +150,15 @@ def test_a_stage_is_scored_on_its_reconstructions(inputs: Path, alone: Ranks, tm
     suites: dict[str, Any] = {"reconstruction": {"inception": "none", "vgg16": "none"}}
     config = StageEvaluationConfig(1, suites, str(inputs / "pixels"), num_images=10)
     pixels = PixelConfig(images_per_pack=4, image_px=32, resize_px=48, crop="random")
-    evaluation = of_stage(config, str(tmp_path / "run"), objective, pixels, bf16=False)(alone)
-    scores = evaluation.run(7)
+    run = SimpleNamespace(
+        evaluation=config,
+        run_dir=str(tmp_path / "run"),
+        pixels=pixels,
+        engine=SimpleNamespace(precision="fp32"),
+    )
+    start = of_stage(cast(TokenizerRun, run), objective)
+    assert start is not None
+    scores = start(alone).run(7)
     reconstructions(read_samples(inputs / "pixels", 10), autoencoder, tmp_path / "set")
     images = ImageSet.open(tmp_path / "set")
     pairs = [images.read_all(images.items, role) for role in ("result", "original")]

@@ -22,7 +22,7 @@ from engine import distributed, run_lock
 from engine.config import UserError
 from engine.peers import LostContactError
 from engine.run_lock import Owner, RunLock
-from launch import runs
+from launch import training
 
 QUICK_BEAT_S = 0.02
 NEVER_S = 60.0  # of silence: no test is to wait for it
@@ -267,7 +267,7 @@ def test_a_port_that_the_other_training_has_is_told_as_that_training(start, tmp_
 
     monkeypatch.setattr(distributed, "start", busy)
     with pytest.raises(LostContactError):
-        runs._start_ranks(tmp_path)
+        training._start_ranks(tmp_path)
     process, _ = start()
     with pytest.raises(UserError, match=f"another training runs here: .*, process {process.pid}, since"):
-        runs._start_ranks(tmp_path)
+        training._start_ranks(tmp_path)

@@ -1,0 +1,188 @@
+"""What every training entry point does with its config: opens the data, builds the objective, trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from data.class_batch import ClassPacker
+from data.images import PixelConfig, PixelPacker
+from data.mixture import Mixture
+from data.packing import EditPacker, T2IPacker
+from data.shards import LatentInfo, ShardDataset
+from data.stream import Packer, PackStream
+from data.text import TextTokenizer, load_text_tokenizer
+from engine import distributed, run_lock
+from engine.config import UserError, to_dict
+from engine.distributed import Ranks
+from engine.loop import train
+from engine.objective import Objective
+from engine.peers import LostContactError
+from engine.redaction import redact
+from generator.class_conditional.objective import (
+    ClassPreview,
+    build_class_objective,
+    spread_labels,
+)
+from generator.model_card import Task
+from generator.objective import Preview, build_objective
+from generator.sampling import read_conditions
+from launch import nodes, training_scores
+from launch.runs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
+from tokenizer.autoencoders import load_autoencoder
+from tokenizer.export import fingerprint
+from tokenizer.stages import build_stage
+
+PACKERS: dict[Task, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
+
+
+def train_on_pixels(run: PixelRun, build: Callable[[], Objective]) -> None:
+    """Opens the pixel shards first (the cheapest thing to fail), then builds the objective and trains it."""
+    mixture = Mixture.open(run.data.sets, run.data.storage)
+    _train(run, mixture, PixelPacker(run.pixels), build())
+
+
+def train_tokenizer(run: TokenizerRun) -> None:
+    """What launch/train_tokenizer.py does."""
+    mixture = Mixture.open(run.data.sets, run.data.storage)
+    objective = build_stage(run.stage, preview_pixels(run.preview_shards, run.num_preview_images, run.pixels))
+    scores = training_scores.of_stage(run, objective)
+    _train(run, mixture, PixelPacker(run.pixels), objective, scores)
+
+
+def train_generator(run: GeneratorRun) -> None:
+    """What launch/train_t2i.py and launch/train_edit.py do, with their task in `run`."""
+    task = run.task
+    assert task is not None
+    if run.packing.max_side != run.generator.max_side:
+        raise UserError(
+            f"packing.max_side {run.packing.max_side} and generator.max_side {run.generator.max_side} number the same "
+            "position table; make them equal"
+        )
+    mixture = Mixture.open(run.data.sets, run.data.storage)
+    latents = _latents(mixture)
+    text_tokenizer = load_text_tokenizer(run.text_tokenizer)
+    packer = PACKERS[task](run.packing, latents, text_tokenizer)
+    objective = build_objective(
+        task,
+        run.generator,
+        run.flow,
+        latents,
+        text_tokenizer,
+        seed=run.engine.seed,
+        preview=_preview(run, text_tokenizer, latents),
+    )
+    _train(run, mixture, packer, objective, training_scores.of_prompts(run, objective))
+
+
+def train_class(run: ClassRun) -> None:
+    """What launch/train_class.py does."""
+    mixture = Mixture.open(run.data.sets, run.data.storage)
+    latents = _latents(mixture)
+    packer = ClassPacker(run.packing, latents, run.generator.num_classes)
+    preview = None
+    if run.autoencoder is not None:
+        labels = spread_labels(run.generator.num_classes, run.num_preview_images)
+        preview = ClassPreview(labels, run.sampling, load_autoencoder(run.autoencoder).decode)
+    objective = build_class_objective(run.generator, run.flow, latents, seed=run.engine.seed, preview=preview)
+    _train(run, mixture, packer, objective, training_scores.of_class(run, objective))
+
+
+def preview_pixels(shards: str | None, num_images: int, pixels: PixelConfig) -> Tensor | None:
+    """The first images of validation shards, uint8 [N, 3, H, W]; None without shards."""
+    if shards is None:
+        return None
+    dataset = ShardDataset.open(shards)
+    samples = dataset.read(range(min(num_images, len(dataset))))
+    batch = PixelPacker(pixels).collate(samples, step=0, stream=0, epochs=[0] * len(samples), seed=0)
+    return batch.pixels
+
+
+def _latents(mixture: Mixture) -> LatentInfo:
+    latents = mixture.members[0].dataset.manifest.latent
+    if latents is None:
+        raise UserError(f"{mixture.where}: holds pixels, not latents; run launch/encode_latents.py on it")
+    return latents
+
+
+def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer, latents: LatentInfo) -> Preview | None:
+    """The first validation captions (and sources), decoded by the autoencoder; None where one of them is missing.
+
+    Raises UserError: the autoencoder, or the preview's latents, are others than the training data's. Without preview
+    shards an autoencoder that is named need not be here yet.
+    """
+    if run.autoencoder is None:
+        return None
+    needed = run.preview_shards is not None
+    if (needed or Path(run.autoencoder).is_dir()) and fingerprint(
+        run.autoencoder
+    ) != latents.tokenizer_fingerprint:
+        raise UserError(
+            f"autoencoder {run.autoencoder}: the training latents were encoded with another one; give that one"
+        )
+    if run.preview_shards is None:
+        return None
+    dataset = ShardDataset.open(run.preview_shards)
+    found = dataset.manifest.latent
+    if found is not None and found.tokenizer_fingerprint != latents.tokenizer_fingerprint:
+        raise UserError(
+            f"preview_shards {run.preview_shards}: encoded with another autoencoder than the training latents; encode "
+            "them with the same"
+        )
+    conditions = tuple(read_conditions(dataset, text_tokenizer, run.num_preview_images))
+    autoencoder = load_autoencoder(run.autoencoder)
+    return Preview(conditions, run.sampling, autoencoder.decode)
+
+
+def _start_ranks(run_dir: Path) -> Ranks:
+    """Two launches of one command on a host ask for one port: the second is told of the training, not of the port."""
+    try:
+        return distributed.start()
+    except LostContactError:
+        if reason := run_lock.refusal(run_dir):
+            raise UserError(reason) from None
+        raise
+
+
+def _train(
+    run: PixelRun | GeneratorRun | ClassRun,
+    mixture: Mixture,
+    packer: Packer,
+    objective: Objective,
+    scores: training_scores.Start | None = None,
+) -> None:
+    ranks = _start_ranks(Path(run.run_dir))
+    resolved = to_dict(run)
+    nodes.check_start(ranks, Path(run.run_dir), resolved)
+    evaluation = scores(ranks) if scores is not None else None
+    source = PackStream(
+        mixture,
+        packer,
+        num_streams=run.data.num_streams,
+        seed=run.data.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        prefetch_steps=run.data.prefetch_steps,
+    )
+    if ranks.is_first:
+        for line in objective.describe():
+            print(f"[{objective.name}] {redact(line)}", flush=True)
+    engine = run.engine
+    if run.data.max_epochs is not None:
+        engine = dataclasses.replace(engine, steps=min(engine.steps, source.num_steps(run.data.max_epochs)))
+        if ranks.is_first:
+            line = f"{engine.steps} steps: at most data.max_epochs = {run.data.max_epochs}"
+            print(f"[{objective.name}] {line}", flush=True)
+    train(
+        objective,
+        source,
+        engine,
+        run_dir=Path(run.run_dir),
+        resolved=resolved,
+        ranks=ranks,
+        evaluation=evaluation,
+    )
+    distributed.stop()
