@@ -18,7 +18,7 @@ from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
 from engine.loop import _Run
 from engine.memory import TensorBytes, asked_for, reset_resident_peak, resident_peak_bytes
-from engine.objective import BatchSource, Objective
+from engine.objective import BatchSource, Evaluation, Objective
 
 
 class OutOfMemoryError(UserError):
@@ -99,18 +99,20 @@ def rehearse(
     *,
     run_dir: Path,
     ranks: Ranks,
+    evaluate: Callable[[Objective], Evaluation] | None = None,
 ) -> Meter:
-    """Trains for a first step and one for each of `steps` (their names), then EMA, samples, save, load, export.
+    """Trains for a first step and one for each of `steps` (their names); then EMA, samples, save, load, export.
 
-    The first step is apart: optimizer states are made at its end, so no later one is as small. `config.steps` must be
-    one more than `steps`. Raises OutOfMemoryError.
+    `evaluate` makes what is run after the samples. The first step is apart: optimizer states are made at its end, so no
+    later one is as small. `config.steps` must be one more than `steps`. Raises OutOfMemoryError.
     """
     assert config.steps == 1 + len(steps)
     with Meter(ranks) as meter:
         with meter("data"):
             source = open_source()
         with meter("start"):
-            run = _Run(build(), source, config, run_dir, {}, ranks)
+            objective = build()
+            run = _Run(objective, source, config, run_dir, {}, ranks)
         for name in ("first step", *steps):
             with meter(name):
                 run._train_step()
@@ -119,6 +121,9 @@ def rehearse(
                 run.ema.update(run.engines["main"], run.step)
         with meter("samples"):
             run._write_samples()
+        if evaluate is not None:
+            with meter("evaluation"):
+                run._evaluate(evaluate(objective))
         with meter("save"):
             run._save(last=True)
         with meter("load"):

@@ -14,15 +14,16 @@ from torch import Tensor
 from engine import distributed
 from engine.config import UserError
 from engine.distributed import Ranks
-from engine.objective import Batch, BatchSource, Objective
+from engine.objective import Batch, BatchSource, Evaluation, Objective
 from engine.rehearsal import Meter, OutOfMemoryError, rehearse
 from generator.class_conditional.objective import ClassPreview, build_class_objective, spread_labels
 from generator.drawing import DrawingConfig
 from generator.model import Generator
 from generator.objective import Decode, FlowObjective, Preview
-from launch import synthetic
+from launch import synthetic, training_scores
 from launch.estimate import GIB, INSTRUCTION_TOKENS, TEXT_TOKENS, Plan, untrained_latents
 from launch.preflight_report import Preflight, remedies
+from launch.run_kinds import Run
 from launch.runs import ClassRun, GeneratorRun, TokenizerRun
 from launch.stage_size import in_phases
 from tokenizer.autoencoders import load_autoencoder
@@ -33,6 +34,7 @@ MAX_PACKS = 2
 """Of a rank and step: more than one accumulate gradients, and further ones add nothing."""
 PREVIEW_STEPS = 4  # of the solver: more take longer, not more memory
 Build = Callable[[], Objective]
+Evaluate = Callable[[Objective], Evaluation]
 Parts = tuple[Build, Callable[[int], Batch], str]
 """How the objective is built, the pack of a stream, and a line about both."""
 SamplingT = TypeVar("SamplingT", bound=DrawingConfig)
@@ -63,12 +65,13 @@ def execute(preflight: Preflight, *, gpu_gib: float) -> None:
     folder = Path(ranks.gather(_folder_beside(run.run_dir) if ranks.is_first else "")[0])
     try:
         names = [phase.name for phase in plan.phases]
-        meter = rehearse(build, open_source, engine, names, run_dir=folder, ranks=ranks)
+        evaluate, evaluated = _evaluation(run, folder, ranks)
+        meter = rehearse(build, open_source, engine, names, run_dir=folder, ranks=ranks, evaluate=evaluate)
         if ranks.is_first:
             checkpoint_bytes = sum(
                 path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file()
             )
-            lines = [note, *table(meter, plan, ranks, packs)]
+            lines = [*filter(None, (note, evaluated)), *table(meter, plan, ranks, packs)]
             lines.append(_compared("a checkpoint", plan.checkpoint_bytes(), checkpoint_bytes))
             print("\n".join(lines), flush=True)
     except OutOfMemoryError as error:
@@ -78,6 +81,35 @@ def execute(preflight: Preflight, *, gpu_gib: float) -> None:
         if ranks.is_first:
             shutil.rmtree(folder, ignore_errors=True)
     distributed.stop()
+
+
+def _evaluation(run: Run, folder: Path, ranks: Ranks) -> tuple[Evaluate | None, str]:
+    """A block of images for each rank (of prompts all), in few steps, scored by the real suites; a line about it."""
+    if run.evaluation is None:
+        return None, ""
+    try:
+        start = training_scores.start_of(
+            _with_few_images(dataclasses.replace(run, run_dir=str(folder)), ranks.world)
+        )
+    except UserError as error:
+        return None, f"evaluation: left out, {error}"
+    return (lambda objective: start(ranks, objective)) if start is not None else None, ""
+
+
+def _with_few_images(run: Run, world: int) -> Run:
+    if isinstance(run, ClassRun) and run.evaluation is not None:
+        sampling = _shortened(run.evaluation.sampling or run.sampling)
+        few = dataclasses.replace(run.evaluation, sampling=sampling, num_images=sampling.batch_images * world)
+        return dataclasses.replace(run, evaluation=few)
+    if isinstance(run, GeneratorRun) and run.evaluation is not None:
+        prompts = _shortened(run.evaluation.sampling or run.sampling)
+        return dataclasses.replace(
+            run, evaluation=dataclasses.replace(run.evaluation, sampling=prompts, images_per_prompt=1)
+        )
+    if isinstance(run, TokenizerRun) and run.evaluation is not None:
+        number = run.pixels.images_per_pack * world
+        return dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, num_images=number))
+    return run
 
 
 def table(meter: Meter, plan: Plan, ranks: Ranks, packs: int) -> list[str]:

@@ -4,7 +4,8 @@ import sys
 
 from launch import dry_run, entry
 from launch.runs import TokenizerRun
-from launch.training import train_tokenizer
+from launch.training import preview_pixels, train_on_pixels
+from tokenizer.stages import build_stage
 
 
 def main() -> None:
@@ -13,8 +14,9 @@ def main() -> None:
     run = entry.read_config(TokenizerRun, arguments)
     if arguments.dry_run:
         print(dry_run.tokenizer_run(run))
-    else:
-        train_tokenizer(run)
+        return
+    preview = preview_pixels(run.preview_shards, run.num_preview_images, run.pixels)
+    train_on_pixels(run, lambda: build_stage(run.stage, preview))
 
 
 if __name__ == "__main__":

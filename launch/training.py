@@ -31,10 +31,9 @@ from generator.model_card import Task
 from generator.objective import Preview, build_objective
 from generator.sampling import read_conditions
 from launch import nodes, training_scores
-from launch.runs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
+from launch.runs import ClassRun, GeneratorRun, PixelRun
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import fingerprint
-from tokenizer.stages import build_stage
 
 PACKERS: dict[Task, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
 
@@ -43,14 +42,6 @@ def train_on_pixels(run: PixelRun, build: Callable[[], Objective]) -> None:
     """Opens the pixel shards first (the cheapest thing to fail), then builds the objective and trains it."""
     mixture = Mixture.open(run.data.sets, run.data.storage)
     _train(run, mixture, PixelPacker(run.pixels), build())
-
-
-def train_tokenizer(run: TokenizerRun) -> None:
-    """What launch/train_tokenizer.py does."""
-    mixture = Mixture.open(run.data.sets, run.data.storage)
-    objective = build_stage(run.stage, preview_pixels(run.preview_shards, run.num_preview_images, run.pixels))
-    scores = training_scores.of_stage(run, objective)
-    _train(run, mixture, PixelPacker(run.pixels), objective, scores)
 
 
 def train_generator(run: GeneratorRun) -> None:
@@ -75,7 +66,7 @@ def train_generator(run: GeneratorRun) -> None:
         seed=run.engine.seed,
         preview=_preview(run, text_tokenizer, latents),
     )
-    _train(run, mixture, packer, objective, training_scores.of_prompts(run, objective))
+    _train(run, mixture, packer, objective)
 
 
 def train_class(run: ClassRun) -> None:
@@ -85,10 +76,11 @@ def train_class(run: ClassRun) -> None:
     packer = ClassPacker(run.packing, latents, run.generator.num_classes)
     preview = None
     if run.autoencoder is not None:
+        _check_autoencoder(run.autoencoder, latents)
         labels = spread_labels(run.generator.num_classes, run.num_preview_images)
         preview = ClassPreview(labels, run.sampling, load_autoencoder(run.autoencoder).decode)
     objective = build_class_objective(run.generator, run.flow, latents, seed=run.engine.seed, preview=preview)
-    _train(run, mixture, packer, objective, training_scores.of_class(run, objective))
+    _train(run, mixture, packer, objective)
 
 
 def preview_pixels(shards: str | None, num_images: int, pixels: PixelConfig) -> Tensor | None:
@@ -116,13 +108,9 @@ def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer, latents: LatentIn
     """
     if run.autoencoder is None:
         return None
-    needed = run.preview_shards is not None
-    if (needed or Path(run.autoencoder).is_dir()) and fingerprint(
-        run.autoencoder
-    ) != latents.tokenizer_fingerprint:
-        raise UserError(
-            f"autoencoder {run.autoencoder}: the training latents were encoded with another one; give that one"
-        )
+    needed = run.preview_shards is not None or run.evaluation is not None
+    if needed or Path(run.autoencoder).is_dir():
+        _check_autoencoder(run.autoencoder, latents)
     if run.preview_shards is None:
         return None
     dataset = ShardDataset.open(run.preview_shards)
@@ -135,6 +123,14 @@ def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer, latents: LatentIn
     conditions = tuple(read_conditions(dataset, text_tokenizer, run.num_preview_images))
     autoencoder = load_autoencoder(run.autoencoder)
     return Preview(conditions, run.sampling, autoencoder.decode)
+
+
+def _check_autoencoder(autoencoder: str, latents: LatentInfo) -> None:
+    """Raises UserError: there is none, or the training data are of another one."""
+    if fingerprint(autoencoder) != latents.tokenizer_fingerprint:
+        raise UserError(
+            f"autoencoder {autoencoder}: the training latents were encoded with another one; give that one"
+        )
 
 
 def _start_ranks(run_dir: Path) -> Ranks:
@@ -152,12 +148,12 @@ def _train(
     mixture: Mixture,
     packer: Packer,
     objective: Objective,
-    scores: training_scores.Start | None = None,
 ) -> None:
+    scores = training_scores.start_of(run)  # before the ranks meet: a mistake is one line, not one from each
     ranks = _start_ranks(Path(run.run_dir))
     resolved = to_dict(run)
     nodes.check_start(ranks, Path(run.run_dir), resolved)
-    evaluation = scores(ranks) if scores is not None else None
+    evaluation = None if scores is None else scores(ranks, objective)
     source = PackStream(
         mixture,
         packer,

@@ -10,8 +10,9 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,7 +21,7 @@ from data.shards import ShardDataset
 from engine import distributed
 from engine.config import UserError
 from engine.distributed import Ranks
-from engine.objective import Evaluation
+from engine.objective import Evaluation, Objective
 from evaluation.class_set import draw_classes
 from evaluation.runner import Suite, Team, evaluate
 from evaluation.sampled_set import draw_prompts
@@ -35,16 +36,17 @@ from launch.evaluation_config import EvaluationConfig
 from launch.evaluation_options import SUITES
 from launch.runs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
 from tokenizer.autoencoders import load_autoencoder
+from tokenizer.export import read_tree
 from tokenizer.stage_objective import StageObjective
 
 FOLDER = "evaluation"
 WAIT_S = 6 * 3600
 """Ranks wait so long for the first one to score, which can take longer than any step."""
-DrawSet = Callable[[Path, int, Ranks, Team], None]
-"""Draws an image set: folder, step, this rank and its device, all ranks."""
+DrawSet = Callable[[Path, int, Any, Ranks, Team], None]
+"""Draws an image set: folder, step, the training's objective, this rank and its device, all ranks."""
 SamplingT = TypeVar("SamplingT", bound=DrawingConfig)
-Start = Callable[[Ranks], Evaluation]
-"""What is built once the ranks have met."""
+Start = Callable[[Ranks, Any], Evaluation]
+"""Makes the evaluation of an objective, once the ranks have met. Collective."""
 
 
 class TrainingScores:
@@ -53,11 +55,13 @@ class TrainingScores:
     The suites' networks are loaded each time and dropped again: a training needs the memory.
     """
 
-    def __init__(self, config: EvaluationConfig, run_dir: Path, ranks: Ranks, draw: DrawSet) -> None:
+    def __init__(
+        self, config: EvaluationConfig, run_dir: Path, draw: DrawSet, ranks: Ranks, objective: Objective
+    ) -> None:
         """Collective."""
         self.every_steps = config.every_steps
         self._config, self._folder, self._draw = config, run_dir / FOLDER, draw
-        self._ranks = ranks
+        self._ranks, self._objective = ranks, objective
         patient = distributed.patient(ranks, WAIT_S)
         self._team = Team(patient.rank, patient.world, patient.barrier, patient.gather)
 
@@ -68,7 +72,7 @@ class TrainingScores:
             for stale in (images, store):
                 shutil.rmtree(stale, ignore_errors=True)
         team.barrier()
-        self._draw(images, step, self._ranks, team)
+        self._draw(images, step, self._objective, self._ranks, team)
         scores: dict[str, float] = {}
         for name in self._config.suites:
             out = self._folder / f"step_{step:08d}" / name
@@ -85,25 +89,32 @@ class TrainingScores:
         return scores
 
 
-def of_class(run: ClassRun, objective: ClassObjective) -> Start | None:
-    """None where the config asks for no scores. Raises UserError: as `check`; no autoencoder."""
+def start_of(run: PixelRun | GeneratorRun | ClassRun) -> Start | None:
+    """None where the config asks for no scores. Raises UserError: what they need is missing, or does not fit."""
+    if isinstance(run, ClassRun):
+        return _of_class(run)
+    if isinstance(run, GeneratorRun):
+        return _of_prompts(run)
+    return _of_stage(run) if isinstance(run, TokenizerRun) else None
+
+
+def _of_class(run: ClassRun) -> Start | None:
     config = run.evaluation
     if config is None:
         return None
     check(config, ("result",))
     autoencoder, sampling = _named(run.autoencoder), _sampling(config.sampling, run.sampling)
 
-    def draw(out: Path, step: int, ranks: Ranks, team: Team) -> None:
+    def draw(out: Path, step: int, objective: ClassObjective, ranks: Ranks, team: Team) -> None:
         decoder = load_autoencoder(autoencoder).to(ranks.device)
         pipeline = ClassPipeline(objective.generator, decoder, bf16=_is_bf16(run))
         number, made_by = config.num_images, {"step": step}
         draw_classes(pipeline, out, sampling, number, drawn_with=made_by, team=team, in_step=True)
 
-    return lambda ranks: TrainingScores(config, Path(run.run_dir), ranks, draw)
+    return partial(TrainingScores, config, Path(run.run_dir), draw)
 
 
-def of_prompts(run: GeneratorRun, objective: FlowObjective) -> Start | None:
-    """As `of_class`. Raises UserError: a file of prompts that cannot be read, too."""
+def _of_prompts(run: GeneratorRun) -> Start | None:
     config = run.evaluation
     if config is None:
         return None
@@ -112,7 +123,7 @@ def of_prompts(run: GeneratorRun, objective: FlowObjective) -> Start | None:
     check(config, roles)
     autoencoder, sampling = _named(run.autoencoder), _sampling(config.sampling, run.sampling)
 
-    def draw(out: Path, step: int, ranks: Ranks, team: Team) -> None:
+    def draw(out: Path, step: int, objective: FlowObjective, ranks: Ranks, team: Team) -> None:
         def load() -> Pipeline:
             decoder = load_autoencoder(autoencoder).to(ranks.device)
             return Pipeline(objective.model, decoder, objective.text_tokenizer, bf16=_is_bf16(run))
@@ -120,13 +131,11 @@ def of_prompts(run: GeneratorRun, objective: FlowObjective) -> Start | None:
         number, made_by = config.images_per_prompt, {"step": step}
         draw_prompts(load, prompts, out, sampling, number, drawn_with=made_by, team=team, in_step=True)
 
-    return lambda ranks: TrainingScores(config, Path(run.run_dir), ranks, draw)
+    return partial(TrainingScores, config, Path(run.run_dir), draw)
 
 
-def of_stage(run: TokenizerRun, objective: StageObjective) -> Start | None:
-    """As `of_class`; images are fitted as launch/reconstruct.py fits them. Raises UserError: as `check`; no such
-    shards, or shards of latents.
-    """
+def _of_stage(run: TokenizerRun) -> Start | None:
+    """Images are fitted as launch/reconstruct.py fits them."""
     config = run.evaluation
     if config is None:
         return None
@@ -135,14 +144,14 @@ def of_stage(run: TokenizerRun, objective: StageObjective) -> Start | None:
     pixels = PixelConfig(run.pixels.images_per_pack, run.pixels.image_px)
     PixelPacker(pixels).lengths(dataset)
 
-    def draw(out: Path, step: int, ranks: Ranks, team: Team) -> None:
+    def draw(out: Path, step: int, objective: StageObjective, ranks: Ranks, team: Team) -> None:
         number, made_by = config.num_images, {"step": step}
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=_is_bf16(run)):
             reconstruct_samples(
                 objective.model, dataset, pixels, out, number, drawn_with=made_by, team=team, in_step=True
             )
 
-    return lambda ranks: TrainingScores(config, Path(run.run_dir), ranks, draw)
+    return partial(TrainingScores, config, Path(run.run_dir), draw)
 
 
 def check(config: EvaluationConfig, roles: Sequence[str]) -> None:
@@ -179,4 +188,5 @@ def _named(autoencoder: str | None) -> str:
         raise UserError(
             "evaluation draws images: set 'autoencoder', the export that the latents were made with"
         )
+    read_tree(autoencoder)
     return autoencoder

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from data.shards import ShardWriter
+from data.sources.emoji import EmojiConfig, EmojiSource
 from engine.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +110,22 @@ def test_a_class_conditional_run_takes_every_phase_as_large_as_estimated(tmp_pat
     assert abs(errors(printed, beside_gib=norms)["a step"]) < 2 and norms < 0.1 * measured["a step"][1]
     assert abs(errors(printed)["a checkpoint"]) < 10
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_one_of_the_phases_or_left_out_with_a_reason(tmp_path: Path) -> None:
+    source = EmojiSource(EmojiConfig(), "scenes-train", 12)
+    with ShardWriter(tmp_path / "pixels", max_samples_per_shard=12, source="test") as writer:
+        for index in range(len(source)):
+            writer.write(source.sample(index))
+    scores = (
+        "evaluation={every_steps: 1, suites: {reconstruction: {inception: none, vgg16: none}}, shards: %s}"
+    )
+    printed = execute("quickstart/pivot", *PIVOT, f"run_dir={tmp_path}/run", scores % (tmp_path / "pixels"))
+    assert list(phases(printed))[-6:] == [*LAST[:2], "evaluation", *LAST[2:]]
+    assert "evaluated step" in printed
+    printed = execute("quickstart/pivot", *PIVOT, f"run_dir={tmp_path}/run", scores % (tmp_path / "none"))
+    assert "evaluation: left out, " in printed and "evaluation" not in phases(printed)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from generator.objective import FlowConfig, FlowObjective
 from generator.sampling import SamplingConfig
 from launch.evaluation_config import PromptEvaluationConfig, StageEvaluationConfig
 from launch.runs import GeneratorRun, TokenizerRun
-from launch.training_scores import check, of_prompts, of_stage
+from launch.training_scores import _of_prompts, _of_stage, check
 from tokenizer.bridge import BridgeConfig
 from tokenizer.export import fingerprint
 from tokenizer.pixel_decoder import PixelDecoderConfig
@@ -127,9 +127,9 @@ def test_prompts_are_drawn_as_the_export_draws_them(inputs: Path, alone: Ranks, 
         sampling=SAMPLING,
         engine=SimpleNamespace(precision="fp32"),
     )
-    start = of_prompts(cast(GeneratorRun, run), objective)
+    start = _of_prompts(cast(GeneratorRun, run))
     assert start is not None
-    evaluation = start(alone)
+    evaluation = start(alone, objective)
     scores = [evaluation.run(step) for step in (1, 2)]
     assert scores[0] == scores[1] and scores[0]["generation/feature_distance"] > 0
     model.save(tmp_path)
@@ -156,9 +156,9 @@ def test_a_stage_is_scored_on_its_reconstructions(inputs: Path, alone: Ranks, tm
         pixels=pixels,
         engine=SimpleNamespace(precision="fp32"),
     )
-    start = of_stage(cast(TokenizerRun, run), objective)
+    start = _of_stage(cast(TokenizerRun, run))
     assert start is not None
-    scores = start(alone).run(7)
+    scores = start(alone, objective).run(7)
     reconstructions(read_samples(inputs / "pixels", 10), autoencoder, tmp_path / "set")
     images = ImageSet.open(tmp_path / "set")
     pairs = [images.read_all(images.items, role) for role in ("result", "original")]
