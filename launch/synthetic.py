@@ -1,4 +1,4 @@
-"""Random images, latents and texts in place of shards, to measure a training before its data are there."""
+"""Random images, latents, texts and classes in place of shards, to measure a training before its data are there."""
 
 from __future__ import annotations
 
