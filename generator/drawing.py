@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ConfigError
-from generator.flow import TimeShift
+from generator.flow import TimeShift, check_shift
 from generator.solvers import Solver
 
 SEEDS = 1 << 32
@@ -39,6 +39,7 @@ class DrawingConfig:
             raise ConfigError("num_steps and batch_images must be at least 1")
         if not 0 <= self.seed < SEEDS:
             raise ConfigError(f"seed {self.seed} is not a whole number from 0 to {SEEDS - 1}")
+        check_shift(self.time_shift)
 
 
 def check_interval(interval: tuple[float, float]) -> None:

@@ -13,9 +13,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from engine.config import ConfigError
+
 TimeShift = float | Literal["auto"]
 SHIFT_BASE_NUMEL = 4096
 """n of s = sqrt(m / n): the number of values of the latent for which no shift is needed."""
+
+
+def check_shift(shift: TimeShift) -> None:
+    """Raises ConfigError: neither "auto" nor a finite number above 0."""
+    if shift != "auto" and not 0 < shift < math.inf:
+        raise ConfigError(f'time_shift is {shift}; give "auto" or a number above 0 (1: none)')
 
 
 def resolve_shift(shift: TimeShift, latent_shape: Sequence[int]) -> float:

@@ -24,7 +24,7 @@ from engine.config import UserError, to_dict
 from engine.files import digest, sha256
 from engine.objective import HISTORY_WINDOWS, LossOutput, Term, WithoutAdversary
 from generator.attention import Backend, choose_backend
-from generator.flow import TimeShift, draw_times, interpolate, resolve_shift, velocity_target
+from generator.flow import TimeShift, check_shift, draw_times, interpolate, resolve_shift, velocity_target
 from generator.model import WEIGHTS_NAME, Generator, GeneratorConfig
 from generator.sampling import Condition, SamplingConfig, sample_latents
 from generator.sizing import PackSize, training_flops
@@ -57,6 +57,9 @@ class FlowConfig:
     """Recompute each layer in the backward pass: about a third more time, activations of one layer instead of
     all.
     """
+
+    def __post_init__(self) -> None:
+        check_shift(self.time_shift)
 
 
 @dataclass(frozen=True)

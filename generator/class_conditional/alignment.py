@@ -9,6 +9,7 @@ Shape suffixes: B images, T tokens, D width, O values of a patch (P * P * C).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class AlignConfig:
     """Inner width of the projection, three matrices with SiLU between."""
 
     def __post_init__(self) -> None:
-        if self.layer < 1 or self.width < 1 or self.weight <= 0:
+        if self.layer < 1 or self.width < 1 or not 0 < self.weight < math.inf:
             raise ConfigError(
                 f"align: layer {self.layer}, weight {self.weight}, width {self.width}; each must be above 0"
             )

@@ -32,7 +32,7 @@ from generator.class_conditional.model import (
 )
 from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
 from generator.class_conditional.sizing import training_flops
-from generator.flow import TimeShift, draw_times, interpolate, resolve_shift, velocity_target
+from generator.flow import TimeShift, check_shift, draw_times, interpolate, resolve_shift, velocity_target
 from generator.objective import Decode, check_latents, tile
 
 PREVIEW_COLUMNS = 8
@@ -52,6 +52,9 @@ class ClassFlowConfig:
     """Recompute each block in the backward pass: about a third more time, activations of one block instead of all."""
     align: AlignConfig | None = None
     """Draw an inner layer to the clean latents as well (REPA, RAEv2); None: the paper's loss alone."""
+
+    def __post_init__(self) -> None:
+        check_shift(self.time_shift)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from engine.config import ConfigError, from_dict
+from generator.class_conditional.objective import ClassFlowConfig
 from generator.class_conditional.sampling import ClassSamplingConfig
 from generator.flow import sampling_times
 from generator.guidance import GuidanceConfig, branch_weights, guide
+from generator.objective import FlowConfig
 from generator.sampling import SamplingConfig
 from generator.solvers import integrate, num_evaluations
 
@@ -103,12 +105,21 @@ def test_renormalisation_never_lengthens_and_leaves_the_conditional_branch_alone
         ({"solver": "rk4"}, "solver"),
         ({"num_steps": 0}, "num_steps"),
         ({"text_guidance": math.nan}, "text_guidance is nan"),
+        ({"time_shift": 0}, "time_shift is 0"),
+        ({"time_shift": math.nan}, "time_shift is nan"),
     ],
 )
 def test_bad_settings_are_one_line(settings, words) -> None:
     with pytest.raises(ConfigError, match=words) as error:
         from_dict(SamplingConfig, settings)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [FlowConfig, ClassFlowConfig])
+@pytest.mark.parametrize("shift", [-1.0, math.inf])
+def test_a_training_needs_a_time_shift_above_0(config: type, shift: float) -> None:
+    with pytest.raises(ConfigError, match=f"time_shift is {shift}; give"):
+        config(time_shift=shift)
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
