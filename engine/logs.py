@@ -131,6 +131,12 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log({f"evaluation/{name}": value for name, value in values.items()}, step=step)
 
+    def has_scores(self, step: int) -> bool:
+        """Whether `scores` was told of that step."""
+        return self._scores_path.exists() and any(
+            json.loads(line)["step"] == step for line in self._scores_path.read_text().splitlines()
+        )
+
     def rewind(self, step: int) -> None:
         """Drops the lines after `step`: its successors are done again (wandb keeps its own)."""
         self._metrics.close()

@@ -139,6 +139,8 @@ class _Run:
     def _steps(self) -> Path:
         begin_s = time.monotonic()
         start_s, start_step = begin_s, self.step
+        if self.step:
+            self._evaluate_if_due()  # of a run that ended in the middle of it
         while self.step < self.config.steps:
             self._train_step()
             if self.step % self.config.log_every_steps == 0 or self.step == self.config.steps:
@@ -151,11 +153,6 @@ class _Run:
             if self.config.sample_every_steps and self.step % self.config.sample_every_steps == 0:
                 with self.spans("samples"):
                     self._write_samples()
-            if self.evaluation and (
-                self.step % self.evaluation.every_steps == 0 or self.step == self.config.steps
-            ):
-                with self.spans("evaluation"):
-                    self._evaluate(self.evaluation)
             if (
                 self.step in self.config.export_at_steps
             ):  # before a checkpoint: a resumed run would not come here
@@ -169,6 +166,7 @@ class _Run:
                 raise StoppedError(
                     f"stopped by a signal at step {self.step}, saved; run the same command to go on"
                 )
+            self._evaluate_if_due()  # after the checkpoint: it may take hours, or fail
         export = self._export(EXPORT, self.config.ema_decays[0] if self.ema else None)
         for decay in self.config.ema_decays[1:]:
             self._export(f"{EXPORT}_ema_{decay}", decay)
@@ -264,6 +262,16 @@ class _Run:
                     grid = self.objective.samples()
             if self.log and grid is not None:
                 self.log.samples(self.step, grid)
+
+    def _evaluate_if_due(self) -> None:
+        evaluation = self.evaluation
+        if evaluation is None or (self.step % evaluation.every_steps and self.step != self.config.steps):
+            return
+        if not self.ranks.gather(self.log is not None and self.log.has_scores(self.step))[0]:
+            with self.spans("checkpoint"):
+                self.checkpoints.finish()
+            with self.spans("evaluation"):
+                self._evaluate(evaluation)
 
     def _evaluate(self, evaluation: Evaluation) -> None:
         begin_s = time.monotonic()

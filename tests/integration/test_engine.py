@@ -117,6 +117,22 @@ def test_an_evaluation_sees_the_averages_and_changes_nothing(toy, tmp_path, zero
     assert events.count("evaluation") == 3
 
 
+def test_an_evaluation_that_did_not_come_to_its_end_is_made_up_for(toy, tmp_path):
+    """Its step is in the checkpoint already; the row of the one before stays."""
+    run, options = tmp_path / "run", ["--evaluate-every", 3]
+    assert toy(run, *options, "--fail-evaluation-at", 6).returncode != 0
+    assert [json.loads(line)["step"] for line in (run / "scores.jsonl").read_text().splitlines()] == [3]
+    result = toy(run, *options)
+    assert result.returncode == 0, result.output
+    assert "resumed at step 6/8" in result.output
+    rows = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 6, 8]
+    whole = tmp_path / "whole"
+    assert toy(whole, *options).returncode == 0
+    undisturbed = [json.loads(line) for line in (whole / "scores.jsonl").read_text().splitlines()]
+    assert [row["toy/output"] for row in rows] == [row["toy/output"] for row in undisturbed]
+
+
 def test_a_discriminator_is_refused_under_zero_3(toy, tmp_path):
     result = toy(tmp_path / "run", "--zero", 3)
     assert result.returncode == 2

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine import distributed
+from engine import distributed, peers
 from engine.config import UserError
 from engine.engine_config import EngineConfig
 from engine.loop import train
@@ -142,11 +142,13 @@ class ToyObjective:
 class ToyEvaluation:
     """The first rank takes its time; the others wait."""
 
-    def __init__(self, model, every_steps, seconds, ranks):
-        self.model, self.every_steps, self.seconds = model, every_steps, seconds
+    def __init__(self, model, every_steps, seconds, fails_at, ranks):
+        self.model, self.every_steps, self.seconds, self.fails_at = model, every_steps, seconds, fails_at
         self.ranks = distributed.patient(ranks, 60)
 
     def run(self, step):
+        if step == self.fails_at:
+            raise UserError("no judge answers")
         output = self.model(torch.ones(1, WIDTH)).sum().item()
         time.sleep(self.seconds if self.ranks.is_first else 0)
         self.ranks.barrier()
@@ -184,6 +186,7 @@ def main():
     parser.add_argument("--on-loss-spike", default="ignore")
     parser.add_argument("--evaluate-every", type=int, default=0)
     parser.add_argument("--evaluation-seconds", type=float, default=0.0)
+    parser.add_argument("--fail-evaluation-at", type=int, default=-1)
     parser.add_argument("--started-from", default="a")
     parser.add_argument(
         "--no-adversary", action="store_true", help="the critic is not trained (ZeRO-3 refuses it)"
@@ -191,6 +194,8 @@ def main():
     args = parser.parse_args()
     ranks = distributed.start()
     phases = Phases(args.phases / str(ranks.rank) if args.phases else None)
+    if args.phases:
+        last_longer(Path, "rename")
     source = ToySource(args.streams, ranks.rank, ranks.world, args.poison_step, args.spike_step, phases)
     if args.kill_after >= 0:
         happen_at_step(source, args.kill_after, FAULTS["kill"])
@@ -224,7 +229,9 @@ def main():
     )
     evaluation = None
     if args.evaluate_every:
-        evaluation = ToyEvaluation(objective.model, args.evaluate_every, args.evaluation_seconds, ranks)
+        evaluation = ToyEvaluation(
+            objective.model, args.evaluate_every, args.evaluation_seconds, args.fail_evaluation_at, ranks
+        )
     try:
         train(
             objective,
@@ -239,9 +246,24 @@ def main():
         if ranks.is_first:
             print(f"error: {error}", flush=True)
         raise SystemExit(2) from None
+    except RuntimeError as error:  # as launch.entry does
+        if peers.lost_contact(error) is None:
+            raise
+        raise SystemExit(peers.EXIT_STATUS) from error
     if ranks.is_first:
         print(json.dumps({"done": True}), flush=True)
     distributed.stop()
+
+
+def last_longer(owner, name):
+    """Makes a function take long enough to be met in it."""
+    function = getattr(owner, name)
+
+    def wrapped(*arguments):
+        time.sleep(0.02)
+        return function(*arguments)
+
+    setattr(owner, name, wrapped)
 
 
 def happen_at_step(source, step, fault):
