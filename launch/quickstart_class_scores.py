@@ -70,7 +70,10 @@ def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
         files.write_text(out.with_name(paths[name]), svg)
     found = machine()
     about = f"{found['cores']} cores of {found['processor']}, GPU: {found['gpu']}"
-    text = page(points, references, about, paths, num_images=config.num_images, num_real=len(samples))
+    shape = files.read_json(root / "rpiae" / "config.json")["generator"]
+    network = f"width {shape['width']}, {shape['num_layers']} layers"
+    counts = {"num_images": config.num_images, "num_real": len(samples)}
+    text = page(points, references, about, paths, network=network, **counts)
     files.write_text(out, text)
     print("\n".join(at_equal_time(points)), flush=True)
 

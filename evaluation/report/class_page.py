@@ -56,15 +56,16 @@ def page(
     machine: str,
     images: Mapping[str, str],
     *,
+    network: str,
     num_images: int,
     num_real: int,
 ) -> str:
-    """Markdown. `images`: name of each file of `charts` -> where it lies, seen from the page."""
+    """Markdown. `images`: name of each file of `charts` -> where it lies, seen from the page; `network`: its shape."""
     lines = [
         "# Class-conditional generation in miniature",
         "",
         f"Written by `make quickstart-class` ({machine}). Emoji scenes of one object at 64 px, 44 classes, latents of "
-        "4x4; the same LightningDiT (width 128, 4 layers) on each kind of latents, but for its first and last layer; "
+        f"4x4; the same LightningDiT ({network}) on each kind of latents, but for its first and last layer; "
         f"one seed, minutes of training. It is no substitute for ImageNet. {num_images} images are drawn with each "
         f"export (Euler, without guidance) and compared with {num_real} real ones. The feature distance is Fréchet's "
         "in the features of a ViT that no tokenizer has seen (smaller is better; not FID). *Class right*: the judge "

@@ -48,7 +48,8 @@ def point(
 
 
 def page_of(points: list[Point]) -> str:
-    return page(points, REFERENCES, "machine", {"distance": "d.svg"}, num_images=8, num_real=9)
+    images = {"distance": "d.svg"}
+    return page(points, REFERENCES, "machine", images, network="width 2", num_images=8, num_real=9)
 
 
 def rows_of(text: str | list[str]) -> list[list[str]]:
