@@ -39,6 +39,8 @@ def clean(root: Path) -> None:
     for pattern in (".step_*.tmp", ".step_*.old"):
         for hidden in root.glob(pattern):
             shutil.rmtree(hidden)
+    for hidden in root.glob(".latest.*.tmp"):
+        hidden.unlink()
 
 
 def write_state(directory: Path, state: Mapping[str, Any]) -> None:

@@ -17,9 +17,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from data.shards import ShardWriter
 from data.sources.emoji import EmojiConfig, EmojiSource
+from tokenizer.bridge import BridgeConfig
+from tokenizer.pixel_decoder import PixelDecoderConfig
+from tokenizer.representation import RepresentationConfig
+from tokenizer.rpiae import Autoencoder, AutoencoderConfig
 
 NUM_KILLS = 20
 END_S, GRACE_S = 300.0, 20.0
@@ -147,6 +152,31 @@ def tree(root: Path) -> dict[str, bytes]:
     """Every file but the hidden temporary ones that a kill can leave, which no reader looks at."""
     found = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="session")
+def tiny_autoencoder() -> Callable[[Path], Autoencoder]:
+    """`tiny_autoencoder(folder)`: an untrained one for 32 px, 6 channels on 4 x 4, exported there; always the same."""
+
+    def write(folder: Path) -> Autoencoder:
+        config = AutoencoderConfig(
+            representation=RepresentationConfig(
+                name="vit_tiny_patch16_224",
+                input_px=32,
+                weights="random",
+                overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
+            ),
+            decoder=PixelDecoderConfig(width=32, layers=1, heads=4, mlp_width=64, patch_px=8),
+            image_px=32,
+            bridge=BridgeConfig(latent_channels=6, decoder_layers=1, num_heads=4),
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            autoencoder = Autoencoder(config)
+        autoencoder.save(folder)
+        return autoencoder
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data.shards import ShardDataset, ShardWriter
@@ -35,11 +34,8 @@ from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator, load_generator
 from generator.class_conditional.sampling import ClassSamplingConfig
 from launch import entry, sample_class, train_class
-from tokenizer.bridge import BridgeConfig
 from tokenizer.encode import EncodeConfig, encode_shards
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from tokenizer.rpiae import Autoencoder
 
 ROOT = Path(__file__).parents[2]
 NUM_CLASSES = 44
@@ -49,29 +45,14 @@ SAMPLING = ClassSamplingConfig(num_steps=3, guidance=2.0, batch_images=3)
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(tiny_autoencoder: Callable[[Path], Autoencoder], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Labelled emoji shards, an untrained autoencoder, latents of images and their mirror images, a config."""
     root = tmp_path_factory.mktemp("class")
     source = EmojiSource(EmojiConfig(), "classes-train", 48)
     with ShardWriter(root / "pixels", max_samples_per_shard=24, source="test") as writer:
         for index in range(len(source)):
             writer.write(source.sample(index))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        autoencoder = Autoencoder(
-            AutoencoderConfig(
-                representation=RepresentationConfig(
-                    name="vit_tiny_patch16_224",
-                    input_px=32,
-                    weights="random",
-                    overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
-                ),
-                decoder=PixelDecoderConfig(width=32, layers=1, heads=4, mlp_width=64, patch_px=8),
-                image_px=32,
-                bridge=BridgeConfig(latent_channels=6, decoder_layers=1, num_heads=4),
-            )
-        )
-    autoencoder.save(root / "autoencoder")
+    tiny_autoencoder(root / "autoencoder")
     encode = EncodeConfig(
         str(root / "autoencoder"), str(root / "pixels"), str(root / "latents"), None, horizontal_flip=True
     )

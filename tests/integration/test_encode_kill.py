@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data.shards import Sample, ShardWriter
 from data.text import train_text_tokenizer
-from tokenizer.bridge import BridgeConfig
 from tokenizer.encode import EncodeConfig, encode_shards
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from tokenizer.rpiae import Autoencoder
 
 NUM_SHARDS = 16
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(tiny_autoencoder: Callable[[Path], Autoencoder], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide images with captions, a text tokenizer and a tiny autoencoder."""
     root = tmp_path_factory.mktemp("encode-kill")
     with ShardWriter(root / "pixels", max_samples_per_shard=6, source="test") as writer:
@@ -34,20 +31,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             meta = json.dumps({"caption": f"picture {number}"}).encode()
             writer.write(Sample(f"image-{number}", {"png": file.getvalue(), "json": meta}))
     train_text_tokenizer(["a red apple on blue", "two dogs beside a small green house"], root / "text", 400)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = AutoencoderConfig(
-            representation=RepresentationConfig(
-                name="vit_tiny_patch16_224",
-                input_px=32,
-                weights="random",
-                overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
-            ),
-            decoder=PixelDecoderConfig(width=32, layers=1, heads=4, mlp_width=64, patch_px=8),
-            image_px=32,
-            bridge=BridgeConfig(latent_channels=6, decoder_layers=1, num_heads=4),
-        )
-        Autoencoder(config).save(root / "autoencoder")
+    tiny_autoencoder(root / "autoencoder")
     return root
 
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,11 +37,8 @@ from generator.sampling import Condition, SamplingConfig
 from launch import entry, sample
 from launch import evaluate as launch_evaluate
 from launch.runs import GeneratorRun
-from tokenizer.bridge import BridgeConfig
 from tokenizer.export import fingerprint
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from tokenizer.rpiae import Autoencoder
 
 ROOT = Path(__file__).parents[2]
 SAMPLING = SamplingConfig(num_steps=3, text_guidance=2.0, source_guidance=1.5, time_shift=6.0, batch_images=3)
@@ -64,26 +61,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def inputs(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(
+    one_thread: None,
+    tiny_autoencoder: Callable[[Path], Autoencoder],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A finished run of an untrained generator whose images depend on everything, and a file of prompts and edits."""
     root = tmp_path_factory.mktemp("sample")
     train_text_tokenizer(["a red apple on blue", "two dogs beside a small green house"], root / "text", 400)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        autoencoder = Autoencoder(
-            AutoencoderConfig(
-                representation=RepresentationConfig(
-                    name="vit_tiny_patch16_224",
-                    input_px=32,
-                    weights="random",
-                    overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
-                ),
-                decoder=PixelDecoderConfig(width=32, layers=1, heads=4, mlp_width=64, patch_px=8),
-                image_px=32,
-                bridge=BridgeConfig(latent_channels=6, decoder_layers=1, num_heads=4),
-            )
-        )
-        autoencoder.save(root / "autoencoder")
+    autoencoder = tiny_autoencoder(root / "autoencoder")
     tiny = ["backbone.width=32", "backbone.num_layers=2", "backbone.mlp_width=64"]
     overrides = [f"run_dir={root / 'run'}", f"autoencoder={root / 'autoencoder'}"]
     overrides += [f"text_tokenizer={root / 'text'}", *(f"generator.{field}" for field in tiny)]

@@ -4,6 +4,7 @@ line. The whole of it, in trainings on one rank and two: tests/integration/test_
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,18 +32,15 @@ from generator.sampling import SamplingConfig
 from launch.evaluation_config import PromptEvaluationConfig, StageEvaluationConfig
 from launch.runs import GeneratorRun, TokenizerRun
 from launch.training_scores import _of_prompts, _of_stage, check
-from tokenizer.bridge import BridgeConfig
 from tokenizer.export import fingerprint
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from tokenizer.rpiae import Autoencoder
 from tokenizer.stage_objective import StageObjective
 
 SAMPLING = SamplingConfig(num_steps=2, text_guidance=2.0, time_shift=3.0, batch_images=2)
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(tiny_autoencoder: Callable[[Path], Autoencoder], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pixel shards, an untrained autoencoder, a text tokenizer, real images, a file of prompts and edits."""
     root = tmp_path_factory.mktemp("scores")
     source = EmojiSource(EmojiConfig(), "scenes-train", 12)
@@ -50,21 +48,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index in range(len(source)):
             writer.write(source.sample(index))
     train_text_tokenizer(["a red apple on blue", "two dogs beside a small green house"], root / "text", 400)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        Autoencoder(
-            AutoencoderConfig(
-                representation=RepresentationConfig(
-                    name="vit_tiny_patch16_224",
-                    input_px=32,
-                    weights="random",
-                    overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
-                ),
-                decoder=PixelDecoderConfig(width=32, layers=1, heads=4, mlp_width=64, patch_px=8),
-                image_px=32,
-                bridge=BridgeConfig(latent_channels=6, decoder_layers=1, num_heads=4),
-            )
-        ).save(root / "autoencoder")
+    tiny_autoencoder(root / "autoencoder")
     real_renders(read_samples(root / "pixels", 12), root / "real", 32)
     first = ImageSet.open(root / "real")
     rows = [

@@ -185,3 +185,13 @@ def test_a_disk_that_fills_up_at_the_rename_is_noticed_too(tmp_path, monkeypatch
     save(tmp_path, 6, required=False)
     assert "WARNING: the checkpoint of step 6" in capsys.readouterr().out
     assert loaded_steps(tmp_path) == [3] * WORLD
+
+
+def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path):
+    for name in (".step_00000002.tmp", ".step_00000001.old", "step_00000003"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").touch()
+    for name in (".latest.123.tmp", "latest"):
+        (tmp_path / name).touch()
+    checkpoint_folder.clean(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000003"]
