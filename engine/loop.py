@@ -6,13 +6,12 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from engine import communication, files, masters, run_lock
+from engine import communication, files, run_lock
+from engine.averages import Averages
 from engine.checkpoint import Checkpoints
 from engine.config import StoppedError
 from engine.distributed import Ranks
@@ -82,6 +81,7 @@ class _Run:
         self.stepper = Stepper(objective, config, ranks, self.spans, source.num_streams)
         self.engines = self.stepper.engines
         self.ema = Ema(self.engines["main"], config.ema_decays) if config.ema_decays else None
+        self.averages = Averages(objective, self.engines["main"], self.ema, config, ranks)
         self.step = 0
         self.log: RunLog | None = None
         self._early: list[tuple[EventKind, int, str]] = []
@@ -237,31 +237,10 @@ class _Run:
             "roll_back", alarm_step, f"rolled back from step {alarm_step} to step {self.step}: {reason}"
         )
 
-    def _averaged(self, decay: float | None = None) -> Any:
-        """Context in which the model holds averaged weights: of `decay`, or of the first one; without any, its own."""
-        engine = self.engines["main"]
-        if self.ema is None:
-            return contextlib.nullcontext()
-        return masters.swapped(engine, self.ema.shadows[decay or self.config.ema_decays[0]])
-
-    @contextlib.contextmanager
-    def _drawable(self) -> Iterator[None]:
-        """Inside, the model holds whole averaged weights, in eval mode."""
-        self.objective.model.eval()
-        with self._averaged(), masters.gathered(self.engines["main"]), torch.no_grad():
-            yield
-            self.ranks.barrier()
-        self.objective.model.train()
-
     def _write_samples(self) -> None:
-        """Every rank computes under ZeRO-3 (forward is collective there), else only the first."""
-        with self._drawable():
-            grid = None
-            if self.ranks.is_first or self.config.zero_stage == 3:
-                with masters.autocast(self.config.precision, self.ranks.device):
-                    grid = self.objective.samples()
-            if self.log and grid is not None:
-                self.log.samples(self.step, grid)
+        grid = self.averages.samples()
+        if self.log and grid is not None:
+            self.log.samples(self.step, grid)
 
     def _evaluate_if_due(self) -> None:
         evaluation = self.evaluation
@@ -275,7 +254,7 @@ class _Run:
 
     def _evaluate(self, evaluation: Evaluation) -> None:
         begin_s = time.monotonic()
-        with self._watchdog.off() if self._watchdog else contextlib.nullcontext(), self._drawable():
+        with self._watchdog.off() if self._watchdog else contextlib.nullcontext(), self.averages.whole():
             scores = evaluation.run(self.step)
         if self.log:
             self.log.scores(self.step, scores)
@@ -309,15 +288,10 @@ class _Run:
             self.source.load_state_dict(state["data"])
 
     def _export(self, name: str, decay: float | None) -> Path:
-        export = self.run_dir / name
         if name == EXPORT:
             self._write_samples()
-        with self._averaged(decay), masters.collected(self.engines["main"], self.ranks.is_first):
-            if self.ranks.is_first:
-                with files.directory(export) as temporary:
-                    self.objective.export(temporary)
-            self.ranks.barrier()
-        return export
+        self.averages.export(self.run_dir / name, decay)
+        return self.run_dir / name
 
     def _request_stop(self, _signal: int, _frame: object) -> None:
         self._stop_requested = True

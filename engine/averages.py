@@ -1,0 +1,60 @@
+"""The averaged weights in the model's place: to draw samples, to be evaluated, to be exported."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine import files, masters
+from engine.distributed import Ranks
+from engine.ema import Ema
+from engine.engine_config import EngineConfig
+from engine.objective import Objective
+
+
+class Averages:
+    """Of one training; without an average, the weights themselves. Everything here is collective."""
+
+    def __init__(
+        self, objective: Objective, engine: Any, ema: Ema | None, config: EngineConfig, ranks: Ranks
+    ) -> None:
+        """`engine`: the main one, whose weights `ema` averages."""
+        self._objective, self._engine, self._ema = objective, engine, ema
+        self._config, self._ranks = config, ranks
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, the model holds whole averaged weights, in eval mode."""
+        self._objective.model.eval()
+        with self._in_place(), masters.gathered(self._engine), torch.no_grad():
+            yield
+            self._ranks.barrier()
+        self._objective.model.train()
+
+    def samples(self) -> npt.NDArray[np.uint8] | None:
+        """The objective's grid, on the first rank. Under ZeRO-3 every rank computes: forward is collective there."""
+        grid = None
+        with self.whole():
+            if self._ranks.is_first or self._config.zero_stage == 3:
+                with masters.autocast(self._config.precision, self._ranks.device):
+                    grid = self._objective.samples()
+        return grid
+
+    def export(self, directory: Path, decay: float | None) -> None:
+        """Writes the average of `decay`; None: the first one."""
+        with self._in_place(decay), masters.collected(self._engine, self._ranks.is_first):
+            if self._ranks.is_first:
+                with files.directory(directory) as temporary:
+                    self._objective.export(temporary)
+            self._ranks.barrier()
+
+    def _in_place(self, decay: float | None = None) -> contextlib.AbstractContextManager[None]:
+        if self._ema is None:
+            return contextlib.nullcontext()
+        return masters.swapped(self._engine, self._ema.shadows[decay or self._config.ema_decays[0]])
