@@ -13,9 +13,7 @@ from engine.config import UserError
 from engine.engine_config import EngineConfig
 from evaluation.judges.emoji import JudgeConfig
 from generator.class_conditional.config import DitConfig
-from generator.class_conditional.objective import (
-    ClassFlowConfig,
-)
+from generator.class_conditional.objective import ClassFlowConfig
 from generator.class_conditional.sampling import ClassSamplingConfig
 from generator.model import GeneratorConfig
 from generator.model_card import Task

@@ -9,7 +9,6 @@ import os
 import random
 import select
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from data.shards import ShardWriter
 from data.sources.emoji import EmojiConfig, EmojiSource
+from engine.distributed import free_port
 from tokenizer.bridge import BridgeConfig
 from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.representation import RepresentationConfig
@@ -52,9 +52,7 @@ def start_ranks() -> Callable[..., list[multiprocessing.process.BaseProcess]]:
     context.set_forkserver_preload(PRELOADED)
 
     def start(script: str, arguments: list[str], world: int, output: Path) -> list[Any]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(SCRIPTS)  # a forked process imports `forked` from there
@@ -155,19 +153,31 @@ def tree(root: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def tiny_autoencoder() -> Callable[[Path], Autoencoder]:
-    """`tiny_autoencoder(folder)`: an untrained one for 32 px, 6 channels on 4 x 4, exported there; always the same."""
+def emoji_shards() -> Callable[..., None]:
+    """`emoji_shards(folder, set, number, per_shard)`: the first samples of an emoji set; by default in one shard."""
 
-    def write(folder: Path) -> Autoencoder:
+    def write(folder: Path, name: str, number: int, per_shard: int | None = None) -> None:
+        source = EmojiSource(EmojiConfig(), name, number)
+        with ShardWriter(folder, max_samples_per_shard=per_shard or number, source="test") as writer:
+            for index in range(len(source)):
+                writer.write(source.sample(index))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_autoencoder() -> Callable[..., Autoencoder]:
+    """`tiny_autoencoder(folder, image_px=32)`: untrained, 6 channels on 4 x 4, exported there; always the same."""
+
+    def write(folder: Path, image_px: int = 32) -> Autoencoder:
+        patch_px = image_px // 4
+        shape = {"img_size": image_px, "patch_size": patch_px, "embed_dim": 48, "depth": 2, "num_heads": 3}
         config = AutoencoderConfig(
             representation=RepresentationConfig(
-                name="vit_tiny_patch16_224",
-                input_px=32,
-                weights="random",
-                overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
+                name="vit_tiny_patch16_224", input_px=image_px, weights="random", overrides=shape
             ),
-            decoder=PixelDecoderConfig(width=32, layers=1, heads=4, mlp_width=64, patch_px=8),
-            image_px=32,
+            decoder=PixelDecoderConfig(width=32, layers=1, heads=4, mlp_width=64, patch_px=patch_px),
+            image_px=image_px,
             bridge=BridgeConfig(latent_channels=6, decoder_layers=1, num_heads=4),
         )
         with torch.random.fork_rng():
@@ -180,13 +190,12 @@ def tiny_autoencoder() -> Callable[[Path], Autoencoder]:
 
 
 @pytest.fixture(scope="session")
-def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+def tiny_judge(
+    emoji_shards: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[str]]:
     """`tiny_judge(run_dir, *overrides)`: script and arguments of the quickstart's smallest training, on 40 scenes."""
     shards = tmp_path_factory.mktemp("judge") / "pixels"
-    source = EmojiSource(EmojiConfig(), "scenes-train", 40)
-    with ShardWriter(shards, max_samples_per_shard=20, source="test") as writer:
-        for index in range(len(source)):
-            writer.write(source.sample(index))
+    emoji_shards(shards, "scenes-train", 40, 20)
 
     def arguments(run_dir: Path, *overrides: str) -> list[str]:
         start = ["launch/train_judge.py", "--config", "configs/quickstart/judge.yaml"]

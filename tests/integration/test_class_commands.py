@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -19,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.shards import ShardDataset, ShardWriter
-from data.sources.emoji import EmojiConfig, EmojiSource
+from data.shards import ShardDataset
 from engine.config import UserError
+from engine.distributed import free_port
 from evaluation.adm_npz import write_npz
 from evaluation.class_set import ClassSetConfig, class_drawings, draw_class_set
 from evaluation.emoji_images import read_samples, real_renders
@@ -45,13 +44,14 @@ SAMPLING = ClassSamplingConfig(num_steps=3, guidance=2.0, batch_images=3)
 
 
 @pytest.fixture(scope="module")
-def inputs(tiny_autoencoder: Callable[[Path], Autoencoder], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(
+    tiny_autoencoder: Callable[..., Autoencoder],
+    emoji_shards: Callable[..., None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """Labelled emoji shards, an untrained autoencoder, latents of images and their mirror images, a config."""
     root = tmp_path_factory.mktemp("class")
-    source = EmojiSource(EmojiConfig(), "classes-train", 48)
-    with ShardWriter(root / "pixels", max_samples_per_shard=24, source="test") as writer:
-        for index in range(len(source)):
-            writer.write(source.sample(index))
+    emoji_shards(root / "pixels", "classes-train", 48, 24)
     tiny_autoencoder(root / "autoencoder")
     encode = EncodeConfig(
         str(root / "autoencoder"), str(root / "pixels"), str(root / "latents"), None, horizontal_flip=True
@@ -82,9 +82,7 @@ def command(script: str, *options: str, ranks: int = 1) -> list[str]:
     arguments = [str(ROOT / "launch" / f"{script}.py"), *options]
     if ranks == 1:
         return [sys.executable, *arguments]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     launcher = str(Path(sys.executable).parent / "deepspeed")
     return [launcher, "--num_gpus", str(ranks), "--master_port", port, *arguments]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from data.shards import Sample, ShardDataset, ShardWriter
 from data.sources.emoji import EmojiConfig, EmojiSource
 from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import config
+from engine.distributed import free_port
 from generator.model import Generator
 from launch import entry, training
 from launch.run_kinds import read_run
@@ -118,9 +118,7 @@ def command(task: str, inputs: Path, run_dir: Path, *extra: str, ranks: int = 1)
     arguments = [str(ROOT / "launch" / f"{script}.py"), *arguments]
     if ranks == 1:
         return [sys.executable, *arguments]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     launcher = str(Path(sys.executable).parent / "deepspeed")
     return [launcher, "--num_gpus", str(ranks), "--master_port", port, *arguments]
 

@@ -20,7 +20,7 @@ NUM_SHARDS = 16
 
 
 @pytest.fixture(scope="module")
-def inputs(tiny_autoencoder: Callable[[Path], Autoencoder], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(tiny_autoencoder: Callable[..., Autoencoder], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide images with captions, a text tokenizer and a tiny autoencoder."""
     root = tmp_path_factory.mktemp("encode-kill")
     with ShardWriter(root / "pixels", max_samples_per_shard=6, source="test") as writer:

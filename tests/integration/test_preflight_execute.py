@@ -8,12 +8,11 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from data.shards import ShardWriter
-from data.sources.emoji import EmojiConfig, EmojiSource
 from engine.distributed import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -113,11 +112,10 @@ def test_a_class_conditional_run_takes_every_phase_as_large_as_estimated(tmp_pat
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_one_of_the_phases_or_left_out_with_a_reason(tmp_path: Path) -> None:
-    source = EmojiSource(EmojiConfig(), "scenes-train", 12)
-    with ShardWriter(tmp_path / "pixels", max_samples_per_shard=12, source="test") as writer:
-        for index in range(len(source)):
-            writer.write(source.sample(index))
+def test_an_evaluation_is_one_of_the_phases_or_left_out_with_a_reason(
+    emoji_shards: Callable[..., None], tmp_path: Path
+) -> None:
+    emoji_shards(tmp_path / "pixels", "scenes-train", 12)
     scores = (
         "evaluation={every_steps: 1, suites: {reconstruction: {inception: none, vgg16: none}}, shards: %s}"
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from data.shards import LatentInfo, ShardWriter
-from data.sources.emoji import BACKGROUND_NAMES, OBJECT_NAMES, EmojiConfig, EmojiSource
+from data.shards import LatentInfo
+from data.sources.emoji import BACKGROUND_NAMES, OBJECT_NAMES
 from engine import config
 from engine.config import to_dict
 from engine.files import write_json, write_text
@@ -20,11 +21,8 @@ from generator.class_conditional.model import create_generator
 from generator.class_conditional.sampling import ClassSamplingConfig
 from launch import quickstart_class_scores
 from launch.runs import ClassRun, StandInRun
-from tokenizer.bridge import BridgeConfig
 from tokenizer.export import fingerprint
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from tokenizer.rpiae import Autoencoder
 from tokenizer.standin import IdentityObjective
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -32,28 +30,14 @@ NUM_IMAGES = 6
 
 
 def test_every_export_of_every_training_stands_on_the_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    emoji_shards: Callable[..., None],
+    tiny_autoencoder: Callable[..., Autoencoder],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     root, base = tmp_path / "class", tmp_path / "quickstart"
-    source = EmojiSource(EmojiConfig(), "classes-validation", 8)
-    with ShardWriter(root / "data/classes-validation", max_samples_per_shard=8, source="test") as writer:
-        for index in range(len(source)):
-            writer.write(source.sample(index))
-    shape = AutoencoderConfig(
-        representation=RepresentationConfig(
-            name="vit_tiny_patch16_224",
-            input_px=64,
-            weights="random",
-            overrides={"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 1, "num_heads": 3},
-        ),
-        decoder=PixelDecoderConfig(width=32, layers=1, heads=4, mlp_width=64, patch_px=16),
-        image_px=64,
-        bridge=BridgeConfig(latent_channels=6, decoder_layers=1, num_heads=4),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        autoencoder = Autoencoder(shape)
-    autoencoder.save(tmp_path / "autoencoder")
+    emoji_shards(root / "data/classes-validation", "classes-validation", 8)
+    tiny_autoencoder(tmp_path / "autoencoder", image_px=64)
     features = config.load(StandInRun, CONFIGS / "ablation" / "features.yaml").standin
     for folder, objective in (
         (base / "judge", JudgeObjective(JudgeConfig(), SceneClasses(OBJECT_NAMES, BACKGROUND_NAMES))),

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from data.shards import LatentInfo
 from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import config
 from engine.config import UserError, to_dict
+from engine.distributed import free_port
 from engine.files import write_json
 from evaluation import sampled_set
 from evaluation.manifest import ImageSet, write_image
@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def inputs(
     one_thread: None,
-    tiny_autoencoder: Callable[[Path], Autoencoder],
+    tiny_autoencoder: Callable[..., Autoencoder],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A finished run of an untrained generator whose images depend on everything, and a file of prompts and edits."""
@@ -268,9 +268,7 @@ def command(inputs: Path, *arguments: str, ranks: int = 1) -> list[str]:
     words = [str(ROOT / "launch" / "sample.py"), "--run", str(inputs / "run"), *arguments]
     if ranks == 1:
         return [sys.executable, *words]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     launcher = str(Path(sys.executable).parent / "deepspeed")
     return [launcher, "--num_gpus", str(ranks), "--master_port", port, *words]
 
@@ -378,9 +376,7 @@ def test_a_run_is_drawn_and_scored_on_two_ranks_to_the_bytes_of_one(
 ) -> None:
     monkeypatch.setattr(sys, "argv", evaluation_command(inputs, tmp_path / "one"))
     assert entry.run(launch_evaluate.main) == 0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", port]
     subprocess.run(
         [*launcher, *evaluation_command(inputs, tmp_path / "two")],

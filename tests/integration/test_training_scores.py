@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from data.images import PixelConfig
-from data.shards import LatentInfo, ShardWriter
-from data.sources.emoji import EmojiConfig, EmojiSource
+from data.shards import LatentInfo
 from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import distributed
 from engine.config import ConfigError, UserError, from_dict
@@ -40,13 +39,14 @@ SAMPLING = SamplingConfig(num_steps=2, text_guidance=2.0, time_shift=3.0, batch_
 
 
 @pytest.fixture(scope="module")
-def inputs(tiny_autoencoder: Callable[[Path], Autoencoder], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(
+    tiny_autoencoder: Callable[..., Autoencoder],
+    emoji_shards: Callable[..., None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """Pixel shards, an untrained autoencoder, a text tokenizer, real images, a file of prompts and edits."""
     root = tmp_path_factory.mktemp("scores")
-    source = EmojiSource(EmojiConfig(), "scenes-train", 12)
-    with ShardWriter(root / "pixels", max_samples_per_shard=12, source="test") as writer:
-        for index in range(len(source)):
-            writer.write(source.sample(index))
+    emoji_shards(root / "pixels", "scenes-train", 12)
     train_text_tokenizer(["a red apple on blue", "two dogs beside a small green house"], root / "text", 400)
     tiny_autoencoder(root / "autoencoder")
     real_renders(read_samples(root / "pixels", 12), root / "real", 32)
