@@ -6,7 +6,7 @@ Shapes: B images, C latent channels, Y X latent grid.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ class ClassBatch:
 
     def to(self, device: torch.device) -> ClassBatch:
         """A copy with the tensors on `device`."""
-        return replace(self, latents=to_device(self.latents, device), labels=to_device(self.labels, device))
+        return to_device(self, device)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import io
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -51,7 +51,7 @@ class PixelBatch:
 
     def to(self, device: torch.device) -> PixelBatch:
         """A copy with the pixels on `device`."""
-        return replace(self, pixels=to_device(self.pixels, device))
+        return to_device(self, device)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ I images, Y X latent grid.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -63,19 +63,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """A copy with every tensor on `device`."""
-        return replace(
-            self,
-            text_ids=to_device(self.text_ids, device),
-            latents=to_device(self.latents, device),
-            rope_positions=to_device(self.rope_positions, device),
-            grid_positions=to_device(self.grid_positions, device),
-            image_index=to_device(self.image_index, device),
-            image_noisy=to_device(self.image_noisy, device),
-            text_loss_rows=to_device(self.text_loss_rows, device),
-            text_loss_ids=to_device(self.text_loss_ids, device),
-            attention=self.attention.to(device),
-            noisy_attention=self.noisy_attention.to(device),
-        )
+        return to_device(self, device)
 
 
 def build_packed_batch(

@@ -15,6 +15,7 @@ from data.mixture import Mixture, SetConfig
 from data.prefetch import Prefetch
 from data.shards import Sample, ShardDataset
 from data.storage import StorageConfig
+from data.transfer import pinned
 from engine.config import ConfigError, UserError
 from engine.objective import Batch
 
@@ -213,15 +214,14 @@ class PackStream:
             for stream, cursor in self._cursors.items():
                 step = cursor.num_packs
                 epochs, addresses = cursor.next_pack()
-                batches.append(
-                    self._packer.collate(
-                        self._mixture.read(addresses),
-                        step=step,
-                        stream=stream,
-                        epochs=epochs.tolist(),
-                        seed=self._seed,
-                    )
+                batch = self._packer.collate(
+                    self._mixture.read(addresses),
+                    step=step,
+                    stream=stream,
+                    epochs=epochs.tolist(),
+                    seed=self._seed,
                 )
+                batches.append(pinned(batch))
                 taken.append(addresses)
             yield _Step(tuple(batches), self._snapshot(), self._ledger(np.concatenate(taken)))
 

@@ -38,11 +38,21 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def draw_times(count: int, shift: float, generator: torch.Generator) -> Tensor:
-    """t = shift(sigmoid(n)), n ~ N(0, 1) (Esser et al., eq. 19 with m = 0, s = 1). fp32 [count] in (0, 1), on
-    the CPU.
+def pack_generator(seed: int, device: torch.device) -> torch.Generator:
+    """Where a pack's times and noise come from, drawn where they are used: a pack of 12,288 tokens has 800,000 values.
+
+    The numbers depend on the pack's seed, not on the rank or the number of ranks. CPU and GPU draw different ones; so
+    may GPUs of different models.
     """
-    return shift_time(torch.sigmoid(torch.randn(count, generator=generator)), shift)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def draw_times(count: int, shift: float, generator: torch.Generator) -> Tensor:
+    """t = shift(sigmoid(n)), n ~ N(0, 1) (Esser et al., eq. 19 with m = 0, s = 1). fp32 [count] in (0, 1), on the
+    generator's device.
+    """
+    normal = torch.randn(count, generator=generator, device=generator.device)
+    return shift_time(torch.sigmoid(normal), shift)
 
 
 def interpolate(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -19,12 +19,19 @@ from torch import Tensor
 from data.packed_batch import PackedBatch
 from data.shards import LatentInfo
 from data.text import TextTokenizer
-from data.transfer import to_device
 from engine.config import UserError, to_dict
 from engine.files import digest, sha256
 from engine.objective import HISTORY_WINDOWS, LossOutput, Term, WithoutAdversary
 from generator.attention import Backend, choose_backend
-from generator.flow import TimeShift, check_shift, draw_times, interpolate, resolve_shift, velocity_target
+from generator.flow import (
+    TimeShift,
+    check_shift,
+    draw_times,
+    interpolate,
+    pack_generator,
+    resolve_shift,
+    velocity_target,
+)
 from generator.model import WEIGHTS_NAME, Generator, GeneratorConfig
 from generator.sampling import Condition, SamplingConfig, sample_latents
 from generator.sizing import PackSize, training_flops
@@ -125,11 +132,10 @@ class FlowObjective(WithoutAdversary):
         device, num_noisy = batch.latents.device, batch.num_loss_tokens
         num_clean = len(batch.latents) - num_noisy
         num_targets = batch.num_targets
-        generator = torch.Generator().manual_seed(batch.seed)
-        t_I = torch.zeros(len(batch.image_noisy))  # clean images enter at t = 0, as themselves
+        generator = pack_generator(batch.seed, device)
+        t_I = torch.zeros(len(batch.image_noisy), device=device)  # clean images enter at t = 0, as themselves
         t_I[len(t_I) - num_targets :] = draw_times(num_targets, self._shift, generator)
-        noise_TC = torch.randn((num_noisy, batch.latents.shape[1]), generator=generator)
-        noise_TC, t_I = to_device(noise_TC, device), to_device(t_I, device)
+        noise_TC = torch.randn((num_noisy, batch.latents.shape[1]), generator=generator, device=device)
         z_TC, times_T = batch.latents[num_clean:], t_I[batch.image_index[num_clean:]]
         x_GC = torch.cat([batch.latents[:num_clean], interpolate(z_TC, noise_TC, times_T[:, None])])
         further: dict[str, Term] = {}

@@ -18,7 +18,6 @@ from torch import nn
 
 from data.class_batch import ClassBatch
 from data.shards import LatentInfo
-from data.transfer import to_device
 from engine.config import UserError, to_dict
 from engine.files import digest, sha256
 from engine.objective import LossOutput, WithoutAdversary
@@ -32,7 +31,15 @@ from generator.class_conditional.model import (
 )
 from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
 from generator.class_conditional.sizing import training_flops
-from generator.flow import TimeShift, check_shift, draw_times, interpolate, resolve_shift, velocity_target
+from generator.flow import (
+    TimeShift,
+    check_shift,
+    draw_times,
+    interpolate,
+    pack_generator,
+    resolve_shift,
+    velocity_target,
+)
 from generator.objective import Decode, check_latents, tile
 
 PREVIEW_COLUMNS = 8
@@ -109,9 +116,9 @@ class ClassObjective(WithoutAdversary):
         With `align` also minus its weight times the mean cosine, logged as `alignment`.
         """
         z_BCYX = batch.latents
-        generator = torch.Generator().manual_seed(batch.seed)
-        t_B = to_device(draw_times(len(z_BCYX), self._shift, generator), z_BCYX.device)
-        noise_BCYX = to_device(torch.randn(z_BCYX.shape, generator=generator), z_BCYX.device)
+        generator = pack_generator(batch.seed, z_BCYX.device)
+        t_B = draw_times(len(z_BCYX), self._shift, generator)
+        noise_BCYX = torch.randn(z_BCYX.shape, generator=generator, device=z_BCYX.device)
         x_BCYX = interpolate(z_BCYX, noise_BCYX, t_B[:, None, None, None])
         layer = 0 if self._aligned is None else self._aligned.config.layer
         velocity, tokens_BTD = self.generator.forward_with_tokens(x_BCYX, t_B, batch.labels, layer)

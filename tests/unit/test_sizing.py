@@ -164,8 +164,6 @@ def flash_in_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_is_what_autograd_saves_on_a_gpu(head, precision, monkeypatch) -> None:
     """On fake tensors of a CUDA device, which dispatch and autocast as real ones do and need no GPU."""
     config = dataclasses.replace(WIDE, head=head)
-    for module in ("packed_batch", "attention_plan"):  # fake tensors cannot be pinned
-        monkeypatch.setattr(f"data.{module}.to_device", lambda x, device: x.to(device))
     monkeypatch.setattr("generator.model.choose_backend", lambda *_: "varlen")
     batch, is_half = long_pack(), precision == "bf16"
     size = PackSize.of(batch)
