@@ -29,7 +29,8 @@ class Prefetch(Generic[T]):
     def __init__(self, items: Iterator[T], depth: int) -> None:
         self._ready: queue.Queue[T | _Failure] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
-        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._gpu = torch.cuda.current_device() if in_use else None
         self._failure: _Failure | None = None
         self._thread = threading.Thread(target=self._run, args=(items,), name="prefetch", daemon=True)
         self._thread.start()

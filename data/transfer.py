@@ -42,7 +42,7 @@ def pinned(tree: TreeT) -> TreeT:
 
     For the thread that makes batches: it spares the one that trains the work. All tensors must be on the CPU.
     """
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return tree
     tensors = list(_tensors(tree))
     return _rebuilt(tree, _views(_fill(tensors), tensors))

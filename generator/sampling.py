@@ -5,8 +5,9 @@ Shape suffixes: B guidance branches, S samples, P latent tokens of one image (Y 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,10 +20,12 @@ from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_b
 from data.packing import text_split
 from data.shards import ShardDataset
 from data.text import TextTokenizer
+from data.transfer import to_device
 from engine.config import UserError
 from generator.attention import JointAttention
 from generator.drawing import DrawingConfig, draw_noise
 from generator.flow import resolve_shift, sampling_times
+from generator.graphs import Graphed
 from generator.guidance import Branch, GuidanceConfig, branch_weights, guide
 from generator.model import Generator, normalise, unnormalise
 from generator.prefix import PrefixCache, split_prefix
@@ -111,7 +114,8 @@ def _sample_batch(
     shape = model.latents.shape
     times = sampling_times(config.num_steps, resolve_shift(config.time_shift, shape))
     velocity = GuidedVelocity(model, conditions, times[:-1], config, text_tokenizer)
-    noise_SPC = draw_noise(shape, seeds).flatten(2).transpose(1, 2).to(model.latent_out.weight.device)
+    noise_SPC = draw_noise(shape, seeds).flatten(2).transpose(1, 2)
+    noise_SPC = to_device(noise_SPC, model.latent_out.weight.device)
     x_SPC = integrate(velocity, noise_SPC, times, config.solver)
     return x_SPC.transpose(1, 2).reshape(len(seeds), *shape).cpu()
 
@@ -132,10 +136,13 @@ class GuidedVelocity:
         text_tokenizer: TextTokenizer,
     ) -> None:
         """`times`: all at which it will be asked for."""
-        self._model, self._config = model, config
+        self._config = config
         self._editing = any(condition.sources for condition in conditions)
         device = model.latent_out.weight.device
-        needed = {tuple(branch_weights(config, t, editing=self._editing)): None for t in times}
+        every = [branch_weights(config, t, editing=self._editing) for t in times]
+        needed = {
+            tuple(weights): weights for weights in every
+        }  # the branches of a time say how they are weighed
         seen = {branch for branches in needed for branch in branches}
         packs = {
             branches: split_prefix(pack_branches(model, conditions, branches, seen, text_tokenizer))
@@ -145,19 +152,32 @@ class GuidedVelocity:
         cache = PrefixCache(model.attention_backend)
         clean_times = torch.zeros(len(prefix.image_noisy), device=device)
         model(prefix, prefix.latents, clean_times, attention=cache.fill(prefix.attention))
-        self._noisy: dict[tuple[Branch, ...], tuple[PackedBatch, JointAttention]] = {}
+        self._velocities: dict[tuple[Branch, ...], Graphed] = {}
         for branches, (_, on_cpu) in packs.items():
             noisy = on_cpu.to(device)
-            self._noisy[branches] = noisy, cache.extend(noisy.attention)
+            velocity = partial(_guided, model, noisy, cache.extend(noisy.attention), needed[branches], config)
+            self._velocities[branches] = Graphed(velocity, [model])
 
     def __call__(self, x_SPC: Tensor, t: float) -> Tensor:
         """[S, P, C] -> the same."""
-        weights = branch_weights(self._config, t, editing=self._editing)
-        noisy, attention = self._noisy[tuple(weights)]
-        x_SBPC = x_SPC[:, None].expand(-1, len(weights), -1, -1)
-        t_I = torch.full((len(noisy.image_noisy),), t, device=x_SPC.device)
-        v_SBPC = self._model(noisy, x_SBPC.flatten(0, 2), t_I, attention=attention).view(x_SBPC.shape)
-        return guide(v_SBPC, weights, self._config)
+        branches = tuple(branch_weights(self._config, t, editing=self._editing))
+        return self._velocities[branches](x_SPC, torch.full((), t, device=x_SPC.device))
+
+
+def _guided(
+    model: Generator,
+    noisy: PackedBatch,
+    attention: JointAttention,
+    weights: Mapping[Branch, float],
+    config: GuidanceConfig,
+    x_SPC: Tensor,
+    t: Tensor,
+) -> Tensor:
+    """The velocity [S, P, C] at time `t`, fp32 scalar, through one pack: a function of `x_SPC` and `t` alone."""
+    x_SBPC = x_SPC[:, None].expand(-1, len(weights), -1, -1)
+    t_I = t.expand(len(noisy.image_noisy))
+    v_SBPC = model(noisy, x_SBPC.flatten(0, 2), t_I, attention=attention).view(x_SBPC.shape)
+    return guide(v_SBPC, weights, config)
 
 
 def pack_branches(

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from data.transfer import to_device
 from generator.class_conditional.model import ClassGenerator
 from generator.drawing import DrawingConfig, check_interval, check_scale, draw_noise, is_guided
 from generator.flow import resolve_shift, sampling_times
+from generator.graphs import Graphed
 from generator.model import unnormalise
 from generator.solvers import integrate
 
@@ -46,22 +49,39 @@ class GuidedClassVelocity:
         config: ClassSamplingConfig,
         guide: ClassGenerator | None = None,
     ) -> None:
-        self._model, self._config = model, config
-        self._guide = model if guide is None else guide
-        self._labels_B = labels_B
-        self._guide_labels_B = (
-            torch.full_like(labels_B, model.config.num_classes) if guide is None else labels_B
+        self._config = config
+        none_B = torch.full_like(labels_B, model.config.num_classes)
+        weak, weak_labels_B = (model, none_B) if guide is None else (guide, labels_B)
+        self._plain = Graphed(partial(_velocity, model, labels_B), [model])
+        self._guided = Graphed(
+            partial(_guided, model, labels_B, weak, weak_labels_B, config.guidance), [model, weak]
         )
 
     def __call__(self, x_BCYX: Tensor, t: float) -> Tensor:
         """[B, C, Y, X] -> the same."""
-        t_B = torch.full((len(x_BCYX),), t, device=x_BCYX.device)
-        v: Tensor = self._model(x_BCYX, t_B, self._labels_B)
-        scale = self._config.guidance
-        if scale == 1 or not is_guided(t, self._config.guidance_interval):
-            return v
-        v_guide: Tensor = self._guide(x_BCYX, t_B, self._guide_labels_B)
-        return v_guide + scale * (v - v_guide)
+        is_plain = self._config.guidance == 1 or not is_guided(t, self._config.guidance_interval)
+        velocity = self._plain if is_plain else self._guided
+        return velocity(x_BCYX, torch.full((), t, device=x_BCYX.device))
+
+
+def _velocity(model: ClassGenerator, labels_B: Tensor, x_BCYX: Tensor, t: Tensor) -> Tensor:
+    """`t`: fp32 scalar."""
+    v_BCYX: Tensor = model(x_BCYX, t.expand(len(x_BCYX)), labels_B)
+    return v_BCYX
+
+
+def _guided(
+    model: ClassGenerator,
+    labels_B: Tensor,
+    weak: ClassGenerator,
+    weak_labels_B: Tensor,
+    scale: float,
+    x_BCYX: Tensor,
+    t: Tensor,
+) -> Tensor:
+    v_BCYX = _velocity(model, labels_B, x_BCYX, t)
+    weak_BCYX = _velocity(weak, weak_labels_B, x_BCYX, t)
+    return weak_BCYX + scale * (v_BCYX - weak_BCYX)
 
 
 @torch.no_grad()
@@ -84,8 +104,8 @@ def sample_class_latents(
     latents = []
     for start in range(0, len(labels), config.batch_images):
         part = slice(start, start + config.batch_images)
-        labels_B = torch.tensor(labels[part], device=device)
+        labels_B, noise_BCYX = to_device((torch.tensor(labels[part]), draw_noise(shape, seeds[part])), device)
         velocity = GuidedClassVelocity(model, labels_B, config, guide)
-        x_BCYX = integrate(velocity, draw_noise(shape, seeds[part]).to(device), times, config.solver)
+        x_BCYX = integrate(velocity, noise_BCYX, times, config.solver)
         latents.append(x_BCYX.cpu())
     return unnormalise(torch.cat(latents), model.latents)
