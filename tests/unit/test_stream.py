@@ -528,3 +528,19 @@ def test_close_ends_the_thread(dataset: ShardDataset) -> None:
         rank.close()
         rank.close()
         assert threading.active_count() == before
+
+
+def test_packs_are_pinned_by_the_thread_that_reads_ahead(dataset: ShardDataset, monkeypatch) -> None:
+    """One block a pack, made where no step waits for it."""
+    pinned_in: list[str] = []
+
+    def pin(pack: Pack) -> Pack:
+        pinned_in.append(threading.current_thread().name)
+        return replace(pack, epochs=())
+
+    monkeypatch.setattr("data.stream.pinned", pin)
+    (stream,) = open_ranks(dataset, 1)
+    packs = stream.next_step()
+    stream.close()
+    assert all(pack.epochs == () for pack in packs)
+    assert len(pinned_in) >= len(packs) and set(pinned_in) == {"prefetch"}
