@@ -25,6 +25,8 @@ class EngineConfig:
     """Optimizer of the discriminator; needed by objectives that have one."""
     precision: Precision = "fp32"
     """fp32; bf16_autocast: fp32 weights, bf16 matrix products; bf16: bf16 weights with fp32 masters."""
+    tf32: bool = True
+    """Whether GPUs may multiply fp32 numbers in TF32 (10 bits of mantissa). Scores are computed without, always."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage 1, 2 or 3 (0 has no guard against non-finite gradients). It may change on resume."""
     ema_decay: float | tuple[float, ...] = 0.9999

@@ -26,6 +26,7 @@ from engine.schedule import learning_rate
 from engine.spans import Spans, peak_flops
 from engine.step import Stepper
 from engine.system import SystemMeter, combine
+from engine.tf32 import allow_tf32
 from engine.watchdog import Watchdog
 from engine.window import Window
 
@@ -77,6 +78,7 @@ class _Run:
         ranks = dataclasses.replace(ranks, waits=lambda: self.spans("waiting"))
         self.objective, self.source, self.config, self.ranks = objective, source, config, ranks
         self.run_dir, self.evaluation = run_dir, evaluation
+        allow_tf32(config.tf32)
         objective.to(ranks.device)
         self.stepper = Stepper(objective, config, ranks, self.spans, source.num_streams)
         self.engines = self.stepper.engines

@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from engine import files
 from engine.config import UserError
+from engine.tf32 import exact_fp32
 from evaluation.environment import versions
 from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.interval import Estimate, mean, rate
@@ -109,6 +110,7 @@ class Team:
 ALONE = Team()
 
 
+@exact_fp32()
 def evaluate(
     suite: Suite,
     images_dir: str | Path,
@@ -121,7 +123,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores an image set; writes `output_dir`/per_item.jsonl, then scores.json, and returns the latter.
 
-    All of `team` share the expensive phase; rank 0 alone scores, the others return {}.
+    All of `team` share the expensive phase; rank 0 alone scores, the others return {}. fp32 is exact here: under TF32
+    a network's features, and so an FID, would be a GPU's own.
 
     `seed` is the one the images were sampled with, for the record; `manifest` stands in for the folder's own. Raises
     UserError when images are missing and `allow_partial` is not set; when it is, they are counted in `n_failed` and the

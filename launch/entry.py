@@ -15,6 +15,7 @@ from engine import distributed, peers
 from engine.config import ConfigError, StoppedError, UserError, dump, load
 from engine.logs import say
 from engine.redaction import redact
+from engine.tf32 import allow_tf32
 
 PACKAGES = ("data", "tokenizer", "generator", "evaluation", "engine")
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -34,6 +35,7 @@ def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
     if has_ranks and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         # launch/node.sh ignores it for the launcher's sake; a rank that hangs before training must end by it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    allow_tf32(True)
     try:
         check_packages()
         main()

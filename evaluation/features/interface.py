@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from engine.tf32 import exact_fp32
+
 IMAGES_PER_CALL = 32
 
 BlockT_contra = TypeVar("BlockT_contra", contravariant=True)
@@ -46,6 +48,7 @@ class FeatureExtractor(RowFunction[Tensor], Protocol):
         """uint8 [B, 3, H, W], any size, on the CPU -> float32 [B, D] on the CPU."""
 
 
+@exact_fp32()
 def extract(extractor: FeatureExtractor, pixels: Tensor) -> Tensor:
     """Features of uint8 [N, 3, H, W], a few images at a time: float32 [N, D]."""
     assert len(pixels), "no images, no features"
