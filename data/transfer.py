@@ -16,6 +16,8 @@ from torch import Tensor
 
 TreeT = TypeVar("TreeT")
 """A tensor, a dataclass, a tuple or list of these, or anything else, which is kept as it is."""
+ATOMS = (int, float, str, type(None))
+"""Hold no tensor. Lengths of segments are long tuples of them: not to be walked item by item."""
 ALIGNMENT = 256
 """Bytes; what a tensor of its own on a GPU would have, and every kernel reads from."""
 
@@ -26,7 +28,7 @@ def to_device(tree: TreeT, device: torch.device) -> TreeT:
     The block that is copied from may be dropped at once: PyTorch gives pinned memory to nobody else before the copies
     that were asked of it are done. What a dataclass has cached beside its fields stays behind.
     """
-    tensors = list(_tensors(tree))
+    tensors = _tensors(tree)
     if device.type != "cuda":
         return _rebuilt(tree, [x.to(device) for x in tensors])
     on_host = [x for x in tensors if x.device.type == "cpu"]
@@ -44,7 +46,7 @@ def pinned(tree: TreeT) -> TreeT:
     """
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return tree
-    tensors = list(_tensors(tree))
+    tensors = _tensors(tree)
     return _rebuilt(tree, _views(_fill(tensors), tensors))
 
 
@@ -72,10 +74,19 @@ def _layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
 def _views(block: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Of the shapes and types of `tensors`, row-major, on the device of the block."""
     starts, _ = _layout(tensors)
+    typed = {dtype: block.view(dtype) for dtype in {tensor.dtype for tensor in tensors}}
     return [
-        block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        typed[tensor.dtype].as_strided(tensor.shape, _strides(tensor.shape), start // tensor.itemsize)
         for start, tensor in zip(starts, tensors, strict=True)
     ]
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return strides[::-1]
 
 
 def _shared_block(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -93,16 +104,23 @@ def _shared_block(tensors: Sequence[Tensor]) -> Tensor | None:
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-def _tensors(tree: object) -> Iterator[Tensor]:
+def _tensors(tree: object) -> list[Tensor]:
     """In the order of fields and items."""
+    found: list[Tensor] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: object, found: list[Tensor]) -> None:
     if isinstance(tree, Tensor):
-        yield tree
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        found.append(tree)
+    elif dataclasses.is_dataclass(tree):
         for field in dataclasses.fields(tree):
-            yield from _tensors(getattr(tree, field.name))
+            _collect(getattr(tree, field.name), found)
     elif isinstance(tree, tuple | list):
         for item in tree:
-            yield from _tensors(item)
+            if not isinstance(item, ATOMS):
+                _collect(item, found)
 
 
 def _rebuilt(tree: TreeT, tensors: Sequence[Tensor]) -> TreeT:
@@ -113,12 +131,12 @@ def _rebuilt(tree: TreeT, tensors: Sequence[Tensor]) -> TreeT:
 def _replaced(tree: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return next(tensors)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+    if dataclasses.is_dataclass(tree):
         new = object.__new__(type(tree))  # not replace(): fields need not be arguments, nor be checked again
         for field in dataclasses.fields(tree):
             object.__setattr__(new, field.name, _replaced(getattr(tree, field.name), tensors))
         return new
-    if isinstance(tree, tuple | list):
+    if isinstance(tree, tuple | list) and not all(isinstance(item, ATOMS) for item in tree):
         items = [_replaced(item, tensors) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return tree

@@ -25,6 +25,9 @@ OF_DATA = {  # their result, or its size, is known to the CPU only when the GPU 
 class Waits(list[str]):
     """Names of the points at which the CPU would wait for the GPU, in order."""
 
+    num_copies = 0
+    """From the CPU to the GPU, waited for or not."""
+
     @staticmethod
     def to_gpu(module: nn.Module) -> None:
         """Moves a module of real tensors to cuda:0, as fake ones: Module.to() cannot turn one into the other."""
@@ -80,6 +83,7 @@ class _Dispatched(TorchDispatchMode):
     def _copied(self, source: Tensor, to: str, non_blocking: bool, func: Any) -> None:
         if source.device.type == to:
             return
+        self.waits.num_copies += to == "cuda"
         is_pinned = any(source.untyped_storage()._cdata == block._cdata for block in self.pinned)
         if not (non_blocking and is_pinned and to == "cuda"):
             self.waits.append(f"{func}: {source.device.type} to {to}, {list(source.shape)}")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.images import PixelBatch
+from data.transfer import to_device
 from engine import config, files
 from engine.config import UserError
 from engine.objective import LossOutput, WithoutAdversary
@@ -129,7 +130,7 @@ class JudgeObjective(WithoutAdversary):
         device = batch.pixels.device
         scenes = [meta.get("scene", {}) for meta in batch.meta]
         cells, backgrounds = scene_targets(scenes, self.config.classes, batch.pixels.shape[-1])
-        cells, backgrounds = cells.to(device), backgrounds.to(device)
+        cells, backgrounds = to_device((cells, backgrounds), device)
         generator = torch.Generator(device).manual_seed(batch.seed)
         cell_logits, background_logits = self.model(augment(batch.pixels_01, generator))
         objects = cell_loss(cell_logits, cells).sum()

@@ -24,7 +24,8 @@ from generator.heads import DdtHeadConfig
 from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
 from generator.objective import FlowConfig, build_objective
-from generator.sampling import Condition, SamplingConfig, sample_latents
+from generator.sampling import Condition, GuidedVelocity, SamplingConfig, sample_latents
+from generator.solvers import integrate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -170,6 +171,18 @@ def test_no_loss_waits_for_the_gpu() -> None:
             with contextlib.nullcontext() if is_first else waiting_is_an_error():
                 output = objective.loss(ready.to(CUDA), 0)  # type: ignore[arg-type]
                 output.loss_sum.backward()
+
+
+def test_no_step_of_a_solver_waits_for_the_gpu() -> None:
+    model = shaken(Generator.create(CONFIG, LATENTS, 0))
+    times = [step / 8 for step in range(8, -1, -1)]
+    config = SamplingConfig(guidance_interval=(0.3, 0.7))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        velocity = GuidedVelocity(model, CONDITIONS, times[:-1], config, Special())  # type: ignore[arg-type]
+        x_SPC = torch.randn(3, 64, 16, device=CUDA)
+        integrate(velocity, x_SPC, times, "euler")  # records
+        with waiting_is_an_error():
+            integrate(velocity, x_SPC, times, "euler")
 
 
 def test_a_pinned_batch_arrives_whole_and_its_noise_is_the_seed_s() -> None:

@@ -1,4 +1,4 @@
-"""No loss of a generator makes the CPU wait for the GPU; and the counter sees every kind of wait."""
+"""No loss of a generator, nor the judge's, makes the CPU wait for the GPU; and the counter sees every kind of wait."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from data.class_batch import ClassBatch
+from data.images import PixelBatch
 from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
 from data.transfer import to_device
+from evaluation.judges.emoji import JudgeConfig, JudgeObjective, SceneClasses
 from generator.class_conditional.alignment import AlignConfig
 from generator.class_conditional.config import DitConfig, WideHeadConfig
 from generator.class_conditional.model import create_generator
@@ -73,7 +75,7 @@ def test_no_host_device_wait_in_the_loss_of_a_packed_batch(
         waits.to_gpu(objective.model)
         output = objective.loss(batch.to(CUDA), 0)
         assert output.loss_sum.is_cuda and bool(output.further) == editing
-    assert waits == []
+    assert waits == [] and waits.num_copies == 1  # the batch; noise is drawn where it is needed
 
 
 @pytest.mark.parametrize("head", [None, WideHeadConfig(48, 1, 4)], ids=["lightning", "wide head"])
@@ -82,6 +84,17 @@ def test_no_host_device_wait_in_the_loss_of_classes(head: Any, align: Any, devic
     config = DitConfig(num_classes=5, width=32, num_layers=2, num_heads=4, head=head)
     batch = ClassBatch(torch.randn(6, *SHAPE), torch.arange(6), tuple("abcdef"), 7)
     objective = build_class_objective(config, ClassFlowConfig(align=align), LATENTS, seed=0)
+    with device_waits() as waits:
+        waits.to_gpu(objective.model)
+        output = objective.loss(batch.to(CUDA), 0)
+        assert output.loss_sum.is_cuda
+    assert waits == [] and waits.num_copies == 1
+
+
+def test_no_host_device_wait_in_the_loss_of_the_judge(device_waits: Any) -> None:
+    scene = {"objects": [{"name": "square", "box": [3, 3, 20, 20]}], "background": "dark"}
+    batch = PixelBatch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), ("a", "b"), 7, ({"scene": scene},) * 2)
+    objective = JudgeObjective(JudgeConfig(channels=(16, 16, 32)), SceneClasses(("square",), ("dark",)))
     with device_waits() as waits:
         waits.to_gpu(objective.model)
         output = objective.loss(batch.to(CUDA), 0)

@@ -93,8 +93,8 @@ def assert_same(found: object, expected: object) -> None:
     for one, other in pairs:
         if isinstance(other, Tensor):
             assert isinstance(one, Tensor) and one.dtype == other.dtype and one.shape == other.shape
-            bits = [x.contiguous().reshape(-1).view(torch.uint8) for x in (one, other)]
-            assert torch.equal(*bits)
+            rows = [torch.empty(x.numel(), dtype=x.dtype).copy_(x.flatten()) for x in (one, other)]
+            assert torch.equal(*(row.view(torch.uint8) for row in rows))
         else:
             assert one == other
 
