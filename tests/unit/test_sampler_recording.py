@@ -95,7 +95,7 @@ EDITS = [dataclasses.replace(one, sources=(random(*SHAPE, seed=i),)) for i, one 
             [3, 5],
         ),  # of the times 8/8, ... 1/8 only 5/8, 4/8 and 3/8
         (EDITS, {}, [8]),
-        (EDITS, {"solver": "heun", "renorm": "channel"}, [15]),
+        pytest.param(EDITS, {"solver": "heun", "renorm": "channel"}, [15], marks=pytest.mark.slow),
     ],
     ids=["interval", "edits", "heun"],
 )
