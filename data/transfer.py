@@ -26,9 +26,12 @@ def to_device(tree: TreeT, device: torch.device) -> TreeT:
     """`tree` with every tensor on `device`; to a GPU in one copy, which nothing waits for.
 
     The block that is copied from may be dropped at once: PyTorch gives pinned memory to nobody else before the copies
-    that were asked of it are done. What a dataclass has cached beside its fields stays behind.
+    that were asked of it are done. What a dataclass has cached beside its fields goes along. `tree` itself where nothing
+    is to be moved.
     """
     tensors = _tensors(tree)
+    if all(x.device == device for x in tensors):
+        return tree
     if device.type != "cuda":
         return _rebuilt(tree, [x.to(device) for x in tensors])
     on_host = [x for x in tensors if x.device.type == "cpu"]
@@ -105,7 +108,7 @@ def _shared_block(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def _tensors(tree: object) -> list[Tensor]:
-    """In the order of fields and items."""
+    """In the order of what a dataclass holds and of items."""
     found: list[Tensor] = []
     _collect(tree, found)
     return found
@@ -115,8 +118,8 @@ def _collect(tree: object, found: list[Tensor]) -> None:
     if isinstance(tree, Tensor):
         found.append(tree)
     elif dataclasses.is_dataclass(tree):
-        for field in dataclasses.fields(tree):
-            _collect(getattr(tree, field.name), found)
+        for value in vars(tree).values():
+            _collect(value, found)
     elif isinstance(tree, tuple | list):
         for item in tree:
             if not isinstance(item, ATOMS):
@@ -133,8 +136,7 @@ def _replaced(tree: Any, tensors: Iterator[Tensor]) -> Any:
         return next(tensors)
     if dataclasses.is_dataclass(tree):
         new = object.__new__(type(tree))  # not replace(): fields need not be arguments, nor be checked again
-        for field in dataclasses.fields(tree):
-            object.__setattr__(new, field.name, _replaced(getattr(tree, field.name), tensors))
+        vars(new).update({name: _replaced(value, tensors) for name, value in vars(tree).items()})
         return new
     if isinstance(tree, tuple | list) and not all(isinstance(item, ATOMS) for item in tree):
         items = [_replaced(item, tensors) for item in tree]
