@@ -26,8 +26,8 @@ def to_device(tree: TreeT, device: torch.device) -> TreeT:
     """`tree` with every tensor on `device`; to a GPU in one copy, which nothing waits for.
 
     The block that is copied from may be dropped at once: PyTorch gives pinned memory to nobody else before the copies
-    that were asked of it are done. What a dataclass has cached beside its fields goes along. `tree` itself where nothing
-    is to be moved.
+    that were asked of it are done. What a dataclass has cached beside its fields goes along. Where nothing is to be
+    moved, it is `tree` itself.
     """
     tensors = _tensors(tree)
     if all(x.device == device for x in tensors):
