@@ -179,8 +179,8 @@ class PackStream:
         for name, now in self.state_dict().items():
             if name != "streams" and state[name] != now:
                 raise UserError(
-                    f"resume: {keys[name]} was {_short(state[name])}, is {_short(now)}: the order of the samples would be another; set "
-                    "it back, or use a new run_dir"
+                    f"resume: {keys[name]} was {_short(state[name])}, is {_short(now)}: the samples would come in "
+                    "another order; set it back, or use a new run_dir"
                 )
         cursors = state["streams"]
         missing = [stream for stream in range(self.num_streams) if str(stream) not in cursors]

@@ -256,7 +256,8 @@ class Checkpoints:
                 key = differing[0]
                 raise UserError(
                     f"{directory}: parameter {key} of {name} has shape {saved.get(key)}, this run's model "
-                    f"{wanted.get(key)} ({named(changed)}); go back to the config it was started with, or use a new run_dir"
+                    f"{wanted.get(key)} ({named(changed)}); go back to the config it was started with, or use a new "
+                    "run_dir"
                 )
         if self._ema is not None:
             for decay in self._ema.shadows:

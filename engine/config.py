@@ -36,6 +36,11 @@ class ConfigError(UserError):
     """A config that does not fit its dataclass."""
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 GPU`, `8 GPUs`, `1,024 GPUs`: a number and what it counts, for messages."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Reads one YAML into `cls`. `overrides` are `section.key=value`, values in YAML syntax.
 
@@ -138,7 +143,9 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(section)}
     for key in value:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key '{_join(path, str(key))}'; {_hint(str(key), section, path)}")
+            raise ConfigError(
+                f"{where}: unknown key '{_join(path, str(key))}'; {_hint(str(key), section, path)}"
+            )
     hints = typing.get_type_hints(section)
     arguments = {key: _build(hints[key], item, where, _join(path, key)) for key, item in value.items()}
     for name, field in fields.items():

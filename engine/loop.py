@@ -14,7 +14,7 @@ from engine import communication, files, run_lock
 from engine.averages import Averages
 from engine.changes import changes
 from engine.checkpoint import Checkpoints
-from engine.config import StoppedError
+from engine.config import StoppedError, counted
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
@@ -110,9 +110,9 @@ class _Run:
         """Steps until the end or a stop signal; then the export."""
         for name in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(name, self._request_stop)
-        ranks = f"{self.ranks.world} rank{'s' * (self.ranks.world > 1)} on {self.ranks.device.type}"
+        ranks = f"{counted(self.ranks.world, 'rank')} on {self.ranks.device.type}"
         how = f"{ranks}, ZeRO-{self.config.zero_stage}, {self.config.precision}"
-        how += f", {self.source.num_streams} packs a step"
+        how += f", {counted(self.source.num_streams, 'pack')} a step"
         if self.step:
             self._event("resume", self.step, f"resumed at step {self.step}/{self.config.steps}: {how}")
         else:
@@ -284,7 +284,9 @@ class _Run:
     def _resume(self, resolved: Mapping[str, Any]) -> None:
         """Continues from the newest checkpoint, if there is one, and tells what the config says otherwise now."""
         path = self.run_dir / "config.json"  # of the last start
-        before = self.ranks.gather(files.read_json(path) if self.ranks.is_first and path.exists() else None)[0]
+        before = self.ranks.gather(files.read_json(path) if self.ranks.is_first and path.exists() else None)[
+            0
+        ]
         changed = changes(before, redacted(resolved)) if before else []
         loaded = self.checkpoints.load(self.objective.fingerprints(), changed)
         if loaded is None:

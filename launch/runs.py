@@ -61,9 +61,13 @@ class TokenizerRun(PixelRun):
         if stage.gan is None:
             return
         if self.engine.adversary_optimizer is None:
-            raise ConfigError("stage.discriminator is trained by engine.adversary_optimizer, which is not set; set it")
+            raise ConfigError(
+                "stage.discriminator is trained by engine.adversary_optimizer, which is not set; set it"
+            )
         if self.engine.zero_stage == 3:  # its weights are read outside its own engine's forward
-            raise ConfigError("stage.discriminator and engine.zero_stage 3 do not go together; set engine.zero_stage 1")
+            raise ConfigError(
+                "stage.discriminator and engine.zero_stage 3 do not go together; set engine.zero_stage 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,9 @@ class ClassRun:
 
 def _check_decoder(evaluation: object, autoencoder: str | None) -> None:
     if evaluation is not None and autoencoder is None:
-        raise ConfigError("evaluation draws images: set 'autoencoder', the export that the latents were made with")
+        raise ConfigError(
+            "evaluation draws images: set 'autoencoder', the export that the latents were made with"
+        )
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,9 @@ def test_the_same_config_tells_nothing(toy: Any, tmp_path: Path) -> None:
     assert events(run, "change", "warning") == []
 
 
-def test_another_optimizer_is_refused_by_its_key_and_the_run_stays_as_it_was(toy: Any, tmp_path: Path) -> None:
+def test_another_optimizer_is_refused_by_its_key_and_the_run_stays_as_it_was(
+    toy: Any, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     assert toy(run).returncode == 0
     before = (run / "config.json").read_bytes()

@@ -75,7 +75,11 @@ def test_an_export_of_another_size_is_refused_when_the_config_is_read(tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(tree))
     start = f"stage.init_from={tmp_path}"
     with pytest.raises(ConfigError, match=r"pixels.image_px is 999, image_px of .* make them equal"):
-        load(TokenizerRun, CONFIGS / "quickstart/bridge.yaml", [start, "pixels.image_px=999", "pixels.resize_px=null"])
+        load(
+            TokenizerRun,
+            CONFIGS / "quickstart/bridge.yaml",
+            [start, "pixels.image_px=999", "pixels.resize_px=null"],
+        )
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,9 @@ def test_resume_with_another_budget_is_refused(dataset: ShardDataset) -> None:
 
 def test_resume_on_another_data_set_is_refused(dataset: ShardDataset, tmp_path: Path) -> None:
     state = merged_state(open_ranks(dataset, 1))
-    with pytest.raises(UserError, match="resume: what data.shards, data.mixture or data.quarantine name was"):
+    with pytest.raises(
+        UserError, match=r"resume: what data.shards, data.mixture or data.quarantine name was"
+    ):
         open_ranks(write(tmp_path, [10] * 10), 1)[0].load_state_dict(state)
 
 
