@@ -47,11 +47,7 @@ def main() -> None:
     reduce_s = all_reduce_s(ranks, MESSAGE_BYTES)
     links = measure_links(ranks, pairs, MESSAGE_BYTES)
     hosts = [state.host for state in conditions]
-    if arguments.expect not in (None, len(first_ranks)):
-        findings.append(
-            f"{counted(len(first_ranks), 'node')} met where --expect says {arguments.expect}: "
-            f"{', '.join(sorted(first_ranks))}; check the hostfile's name and lines"
-        )
+    findings += number_of_nodes(sorted(first_ranks), arguments.expect)
     findings += slow_links(links, hosts)
     if ranks.is_first:
         for host, rank in sorted(first_ranks.items(), key=lambda item: item[1]):
@@ -73,6 +69,14 @@ def main() -> None:
         )
     if ranks.is_first:
         print(f"{counted(len(first_ranks), 'node')}: nothing differs", flush=True)
+
+
+def number_of_nodes(met: Sequence[str], expected: int | None) -> list[str]:
+    """A line if other than `expected` nodes met: a mistyped hostfile silently runs on one."""
+    if expected in (None, len(met)):
+        return []
+    found = f"{counted(len(met), 'node')} met where --expect says {expected}"
+    return [f"{found}: {', '.join(met)}; check the hostfile's name and lines"]
 
 
 def slow_links(links: Sequence[Link], hosts: Sequence[str]) -> list[str]:
