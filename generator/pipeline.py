@@ -58,7 +58,7 @@ class Pipeline:
     ) -> Pipeline:
         """Reads two exports and a text tokenizer (folder, or Qwen's name on Hugging Face).
 
-        Raises UserError: one is missing, or the generator was trained on another autoencoder or text tokenizer, there is
+        Raises UserError: one is missing, the generator was trained on another autoencoder or text tokenizer, there is
         no such device.
         """
         place = usable(device)
