@@ -89,6 +89,7 @@ class _Lengths:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.budget_key = "the budget"
 
     def lengths(self, dataset: ShardDataset) -> npt.NDArray[np.int64]:
         """Text, image and their special tokens."""

@@ -58,6 +58,8 @@ class ClassPacker:
     sample).
     """
 
+    budget_key = "packing.images_per_pack"
+
     def __init__(self, config: ClassPackingConfig, latent: LatentInfo, num_classes: int) -> None:
         if config.sample_latents:
             check_has_variance(latent)

@@ -18,7 +18,7 @@ from data.processes import over_shards
 from data.readiness import Launch, readiness
 from data.shards import LatentInfo, Manifest, Sample, ShardDataset
 from data.verify import Problem, check_rejected, check_shard, leftovers, printable, read_sample
-from engine.config import UserError
+from engine.config import UserError, counted
 
 MAX_NAMED = 100_000  # problems kept; more are counted only, so that memory is bounded
 MAX_LINES = 20  # problems that the text shows
@@ -59,7 +59,7 @@ class Diagnosis:
         kinds = collections.Counter(problem.kind for problem in self.problems).most_common()
         listed = ", ".join(f"{kind} {count}" for kind, count in kinds)
         more = f", {self.num_unnamed} more not listed" if self.num_unnamed else ""
-        return f"{self.num_problems} problem{'s' if self.num_problems > 1 else ''} ({listed}{more})"
+        return f"{counted(self.num_problems, 'problem')} ({listed}{more})"
 
     def text(self) -> str:
         """For a terminal, problems first."""
@@ -161,7 +161,7 @@ def _facts(directory: Path, manifest: Manifest) -> tuple[tuple[str, str], ...]:
     if latent is not None:
         kinds = "mean and log variance" if latent.has_logvar else "mean"
         shape = "x".join(map(str, latent.shape))
-        views = f"{latent.num_views} view{'s' if latent.num_views > 1 else ''}"
+        views = counted(latent.num_views, "view")
         facts.append(("latents", f"{shape} {latent.dtype}, {views}, {kinds}"))
         facts.append(("autoencoder", latent.tokenizer_fingerprint))
         facts.append(("text tokenizer", latent.text_tokenizer_fingerprint or "none, class labels"))

@@ -73,6 +73,8 @@ class PixelConfig:
 class PixelPacker:
     """Every sample has length 1: a pack is `images_per_pack` samples in the plan's order."""
 
+    budget_key = "pixels.images_per_pack"
+
     def __init__(self, config: PixelConfig) -> None:
         self.budget = config.images_per_pack
         self._config = config

@@ -88,6 +88,8 @@ class PackingConfig:
 class T2IPacker:
     """Text-to-image samples as [text, noisy image]. Shards with KEY.latent and KEY.json."""
 
+    budget_key = "packing.tokens_per_pack"
+
     def __init__(self, config: PackingConfig, latent: LatentInfo, text_tokenizer: TextTokenizer) -> None:
         if max(latent.shape[1:]) > config.max_side:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +73,7 @@ def readiness(dataset: ShardDataset, launch: Launch) -> Readiness:
     """Raises UserError: a budget in the wrong unit."""
     latent = dataset.manifest.latent
     budget = launch.budget(latent)
-    unit = "images" if latent is None else "tokens"
+    unit = "samples" if latent is None else "tokens"
     num_streams, num_ranks = launch.num_streams, launch.num_ranks
     lengths = sample_lengths(dataset, launch.draws_per_caption)
     problems: list[str] = []
@@ -98,7 +99,7 @@ def readiness(dataset: ShardDataset, launch: Launch) -> Readiness:
     facts = [
         ("ranks", f"{num_ranks:,}"),
         ("streams", f"{num_streams:,}"),
-        ("length of a sample", f"{lengths.min():,} to {lengths.max():,} {unit}, mean {lengths.mean():,.1f}"),
+        ("length of a sample", f"{_span(lengths)} {unit}, mean {lengths.mean():,.1f}"),
     ]
     if len(dataset) < num_streams:
         problems.append(
@@ -118,7 +119,7 @@ def _epoch(
         order = epoch_order(len(dataset), dataset.fingerprint, launch.seed, 0, launch.num_streams, stream)
         num_samples.append(len(order))
         totals.append(int(lengths[order].sum()))
-    facts = [("samples of a stream", f"{min(num_samples):,} to {max(num_samples):,}")]
+    facts = [("samples of a stream", _span(num_samples))]
     if budget is None:
         return facts
     packs = [-(-total // budget) for total in totals]
@@ -126,7 +127,13 @@ def _epoch(
     return [
         *facts,
         ("budget of a pack", f"{budget:,} {unit}"),
-        ("packs of a stream in an epoch, about", f"{min(packs):,} to {max(packs):,}"),
+        ("packs of a stream in an epoch, about", _span(packs)),
         ("steps of an epoch, about", f"{steps:,}"),
         ("samples of a step, about", f"{len(dataset) / steps:,.1f}"),
     ]
+
+
+def _span(values: Sequence[int] | npt.NDArray[np.int64]) -> str:
+    """`1 to 12`, or the one value that all have."""
+    low, high = int(np.min(values)), int(np.max(values))
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

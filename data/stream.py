@@ -61,6 +61,8 @@ class Packer(Protocol):
     """Decides how long samples are, how much fits into a pack, and what a pack looks like."""
 
     budget: int
+    budget_key: str
+    """The key of the config that sets `budget`, as people type it."""
 
     def lengths(self, dataset: ShardDataset) -> npt.NDArray[np.int64]:
         """Length of every sample in the unit of `budget`, int64 [len(dataset)], >= 1."""
@@ -169,10 +171,17 @@ class PackStream:
         Raises UserError: another data set, seed, number of streams or budget; a stream missing; streams at different
         steps; cursors whose samples have other keys here.
         """
+        keys = {
+            "fingerprint": "what data.shards, data.mixture or data.quarantine name",
+            "seed": "data.seed",
+            "num_streams": "data.num_streams",
+            "budget": self._packer.budget_key,
+        }
         for name, now in self.state_dict().items():
             if name != "streams" and state[name] != now:
                 raise UserError(
-                    f"resume: the data's {name} was {state[name]}, is {now}; keep it or start a new run"
+                    f"resume: {keys[name]} was {_short(state[name])}, is {_short(now)}: the samples would come in "
+                    "another order; set it back, or use a new run_dir"
                 )
         cursors = state["streams"]
         missing = [stream for stream in range(self.num_streams) if str(stream) not in cursors]
@@ -253,6 +262,11 @@ class PackStream:
             stream=stream,
             only_counts=only_counts,
         )
+
+
+def _short(value: object) -> str:
+    """A fingerprint's first letters; numbers as they are."""
+    return str(value)[:12]
 
 
 def _lengths(mixture: Mixture, packer: Packer) -> npt.NDArray[np.int64]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import sentencepiece
 
-from engine import files
+from engine import files, hub
 from engine.config import UserError
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def load_text_tokenizer(name_or_directory: str) -> TextTokenizer:
         return SentencePieceTextTokenizer(model)
     from transformers import AutoTokenizer  # takes seconds to import: only where it is needed
 
+    hub.offline_if_unreachable()
     try:
         return QwenTextTokenizer(AutoTokenizer.from_pretrained(name_or_directory))
     except (OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from engine import checkpoint_folder, checkpoint_writer, files, masters
+from engine.changes import Change, named, refuse
 from engine.checkpoint_folder import FORMAT, file_name
 from engine.checkpoint_reader import Saved
 from engine.checkpoint_writer import Flat, Job, Staging, Sum
@@ -117,11 +118,12 @@ class Checkpoints:
             self._say("checkpoint", step, f"saved step {step} in {spent_s:.1f} s")
 
     def load(
-        self, fingerprints: Mapping[str, str], *, oldest: bool = False
+        self, fingerprints: Mapping[str, str], changed: Sequence[Change] = (), *, oldest: bool = False
     ) -> tuple[Path, dict[str, Any]] | None:
         """Restores the newest (oldest) good checkpoint: its folder and state; None if there is none yet. Collective.
 
-        Raises UserError: none of those that are there is good, or it belongs to other weights, data or code.
+        `changed`: keys of the config since the last start, for the sentence of a refusal. Raises UserError: none of
+        those that are there is good, or it belongs to other weights, data or code.
         """
         self.finish()
         found = self.complete()
@@ -130,7 +132,7 @@ class Checkpoints:
         for directory in found if oldest else reversed(found):
             state, problem = self._examine(directory)
             if not problem:
-                self._check(directory, state, fingerprints)
+                self._check(directory, state, fingerprints, changed)
                 self._restore(directory, state)
                 return directory, state
             text = f"{directory} is damaged: {problem}; taking the one {'after' if oldest else 'before'}"
@@ -233,12 +235,19 @@ class Checkpoints:
         found = [text for texts in self._ranks.gather(problems) for text in texts if text]
         return state, found[0] if found else ""
 
-    def _check(self, directory: Path, state: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
+    def _check(
+        self,
+        directory: Path,
+        state: Mapping[str, Any],
+        fingerprints: Mapping[str, str],
+        changed: Sequence[Change],
+    ) -> None:
         """Raises UserError when a good checkpoint does not belong to this run."""
+        refuse(changed, str(directory))
         for name, value in fingerprints.items():
             if state["fingerprints"].get(name) != value:
                 raise UserError(
-                    f"{directory}: its {name} differs from this run's; "
+                    f"{directory}: its {name} differs from this run's ({named(changed)}); "
                     "go back to what it was started from, or use a new run_dir"
                 )
         for name, engine in self._engines.items():
@@ -247,7 +256,8 @@ class Checkpoints:
                 key = differing[0]
                 raise UserError(
                     f"{directory}: parameter {key} of {name} has shape {saved.get(key)}, this run's model "
-                    f"{wanted.get(key)}; go back to the config it was started with, or use a new run_dir"
+                    f"{wanted.get(key)} ({named(changed)}); go back to the config it was started with, or use a new "
+                    "run_dir"
                 )
         if self._ema is not None:
             for decay in self._ema.shadows:

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
@@ -20,6 +20,8 @@ from pydantic import TypeAdapter, ValidationError
 from engine.redaction import redacted
 
 T = TypeVar("T")
+SURE, PERHAPS = 0.75, 0.4
+"""How alike a mistyped key and the valid one that is offered must be (difflib's ratio)."""
 
 
 class UserError(ValueError):
@@ -32,6 +34,11 @@ class StoppedError(UserError):
 
 class ConfigError(UserError):
     """A config that does not fit its dataclass."""
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 GPU`, `8 GPUs`, `1,024 GPUs`: a number and what it counts, for messages."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
@@ -62,6 +69,17 @@ def to_dict(config: Any) -> dict[str, Any]:
     plain = _plain(dataclasses.asdict(config))
     assert isinstance(plain, dict)
     return plain
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """`{"engine": {"steps": 5}} -> {"engine.steps": "5"}`: keys as people type them, values as text."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
 
 
 def dump(config: Any) -> str:
@@ -125,9 +143,9 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(section)}
     for key in value:
         if key not in fields:
-            nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
-            hint_text = f"did you mean '{nearest[0]}'?" if nearest else f"valid keys: {', '.join(fields)}"
-            raise ConfigError(f"{where}: unknown key '{_join(path, str(key))}'; {hint_text}")
+            raise ConfigError(
+                f"{where}: unknown key '{_join(path, str(key))}'; {_hint(str(key), section, path)}"
+            )
     hints = typing.get_type_hints(section)
     arguments = {key: _build(hints[key], item, where, _join(path, key)) for key, item in value.items()}
     for name, field in fields.items():
@@ -138,6 +156,27 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
         return section(**arguments)
     except ConfigError as error:
         raise ConfigError(f"{where}: {path or 'top level'}: {error}") from None
+
+
+def _hint(key: str, section: type[Any], path: str) -> str:
+    """The nearest valid key, of this section if one is alike, else of the sections inside it."""
+    names = [field.name for field in dataclasses.fields(section)]
+    for candidates, cutoff in ((names, SURE), (list(_inner_keys(section)), SURE), (names, PERHAPS)):
+        last = {candidate: candidate.rpartition(".")[2] for candidate in candidates}
+        if nearest := difflib.get_close_matches(key, last.values(), n=1, cutoff=cutoff):
+            found = next(candidate for candidate in candidates if last[candidate] == nearest[0])
+            return f"did you mean '{_join(path, found)}'?"
+    return f"valid keys: {', '.join(_join(path, name) for name in names)}"
+
+
+def _inner_keys(section: type[Any], path: str = "") -> Iterator[str]:
+    """Keys of the sections inside `section`, outer ones first."""
+    hints = typing.get_type_hints(section)
+    inner = {name: found for name, hint in hints.items() if (found := _dataclass_of(hint)) is not None}
+    for name, found in inner.items():
+        yield from (f"{path}{name}.{field.name}" for field in dataclasses.fields(found))
+    for name, found in inner.items():
+        yield from _inner_keys(found, f"{path}{name}.")
 
 
 def _dataclass_of(hint: Any) -> Any:

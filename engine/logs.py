@@ -24,6 +24,7 @@ WandbMode = Literal["disabled", "offline", "online"]
 EventKind = Literal[
     "start",
     "resume",
+    "change",
     "checkpoint",
     "evaluation",
     "warning",

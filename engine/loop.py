@@ -12,8 +12,9 @@ from typing import Any
 
 from engine import communication, files, run_lock
 from engine.averages import Averages
+from engine.changes import changes
 from engine.checkpoint import Checkpoints
-from engine.config import StoppedError
+from engine.config import StoppedError, counted
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
@@ -96,7 +97,7 @@ class _Run:
             say=self._event,
         )
         self.guard = Guard(objective, config, run_dir, ranks, self._event)
-        self._resume()
+        self._resume(resolved)
         if ranks.is_first:
             files.write_json(run_dir / "config.json", redacted(resolved))
             self.log = RunLog(run_dir, objective.name, resolved, self.step, config.wandb)
@@ -111,9 +112,9 @@ class _Run:
         """Steps until the end or a stop signal; then the export."""
         for name in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(name, self._request_stop)
-        ranks = f"{self.ranks.world} rank{'s' * (self.ranks.world > 1)} on {self.ranks.device.type}"
+        ranks = f"{counted(self.ranks.world, 'rank')} on {self.ranks.device.type}"
         how = f"{ranks}, ZeRO-{self.config.zero_stage}, {self.config.precision}"
-        how += f", {self.source.num_streams} packs a step"
+        how += f", {counted(self.source.num_streams, 'pack')} a step"
         if self.step:
             self._event("resume", self.step, f"resumed at step {self.step}/{self.config.steps}: {how}")
         else:
@@ -269,6 +270,7 @@ class _Run:
         self.guard.check_replicas(self.step, self.engines)
         state = {
             "step": self.step,
+            "next_lr": self._next_lr(),
             "data": self._data_state(),
             "fingerprints": dict(self.objective.fingerprints()),
             **self.guard.state_dict(),
@@ -281,13 +283,33 @@ class _Run:
         sources = self.ranks.gather(self.source.state_dict())
         return {**sources[0], "streams": {k: v for state in sources for k, v in state["streams"].items()}}
 
-    def _resume(self) -> None:
-        loaded = self.checkpoints.load(self.objective.fingerprints())
-        if loaded is not None:
-            _, state = loaded
-            self.step = state["step"]
-            self.guard.load_state_dict(state)
-            self.source.load_state_dict(state["data"])
+    def _resume(self, resolved: Mapping[str, Any]) -> None:
+        """Continues from the newest checkpoint, if there is one, and tells what the config says otherwise now."""
+        path = self.run_dir / "config.json"  # of the last start
+        before = self.ranks.gather(files.read_json(path) if self.ranks.is_first and path.exists() else None)[
+            0
+        ]
+        changed = changes(before, redacted(resolved)) if before else []
+        loaded = self.checkpoints.load(self.objective.fingerprints(), changed)
+        if loaded is None:
+            return
+        _, state = loaded
+        self.step = state["step"]
+        self.guard.load_state_dict(state)
+        self.source.load_state_dict(state["data"])
+        for change in changed:
+            self._event("change", self.step, f"changed since the last start: {change}")
+        was, now = state.get("next_lr"), self._next_lr()
+        if was not in (None, now):
+            text = f"the learning rate of the next step is {now:.3g}, and would have been {was:.3g}"
+            self._event("change", self.step, f"{text} (engine.optimizer and engine.steps set the schedule)")
+        if self.config.steps < self.step:
+            text = f"engine.steps is {self.config.steps}, the newest checkpoint is of step {self.step}"
+            self._event("warning", self.step, f"{text}: nothing is trained, and that checkpoint is exported")
+
+    def _next_lr(self) -> float:
+        """The learning rate that this config gives the next step."""
+        return learning_rate(self.config.optimizer, self.step, self.config.steps)
 
     def _export(self, name: str, decay: float | None) -> Path:
         if name == EXPORT:

@@ -127,7 +127,7 @@ def rehearse(
         with meter("save"):
             run._save(last=True)
         with meter("load"):
-            run._resume()
+            run._resume({})
         with meter("export"):
             run.train()  # all steps are done: what is left is the end
     return meter

@@ -48,6 +48,12 @@ class OptimizerConfig:
             raise ConfigError(f"lr is {self.lr}; it must be above 0")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ConfigError(f"beta1 {self.beta1} and beta2 {self.beta2} must lie in [0, 1)")
+        begin = max(self.decay_start_step, self.warmup_steps)
+        if self.schedule != "constant" and self.decay_end_step is not None and self.decay_end_step <= begin:
+            raise ConfigError(
+                f"decay_end_step {self.decay_end_step} must come after decay_start_step {self.decay_start_step} and "
+                f"warmup_steps {self.warmup_steps}"
+            )
         if self.name == "muon" and (self.muon_lr <= 0 or not 0 <= self.muon_momentum < 1):
             raise ConfigError(
                 f"muon_lr {self.muon_lr} must be above 0 and muon_momentum {self.muon_momentum} in [0, 1)"

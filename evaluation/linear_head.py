@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as transforms
 
+from engine import hub
 from engine.config import ConfigError, UserError
 from evaluation.downloads import fetch
 from evaluation.features.representation import last_tokens
@@ -143,6 +144,7 @@ def _read_norm(path: str) -> tuple[Tensor, Tensor]:
 
 
 def _pretrained_norm(timm_name: str) -> tuple[Tensor, Tensor]:
+    hub.offline_if_unreachable()
     try:
         norm = timm.create_model(timm_name, pretrained=True, num_classes=0).norm
     except (OSError, RuntimeError) as error:

@@ -221,7 +221,7 @@ def build_objective(
         )
     if text_tokenizer.vocab_size > generator.backbone.vocab_size:
         raise UserError(
-            f"backbone.vocab_size {generator.backbone.vocab_size} is less than the text tokenizer's "
+            f"generator.backbone.vocab_size {generator.backbone.vocab_size} is less than the text tokenizer's "
             f"{text_tokenizer.vocab_size}; raise it"
         )
     if flow.init_from is None:

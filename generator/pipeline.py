@@ -21,6 +21,7 @@ from generator.model import Generator
 from generator.sampling import Condition, SamplingConfig, make_condition, sample_latents
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import ImageAutoencoder, fingerprint
+from tokenizer.weights import usable
 
 DEFAULT_SAMPLING = SamplingConfig()
 ImageInput = Image.Image | str | Path
@@ -57,15 +58,17 @@ class Pipeline:
     ) -> Pipeline:
         """Reads two exports and a text tokenizer (folder, or Qwen's name on Hugging Face).
 
-        Raises UserError: one is missing, or the generator was trained on another autoencoder or text tokenizer.
+        Raises UserError: one is missing, the generator was trained on another autoencoder or text tokenizer, there is
+        no such device.
         """
+        place = usable(device)
         model, text = Generator.load(generator), load_text_tokenizer(str(text_tokenizer))
         for what, path, found, expected in (
             ("autoencoder", autoencoder, fingerprint(autoencoder), model.latents.tokenizer_fingerprint),
             ("text tokenizer", text_tokenizer, text.fingerprint, model.latents.text_tokenizer_fingerprint),
         ):
             check_trained_with(generator, what, path, found, expected)
-        return cls(model.to(device), load_autoencoder(autoencoder).to(device), text)
+        return cls(model.to(place), load_autoencoder(autoencoder).to(place), text)
 
     def generate(
         self,

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
+from engine import hub
 from engine.config import UserError, from_dict
 from engine.files import read_json
 from generator.pipeline import Pipeline
@@ -50,6 +51,7 @@ def load_pretrained(
 def _folder(name_or_folder: str | Path, revision: str | None) -> Path:
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
+    hub.offline_if_unreachable()
     try:
         return Path(snapshot_download(str(name_or_folder), revision=revision, allow_patterns=PATTERNS))
     except (OSError, ValueError) as error:

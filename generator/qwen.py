@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from engine import hub
 from engine.config import UserError
 from engine.files import read_json
 from generator.mot import Mot, MotConfig
@@ -102,6 +103,7 @@ def qwen_shape(path: Path) -> MotConfig:
 def _checkpoint_folder(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
+    hub.offline_if_unreachable()
     try:
         return Path(
             snapshot_download(

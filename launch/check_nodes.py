@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine import distributed
-from engine.config import UserError, resolve
+from engine.config import UserError, counted, resolve
 from engine.links import Link, all_reduce_s, measure_links
 from launch import entry, nodes
 
@@ -25,6 +25,9 @@ def main() -> None:
     """Prints what every node has and every difference."""
     parser = entry.parser(__doc__ or "")
     parser.add_argument("--config", required=True, help="YAML of the run that the nodes are for")
+    parser.add_argument(
+        "--expect", type=int, metavar="N", help="nodes that must meet: with a mistyped hostfile fewer do"
+    )
     parser.add_argument("--run-dir", type=Path, help="its folder (default: the config's run_dir)")
     arguments = parser.parse_args()
     config = resolve(arguments.config)
@@ -44,6 +47,7 @@ def main() -> None:
     reduce_s = all_reduce_s(ranks, MESSAGE_BYTES)
     links = measure_links(ranks, pairs, MESSAGE_BYTES)
     hosts = [state.host for state in conditions]
+    findings += number_of_nodes(sorted(first_ranks), arguments.expect)
     findings += slow_links(links, hosts)
     if ranks.is_first:
         for host, rank in sorted(first_ranks.items(), key=lambda item: item[1]):
@@ -60,9 +64,19 @@ def main() -> None:
             print(f"FOUND {line}", flush=True)
     distributed.stop()
     if findings:  # the same on all ranks; the first one says it (entry.run)
-        raise UserError(f"{len(findings)} findings on {len(first_ranks)} nodes, listed above")
+        raise UserError(
+            f"{counted(len(findings), 'finding')} on {counted(len(first_ranks), 'node')}, listed above"
+        )
     if ranks.is_first:
-        print(f"{len(first_ranks)} nodes agree", flush=True)
+        print(f"{counted(len(first_ranks), 'node')}: nothing differs", flush=True)
+
+
+def number_of_nodes(met: Sequence[str], expected: int | None) -> list[str]:
+    """A line if other than `expected` nodes met: a mistyped hostfile silently runs on one."""
+    if expected in (None, len(met)):
+        return []
+    found = f"{counted(len(met), 'node')} met where --expect says {expected}"
+    return [f"{found}: {', '.join(met)}; check the hostfile's name and lines"]
 
 
 def slow_links(links: Sequence[Link], hosts: Sequence[str]) -> list[str]:

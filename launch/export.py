@@ -15,7 +15,7 @@ from typing import get_args
 
 from data.shards import ShardDataset
 from data.text import MODEL_NAME, load_text_tokenizer
-from engine import files
+from engine import files, hub
 from engine.config import UserError, from_dict, to_dict
 from engine.loop import EXPORT
 from generator.model_card import Card, Task, model_card
@@ -125,6 +125,7 @@ def copy_text_tokenizer(name_or_folder: str, target: Path) -> None:
     load_text_tokenizer(name_or_folder)  # its one-line error, should there be none
     from transformers import AutoTokenizer  # takes seconds to import: only where it is needed
 
+    hub.offline_if_unreachable()
     AutoTokenizer.from_pretrained(name_or_folder).save_pretrained(target)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from engine import distributed, files
-from engine.config import UserError
+from engine.config import UserError, flatten
 from engine.distributed import Ranks
 from engine.peers import numbers_text
 from evaluation.environment import versions
@@ -59,17 +59,6 @@ def source_hashes(repository: Path) -> dict[str, str]:
     """Short SHA-256 of every Python file of the packages: unlike a commit, it sees edits that nobody committed."""
     paths = [path for name in (*PACKAGES, "launch") for path in (repository / name).rglob("*.py")]
     return {path.relative_to(repository).as_posix(): files.sha256(path)[:12] for path in sorted(paths)}
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """`{"engine": {"steps": 5}} -> {"engine.steps": "5"}`."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
 
 
 def differences(reports: Sequence[Report]) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from data.class_batch import ClassPackingConfig
 from data.images import PixelConfig
 from data.packing import PackingConfig
 from data.stream import DataConfig
-from engine.config import UserError
+from engine.config import ConfigError, UserError
 from engine.engine_config import EngineConfig
 from evaluation.judges.emoji import JudgeConfig
 from generator.class_conditional.config import DitConfig
@@ -21,13 +22,14 @@ from generator.objective import FlowConfig
 from generator.sampling import SamplingConfig
 from launch.evaluation_config import ClassEvaluationConfig, PromptEvaluationConfig, StageEvaluationConfig
 from tokenizer.encode import EncodeConfig
+from tokenizer.rpiae import CONFIG_NAME, read_config
 from tokenizer.stages import StageConfig
 from tokenizer.standin import StandInConfig
 
 
 @dataclass(frozen=True)
 class PixelRun:
-    """What every training on pixels has."""
+    """What every training on pixels has. Settings of several sections that must agree are compared when it is read."""
 
     run_dir: str
     """Folder of checkpoints, logs, samples and the export; running again with it continues."""
@@ -47,12 +49,40 @@ class TokenizerRun(PixelRun):
     evaluation: StageEvaluationConfig | None = None
     """Scores while the training goes on; None: none."""
 
+    def __post_init__(self) -> None:
+        stage = self.stage
+        found, where = stage.autoencoder, "stage.autoencoder"
+        if stage.init_from is not None and (Path(stage.init_from) / CONFIG_NAME).is_file():
+            found, where = read_config(stage.init_from), stage.init_from
+        if found is not None and found.image_px != self.pixels.image_px:
+            raise ConfigError(
+                f"pixels.image_px is {self.pixels.image_px}, image_px of {where} is {found.image_px}; make them equal"
+            )
+        if stage.gan is None:
+            return
+        if self.engine.adversary_optimizer is None:
+            raise ConfigError(
+                "stage.discriminator is trained by engine.adversary_optimizer, which is not set; set it"
+            )
+        if self.engine.zero_stage == 3:  # its weights are read outside its own engine's forward
+            raise ConfigError(
+                "stage.discriminator and engine.zero_stage 3 do not go together; set engine.zero_stage 1"
+            )
+
 
 @dataclass(frozen=True)
 class StandInRun(PixelRun):
     """Training of a small representation model where DINOv2 cannot be had."""
 
     standin: StandInConfig
+
+    def __post_init__(self) -> None:
+        input_px = self.standin.representation.input_px
+        if input_px != self.pixels.image_px:
+            raise ConfigError(
+                f"pixels.image_px is {self.pixels.image_px}, standin.representation.input_px is {input_px}; make them "
+                "equal"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,6 +116,22 @@ class GeneratorRun:
     """Scores while the training goes on; None: none."""
     task: Task | None = None
     """What is learned. The entry point fills it in, so that the run folder's config.json says it."""
+
+    def __post_init__(self) -> None:
+        if self.packing.max_side != self.generator.max_side:
+            raise ConfigError(
+                f"packing.max_side {self.packing.max_side} and generator.max_side {self.generator.max_side} number the "
+                "same position table; make them equal"
+            )
+        if self.flow.text_loss_weight and not self.generator.text_output:
+            raise ConfigError(
+                f"flow.text_loss_weight is {self.flow.text_loss_weight:g}, which needs generator.text_output: true"
+            )
+        if self.generator.text_output and not self.flow.text_loss_weight:
+            raise ConfigError(
+                "generator.text_output is true, but flow.text_loss_weight is 0; set one of them right"
+            )
+        _check_decoder(self.evaluation, self.autoencoder)
 
     def learning(self, task: Task) -> GeneratorRun:
         """This run with its task filled in. Raises UserError: it is a run of the other task; a text loss for samples
@@ -125,10 +171,25 @@ class ClassRun:
     evaluation: ClassEvaluationConfig | None = None
     """Scores while the training goes on; None: none."""
 
+    def __post_init__(self) -> None:
+        align = self.flow.align
+        if align is not None and align.layer > self.generator.num_layers:
+            raise ConfigError(
+                f"flow.align.layer is {align.layer}, but generator.num_layers is {self.generator.num_layers}; lower it"
+            )
+        _check_decoder(self.evaluation, self.autoencoder)
+
     @property
     def sampling(self) -> ClassSamplingConfig:
         """`preview_sampling` under the time shift of the training: what sample_class.py and evaluations draw with."""
         return dataclasses.replace(self.preview_sampling, time_shift=self.flow.time_shift)
+
+
+def _check_decoder(evaluation: object, autoencoder: str | None) -> None:
+    if evaluation is not None and autoencoder is None:
+        raise ConfigError(
+            "evaluation draws images: set 'autoencoder', the export that the latents were made with"
+        )
 
 
 @dataclass(frozen=True)

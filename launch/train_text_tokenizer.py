@@ -6,6 +6,7 @@ from pathlib import Path
 from data.packing import read_captions
 from data.shards import ShardDataset
 from data.text import train_text_tokenizer
+from engine.config import counted
 from launch import entry
 
 
@@ -22,8 +23,12 @@ def main() -> None:
         dataset = ShardDataset.open(directory)
         for sample in dataset.read(range(min(arguments.samples, len(dataset)))):
             captions += read_captions(sample)
-    train_text_tokenizer(captions, arguments.out, arguments.vocab_size)
-    print(f"{arguments.out}: {arguments.vocab_size} tokens from {len(captions)} captions")
+    trained = train_text_tokenizer(captions, arguments.out, arguments.vocab_size)
+    few = f" (the captions give no more than that of {arguments.vocab_size:,})"
+    fewer = few if trained.vocab_size < arguments.vocab_size else ""
+    print(
+        f"{arguments.out}: {counted(trained.vocab_size, 'token')} from {counted(len(captions), 'caption')}{fewer}"
+    )
 
 
 if __name__ == "__main__":

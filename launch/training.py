@@ -48,11 +48,6 @@ def train_generator(run: GeneratorRun) -> None:
     """What launch/train_t2i.py and launch/train_edit.py do, with their task in `run`."""
     task = run.task
     assert task is not None
-    if run.packing.max_side != run.generator.max_side:
-        raise UserError(
-            f"packing.max_side {run.packing.max_side} and generator.max_side {run.generator.max_side} number the same "
-            "position table; make them equal"
-        )
     mixture = Mixture.open(run.data.sets, run.data.storage)
     latents = _latents(mixture)
     text_tokenizer = load_text_tokenizer(run.text_tokenizer)

@@ -184,9 +184,6 @@ def _is_bf16(run: PixelRun | GeneratorRun | ClassRun) -> bool:
 
 
 def _named(autoencoder: str | None) -> str:
-    if autoencoder is None:
-        raise UserError(
-            "evaluation draws images: set 'autoencoder', the export that the latents were made with"
-        )
+    assert autoencoder is not None, "the run's config was to refuse that"
     read_tree(autoencoder)
     return autoencoder

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import timm
 from torch import Tensor, nn
 
+from engine import hub
 from engine.config import ConfigError, UserError
 from tokenizer import model_names
 from tokenizer.model_names import FieldValue
@@ -130,12 +131,14 @@ def build_timm(
     own = {} if known is None else {"img_size": input_px, **known.timm_arguments}
     # global_pool "": no pooling, and SigLIP's attention pooling is not even built.
     arguments: dict[str, Any] = {"num_classes": 0, "global_pool": "", **own, **overrides}
+    if pretrained:
+        hub.offline_if_unreachable()
     try:
         vit = timm.create_model(timm_name, pretrained=pretrained, **arguments)
     except OSError as error:
         raise UserError(
             f"weights of '{name}' cannot be downloaded ({' '.join(str(error).split())[:120]}); "
-            "set representation.weights to a local safetensors file"
+            "set representation.weights to a local safetensors file, or to random"
         ) from None
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -32,6 +32,7 @@ from tokenizer.export import fingerprint
 from tokenizer.latent_sample import latent_sample
 from tokenizer.moments import Moments
 from tokenizer.views import Views, ahead, read_crops
+from tokenizer.weights import usable
 
 VIEWS_AT_ONCE = 8  # whose moments are taken together: as many in fp64 as stay in the cache
 MOMENTS_DIRECTORY = "moments"  # below the latent shards: one JSON a shard
@@ -128,7 +129,7 @@ class _Job:
             self.text_tokenizer = load_text_tokenizer(config.text_tokenizer)
         self.text_fingerprint = "" if self.text_tokenizer is None else self.text_tokenizer.fingerprint
         self.autoencoder_fingerprint = fingerprint(config.autoencoder)
-        self.model = load_autoencoder(config.autoencoder).to(config.device)
+        self.model = load_autoencoder(config.autoencoder).to(usable(config.device))
         if config.logvar and not self.model.has_logvar:
             raise UserError(f"{config.autoencoder}: has no log variance (an RAE has none); set logvar: false")
         image_px = self.model.config.image_px

@@ -22,6 +22,9 @@ from tokenizer.weights import freeze, load_exact
 VGG16_BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 """(channels, convolutions) between two poolings; LPIPS compares the last activation of each block."""
 NORM_EPS = 1e-10
+TRAINING_REMEDY = (
+    "set stage.perceptual.vgg16_weights to a local .pth, or stage.perceptual.kind to 'representation'"
+)
 # Of pixels in [-1, 1]: LPIPS's own scaling, close to ImageNet's mean and deviation.
 LPIPS_SHIFT = (-0.030, -0.088, -0.188)
 LPIPS_SCALE = (0.458, 0.448, 0.450)
@@ -100,8 +103,11 @@ class LpipsVgg16(Perceptual):
             [((a - b).square() * weight).sum(dim=1).float().mean(dim=(1, 2)) for weight, a, b in blocks]
         ).sum(dim=0)
 
-    def load_vgg16(self, weights: str) -> None:
-        """Reads torchvision's VGG16: `download`, or the path of its .pth file. Raises UserError."""
+    def load_vgg16(self, weights: str, remedy: str) -> None:
+        """Reads torchvision's VGG16: `download`, or the path of its .pth file.
+
+        Raises UserError: it cannot be had; the sentence ends with `remedy`, what the caller's user can do.
+        """
         try:
             if weights == "download":
                 entry = torchvision.models.VGG16_Weights.IMAGENET1K_V1
@@ -110,8 +116,7 @@ class LpipsVgg16(Perceptual):
                 state = torch.load(weights, map_location="cpu", weights_only=True)
         except OSError as error:
             raise UserError(
-                f"VGG16 weights ({weights}) cannot be had ({' '.join(str(error).split())}); "
-                "set perceptual.vgg16_weights to a local .pth, or perceptual.kind to 'representation'"
+                f"VGG16 weights ({weights}) cannot be had ({' '.join(str(error).split())}); {remedy}"
             ) from None
         prefix = "features."
         layers = {
@@ -168,7 +173,7 @@ def build_perceptual(config: PerceptualConfig) -> Perceptual | None:
         return RepresentationDistance(config.representation, config.depths)
     lpips = LpipsVgg16()
     if config.vgg16_weights != "random":
-        lpips.load_vgg16(config.vgg16_weights)
+        lpips.load_vgg16(config.vgg16_weights, TRAINING_REMEDY)
     return lpips
 
 

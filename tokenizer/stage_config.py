@@ -85,6 +85,11 @@ class StageConfig:
             raise ConfigError(f"train_encoder=false belongs to the pivot stage, not to '{self.stage}'")
         if self.stage == "decoder" and self.noise_tau:
             raise ConfigError("the decoder stage has no noise (z = mu); remove noise_tau")
+        if self.gan is not None and self.gan_loss_start_step < self.gan_update_start_step:
+            raise ConfigError(
+                f"gan_loss_start_step {self.gan_loss_start_step} comes before gan_update_start_step "
+                f"{self.gan_update_start_step}: D would follow a discriminator that has learned nothing; raise it"
+            )
 
     @property
     def tau(self) -> float:

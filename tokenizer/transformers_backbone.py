@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine import hub
 from engine.config import ConfigError, UserError
 from tokenizer import model_names
 from tokenizer.backbones import Statistics, Traits, without_affine
@@ -142,6 +143,7 @@ def build_transformers(
         if not pretrained:
             vit = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
         else:
+            hub.offline_if_unreachable()
             vit, report = AutoModel.from_pretrained(
                 source,
                 config=config,
@@ -154,7 +156,7 @@ def build_transformers(
     except OSError as error:
         raise UserError(
             f"weights of '{name}' cannot be downloaded ({one_line(error)}); "
-            "set representation.weights to a local safetensors file"
+            "set representation.weights to a local safetensors file, or to random"
         ) from None
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise ConfigError(

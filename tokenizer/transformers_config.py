@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine import hub
 from engine.config import ConfigError, UserError
 from tokenizer import model_names
 from tokenizer.model_names import FieldValue, KnownModel
@@ -92,6 +93,7 @@ def _read_config(name: str) -> Any:
         raise ConfigError(
             f"no short name, hub repository or folder of a transformers model: '{name}'; {hint}"
         )
+    hub.offline_if_unreachable()
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

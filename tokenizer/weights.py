@@ -80,3 +80,16 @@ def _some(names: Iterable[str]) -> str:
     names = list(names)
     rest = len(names) - MAX_NAMES_IN_MESSAGE
     return ", ".join(names[:MAX_NAMES_IN_MESSAGE]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """The device of that name. Raises UserError: there is none here."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0][:160]
+        raise UserError(
+            f"device '{device}' cannot be used here ({reason}); give 'cpu', or repair the driver"
+        ) from None
+    return found

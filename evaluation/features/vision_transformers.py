@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, CLIPVisionModelWithProjection
 
-from engine import files
+from engine import files, hub
 from engine.config import UserError
 from tokenizer.weights import freeze, state_hash
 
@@ -59,6 +59,7 @@ class VisionFeatures:
         """`name`: `download`, or a folder of transformers. Raises UserError: cannot be had, another input."""
         name = NAMES[kind] if name == "download" else name
         library = AutoModel if kind == "dinov2" else CLIPVisionModelWithProjection
+        hub.offline_if_unreachable()
         try:
             model = library.from_pretrained(name, dtype=torch.float32)
         except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as transforms
 from transformers import AutoTokenizer, CLIPModel
 
-from engine import files
+from engine import files, hub
 from engine.config import UserError
 from evaluation.judges.detector import FoundObject
 from evaluation.metrics.geneval import COLOURS
@@ -79,6 +79,7 @@ class ClipColours:
     def load(cls, name: str = "download", device: str = "cpu") -> ClipColours:
         """`name`: `download`, or a folder of transformers. Raises UserError: cannot be had, no QuickGELU."""
         name = MODEL if name == "download" else name
+        hub.offline_if_unreachable()
         try:
             model = CLIPModel.from_pretrained(name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(name)

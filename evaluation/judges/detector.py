@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Mask2FormerForUniversalSegmentation
 
-from engine import files
+from engine import files, hub
 from engine.config import UserError
 from tokenizer.weights import freeze, state_hash
 
@@ -90,6 +90,7 @@ class Mask2FormerDetector:
     def load(cls, name: str = "download", device: str = "cpu") -> Mask2FormerDetector:
         """`name`: `download`, or a folder of transformers. Raises UserError: cannot be had, other classes."""
         name = MODEL if name == "download" else name
+        hub.offline_if_unreachable()
         try:
             model = Mask2FormerForUniversalSegmentation.from_pretrained(name, dtype=torch.float32)
         except (OSError, ValueError) as error:

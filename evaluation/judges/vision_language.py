@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from engine import files
+from engine import files, hub
 from engine.config import UserError
 from evaluation.judges.interface import EDITSCORE, Decoding, metric_name
 from tokenizer.weights import freeze, read_tensors, state_hash
@@ -67,6 +67,7 @@ class TransformersJudge:
         `name`: default the model's and the adapter's. bf16 on a GPU, fp32 on a CPU. Raises UserError: cannot be had.
         """
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        hub.offline_if_unreachable()
         try:
             network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
             processor = AutoProcessor.from_pretrained(model)

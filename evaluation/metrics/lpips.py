@@ -11,6 +11,8 @@ from torch import Tensor
 from tokenizer.perceptual import LpipsVgg16
 from tokenizer.weights import state_hash
 
+REMEDY = "give torchvision's .pth as --vgg16 FILE, or leave LPIPS out with --vgg16 none"
+
 
 class Lpips:
     """Distance of 8-bit images, which enter the network in [-1, 1]. `fingerprint` hashes VGG16 and the heads."""
@@ -24,7 +26,7 @@ class Lpips:
     def load(cls, vgg16_weights: str = "download", device: str = "cpu") -> Lpips:
         """`vgg16_weights`: `download`, or the path of torchvision's .pth. Raises UserError: cannot be had."""
         network = LpipsVgg16()
-        network.load_vgg16(vgg16_weights)
+        network.load_vgg16(vgg16_weights, REMEDY)
         return cls(network, device)
 
     @torch.no_grad()

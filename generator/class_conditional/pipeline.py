@@ -14,6 +14,7 @@ from generator.class_conditional.sampling import ClassSamplingConfig, sample_cla
 from generator.pipeline import check_trained_with, decode_uint8, in_bf16
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import ImageAutoencoder, fingerprint
+from tokenizer.weights import usable
 
 
 class ClassPipeline:
@@ -44,8 +45,9 @@ class ClassPipeline:
         """Reads the exports.
 
         Raises UserError: one is missing, the generator was trained on another autoencoder, the guide on other latents
-        or classes.
+        or classes, there is no such device.
         """
+        place = usable(device)
         model = load_generator(generator)
         expected = model.latents.tokenizer_fingerprint
         check_trained_with(generator, "autoencoder", autoencoder, fingerprint(autoencoder), expected)
@@ -55,8 +57,8 @@ class ClassPipeline:
                 raise UserError(
                     f"{guide}: was trained on other latents or classes than {generator}; give an export of the same run"
                 )
-            weak = weak.to(device)
-        return cls(model.to(device), load_autoencoder(autoencoder).to(device), weak)
+            weak = weak.to(place)
+        return cls(model.to(place), load_autoencoder(autoencoder).to(place), weak)
 
     @torch.no_grad()
     def draw(self, labels: Sequence[int], seeds: Sequence[int], sampling: ClassSamplingConfig) -> Tensor:

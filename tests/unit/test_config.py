@@ -44,7 +44,7 @@ def test_dump_reads_back_to_the_same_config(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps: 3\ninner: {lrr: 1}", "unknown key 'inner.lrr'; did you mean 'lr'?"),
+        ("steps: 3\ninner: {lrr: 1}", "unknown key 'inner.lrr'; did you mean 'inner.lr'?"),
         ("step: 3", "unknown key 'step'; did you mean 'steps'?"),
         ("inner: {}", "missing key 'steps'"),
         ("steps: many", "steps: Input should be a valid integer"),

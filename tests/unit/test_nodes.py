@@ -13,7 +13,7 @@ from engine.config import StoppedError, UserError
 from engine.distributed import Ranks
 from engine.links import Link
 from launch import entry, nodes
-from launch.check_nodes import slow_links
+from launch.check_nodes import number_of_nodes, slow_links
 from launch.nodes import GIB, Condition, Report
 
 
@@ -155,3 +155,9 @@ def test_a_reader_that_is_gone_does_not_end_the_run(tmp_path: Path) -> None:
     process.stdout.close()
     assert process.wait() == 7, process.stderr.read()
     process.stderr.close()
+
+
+def test_fewer_nodes_than_expected_are_named() -> None:
+    assert number_of_nodes(["a", "b"], None) == number_of_nodes(["a", "b"], 2) == []
+    (line,) = number_of_nodes(["a"], 2)
+    assert line == "1 node met where --expect says 2: a; check the hostfile's name and lines"

@@ -46,6 +46,7 @@ class Recorder:
 
     def __init__(self, budget: int = BUDGET) -> None:
         self.budget = budget
+        self.budget_key = "the budget"
 
     def lengths(self, dataset: ShardDataset) -> npt.NDArray[np.int64]:
         return dataset.num_image_tokens
@@ -297,7 +298,7 @@ def test_fewer_samples_than_streams_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"seed": 6}, {"num_streams": 9}])
 def test_resume_with_another_plan_is_refused(dataset: ShardDataset, change: dict[str, int]) -> None:
     state = merged_state(open_ranks(dataset, 1))
-    with pytest.raises(UserError, match=f"resume: the data's {next(iter(change))} was"):
+    with pytest.raises(UserError, match=f"resume: data.{next(iter(change))} was"):
         open_ranks(dataset, 1, **change)[0].load_state_dict(state)
 
 
@@ -307,13 +308,15 @@ def test_resume_with_another_budget_is_refused(dataset: ShardDataset) -> None:
     other = PackStream(
         Mixture.of(dataset), Recorder(50), num_streams=NUM_STREAMS, seed=5, rank=0, world=1, prefetch_steps=1
     )
-    with pytest.raises(UserError, match="resume: the data's budget was 100, is 50"):
+    with pytest.raises(UserError, match="resume: the budget was 100, is 50"):
         other.load_state_dict(state)
 
 
 def test_resume_on_another_data_set_is_refused(dataset: ShardDataset, tmp_path: Path) -> None:
     state = merged_state(open_ranks(dataset, 1))
-    with pytest.raises(UserError, match="resume: the data's fingerprint was"):
+    with pytest.raises(
+        UserError, match=r"resume: what data.shards, data.mixture or data.quarantine name was"
+    ):
         open_ranks(write(tmp_path, [10] * 10), 1)[0].load_state_dict(state)
 
 

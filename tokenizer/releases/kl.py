@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine import files
+from engine import files, hub
 from engine.config import UserError
 from tokenizer.kl import KlAutoencoder, KlConfig
 from tokenizer.releases.checkpoint import Checkpoint, read_checkpoint
@@ -139,6 +139,7 @@ def _file(source: str, subfolder: str | None, name: str) -> Path:
         return path
     from huggingface_hub import hf_hub_download
 
+    hub.offline_if_unreachable()
     try:
         return Path(hf_hub_download(source, name, subfolder=subfolder))
     except (OSError, ValueError) as error:

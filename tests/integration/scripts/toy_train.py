@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from engine import distributed, peers
-from engine.config import UserError
+from engine.config import UserError, to_dict
 from engine.engine_config import EngineConfig
 from engine.loop import train
 from engine.objective import LossOutput, Term
@@ -238,7 +238,7 @@ def main():
             source,
             config,
             run_dir=args.run,
-            resolved={},
+            resolved={"engine": to_dict(config), "started_from": args.started_from},
             ranks=ranks,
             evaluation=evaluation,
         )
