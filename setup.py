@@ -35,6 +35,7 @@ setup(
         "diffusers>=0.42",
         "emoji>=2.10",
         "fsspec>=2024.6",
+        "httpx>=0.27",  # judges behind an endpoint; huggingface_hub needs it, too
         "huggingface_hub>=0.23",
         "imagehash>=4.3.1",
         "isal>=1.5",  # CRC-32 of every byte that is read

@@ -1,6 +1,7 @@
 """The store of expensive answers: append-only records keyed by item, pass and everything that decides the answer.
 
-DIR/records-RANK.jsonl, one line an answer: {"item", "pass", "config", "value"}. A line is complete or it does not
+DIR/records-RANK.jsonl, one line an answer: {"item", "pass", "config", "value"}, or "refused" with the reason in place
+of the value: such a question is asked again by the next run. A line is complete or it does not
 count: the torn last line of a killed run is cut off when its file is next written. Every rank appends to a file of
 its own and reads all of them, so a run can go on with another number of ranks. Answers under another config (other
 weights, another prompt, another image) stay where they are and are not found.
@@ -19,8 +20,20 @@ from data.progress import ProgressLine
 from engine import files
 from engine.config import UserError
 
+MAX_NAMED = 3
 Key = tuple[str, int, str]
 T = TypeVar("T")
+
+
+class RefusedError(UserError):
+    """A judge will not answer this question (a content filter); others it may."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Stands where an answer would: why there is none."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,7 @@ class RecordStore:
         self._directory = directory
         self._path = directory / f"records-{rank:05d}.jsonl"
         self._answers: dict[Key, Any] = {}
+        self._refusals: dict[Key, Refusal] = {}
         for path in sorted(directory.glob("records-*.jsonl")):
             self._read(path)
 
@@ -57,9 +71,10 @@ class RecordStore:
         return len(self._answers)
 
     def find(self, item: str, number: int, config: str) -> Any:
-        """The answer. Raises UserError: there is none yet."""
+        """The answer, or the Refusal of one. Raises UserError: it was not asked yet."""
+        key = (item, number, config)
         try:
-            return self._answers[item, number, config]
+            return self._answers[key] if key in self._answers else self._refusals[key]
         except KeyError:
             raise UserError(
                 f"{self._directory}: has no answer for '{item}', pass {number}; run the same command again to go on"
@@ -71,32 +86,36 @@ class RecordStore:
         if not todo:
             return
         progress = ProgressLine(what, "answers")
+        refused: list[str] = []
         self._directory.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(self._path)
         with self._path.open("ab") as file:
             for count, question in enumerate(todo, start=1):
-                value = question.ask()
-                record = {
-                    "item": question.item,
-                    "pass": question.number,
-                    "config": question.config,
-                    "value": value,
-                }
+                record = {"item": question.item, "pass": question.number, "config": question.config}
+                try:
+                    record["value"] = self._answers[question.key] = question.ask()
+                except RefusedError as error:
+                    record["refused"] = str(error)
+                    self._refusals[question.key] = Refusal(str(error))
+                    refused.append(f"'{question.item}' ({error})")
                 file.write(json.dumps(record).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-                self._answers[question.key] = value
                 progress.show(count, count / len(todo))
+        if refused:
+            first = ", ".join(refused[:MAX_NAMED])
+            print(f"{what}: {len(refused)} of {len(todo)} questions were refused: {first}", flush=True)
 
     def _read(self, path: Path) -> None:
         *lines, _torn = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
                 record: Mapping[str, Any] = json.loads(line)
-                key, value = (
-                    (str(record["item"]), int(record["pass"]), str(record["config"])),
-                    record["value"],
-                )
+                key = (str(record["item"]), int(record["pass"]), str(record["config"]))
+                if "refused" in record:
+                    self._refusals[key] = Refusal(str(record["refused"]))
+                    continue
+                value = record["value"]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}:{number}: is no record; take the line out and run again") from None
             if self._answers.setdefault(key, value) != value:

@@ -67,6 +67,17 @@ class GeneratorConfig:
             )
 
 
+class TextLoss(nn.Module):
+    """Cross entropy of text, summed. A module of its own, because ZeRO-3 gathers the weights that a module's forward
+    reads whenever that forward runs, also when checkpointing runs it again in the backward pass.
+    """
+
+    def forward(self, rows_TD: Tensor, ids_T: Tensor, matrix: nn.Embedding | nn.Linear) -> Tensor:
+        """Logits are products with the rows of `matrix` [V, D]: of the text embedding, or of an LM head. Nats, fp32."""
+        logits = F.linear(rows_TD, matrix.weight.to(rows_TD.dtype))
+        return F.cross_entropy(logits.float(), ids_T, reduction="sum")
+
+
 class Generator(nn.Module):
     """Bagel's generator: latent tokens in, a mixture of transformers, velocities out; with `text_output`, text as well.
 
@@ -96,6 +107,7 @@ class Generator(nn.Module):
         self.lm_head: nn.Linear | None = None
         if config.text_output and not config.tied_text_output:
             self.lm_head = nn.Linear(config.backbone.width, config.backbone.vocab_size, bias=False)
+        self.text_loss = TextLoss()
         self._train_text_output(config.text_output)
 
     @classmethod
@@ -167,10 +179,11 @@ class Generator(nn.Module):
         loss = (
             rows.new_zeros((), dtype=torch.float32) + 0 * rows.sum()
         )  # ZeRO waits for a gradient of all of them
+        matrix = self.backbone.embed_tokens if self.lm_head is None else self.lm_head
         chunks = (torch.split(whole, LOGIT_ROWS) for whole in (rows, batch.text_loss_ids))
         for few, ids in zip(*chunks, strict=True):
             loss = loss + checkpoint(
-                self._cross_entropy, few, ids, use_reentrant=False, preserve_rng_state=False
+                self.text_loss, few, ids, matrix, use_reentrant=False, preserve_rng_state=False
             )
         return self._velocity(batch, x_GC, t_I, hidden_GD), loss
 
@@ -211,13 +224,6 @@ class Generator(nn.Module):
             )
         velocity_TC: Tensor = self.latent_out(hidden_TD)
         return velocity_TC.float()
-
-    def _cross_entropy(self, rows_TD: Tensor, ids_T: Tensor) -> Tensor:
-        if self.lm_head is not None:
-            logits: Tensor = self.lm_head(rows_TD)
-        else:
-            logits = F.linear(rows_TD, self.backbone.embed_tokens.weight.to(rows_TD.dtype))
-        return F.cross_entropy(logits.float(), ids_T, reduction="sum")
 
     def save(self, directory: Path) -> None:
         """Writes model.safetensors and config.json (shape, latents) into an existing directory."""

@@ -11,22 +11,28 @@ import io
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import httpx
 from PIL import Image
 from torch import Tensor
 
 from engine import files
 from engine.config import UserError
+from engine.redaction import redact
 from evaluation.judges.interface import EDITSCORE, Decoding, metric_name
+from evaluation.store import RefusedError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 TRIES = 6
 TIMEOUT_S = 300
+MAX_WAIT_S = 600.0  # of what a server asks for in Retry-After
+MAX_ANSWER_BYTES = 8 << 20
 PASSING = (408, 409, 429, 500, 502, 503, 504)  # statuses that may be other the next time
+OF_ONE_ITEM = (400, 413, 415, 422)  # what a content filter, or a limit of one request, answers
+FIRST_REFUSALS = 5
+"""So many refusals before any answer mean the address, the model or the key, not the items."""
 
 
 class EndpointJudge:
@@ -54,9 +60,13 @@ class EndpointJudge:
             "weights": "behind an endpoint: they cannot be known and may change",
         }
         self.fingerprint = files.digest(["endpoint", model, vars(decoding)])
+        self._client = httpx.Client(
+            timeout=TIMEOUT_S, follow_redirects=False
+        )  # the key is for this address alone
+        self._num_refused: int | None = 0  # None: something was answered
 
     def __call__(self, images: Sequence[Tensor], text: str, seed: int, text_first: bool = False) -> str:
-        """uint8 [3, H, W] each. Raises UserError: refused, or no answer after several tries."""
+        """uint8 [3, H, W] each. Raises RefusedError: this question alone; UserError: no answer after several tries."""
         pictures = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
         words = [{"type": "text", "text": text}]
         body = {
@@ -71,35 +81,85 @@ class EndpointJudge:
         }
         reply = self._post(json.dumps(body).encode())
         try:
-            return str(reply["choices"][0]["message"]["content"] or "").strip()
+            said = str(reply["choices"][0]["message"]["content"] or "")
         except (KeyError, IndexError, TypeError):
             raise UserError(
-                f"{self._url}: its answer has no choices[0].message.content; is it /v1?"
+                f"{redact(self._url)}: its answer has no choices[0].message.content; is it /v1?"
             ) from None
+        self._num_refused = None
+        return said.encode("utf-8", "replace").decode().strip()  # half a character could not be written down
 
     def _post(self, payload: bytes) -> Any:
+        """The parsed answer. What passes is tried again, after the server's own waiting time if it names one."""
         headers = {"Content-Type": "application/json"}
         key = os.environ.get(self._key_variable)
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        reason = ""
+        reason, wait_s = "", 0.0
         for attempt in range(TRIES):
             if attempt:
-                self._sleep(float(2**attempt))
-            request = urllib.request.Request(f"{self._url}/chat/completions", payload, headers)
+                self._sleep(wait_s or float(2**attempt))
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
-                    return json.loads(reply.read())
-            except urllib.error.HTTPError as error:
-                reason = f"status {error.code}"
-                if error.code not in PASSING:
-                    break
-            except (OSError, ValueError) as error:  # no connection; half an answer
-                reason = type(error).__name__
+                status, wait_s, content = self._send(payload, headers)
+                if status == 200:
+                    return json.loads(content)
+            except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RecursionError) as error:
+                reason, wait_s = type(error).__name__, 0.0  # no connection; half an answer
+                continue
+            reason = f"status {status}"
+            if status in OF_ONE_ITEM:
+                self._refuse(f"{reason}: {_said(content)}", content)
+            if status not in PASSING:
+                break
         raise UserError(
-            f"{self._url}: no answer ({reason}); look at the address, the model '{self._model}' and the key in "
+            f"{redact(self._url)}: no answer ({reason}); look at the address, the model '{self._model}' and the key in "
             f"{self._key_variable}, then run again to go on"
         )
+
+    def _send(self, payload: bytes, headers: Mapping[str, str]) -> tuple[int, float, bytes]:
+        """Status, seconds that the server asks to wait (0: none) and body. Raises ValueError: too long a body."""
+        content = bytearray()
+        deadline_s = time.monotonic() + TIMEOUT_S
+        with self._client.stream(
+            "POST", f"{self._url}/chat/completions", content=payload, headers=headers
+        ) as reply:
+            for chunk in reply.iter_bytes():
+                content += chunk
+                if len(content) > MAX_ANSWER_BYTES or time.monotonic() > deadline_s:
+                    raise ValueError("an answer without an end")
+            asked = reply.headers.get("Retry-After", "")
+            wait_s = min(float(asked), MAX_WAIT_S) if asked.isdecimal() else 0.0
+            return reply.status_code, wait_s, bytes(content)
+
+    def _refuse(self, reason: str, content: bytes) -> None:
+        """Raises RefusedError for one question, UserError where no question would be answered."""
+        if self._num_refused is not None:
+            self._num_refused += 1
+            if _is_about_the_model(content) or self._num_refused == FIRST_REFUSALS:
+                raise UserError(
+                    f"{redact(self._url)}: refuses every question ({reason}); look at the model '{self._model}' and "
+                    "at what it takes, then run again to go on"
+                )
+        raise RefusedError(reason)
+
+
+def _said(content: bytes) -> str:
+    """What a refusal says, printable and short."""
+    text = content.decode("utf-8", "replace")
+    try:
+        error = json.loads(text)["error"]
+        text = " ".join(str(error[name]) for name in ("code", "message") if error.get(name) is not None)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    return redact("".join(c if c.isprintable() else " " for c in text)[:200].strip()) or "without a reason"
+
+
+def _is_about_the_model(content: bytes) -> bool:
+    try:
+        error = json.loads(content)["error"]
+        return "model" in f"{error.get('code')} {error.get('param')}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def _data_url(image: Tensor) -> str:

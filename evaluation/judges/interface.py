@@ -44,7 +44,7 @@ YES_NO = Decoding(temperature=0.0, max_new_tokens=8)
 
 
 class VisionLanguageJudge(Protocol):
-    """Answers questions about images."""
+    """Answers questions about images. Raises evaluation.store.RefusedError: this one it does not answer."""
 
     @property
     def name(self) -> str:

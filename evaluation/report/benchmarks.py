@@ -184,7 +184,7 @@ def failed_items(evaluation: Evaluation) -> list[Item]:
 
 
 def _is_failure(name: str, value: Any) -> bool:
-    if name == "unparseable":
+    if name in ("unparseable", "refused"):
         return any(value) if isinstance(value, list) else bool(value)
     if isinstance(value, bool):
         return not value

@@ -25,7 +25,7 @@ from evaluation.metrics.dpg import (
 )
 from evaluation.metrics.interval import mean
 from evaluation.runner import Measurement, SetScore, Value
-from evaluation.store import Question, RecordStore, share
+from evaluation.store import Question, RecordStore, Refusal, share
 
 ASK = "{question} Answer with one word, yes or no."
 SEED = 42
@@ -34,7 +34,8 @@ SEED = 42
 class DpgSuite:
     """Implements Suite, SetSuite and CollectingSuite of evaluation.runner. Items name their prompt in meta.item_id.
 
-    An answer that is neither yes nor no counts as not yes, and in `unparseable`.
+    An answer that is neither yes nor no counts as not yes, and in `unparseable`; an image about which the judge refused
+    a question has no score, and counts in `refused`.
     """
 
     name = "dpg"
@@ -72,11 +73,14 @@ class DpgSuite:
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
         """`image_score` of every image, 0 to 100; questions that are not answered yes in detail."""
         found = []
-        for graph, said in self._answers(images, items):
+        for graph, said, refusals in self._answers(images, items):
             if graph is None:
                 found.append(
                     Measurement({}, detail={"left out": "its graph lacks a question (official fault)"})
                 )
+                continue
+            if refusals:
+                found.append(Measurement({"refused": True}, detail={"refused": refusals}))
                 continue
             yes = {number: bool(value) for number, value in said.items()}
             failed = [node.text for node in graph.nodes if not yes[node.number]]
@@ -84,6 +88,7 @@ class DpgSuite:
             values: dict[str, Value] = {
                 "image_score": 100 * image_score(graph, yes),
                 "unparseable": unparseable,
+                "refused": False,
             }
             found.append(Measurement(values, detail={"failed": failed}))
         return found
@@ -92,8 +97,10 @@ class DpgSuite:
         """The score over prompts, and every category's share of yes."""
         by_prompt: dict[str, list[float]] = {}
         categories: dict[str, dict[str, list[list[float]]]] = {}  # category -> item id -> image -> answers
-        for graph, said in self._answers(images, items):
-            if graph is None:
+        num_refused = 0
+        for graph, said, refusals in self._answers(images, items):
+            num_refused += bool(refusals)
+            if graph is None or refusals:
                 continue
             yes = {number: bool(value) for number, value in said.items()}
             by_prompt.setdefault(graph.item_id, []).append(100 * image_score(graph, yes))
@@ -107,6 +114,8 @@ class DpgSuite:
         if len(by_prompt) != NUM_PROMPTS or counts != {IMAGES_PER_PROMPT}:
             each = " or ".join(map(str, sorted(counts)))
             note = f"{len(by_prompt)} prompts with {each} images; DPG-Bench has {NUM_PROMPTS} with 4"
+        if num_refused:
+            note += f"{'; ' * bool(note)}the judge refused {num_refused} of {len(items)} images"
         scores = {self._metric: SetScore.of(mean([sum(v) / len(v) for v in by_prompt.values()]), note)}
         for category, prompts in sorted(categories.items()):
             answers = [
@@ -120,15 +129,16 @@ class DpgSuite:
 
     def _answers(
         self, images: ImageSet, items: Sequence[Item]
-    ) -> Iterator[tuple[Graph | None, dict[int, bool | None]]]:
-        """Each item's graph and what the judge said, by number."""
+    ) -> Iterator[tuple[Graph | None, dict[int, bool | None], list[str]]]:
+        """Each item's graph, what the judge said, by number, and why it refused."""
         store = RecordStore(self._store)
         for item in items:
-            said = {
-                node.number: answer(str(store.find(*self._question(images, item, node).key)))
-                for node in self._nodes(item)
+            found = {
+                node.number: store.find(*self._question(images, item, node).key) for node in self._nodes(item)
             }
-            yield self._graphs.get(item.field("item_id")), said
+            said = {n: answer(str(one)) for n, one in found.items() if not isinstance(one, Refusal)}
+            refusals = [one.reason for one in found.values() if isinstance(one, Refusal)]
+            yield self._graphs.get(item.field("item_id")), said, refusals
 
     def _nodes(self, item: Item) -> tuple[Node, ...]:
         graph = self._graphs.get(item.field("item_id"))

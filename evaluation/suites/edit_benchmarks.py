@@ -1,7 +1,8 @@
 """GEdit-Bench-EN and ImgEdit-Bench: a vision-language judge rates edits.
 
 Items have the roles `source` and `result`, and in their meta the instruction and the benchmark's group. Every score
-carries the judge's name. Answers that cannot be read are counted in `unparseable` and give no score.
+carries the judge's name. Answers that cannot be read are counted in `unparseable`, items that the judge refused to look
+at in `refused`; neither gives a score.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from evaluation.judges.interface import Asked, VisionLanguageJudge, question
 from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.interval import mean_of_means
 from evaluation.metrics.vie import read_scores, read_three_ratings, sample_scores
-from evaluation.runner import Measurement, SetScore
-from evaluation.store import Question, RecordStore, share
+from evaluation.runner import Measurement, SetScore, Value
+from evaluation.store import Question, RecordStore, Refusal, share
 
 FIRST_SEED = 42  # pass i is asked with FIRST_SEED + i, as EditScore does
 GEDIT_GROUPS = (
@@ -90,21 +91,24 @@ class GEditSuite:
         found = []
         for item in items:
             read, answers = [], []
+            refusals: list[str] = []
             for number in range(self._num_passes):
-                texts = [str(store.find(*one.key)) for one in self._questions(images, item, number)]
-                edit, picture = (read_scores(text, SCALE) for text in texts)
+                texts = [store.find(*one.key) for one in self._questions(images, item, number)]
+                refusals += [text.reason for text in texts if isinstance(text, Refusal)]
+                if any(isinstance(text, Refusal) for text in texts):
+                    continue
+                edit, picture = (read_scores(str(text), SCALE) for text in texts)
                 answers.append(texts)
                 read.append(None if edit is None or picture is None else sample_scores(edit, picture, SCALE))
             scores = [one for one in read if one is not None]
             means = [math.fsum(column) / len(scores) for column in zip(*scores, strict=True)] or [
                 math.nan
             ] * 3
-            values = dict(zip(("sc", "pq", "o"), means, strict=True))
+            values: dict[str, Value] = dict(zip(("sc", "pq", "o"), means, strict=True))
             unparseable = tuple(one is None for one in read)
-            detail = {"answers": answers[0]}
-            found.append(
-                Measurement({**values, "unparseable": unparseable}, (item.field("task_type"),), detail)
-            )
+            detail = {"answers": answers[0] if answers else [], **_told(refusals)}
+            values |= {"unparseable": unparseable, "refused": bool(refusals)}
+            found.append(Measurement(values, (item.field("task_type"),), detail))
         return found
 
     def measure_set(self, images: ImageSet, items: Sequence[Item]) -> dict[str, SetScore]:
@@ -161,11 +165,18 @@ class ImgEditSuite:
         store = RecordStore(self._store)
         found = []
         for item in items:
-            text = str(store.find(*self._question(images, item).key))
-            ratings = read_three_ratings(text)
+            said = store.find(*self._question(images, item).key)
+            refusals = [said.reason] if isinstance(said, Refusal) else []
+            answers = [] if refusals else [str(said)]
+            ratings = read_three_ratings(answers[0]) if answers else None
             rating = math.nan if ratings is None else sum(ratings) / len(ratings)
-            values = {"rating": rating, "unparseable": ratings is None}
-            found.append(Measurement(values, (item.field("edit_type"),), {"answers": [text]}))
+            values: dict[str, Value] = {
+                "rating": rating,
+                "unparseable": () if refusals else ratings is None,
+                "refused": bool(refusals),
+            }
+            detail = {"answers": answers, **_told(refusals)}
+            found.append(Measurement(values, (item.field("edit_type"),), detail))
         return found
 
     def measure_set(self, images: ImageSet, items: Sequence[Item]) -> dict[str, SetScore]:
@@ -187,10 +198,20 @@ class ImgEditSuite:
         return question(self._judge, images, item, asked)
 
 
+def _told(refusals: Sequence[str]) -> dict[str, Any]:
+    """For an item's detail: why the judge did not answer."""
+    return {"refused": list(refusals)} if refusals else {}
+
+
 def _by_group(measured: Sequence[Measurement], metric: str) -> list[list[float]]:
-    """Values that could be read, of every group: a group without any leaves the benchmark without a score."""
+    """Values that could be read, of every group: a group without any leaves the benchmark without a score.
+
+    What the judge refused is left out, as if the edit were not there: the note of the score counts it.
+    """
     groups: dict[str, list[float]] = {}
     for one in measured:
+        if one.values["refused"]:
+            continue
         values = groups.setdefault(one.groups[0], [])
         value = float(one.values[metric])  # type: ignore[arg-type]
         if not math.isnan(value):
@@ -200,6 +221,8 @@ def _by_group(measured: Sequence[Measurement], metric: str) -> list[list[float]]
 
 def _completeness(measured: Sequence[Measurement], n: int, rows: int, num_groups: int, benchmark: str) -> str:
     groups = {one.groups[0] for one in measured}
-    if n == rows and len(groups) == num_groups:
-        return ""
-    return f"{n} edits in {len(groups)} groups; {benchmark} has {rows} in {num_groups}"
+    num_refused = sum(bool(one.values["refused"]) for one in measured)
+    notes = [f"the judge refused {num_refused} of {n} edits"] if num_refused else []
+    if n != rows or len(groups) != num_groups:
+        notes.append(f"{n} edits in {len(groups)} groups; {benchmark} has {rows} in {num_groups}")
+    return "; ".join(notes)

@@ -1,6 +1,7 @@
 """The judge behind an endpoint, against a server of this machine."""
 
 import base64
+import contextlib
 import io
 import json
 import threading
@@ -16,6 +17,7 @@ from PIL import Image
 from engine.config import ConfigError, UserError
 from evaluation.judges.endpoint import EndpointJudge
 from evaluation.judges.interface import Decoding, metric_name
+from evaluation.store import Question, RecordStore, RefusedError
 
 SECRET = "a-key-that-nobody-may-see"
 
@@ -28,6 +30,8 @@ class Server(HTTPServer):
         self.statuses: list[int] = []
         self.requests: list[tuple[str, dict[str, str], Any]] = []
         self.reply: Any = {"choices": [{"message": {"content": " fine "}}]}
+        self.headers: dict[str, str] = {}
+        self.body: bytes | None = None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -38,8 +42,11 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.path, dict(self.headers), json.loads(body)))
         status = self.server.statuses.pop(0) if self.server.statuses else 200
         self.send_response(status)
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(json.dumps(self.server.reply).encode())
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.wfile.write(self.server.body or json.dumps(self.server.reply).encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -107,3 +114,95 @@ def test_names_and_decoding() -> None:
     assert metric_name("models/my judge/") == "my_judge"
     with pytest.raises(ConfigError, match="temperature >= 0"):
         Decoding(temperature=-1)
+
+
+def filtered(message: str = "the provider's policy\x1b[31m", code: str = "content_filter") -> dict[str, Any]:
+    return {"error": {"code": code, "message": message}}
+
+
+def test_a_refused_question_is_told_with_the_servers_reason_and_the_next_is_asked(server: Server) -> None:
+    asked = judge(server, [])
+    assert asked([PIXELS], "what?", 0) == "fine"
+    server.statuses, answer, server.reply = [400], server.reply, filtered()
+    with pytest.raises(RefusedError, match=r"^status 400: content_filter the provider's policy") as error:
+        asked([PIXELS], "what?", 0)
+    assert str(error.value).isprintable()
+    server.reply = answer
+    assert asked([PIXELS], "what?", 0) == "fine"
+
+
+@pytest.mark.parametrize(
+    ("reply", "num_refused"),
+    [
+        (filtered("no such model: Org/Model-8B", "model_not_found"), 0),
+        (filtered("unsupported parameter: top_p", "unsupported_parameter"), 4),
+    ],
+)
+def test_a_server_that_refuses_everything_ends_the_evaluation(
+    server: Server, reply: Any, num_refused: int
+) -> None:
+    asked = judge(server, [])
+    server.reply, server.statuses = reply, [400] * 99
+    for _ in range(num_refused):
+        with pytest.raises(RefusedError):
+            asked([PIXELS], "what?", 0)
+    with pytest.raises(UserError, match="refuses every question") as error:
+        asked([PIXELS], "what?", 0)
+    assert not isinstance(error.value, RefusedError) and len(server.requests) == num_refused + 1
+
+
+def test_the_server_says_how_long_to_wait(server: Server) -> None:
+    waits: list[float] = []
+    server.statuses, server.headers = [429, 503], {"Retry-After": "7"}
+    assert judge(server, waits)([PIXELS], "what?", 0) == "fine" and waits == [7.0, 7.0]
+    server.statuses, server.headers = [429], {"Retry-After": "99999999"}
+    assert judge(server, waits)([PIXELS], "what?", 0) == "fine" and waits[2:] == [600.0]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_does_not_follow_a_redirect(
+    server: Server, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    server.statuses = [status]
+    server.headers = {"Location": f"http://localhost:{server.server_port}/v1/chat/completions"}
+    with pytest.raises(UserError, match=f"no answer \\(status {status}\\)"):
+        judge(server, [])([PIXELS], "what?", 0)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[" * 200_000, b'{"choices": [{"message"', b"{}" + b" " * (9 << 20), b"\xff\xfe"],
+    ids=["deep", "cut", "without an end", "no text"],
+)
+def test_a_strange_body_is_one_line(server: Server, body: bytes) -> None:
+    server.body = body
+    waits: list[float] = []
+    with pytest.raises(UserError, match="no answer") as error:
+        judge(server, waits)([PIXELS], "what?", 0)
+    assert "\n" not in str(error.value) and len(waits) == 5
+
+
+def test_half_a_character_in_an_answer_can_be_written_down(server: Server) -> None:
+    server.body = b'{"choices": [{"message": {"content": "a \\ud800 b"}}]}'
+    judge(server, [])([PIXELS], "what?", 0).encode()
+
+
+def test_a_refusal_is_kept_told_and_asked_again(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    refuses = True
+
+    def ask() -> str:
+        if refuses:
+            raise RefusedError("status 400: content_filter")
+        return "fine"
+
+    questions = [Question("a/sc", 0, "c", lambda: "good"), Question("b/sc", 0, "c", ask)]
+    RecordStore(tmp_path).answer(questions, "judging")
+    told = capsys.readouterr().out
+    assert "1 of 2 questions were refused: 'b/sc' (status 400: content_filter)" in told
+    assert RecordStore(tmp_path).find("b/sc", 0, "c").reason == "status 400: content_filter"
+    refuses = False
+    store = RecordStore(tmp_path)
+    store.answer(questions, "judging")
+    assert store.find("b/sc", 0, "c") == RecordStore(tmp_path).find("b/sc", 0, "c") == "fine"

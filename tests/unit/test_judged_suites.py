@@ -17,6 +17,7 @@ from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.dpg import COLUMNS, Graph, Node, answer, image_score, read_graphs
 from evaluation.metrics.vie import read_scores, read_three_ratings, sample_scores
 from evaluation.runner import Team, evaluate
+from evaluation.store import RefusedError
 from evaluation.suites.dpg import DpgSuite
 from evaluation.suites.edit_benchmarks import GEditSuite, ImgEditSuite
 
@@ -340,3 +341,58 @@ def test_imgedit_averages_kinds_of_edits(tmp_path: Path) -> None:
             edit_set(tmp_path / "b", ["action"]),
             tmp_path / "o",
         )
+
+
+def refusing(rule: Callable[[list[int], str, int], str], level: int) -> ScriptedJudge:
+    """A judge that will not look at images whose last one has this level."""
+
+    def answer_or_refuse(levels: list[int], text: str, seed: int) -> str:
+        if levels[-1] == level:
+            raise RefusedError("status 400: content_filter")
+        return rule(levels, text, seed)
+
+    return ScriptedJudge(answer_or_refuse)
+
+
+def test_a_refused_edit_costs_itself_and_is_named(vie: VieInstructions, tmp_path: Path) -> None:
+    images = edit_set(tmp_path / "set", ["style_change", "style_change", "subject-add"])
+    for level, overall in (
+        (1, (4 + 4) / 2),
+        (3, (math.sqrt(80) + 4) / 2),
+    ):  # one of two in a group; a whole group
+        store, out = tmp_path / f"store-{level}", tmp_path / f"out-{level}"
+        scores = evaluate(GEditSuite(vie, refusing(vie_rule, level), store), images, out)["scores"]
+        assert scores["g_o_scripted"]["mean"] == pytest.approx(overall)
+        assert scores["g_o_scripted"]["note"].startswith("the judge refused 1 of 3 edits")
+        assert scores["refused"]["mean"] == pytest.approx(1 / 3) and scores["refused"]["n"] == 3
+        assert scores["unparseable"]["n"] == 2
+        lines = [json.loads(line) for line in (out / "per_item.jsonl").read_text().splitlines()]
+        assert lines[level - 1]["detail"]["refused"][0] == "status 400: content_filter"
+
+
+def test_an_image_with_a_refused_question_has_no_dpg_score(tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "dpg.csv", ROWS)
+    images = dpg_set(tmp_path / "set", {"a": (2, 0), "b": (1, 3)})
+    suite = DpgSuite(table, refusing(by_level, 0), tmp_path / "store")
+    scores = evaluate(suite, images, tmp_path / "out")["scores"]
+    assert scores["dpg_scripted"]["mean"] == pytest.approx((100 + 100 / 6) / 2)
+    assert "the judge refused 1 of 4 images" in scores["dpg_scripted"]["note"]
+    assert scores["refused"]["mean"] == pytest.approx(1 / 4) and scores["image_score"]["n"] == 3
+    everything = DpgSuite(table, ScriptedJudge(refuse_all), tmp_path / "none")
+    assert evaluate(everything, images, tmp_path / "out-none")["scores"]["dpg_scripted"]["mean"] is None
+
+
+def refuse_all(levels: list[int], text: str, seed: int) -> str:
+    raise RefusedError("status 400: content_filter")
+
+
+def test_a_refused_imgedit_item_leaves_the_others_scores(tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_text(json.dumps({"add": "Add: <edit_prompt>"}))
+    instructions = ImgEditInstructions.read(tmp_path / "prompts.json")
+    images = edit_set(tmp_path / "set", ["add", "add", "add"])
+    judge = refusing(lambda levels, text, seed: f"A: {levels[1]}\nB: {levels[1]}\nC: {levels[1]}", 2)
+    scores = evaluate(ImgEditSuite(instructions, judge, tmp_path / "store"), images, tmp_path / "out")[
+        "scores"
+    ]
+    assert scores["imgedit_scripted"]["mean"] == pytest.approx((1 + 3) / 2)
+    assert scores["rating"]["n"] == scores["unparseable"]["n"] == 2
