@@ -20,10 +20,11 @@ from torch import Tensor
 from data.attention_plan import AttentionPlan
 from engine.config import UserError
 from generator.flash import PACKAGES, VarlenName, varlen_attention, why_not
+from generator.gather import gather_rows
 
 Kernel = Literal["sdpa"] | VarlenName
 Backend = Literal["auto", "flash"] | Kernel
-"""A kernel, or "flash": the newest flash-attn that is here and runs, or "auto": that, else varlen, else SDPA."""
+"""A kernel, or "flash": the first flash-attn that is here and runs, or "auto": that, else varlen, else SDPA."""
 JointAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q [T, N, H], k [T, K, H], v [T, K, H]), rotated and in storage order -> [T, N, H]."""
 
@@ -51,12 +52,7 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan, bac
         return _attend_buckets(q_TNH, k_TKH, v_TKH, plan)
     outputs = [
         varlen_attention(
-            backend,
-            queries,
-            k_TKH.index_select(0, group.kv_index),
-            v_TKH.index_select(0, group.kv_index),
-            group,
-            causal=causal,
+            backend, queries, gather_rows(k_TKH, group), gather_rows(v_TKH, group), group, causal=causal
         )
         for queries, group, causal in (
             (q_TNH[: plan.num_causal], plan.causal, True),
@@ -70,8 +66,9 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan, bac
 def choose_backend(
     device: torch.device, dtype: torch.dtype, forced: Backend = "auto", head_dim: int | None = None
 ) -> Kernel:
-    """The kernel for tensors like these: the newest flash-attn that is installed and runs here, else PyTorch's varlen,
-    else SDPA. `head_dim` None: its limits are not checked. Raises UserError: a forced kernel cannot run.
+    """The kernel for tensors like these: the first flash-attn that is installed and runs here, else PyTorch's varlen,
+    else SDPA. `head_dim` None: its limits are not checked. Under torch.use_deterministic_algorithms only kernels whose
+    backward pass is deterministic run. Raises UserError: a forced kernel cannot run.
     """
     if forced == "sdpa":
         return "sdpa"
