@@ -26,7 +26,6 @@ def make_deterministic() -> None:
         )
     os.environ.setdefault("NCCL_ALGO", "Ring")  # else it may sum inside the switches, in the order of arrival
     torch.use_deterministic_algorithms(True)  # not warn_only: attention kernels would take no notice
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a search aid; it writes every new tensor once more
-    )
+    # A search aid; it writes every new tensor once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
