@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -388,6 +389,22 @@ def test_no_gradient_of_keys_is_added_by_atomics(name, monkeypatch) -> None:
         attend(q, k, v, plan, name).sum().backward()
     assert k.grad is not None
     assert [name for name, _ in operations.seen if "index_add" in name or "scatter" in name] == []
+
+
+def test_sdpa_never_takes_cudnn_for_the_buckets_of_a_pack(monkeypatch) -> None:
+    enabled = []
+    real = F.scaled_dot_product_attention
+
+    def watch(*tensors: Tensor, **options: Any) -> Tensor:
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*tensors, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    plan = pack(EDIT).attention
+    q, k, v = (random(plan.num_tokens, heads, HEAD_DIM, seed=1) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    attend(q, k, v, plan, "sdpa")
+    assert enabled == [False] * len(plan.buckets)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_sdpa_alone_has_buckets_built_and_they_are_those_it_asks_for() -> None:
