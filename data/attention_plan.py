@@ -48,11 +48,20 @@ class VarlenGroup:
     max_q: int  # 0 when there are no segments
     max_k: int
     kv_index: Tensor  # int64 [sum k_lens]: rows of K and V to gather
+    num_rows: int  # rows that K and V have
+    first_row: (
+        int | None
+    )  # where kv_index counts up from here: the rows are a slice; None: they are to be gathered
 
-    def to(self, device: torch.device) -> VarlenGroup:
-        """A copy on `device`."""
-        cu_q, cu_k, kv_index = (to_device(x, device) for x in (self.cu_q, self.cu_k, self.kv_index))
-        return VarlenGroup(self.q_lens, self.k_lens, cu_q, cu_k, self.max_q, self.max_k, kv_index)
+    @cached_property
+    def occurrences(self) -> tuple[Tensor, Tensor]:
+        """(positions int64 [sum k_lens], starts int64 [num_rows + 1]): kv_index holds row r at the positions
+        positions[starts[r]:starts[r + 1]], which rise.
+
+        Made on the plan's device when a backward pass first asks, once a pack; nothing waits for the device.
+        """
+        rows, positions = self.kv_index.sort(stable=True)
+        return positions, torch.searchsorted(rows, torch.arange(self.num_rows + 1, device=rows.device))
 
 
 @dataclass(frozen=True)
@@ -73,15 +82,18 @@ class PaddedBucket:
         keys = torch.arange(self.kv_index.shape[1], device=self.kv_index.device)
         return (keys < self.num_visible[..., None])[:, None]
 
-    def to(self, device: torch.device) -> PaddedBucket:
-        """A copy on `device`."""
-        tensors = (self.q_index, self.q_valid, self.kv_index, self.num_visible)
-        return PaddedBucket(*(to_device(x, device) for x in tensors))
+
+@dataclass(frozen=True)
+class PaddedSplits:
+    """All splits of a plan for SDPA, one segment each."""
+
+    buckets: tuple[PaddedBucket, ...]
+    out_index: Tensor  # int64 [T]: row t is row out_index[t] of the buckets' flattened outputs, concatenated
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """One pack's attention, twice: as two variable-length calls, and as padded buckets.
+    """One pack's attention: as two variable-length calls, and for SDPA as padded buckets, made when asked for.
 
     `causal`: queries are rows 0 .. num_causal - 1, one segment per text split, causal aligned at the bottom
     right (query i of Lq sees keys 0 .. Lk - Lq + i). `full`: queries are the other rows, one segment per
@@ -92,22 +104,40 @@ class AttentionPlan:
     num_causal: int  # rows of text splits
     causal: VarlenGroup
     full: VarlenGroup
-    buckets: tuple[PaddedBucket, ...]
-    out_index: Tensor  # int64 [T]: row t is row out_index[t] of the buckets' flattened outputs, concatenated
+    text: tuple[Split, ...]  # what the buckets are made of
+    images: tuple[Split, ...]
     # For a last layer of which only noisy latents are read: they ask, numbered from 0, and all rows answer.
     outputs: AttentionPlan | None = None
 
     def to(self, device: torch.device) -> AttentionPlan:
-        """A copy on `device`."""
-        return AttentionPlan(
-            self.num_tokens,
-            self.num_causal,
-            self.causal.to(device),
-            self.full.to(device),
-            tuple(bucket.to(device) for bucket in self.buckets),
-            to_device(self.out_index, device),
-            None if self.outputs is None else self.outputs.to(device),
-        )
+        """A copy on `device`, with its buckets if they are built."""
+        return to_device(self, device)
+
+    def build_buckets(self) -> None:
+        """Now and on this thread, what is otherwise built when SDPA first asks.
+
+        SDPA alone reads them: where a variable-length kernel runs, none is built or moved.
+        """
+        _ = self._padded
+
+    @property
+    def has_buckets(self) -> bool:
+        """Whether they are built."""
+        return "_padded" in self.__dict__
+
+    @property
+    def buckets(self) -> tuple[PaddedBucket, ...]:
+        """See PaddedSplits."""
+        return self._padded.buckets
+
+    @property
+    def out_index(self) -> Tensor:
+        """See PaddedSplits."""
+        return self._padded.out_index
+
+    @cached_property
+    def _padded(self) -> PaddedSplits:
+        return to_device(_build_buckets(self.num_tokens, self.text, self.images), self.causal.cu_q.device)
 
     def of(self, num_queries: int) -> AttentionPlan:
         """This plan, or `outputs` when so many queries are the outputs."""
@@ -131,29 +161,37 @@ def build_attention_plan(
     images: Sequence[Split],
     *,
     num_special: int = 2,
+    num_rows: int | None = None,
     outputs: AttentionPlan | None = None,
 ) -> AttentionPlan:
-    """Splits come in storage order; an image's rows are its `num_special` special tokens, then its latents."""
+    """Splits come in storage order; an image's rows are its `num_special` special tokens, then its latents.
+
+    `num_rows`: rows of K and V, where they are not the `num_tokens` that ask.
+    """
     num_causal = sum(len(split.rows) for split in text)
-    buckets, out_index = _build_buckets(num_tokens, text, images)
+    num_rows = num_tokens if num_rows is None else num_rows
     parts = [[len(split.rows) - num_special for split in images]]
     if num_special:
         parts.insert(0, [num_special] * len(images))
     return AttentionPlan(
         num_tokens=num_tokens,
         num_causal=num_causal,
-        causal=_build_group([len(split.rows) for split in text], [split.keys for split in text]),
+        causal=_build_group([len(split.rows) for split in text], [split.keys for split in text], num_rows),
         full=_build_group(
-            [length for part in parts for length in part], [split.keys for split in images] * len(parts)
+            [length for part in parts for length in part],
+            [split.keys for split in images] * len(parts),
+            num_rows,
         ),
-        buckets=buckets,
-        out_index=out_index,
+        text=tuple(text),
+        images=tuple(images),
         outputs=outputs,
     )
 
 
-def _build_group(q_lens: list[int], keys: list[Rows]) -> VarlenGroup:
+def _build_group(q_lens: list[int], keys: list[Rows], num_rows: int) -> VarlenGroup:
     k_lens = [len(rows) for rows in keys]
+    kv_index = np.concatenate(keys) if keys else np.zeros(0, np.int64)
+    is_range = len(kv_index) > 0 and bool((np.diff(kv_index) == 1).all())
     return VarlenGroup(
         q_lens=tuple(q_lens),
         k_lens=tuple(k_lens),
@@ -161,7 +199,9 @@ def _build_group(q_lens: list[int], keys: list[Rows]) -> VarlenGroup:
         cu_k=_running_sums(k_lens),
         max_q=max(q_lens, default=0),
         max_k=max(k_lens, default=0),
-        kv_index=torch.from_numpy(np.concatenate(keys) if keys else np.zeros(0, np.int64)),
+        kv_index=torch.from_numpy(kv_index),
+        num_rows=num_rows,
+        first_row=int(kv_index[0]) if is_range else None,
     )
 
 
@@ -169,9 +209,7 @@ def _running_sums(lengths: list[int]) -> Tensor:
     return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
 
 
-def _build_buckets(
-    num_tokens: int, text: Sequence[Split], images: Sequence[Split]
-) -> tuple[tuple[PaddedBucket, ...], Tensor]:
+def _build_buckets(num_tokens: int, text: Sequence[Split], images: Sequence[Split]) -> PaddedSplits:
     """One segment per split (here an image's specials and latents go together: they have the same keys)."""
     groups: dict[tuple[int, int], list[tuple[Split, bool]]] = defaultdict(list)
     for splits, causal in ((text, True), (images, False)):
@@ -198,7 +236,7 @@ def _build_buckets(
             PaddedBucket(*(torch.from_numpy(x) for x in (q_index, q_valid, kv_index, num_visible)))
         )
     assert (out_index >= 0).all(), "a row belongs to no split"
-    return tuple(buckets), torch.from_numpy(out_index)
+    return PaddedSplits(tuple(buckets), torch.from_numpy(out_index))
 
 
 def _length_class(length: int) -> int:

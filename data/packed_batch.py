@@ -65,6 +65,12 @@ class PackedBatch:
         """A copy with every tensor on `device`."""
         return to_device(self, device)
 
+    def build_buckets(self) -> None:
+        """What SDPA will ask the plans for, now and on this thread."""
+        for plan in (self.attention, self.attention.outputs, self.noisy_attention):
+            if plan is not None:
+                plan.build_buckets()
+
 
 def build_packed_batch(
     samples: Sequence[Sequence[TextSplit | ImageSplit]],
@@ -141,7 +147,9 @@ def build_packed_batch(
             num_tokens,
             text_segments,
             segments,
-            outputs=output_plan([split for split, is_noisy in zip(segments, noisy, strict=True) if is_noisy]),
+            outputs=output_plan(
+                [split for split, is_noisy in zip(segments, noisy, strict=True) if is_noisy], num_tokens
+            ),
         ),
         noisy_attention=within_images(noisy_lens),
         seed=seed,
@@ -151,15 +159,15 @@ def build_packed_batch(
     )
 
 
-def output_plan(noisy: Sequence[Split]) -> AttentionPlan:
-    """The plan of the noisy images' latents alone as queries, numbered from 0."""
+def output_plan(noisy: Sequence[Split], num_rows: int) -> AttentionPlan:
+    """The plan of the noisy images' latents alone as queries, numbered from 0, among `num_rows` keys."""
     lengths = [len(split.rows) - IMAGE_SPECIAL_TOKENS for split in noisy]
     starts = np.cumsum([0, *lengths])
     queries = [
         Split(np.arange(start, start + length), split.keys)
         for start, length, split in zip(starts, lengths, noisy, strict=False)
     ]
-    return build_attention_plan(sum(lengths), [], queries, num_special=0)
+    return build_attention_plan(sum(lengths), [], queries, num_special=0, num_rows=num_rows)
 
 
 def within_images(lengths: Sequence[int]) -> AttentionPlan:

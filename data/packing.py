@@ -86,11 +86,21 @@ class PackingConfig:
 
 
 class T2IPacker:
-    """Text-to-image samples as [text, noisy image]. Shards with KEY.latent and KEY.json."""
+    """Text-to-image samples as [text, noisy image]. Shards with KEY.latent and KEY.json.
+
+    `pads_attention`: SDPA will run, so its buckets are built here, on the thread that packs.
+    """
 
     budget_key = "packing.tokens_per_pack"
 
-    def __init__(self, config: PackingConfig, latent: LatentInfo, text_tokenizer: TextTokenizer) -> None:
+    def __init__(
+        self,
+        config: PackingConfig,
+        latent: LatentInfo,
+        text_tokenizer: TextTokenizer,
+        *,
+        pads_attention: bool = False,
+    ) -> None:
         if max(latent.shape[1:]) > config.max_side:
             raise UserError(
                 f"latents of {latent.shape[1:]} do not fit packing.max_side = {config.max_side}; raise it"
@@ -101,6 +111,7 @@ class T2IPacker:
         self._config = config
         self._latent = latent
         self._text_tokenizer = text_tokenizer
+        self._pads_attention = pads_attention
 
     def lengths(self, dataset: ShardDataset) -> npt.NDArray[np.int64]:
         """Tokens of each sample, int64 [len(dataset)], with its longest caption and nothing dropped.
@@ -142,6 +153,8 @@ class T2IPacker:
                 f"{samples[0].where} and those packed with it: {batch.attention.num_tokens} tokens, more "
                 f"than their index says (budget {self.budget}); encode these shards again"
             )
+        if self._pads_attention:
+            batch.build_buckets()
         return batch
 
     def _layout(self, sample: Sample, draw: float) -> Layout:

@@ -35,6 +35,10 @@ class EngineConfig:
     """
     seed: int = 0
     """Seed of the initial weights. The order of the data has its own."""
+    deterministic: bool = False
+    """Whether the same run gives the same bits on GPUs too, at some cost; on a CPU it does anyway. Only kernels with a
+    deterministic backward pass are taken. Trainings on pixels have none for all they do on a GPU, and refuse it.
+    """
     log_every_steps: int = 10
     checkpoint_every_steps: int = 1000
     keep_checkpoints: int = 2

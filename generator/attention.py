@@ -16,14 +16,18 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.attention_plan import AttentionPlan
 from engine.config import UserError
 from generator.flash import PACKAGES, VarlenName, varlen_attention, why_not
+from generator.gather import gather_rows
 
 Kernel = Literal["sdpa"] | VarlenName
 Backend = Literal["auto", "flash"] | Kernel
-"""A kernel, or "flash": the newest flash-attn that is here and runs, or "auto": that, else varlen, else SDPA."""
+"""A kernel, or "flash": the first flash-attn that is here and runs, or "auto": that, else varlen, else SDPA."""
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""cuDNN builds a graph for every shape, and every pack has buckets of other shapes."""
 JointAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q [T, N, H], k [T, K, H], v [T, K, H]), rotated and in storage order -> [T, N, H]."""
 
@@ -51,12 +55,7 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan, bac
         return _attend_buckets(q_TNH, k_TKH, v_TKH, plan)
     outputs = [
         varlen_attention(
-            backend,
-            queries,
-            k_TKH.index_select(0, group.kv_index),
-            v_TKH.index_select(0, group.kv_index),
-            group,
-            causal=causal,
+            backend, queries, gather_rows(k_TKH, group), gather_rows(v_TKH, group), group, causal=causal
         )
         for queries, group, causal in (
             (q_TNH[: plan.num_causal], plan.causal, True),
@@ -70,8 +69,9 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan, bac
 def choose_backend(
     device: torch.device, dtype: torch.dtype, forced: Backend = "auto", head_dim: int | None = None
 ) -> Kernel:
-    """The kernel for tensors like these: the newest flash-attn that is installed and runs here, else PyTorch's varlen,
-    else SDPA. `head_dim` None: its limits are not checked. Raises UserError: a forced kernel cannot run.
+    """The kernel for tensors like these: the first flash-attn that is installed and runs here, else PyTorch's varlen,
+    else SDPA. `head_dim` None: its limits are not checked. Under torch.use_deterministic_algorithms only kernels whose
+    backward pass is deterministic run. Raises UserError: a forced kernel cannot run.
     """
     if forced == "sdpa":
         return "sdpa"
@@ -91,16 +91,22 @@ def choose_backend(
 
 
 def _attend_buckets(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan) -> Tensor:
+    share = q_TNH.shape[1] // k_TKH.shape[1]
+    if (
+        q_TNH.is_cuda and share > 1
+    ):  # of the kernels that take a mask there, none but cuDNN takes grouped heads
+        k_TKH, v_TKH, share = k_TKH.repeat_interleave(share, 1), v_TKH.repeat_interleave(share, 1), 1
     outputs = []
-    for bucket in plan.buckets:
-        out_SNLH = F.scaled_dot_product_attention(
-            _gather(q_TNH, bucket.q_index),
-            _gather(k_TKH, bucket.kv_index),
-            _gather(v_TKH, bucket.kv_index),
-            attn_mask=bucket.mask,
-            enable_gqa=q_TNH.shape[1] != k_TKH.shape[1],
-        )
-        outputs.append(out_SNLH.transpose(1, 2).flatten(0, 1))
+    with sdpa_kernel(NOT_CUDNN):
+        for bucket in plan.buckets:
+            out_SNLH = F.scaled_dot_product_attention(
+                _gather(q_TNH, bucket.q_index),
+                _gather(k_TKH, bucket.kv_index),
+                _gather(v_TKH, bucket.kv_index),
+                attn_mask=bucket.mask,
+                enable_gqa=share > 1,
+            )
+            outputs.append(out_SNLH.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, plan.out_index)
 
 

@@ -1,7 +1,8 @@
 """Variable-length attention kernels: flash-attn 4, 3 and 2 and PyTorch's own, behind one call.
 
 Each is a package of its own, seen without importing it and imported only where it is about to be chosen. All take
-packed tokens, cumulative lengths and grouped heads, and align causal at the bottom right.
+packed tokens, cumulative lengths and grouped heads, and align causal at the bottom right. Their forward passes are
+deterministic; their backward passes where torch.use_deterministic_algorithms asks for it.
 
 Shape suffixes: T tokens, N query heads, K key/value heads, H head dim.
 """
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.attention_plan import VarlenGroup
 
@@ -40,18 +42,23 @@ class VarlenPackage:
     """What a person would install."""
     head_dims: Mapping[int, int]
     """Major compute capability -> largest head dim, forward and backward."""
+    deterministic_head_dim: int = 256
+    """Largest head dim of a deterministic backward pass."""
 
 
 FROM_AMPERE = dict.fromkeys((8, 9, 10, 11, 12), 256)
 _FLASH = "flash_attn_varlen_func"
 PACKAGES: Mapping[VarlenName, VarlenPackage] = {
+    # Written for capability 9 alone; 4 is not measured there yet.
+    "flash3": VarlenPackage(
+        "flash_attn_interface", _FLASH, "flash-attn-3", {9: 256}, deterministic_head_dim=192
+    ),
     # No backward on capability 8, few shapes on 12, and a kernel of its own for 256 on 10 and 11.
     "flash4": VarlenPackage("flash_attn.cute", _FLASH, "flash-attn-4", {9: 256, 10: 128, 11: 128}),
-    "flash3": VarlenPackage("flash_attn_interface", _FLASH, "flash-attn-3", {9: 256}),
     "flash2": VarlenPackage("flash_attn.flash_attn_interface", _FLASH, "flash-attn", FROM_AMPERE),
     "varlen": VarlenPackage("torch.nn.attention.varlen", "varlen_attn", "torch 2.11 or newer", FROM_AMPERE),
 }
-"""The newest first."""
+"""In the order of preference."""
 
 
 def why_not(name: VarlenName, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
@@ -69,7 +76,14 @@ def why_not(name: VarlenName, device: torch.device, dtype: torch.dtype, head_dim
         return f"it does not run on compute capability {major}.{minor}"
     if head_dim is not None and (head_dim % HEAD_DIM_STEP or head_dim > package.head_dims[major]):
         return f"head_dim {head_dim} is not a multiple of {HEAD_DIM_STEP} up to {package.head_dims[major]}"
-    return _import_problem(name)
+    if (problem := _import_problem(name)) or not torch.are_deterministic_algorithms_enabled():
+        return problem
+    if head_dim is not None and head_dim > package.deterministic_head_dim:
+        return f"its backward pass is not deterministic for head_dim {head_dim}"
+    # PyTorch's own kernel reads the switch itself.
+    if name != "varlen" and "deterministic" not in _parameters(_function(name)):
+        return f"this {package.install} has no deterministic backward pass"
+    return None
 
 
 def varlen_attention(
@@ -79,10 +93,10 @@ def varlen_attention(
 
     Causal is aligned at the bottom right: the last query sees the last key.
     """
-    package = PACKAGES[name]
-    function = getattr(importlib.import_module(package.module), package.function)
+    function = _function(name)
     if name == "varlen":
         return _torch_call(function, q_TNH, k_TKH, v_TKH, group, causal=causal)
+    options = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
     result = function(
         q_TNH,
         k_TKH,
@@ -92,6 +106,7 @@ def varlen_attention(
         max_seqlen_q=group.max_q,
         max_seqlen_k=group.max_k,
         causal=causal,
+        **options,
     )
     # flash-attn 4 and the first versions of 3 also give the log-sum-exp.
     out: Tensor = result[0] if isinstance(result, tuple) else result
@@ -107,18 +122,28 @@ def _torch_call(
     *,
     causal: bool,
 ) -> Tensor:
-    """torch 2.12 took `enable_gqa`; before, every query head needs keys and values of its own."""
+    """torch 2.12 took `enable_gqa`; before, every query head needs keys and values of its own.
+
+    From 2.15 on it would take cuDNN where that is new enough, which builds a graph for the lengths of every new pack.
+    """
     options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
     if "enable_gqa" in _parameters(function):
         options["enable_gqa"] = q_TNH.shape[1] != k_TKH.shape[1]
     else:
         share = q_TNH.shape[1] // k_TKH.shape[1]
         k_TKH, v_TKH = k_TKH.repeat_interleave(share, 1), v_TKH.repeat_interleave(share, 1)
-    return function(q_TNH, k_TKH, v_TKH, group.cu_q, group.cu_k, group.max_q, group.max_k, **options)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return function(q_TNH, k_TKH, v_TKH, group.cu_q, group.cu_k, group.max_q, group.max_k, **options)
+
+
+def _function(name: VarlenName) -> Callable[..., Any]:
+    package = PACKAGES[name]
+    function: Callable[..., Any] = getattr(importlib.import_module(package.module), package.function)
+    return function
 
 
 @lru_cache
-def _parameters(function: Callable[..., Tensor]) -> frozenset[str]:
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
@@ -140,7 +165,7 @@ def _import_problem(name: VarlenName) -> str | None:
     """What goes wrong when the package is imported: a build for another PyTorch, most often."""
     package = PACKAGES[name]
     try:
-        function = getattr(importlib.import_module(package.module), package.function)
+        function = _function(name)
     except (ImportError, OSError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         return f"{package.install} is installed but cannot be imported ({reason})"

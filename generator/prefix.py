@@ -38,10 +38,14 @@ def split_prefix(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch]:
         Split(rank[split.rows], in_cache[split.keys]) for image, split in enumerate(images) if noisy[image]
     ]
     keep = torch.from_numpy(is_noisy)
+    num_rows, num_noisy = len(keep), int(keep.sum())
+    num_prefix = num_rows - num_noisy
     prefix_plan = build_attention_plan(
-        int((~keep).sum()), prefix_texts, prefix_images, outputs=output_plan([])
+        num_prefix, prefix_texts, prefix_images, outputs=output_plan([], num_prefix)
     )
-    noisy_plan = build_attention_plan(int(keep.sum()), [], noisy_images, outputs=output_plan(noisy_images))
+    noisy_plan = build_attention_plan(
+        num_noisy, [], noisy_images, num_rows=num_rows, outputs=output_plan(noisy_images, num_rows)
+    )
     return _rows(batch, ~keep, prefix_plan, noisy=False), _rows(batch, keep, noisy_plan, noisy=True)
 
 

@@ -36,7 +36,7 @@ class PackSize:
     attended_area: int  # query-key pairs of a layer
     output_area: int  # of the last layer, where noisy latents alone ask
     noisy_area: int  # of the head
-    num_keys: int  # rows of keys and values that a layer gathers, over its segments
+    num_keys: int  # rows of keys and values that a layer keeps for its backward pass
     output_keys: int  # of the last layer, where noisy latents alone ask
 
     @classmethod
@@ -201,17 +201,21 @@ def _end_bytes(size: PackSize, config: GeneratorConfig, channels: int, sizes: _S
 
 
 def _head_token_bytes(head: DdtHeadConfig, channels: int, sizes: _Sizes) -> int:
-    """A layer: both norms (input and output), 1 + scale, what enters the products; q and k before their norms; q, k, v,
+    """A layer: both norms (input and output), 1 + scale, what enters the products; q and k before their norms, v; q, k,
     the attention's output and its projection, six modulations, the MLP's output; inside the MLP four wide values.
     """
     norms = 2 * FP32_BYTES + sizes.product
     modulated = 2 * norms + (1 + sizes.copies_mlp) * sizes.product
-    before = 3 * FP32_BYTES if sizes.product == FP32_BYTES else 2 * FP32_BYTES  # fp32: as one tensor with v
-    layer = head.width * (modulated + before + 12 * sizes.product) + 4 * head.mlp_width * sizes.product
+    casts = 0 if sizes.product == FP32_BYTES else 2 * FP32_BYTES
+    before = 3 * sizes.product + casts  # v is a view of the product that gave all three
+    layer = head.width * (modulated + before + 11 * sizes.product) + 4 * head.mlp_width * sizes.product
     layer += FP32_BYTES * (2 + 3 * head.num_heads)
     ends = head.width * (norms + 3 * sizes.product) + channels * sizes.product
     return head.num_layers * layer + ends
 
 
 def _num_keys(plan: AttentionPlan) -> int:
-    return sum(plan.causal.k_lens) + sum(plan.full.k_lens)
+    """Copies for the segments; where a range needs none, it is a view that keeps all rows."""
+    groups = (plan.causal, plan.full)
+    copied = sum(len(group.kv_index) for group in groups if group.first_row is None)
+    return copied + (plan.full.num_rows if any(group.first_row is not None for group in groups) else 0)

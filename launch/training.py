@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from data.class_batch import ClassPacker
@@ -17,11 +18,13 @@ from data.stream import Packer, PackStream
 from data.text import TextTokenizer, load_text_tokenizer
 from engine import distributed, run_lock
 from engine.config import UserError, to_dict
+from engine.determinism import make_deterministic
 from engine.distributed import Ranks
 from engine.loop import train
 from engine.objective import Objective
 from engine.peers import LostContactError
 from engine.redaction import redact
+from generator.attention import choose_backend
 from generator.class_conditional.objective import (
     ClassPreview,
     build_class_objective,
@@ -51,7 +54,7 @@ def train_generator(run: GeneratorRun) -> None:
     mixture = Mixture.open(run.data.sets, run.data.storage)
     latents = _latents(mixture)
     text_tokenizer = load_text_tokenizer(run.text_tokenizer)
-    packer = PACKERS[task](run.packing, latents, text_tokenizer)
+    packer = PACKERS[task](run.packing, latents, text_tokenizer, pads_attention=_runs_sdpa(run))
     objective = build_objective(
         task,
         run.generator,
@@ -128,6 +131,15 @@ def _check_autoencoder(autoencoder: str, latents: LatentInfo) -> None:
         )
 
 
+def _runs_sdpa(run: GeneratorRun) -> bool:
+    """Whether every pack will need its padded buckets. Raises UserError: a forced kernel cannot run here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if run.engine.precision == "fp32" else torch.bfloat16
+    return (
+        choose_backend(device, dtype, run.flow.attention_backend, run.generator.backbone.head_dim) == "sdpa"
+    )
+
+
 def _start_ranks(run_dir: Path) -> Ranks:
     """Two launches of one command on a host ask for one port: the second is told of the training, not of the port."""
     try:
@@ -144,6 +156,13 @@ def _train(
     packer: Packer,
     objective: Objective,
 ) -> None:
+    if run.engine.deterministic:
+        if isinstance(run, PixelRun) and torch.cuda.is_available():
+            raise UserError(
+                "engine.deterministic: the gradients of max pooling and of bicubic resizing, which trainings on pixels "
+                "may need, have no deterministic kernel on a GPU; set it to false"
+            )
+        make_deterministic()
     scores = training_scores.start_of(run)  # before the ranks meet: a mistake is one line, not one from each
     ranks = _start_ranks(Path(run.run_dir))
     resolved = to_dict(run)

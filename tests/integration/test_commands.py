@@ -177,6 +177,16 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(finished, inpu
     assert curve(run_dir) == curve(undisturbed)
 
 
+@pytest.mark.slow
+def test_a_deterministic_run_takes_nothing_that_is_refused_and_is_the_same_run_on_a_cpu(
+    finished, inputs, tmp_path
+) -> None:
+    task, undisturbed = finished
+    finish(command(task, inputs, tmp_path / "run", "engine.deterministic=true"))
+    expected = (undisturbed / "export" / "model.safetensors").read_bytes()
+    assert (tmp_path / "run" / "export" / "model.safetensors").read_bytes() == expected
+
+
 def test_two_ranks_give_the_loss_curve_of_one(finished, inputs, tmp_path) -> None:
     """The same two packs a step: on one rank one after the other, on two ranks side by side."""
     task, one = finished

@@ -126,6 +126,15 @@ def test_layout_of_a_text_to_image_pack() -> None:
     assert torch.equal(batch.latents, expected)
 
 
+@pytest.mark.parametrize("pads", [False, True])
+def test_what_sdpa_needs_is_built_by_the_packer_alone_and_only_if_asked(pads) -> None:
+    batch = collate(EditPacker(config(), LATENT, Letters(), pads_attention=pads), [edit_sample(1)])
+    plans = (batch.attention, batch.attention.outputs, batch.noisy_attention)
+    assert [plan.has_buckets for plan in plans] == [pads] * 3
+    kept = batch.to(torch.device("cpu"))  # what the loop does
+    assert kept.attention.has_buckets == pads
+
+
 def test_layout_of_an_edit_pack() -> None:
     batch = collate(EditPacker(config(), LATENT, Letters()), [edit_sample(1)])
     assert batch.text_ids.tolist() == [256, *b"do 1", 257, 258, 259, 258, 259]

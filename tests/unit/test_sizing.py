@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
 from engine.memory import TensorBytes
+from generator.gather import gather_rows
 from generator.heads import DdtHeadConfig
 from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
@@ -127,7 +128,7 @@ class FlashLike(torch.autograd.Function):
 def flash_like(q: Tensor, k: Tensor, v: Tensor, plan: Any, _kernel: object = None) -> Tensor:
     groups = ((q[: plan.num_causal], plan.causal), (q[plan.num_causal :], plan.full))
     outputs = [
-        FlashLike.apply(queries, k.index_select(0, group.kv_index), v.index_select(0, group.kv_index))
+        FlashLike.apply(queries, gather_rows(k, group), gather_rows(v, group))
         for queries, group in groups
         if len(queries)
     ]
