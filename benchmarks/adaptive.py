@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from data.images import PixelBatch
 from engine.masters import Precision, autocast
+from engine.memory import TensorBytes
 from evaluation.environment import machine, versions
 from tokenizer.adaptive_reference import plain_mean_loss
 from tokenizer.discriminator import DiscriminatorConfig
@@ -84,8 +85,16 @@ def compare(
             loss = plain_mean_loss(objective, batch, step)
         loss.backward()
 
-    difference = relative_difference(gradient(ours, objective.model), gradient(plain, objective.model))
+    with TensorBytes([]) as ours_counted:
+        found = gradient(ours, objective.model)
+    with TensorBytes([]) as plain_counted:
+        expected = gradient(plain, objective.model)
+    difference = relative_difference(found, expected)
+    flops = ours_counted.flops, plain_counted.flops
     print(f"gradients: relative difference {difference:.1e}")
+    print(
+        f"products, TFLOP: ours {flops[0] / 1e12:.3f}, plain {flops[1] / 1e12:.3f}: {flops[0] / flops[1]:.3f}"
+    )
     if precision == "fp32" and difference > TOLERANCE:
         raise SystemExit(f"gradients differ by more than {TOLERANCE}: the times mean nothing")
     seconds: dict[str, list[float]] = {"ours": [], "plain": []}
