@@ -1,14 +1,16 @@
 """Stage I's step with adaptive weights: ours (tokenizer/adaptive.py) against the plain backward passes, in one run.
 
-Same weights, same batch: first the gradients are compared, then both are timed in turns. Networks of the paper's kind
-with random weights (numbers do not depend on them): DINOv2-B encoder with registers, ViT-B decoder, VGG16 for LPIPS,
-ViT-S/8 for the discriminator. On a GPU it also runs ViT-XL (--decoder xl), in bf16 autocast, and prints peak memory.
+Same weights, same batch: first the gradients are compared, then both are timed in turns; before the adversarial loss is
+in force and after. Networks of the paper's kind with random weights (numbers do not depend on them): DINOv2-B encoder
+with registers, ViT-B decoder, VGG16 for LPIPS, ViT-S/8 for the discriminator. On a GPU it also runs ViT-XL (--decoder
+xl), in bf16 autocast, and prints peak memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from data.images import PixelBatch
-from engine.masters import autocast
+from engine.masters import Precision, autocast
+from engine.memory import TensorBytes
 from evaluation.environment import machine, versions
 from tokenizer.adaptive_reference import plain_mean_loss
 from tokenizer.discriminator import DiscriminatorConfig
@@ -35,10 +38,12 @@ DECODERS = {
 }
 TOLERANCE = 1e-3
 """Relative difference of the whole gradient that rounding explains (fp32; bf16 rounds at every layer)."""
+STEPS = {"before the adversarial loss": 0, "with it": 1}
+"""In `build`'s schedule."""
 
 
 def main() -> None:
-    """Prints the largest difference of the gradients, seconds of each way, and their ratio."""
+    """Prints for each phase the difference of the gradients, seconds of each way, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--decoder", choices=sorted(DECODERS), default="b")
@@ -55,28 +60,46 @@ def main() -> None:
     )
     names = tuple(str(index) for index in range(arguments.batch))
     batch = PixelBatch(pixels, names, 1, tuple({} for _ in names)).to(device)
-    precision = "bf16_autocast" if device.type == "cuda" else "fp32"
+    precision: Precision = "bf16_autocast" if device.type == "cuda" else "fp32"
+    print(
+        f"machine: {machine()}\nversions: {versions()}\n{device.type}, {precision}, batch {arguments.batch}"
+    )
+    for phase, step in STEPS.items():
+        print(phase)
+        compare(objective, batch, step, precision, arguments.repeats)
+
+
+def compare(
+    objective: PivotObjective, batch: PixelBatch, step: int, precision: Precision, repeats: int
+) -> None:
+    """Prints one phase."""
+    device = batch.pixels.device
 
     def ours() -> None:
         with autocast(precision, device):
-            loss = objective.loss(batch, step=0).loss_sum / arguments.batch
+            loss = objective.loss(batch, step).loss_sum / len(batch.pixels)
         loss.backward()
 
     def plain() -> None:
         with autocast(precision, device):
-            loss = plain_mean_loss(objective, batch, step=0)
+            loss = plain_mean_loss(objective, batch, step)
         loss.backward()
 
-    print(
-        f"machine: {machine()}\nversions: {versions()}\n{device.type}, {precision}, batch {arguments.batch}"
-    )
-    difference = relative_difference(gradient(ours, objective.model), gradient(plain, objective.model))
+    with TensorBytes([]) as ours_counted:
+        found = gradient(ours, objective.model)
+    with TensorBytes([]) as plain_counted:
+        expected = gradient(plain, objective.model)
+    difference = relative_difference(found, expected)
+    flops = ours_counted.flops, plain_counted.flops
     print(f"gradients: relative difference {difference:.1e}")
+    print(
+        f"products, TFLOP: ours {flops[0] / 1e12:.3f}, plain {flops[1] / 1e12:.3f}: {flops[0] / flops[1]:.3f}"
+    )
     if precision == "fp32" and difference > TOLERANCE:
         raise SystemExit(f"gradients differ by more than {TOLERANCE}: the times mean nothing")
     seconds: dict[str, list[float]] = {"ours": [], "plain": []}
     peaks = {}
-    for _ in range(arguments.repeats):
+    for _ in range(repeats):
         for name, run in (("ours", ours), ("plain", plain)):
             objective.model.zero_grad(set_to_none=True)
             duration, peaks[name] = measured(run, device)
@@ -87,8 +110,11 @@ def main() -> None:
         print(
             f"{name:6s} {statistics.median(values):8.3f} {clock}, all {[round(v, 3) for v in values]}{memory}"
         )
-    ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["plain"])
-    print(f"ours / plain: {ratio:.3f}")
+    pairs = zip(seconds["ours"], seconds["plain"], strict=True)
+    print(
+        f"ours / plain: {statistics.median(ours / plain for ours, plain in pairs):.3f} (median of the pairs)"
+    )
+    sys.stdout.flush()
 
 
 def build(decoder: str, vgg16: str) -> PivotObjective:
@@ -103,6 +129,7 @@ def build(decoder: str, vgg16: str) -> PivotObjective:
         perceptual=PerceptualConfig(vgg16_weights=vgg16),
         discriminator=DiscriminatorConfig(features),
         adaptive_pivot_start_step=0,
+        gan_loss_start_step=STEPS["with it"],
     )
     objective = build_stage(config)
     assert isinstance(objective, PivotObjective)

@@ -4,22 +4,63 @@ The plain way differentiates every loss through the whole network to reach one l
 is differentiated once towards the tensor where the graph is cut (x_hat, f); from there to the last layer's
 weight is one shallow vector-Jacobian product, because autograd visits only the nodes between the tensor and
 that weight. The network's own backward then runs once, with the weighted sum of the gradients.
+
+These passes run inside the forward pass, whose autocast would reach their sums: it is off in them on a GPU, as it is
+in the loop's own backward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def gradient(loss: Tensor, tensor: Tensor, *, retain_graph: bool = False) -> Tensor:
     """d loss / d tensor, detached, in the shape of `tensor`."""
-    return torch.autograd.grad(loss, tensor, retain_graph=retain_graph)[0]
+    with torch.autocast("cuda", enabled=False):
+        return torch.autograd.grad(loss, tensor, retain_graph=retain_graph)[0]
 
 
 def pull_back(output: Tensor, output_gradient: Tensor, tensor: Tensor) -> Tensor:
     """The vector-Jacobian product from `output` to `tensor`; the graph stays for the pass that trains."""
-    return torch.autograd.grad(output, tensor, output_gradient, retain_graph=True)[0]
+    with torch.autocast("cuda", enabled=False):
+        return torch.autograd.grad(output, tensor, output_gradient, retain_graph=True)[0]
+
+
+def back_once(
+    output: Tensor, output_gradient: Tensor, tensor: Tensor, parameters: Iterable[nn.Parameter]
+) -> tuple[Tensor, Tensor]:
+    """The only backward pass through what lies between `tensor` and `output`; its graph is freed.
+
+    Returns the gradient of `tensor`, and a scalar 0 whose own backward pass hands `tensor` and the trained ones of
+    `parameters` the gradients found here, once.
+    """
+    inputs = [tensor, *(parameter for parameter in parameters if parameter.requires_grad)]
+    with torch.autocast("cuda", enabled=False):
+        found = torch.autograd.grad(output, inputs, output_gradient, allow_unused=True)
+    reached = [(x, gradient) for x, gradient in zip(inputs, found, strict=True) if gradient is not None]
+    gradients = [gradient for _, gradient in reached]
+    # A copy for the caller: the gradients handed on are scaled in place.
+    return found[0].clone(), _HandOn.apply(gradients, *(x for x, _ in reached))
+
+
+class _HandOn(torch.autograd.Function):
+    """0 in the forward pass; in the backward pass, gradients that are there already times the one that comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return torch.zeros((), device=inputs[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, and not kept: all of D's weights
+        assert gradients is not None, "a second backward pass: the first one used the gradients up"
+        torch._foreach_mul_(gradients, scale)
+        return (None, *gradients)
 
 
 def adaptive_weight(

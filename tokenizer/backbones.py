@@ -53,6 +53,10 @@ class Backbone(Protocol):
         """Its sizes and pixel statistics."""
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, first to last."""
+
+    @property
     def last_mlp(self) -> nn.Module:
         """The MLP of the last block."""
 
@@ -95,6 +99,12 @@ class TimmBackbone:
         """The MLP of the last block."""
         mlp: nn.Module = self.vit.blocks[-1].mlp
         return mlp
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """timm's."""
+        blocks: nn.ModuleList = self.vit.blocks
+        return blocks
 
     def checkpoint_activations(self) -> None:
         """timm's own switch."""

@@ -66,6 +66,9 @@ def _shifted(pixels: Tensor, shifts_B2: Tensor) -> Tensor:
 
 
 def _shifts(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    limit = torch.tensor([round(side * MAX_SHIFT) for side in pixels.shape[2:]], device=pixels.device)
     unit_B2 = torch.rand(len(pixels), 2, generator=generator, device=pixels.device)
-    return (unit_B2 * (2 * limit + 1)).long() - limit
+    limits = [
+        round(side * MAX_SHIFT) for side in pixels.shape[2:]
+    ]  # numbers: a tensor of them would make a GPU wait
+    shifts = [(unit * (2 * limit + 1)).long() - limit for unit, limit in zip(unit_B2.T, limits, strict=True)]
+    return torch.stack(shifts, dim=1)

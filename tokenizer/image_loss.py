@@ -14,6 +14,7 @@ from engine.objective import LossOutput
 from tokenizer import adaptive, losses
 from tokenizer.diffaug import augment
 from tokenizer.discriminator import DiscriminatorConfig, FrozenFeatures, Heads, frozen_logits
+from tokenizer.frozen import hold_under_autocast
 from tokenizer.perceptual import Perceptual, PerceptualConfig, build_perceptual
 from tokenizer.seeds import Purpose, generator
 from tokenizer.weights import state_hash
@@ -59,6 +60,11 @@ class ImageTerms:
     gradient: Tensor
     metrics: dict[str, Tensor]
     adversary_batch: AdversaryBatch | None
+
+    @property
+    def is_adversarial(self) -> bool:
+        """Whether L_GAN is part of the loss; otherwise `base_gradient` is `gradient`."""
+        return self.base_gradient is not self.gradient
 
 
 class ImageLoss:
@@ -106,6 +112,7 @@ class ImageLoss:
         pixels_hat: [B, 3, H, W] fp32 with the decoder's graph, whose last layer has the parameter
         `last_weight`.
         """
+        self._hold(pixels_hat.device)
         leaf = pixels_hat.detach().requires_grad_()
         l1 = losses.reconstruction(leaf, pixels_01)
         loss = l1
@@ -139,6 +146,7 @@ class ImageLoss:
     def heads_loss(self, batch: AdversaryBatch, step: int) -> LossOutput:
         """Hinge loss of the discriminator on augmented originals and 8-bit reconstructions."""
         assert self.features is not None and self.heads is not None
+        self._hold(batch.real_01.device)
         self.heads.begin_step(step)
         with torch.no_grad():
             real = self.features(self._augmented(batch.real_01, batch.seed, Purpose.AUGMENT_REAL))
@@ -151,6 +159,11 @@ class ImageLoss:
         }
         count = len(batch.real_01)
         return LossOutput(loss * count, {name: value * count for name, value in metrics.items()})
+
+    def _hold(self, device: torch.device) -> None:
+        for network in (self.perceptual, self.features):
+            if network is not None:
+                hold_under_autocast(network, device)
 
     def _logits_for_decoder(self, pixels: Tensor, seed: int, step: int) -> Tensor:
         assert self.features is not None and self.heads is not None

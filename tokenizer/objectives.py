@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from data.images import PixelBatch
 from engine.objective import LossOutput
-from tokenizer import adaptive, losses
+from tokenizer import adaptive, frozen, losses
+from tokenizer.bridge import Bridge
 from tokenizer.rpiae import Autoencoder
 from tokenizer.stage_config import StageConfig
 from tokenizer.stage_objective import StageObjective, stage_output
@@ -52,38 +53,59 @@ class PivotObjective(StageObjective):
         self.replica.to(device)
 
     def loss(self, batch: PixelBatch, step: int) -> LossOutput:
-        """Both networks forward once; adaptive weights as in tokenizer/adaptive.py (lambda_pivot costs one more
-        way back through D, without its parameters)."""
+        """Both networks forward once; adaptive weights as in tokenizer/adaptive.py.
+
+        lambda_pivot wants the image losses' gradient at f. Without L_GAN it comes from the one pass back through D;
+        with L_GAN, which it leaves out, from one more, without D's parameters.
+        """
         pixels_01, count = batch.pixels_01, self.count(batch)
-        f_BDYX = self.model.features(pixels_01)
+        balances = self.config.adaptive_pivot and step >= self.config.adaptive_pivot_start_step
+        encoder: nn.Module = self.model.encoder
+        if not self.config.train_encoder:
+            encoder = self._frozen(encoder, pixels_01.device)
+        f_BDYX = encoder(pixels_01)
         decoder_input, extra, extra_metrics = self._decoder_input(f_BDYX, batch.seed)
-        pixels_hat = self.model.decoder(self._noisy(decoder_input, batch.seed))
+        read_BDYX = self._noisy(decoder_input, batch.seed)
+        pixels_hat = self.model.decoder(read_BDYX)
         last_weight = self.model.decoder.last_weight
         terms = self.image_loss.terms(pixels_hat, pixels_01, last_weight, seed=batch.seed, step=step)
         rest, metrics = extra, {**terms.metrics, **extra_metrics}
+        read_gradient = None
+        if self.config.train_encoder and balances and not terms.is_adversarial:
+            read_gradient, image = adaptive.back_once(
+                pixels_hat, terms.gradient, read_BDYX, self.model.decoder.parameters()
+            )
+        else:
+            image = (pixels_hat * terms.gradient).sum()
+            if self.config.train_encoder and balances:
+                read_gradient = adaptive.pull_back(pixels_hat, terms.base_gradient, read_BDYX)
         if self.config.train_encoder:
+            frozen.hold_under_autocast(self.replica, pixels_01.device)
             with torch.no_grad():
                 pivot_BDYX = self.replica(pixels_01)
             pivot = losses.pivot(f_BDYX, pivot_BDYX, self.config.pivot_loss)
-            weight = self._pivot_weight(pixels_hat, terms.base_gradient, f_BDYX, pivot, step)
+            weight = torch.ones((), device=f_BDYX.device)
+            if read_gradient is not None:
+                weight = self._pivot_weight(read_BDYX, read_gradient, f_BDYX, pivot)
             rest = rest + self.config.w_pivot * weight * pivot
             metrics |= {
                 "pivot": pivot.detach(),
                 **adaptive.weight_metrics("lambda_pivot", weight, PIVOT_CEILING),
             }
-        mean_loss = adaptive.carry(terms.loss + rest, (pixels_hat * terms.gradient).sum() + rest)
+        mean_loss = adaptive.carry(terms.loss + rest, image + rest)
         return stage_output(mean_loss, metrics, count, terms.adversary_batch)
 
     def _pivot_weight(
-        self, pixels_hat: Tensor, image_gradient: Tensor, f_BDYX: Tensor, pivot: Tensor, step: int
+        self, read_BDYX: Tensor, read_gradient: Tensor, f_BDYX: Tensor, pivot: Tensor
     ) -> Tensor:
-        """lambda_piv (spec.md, stage I), a detached scalar; 1 while it is off."""
-        if not self.config.adaptive_pivot or step < self.config.adaptive_pivot_start_step:
-            return torch.ones((), device=f_BDYX.device)
+        """lambda_piv (spec.md, stage I), a detached scalar.
+
+        read_gradient: d(L_rec + w_L L_LPIPS) / d(what D read)
+        """
         return adaptive.adaptive_weight(
             f_BDYX,
             self.model.encoder.last_mlp_weight,
-            adaptive.pull_back(pixels_hat, image_gradient, f_BDYX),
+            adaptive.pull_back(read_BDYX, read_gradient, f_BDYX),
             adaptive.gradient(pivot, f_BDYX, retain_graph=True),
             eps=PIVOT_EPS,
             ceiling=PIVOT_CEILING,
@@ -122,14 +144,17 @@ class BridgeObjective(StageObjective):
     def loss(self, batch: PixelBatch, step: int) -> LossOutput:
         """The gradient of L_rec passes through the frozen D."""
         pixels_01 = batch.pixels_01
+        encoder, decoder = (
+            self._frozen(part, pixels_01.device) for part in (self.model.encoder, self.model.decoder)
+        )
         with torch.no_grad():
-            f_BDYX = self.model.features(pixels_01)
+            f_BDYX = encoder(pixels_01)
         f_hat_BDYX, kl = self._through_bridge(self._noisy(f_BDYX, batch.seed), batch.seed)
         feature = F.mse_loss(f_hat_BDYX, f_BDYX)
         mean_loss = feature + self.config.kl_weight * kl
         metrics = {"feature": feature.detach(), "kl": kl.detach()}
         if self.config.rec_weight > 0:
-            pixels_hat = self.model.decoder(f_hat_BDYX)
+            pixels_hat = decoder(f_hat_BDYX)
             rec = losses.reconstruction(pixels_hat, pixels_01)
             mean_loss = mean_loss + self.config.rec_weight * rec
             metrics |= {"rec": rec.detach(), "psnr": losses.psnr_db(pixels_hat.detach(), pixels_01).mean()}
@@ -154,8 +179,11 @@ class DecoderObjective(StageObjective):
     def loss(self, batch: PixelBatch, step: int) -> LossOutput:
         """D forward once and backward once."""
         pixels_01 = batch.pixels_01
+        encoder, bridge = (self._frozen(part, pixels_01.device) for part in (self.model.encoder, self.bridge))
+        assert isinstance(bridge, Bridge)
         with torch.no_grad():
-            f_BDYX = self.bridge.decoder(self.model.encode(pixels_01))
+            mu_BCYX, _ = bridge.encoder(encoder(pixels_01))
+            f_BDYX = bridge.decoder(mu_BCYX)
         pixels_hat = self.model.decoder(f_BDYX)
         last_weight = self.model.decoder.last_weight
         terms = self.image_loss.terms(pixels_hat, pixels_01, last_weight, seed=batch.seed, step=step)

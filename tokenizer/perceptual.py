@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.config import ConfigError, UserError
+from tokenizer import half_distance
 from tokenizer.representation import Representation, RepresentationConfig
 from tokenizer.weights import freeze, load_exact
 
@@ -89,19 +90,22 @@ class LpipsVgg16(Perceptual):
     def features(self, pixels_01: Tensor) -> list[Tensor]:
         """Unit-normalised VGG16 features, [B, C, H, W] per block."""
         x = (2.0 * pixels_01 - 1.0 - self.shift) / self.scale
+        if self._dtype != torch.float32:  # convolutions hand the order of their input on
+            x = x.to(self._dtype, memory_format=torch.channels_last)
         blocks = []
         for layer in self.vgg:
             if isinstance(layer, nn.MaxPool2d):
-                blocks.append(_unit(x))
+                blocks.append(x)
             x = layer(x)
-        return [*blocks, _unit(x)]
+        if self._dtype != torch.float32:
+            return [half_distance.unit(block, NORM_EPS) for block in (*blocks, x)]
+        return [_unit(block) for block in (*blocks, x)]
 
     def compare(self, features: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
         """Sum over blocks of the spatial mean of the weighted squared difference, [B] fp32."""
         blocks = zip(self.linears, features, reference, strict=True)
-        return torch.stack(
-            [((a - b).square() * weight).sum(dim=1).float().mean(dim=(1, 2)) for weight, a, b in blocks]
-        ).sum(dim=0)
+        distance = _distance if self._dtype == torch.float32 else half_distance.distance
+        return torch.stack([distance(a, b, weight) for weight, a, b in blocks]).sum(dim=0)
 
     def load_vgg16(self, weights: str, remedy: str) -> None:
         """Reads torchvision's VGG16: `download`, or the path of its .pth file.
@@ -127,6 +131,13 @@ class LpipsVgg16(Perceptual):
     def describe(self) -> str:
         """One line for people."""
         return "perceptual loss: LPIPS v0.1 on VGG16"
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What the convolutions hold: fp32, or what tokenizer/frozen.py cast them to."""
+        weight = self.vgg[0].weight
+        assert isinstance(weight, Tensor)
+        return weight.dtype
 
     def _load_linears(self) -> None:
         path = importlib.resources.files("lpips") / "weights" / "v0.1" / "vgg.pth"
@@ -195,3 +206,8 @@ def _unit(x_BCHW: Tensor) -> Tensor:
     # vector_norm: a cell where every channel is 0 gets gradient 0; sqrt(sum) would give NaN there.
     length: Tensor = torch.linalg.vector_norm(x_BCHW, dim=1, keepdim=True)
     return x_BCHW / (length + NORM_EPS)
+
+
+def _distance(a_BCHW: Tensor, b_BCHW: Tensor, weight_1C11: Tensor) -> Tensor:
+    """Spatial mean of the weighted squared difference, [B] fp32."""
+    return ((a_BCHW - b_BCHW).square() * weight_1C11).sum(dim=1).float().mean(dim=(1, 2))

@@ -108,6 +108,11 @@ class Representation(nn.Module):
         """W of the adaptive pivot weight: the last MLP's output layer, [D, hidden] (paper eq. 4)."""
         return output_weight(self._backbone.last_mlp)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, first to last."""
+        return self._backbone.blocks
+
     def checkpoint_activations(self) -> None:
         """Less memory for more time in training (tokenizer/backbones.py)."""
         self._backbone.checkpoint_activations()

@@ -68,7 +68,10 @@ class StageConfig:
     """Bridge, joint: z is drawn from the posterior; off: z = mu."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward passes: the activations of one layer instead of all. The adaptive
-    weights pass backward through D twice, so it costs more than the usual third."""
+    weights pass backward through D twice once L_GAN is in the loss: then it costs more than the usual third."""
+    compile: bool = False
+    """torch.compile on the blocks of encoder, bridge, decoder and frozen networks. lambda_pivot's own pass through D,
+    once L_GAN is in the loss, then computes D's gradients too: a quarter more work in D."""
     health: HealthConfig = field(default_factory=HealthConfig)
     """When the training raises an alarm."""
 

@@ -17,8 +17,11 @@ from data.images import PixelBatch
 from engine.config import to_dict
 from engine.objective import LossOutput
 from tokenizer import health, losses
+from tokenizer.blocks import compile_blocks
 from tokenizer.bridge import Bridge, sample_latent
+from tokenizer.frozen import Twins
 from tokenizer.image_loss import AdversaryBatch, ImageLoss
+from tokenizer.representation import Representation
 from tokenizer.rpiae import Autoencoder
 from tokenizer.seeds import Purpose, generator
 from tokenizer.stage_config import StageConfig
@@ -58,6 +61,9 @@ class StageObjective:
             module.requires_grad_(True)
         self._fingerprints = {"initial_weights": state_hash(*anchors), **self.image_loss.fingerprints()}
         self._validation_pixels = validation_pixels
+        self._twins = Twins(compiled=config.compile)
+        if config.compile:
+            self._compile()
 
     @property
     def bridge(self) -> Bridge:
@@ -136,6 +142,26 @@ class StageObjective:
         if self.config.tau > 0:
             lines.append(f"noise augmentation: tau {self.config.tau}, {self.config.noise_law}")
         return lines + ([] if self.name == "bridge" else self.image_loss.describe())
+
+    def _frozen(self, part: nn.Module, device: torch.device) -> nn.Module:
+        """What computes for a part of the model that this stage does not train (tokenizer/frozen.py)."""
+        return self._twins.of(part, device)
+
+    def _compile(self) -> None:
+        """Blocks of everything that the loss runs. E's last one is left: lambda_pivot is measured at its weight."""
+        compile_blocks(self.model.encoder, leave=1)
+        for part in (self.model.bridge, self.model.decoder, *self.helper_representations()):
+            if part is not None:
+                compile_blocks(part)
+
+    def helper_representations(self) -> list[Representation]:
+        """The frozen vision transformers beside the model."""
+        return [
+            child
+            for helper in self.helpers
+            for child in helper.modules()
+            if isinstance(child, Representation)
+        ]
 
     def _noisy(self, f_BDYX: Tensor, seed: int) -> Tensor:
         noise = generator(seed, Purpose.FEATURE_NOISE, f_BDYX.device)

@@ -51,10 +51,18 @@ def build_stage(config: StageConfig, validation_pixels: Tensor | None = None) ->
         return OBJECTIVES[config.stage](config, _initial_autoencoder(config), validation_pixels)
 
 
-def build_untrained(config: StageConfig, validation_pixels: Tensor | None = None) -> StageObjective:
-    """The same objective with random weights in every network: to measure, nothing is downloaded, and of an
-    export only config.json is read. Raises UserError as `build_stage` does."""
-    shapes = without_download(autoencoder_config(config))
+def build_untrained(
+    config: StageConfig,
+    validation_pixels: Tensor | None = None,
+    *,
+    starts_from: AutoencoderConfig | None = None,
+) -> StageObjective:
+    """The same objective with random weights in every network: to measure, nothing is downloaded.
+
+    starts_from: what the config.json of the export at `init_from` says; None: it is read. Raises UserError as
+    `build_stage` does.
+    """
+    shapes = without_download(autoencoder_config(config, starts_from))
     perceptual = dataclasses.replace(config.perceptual, vgg16_weights="random")
     if perceptual.representation is not None:
         perceptual = dataclasses.replace(
@@ -70,12 +78,15 @@ def build_untrained(config: StageConfig, validation_pixels: Tensor | None = None
         return OBJECTIVES[config.stage](config, Autoencoder(shapes), validation_pixels)
 
 
-def autoencoder_config(config: StageConfig) -> AutoencoderConfig:
+def autoencoder_config(
+    config: StageConfig, starts_from: AutoencoderConfig | None = None
+) -> AutoencoderConfig:
     """Shapes of what the stage works on, the bridge it adds included; of an export only config.json is read.
 
-    Raises UserError: no export there, an autoencoder that does not suit the stage.
+    starts_from: what it says, where there is no export. Raises UserError: no export there, an autoencoder that does
+    not suit the stage.
     """
-    found = config.autoencoder
+    found = config.autoencoder or starts_from
     if found is None:
         assert config.init_from is not None
         found = read_config(config.init_from)

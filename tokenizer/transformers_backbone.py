@@ -85,7 +85,8 @@ class TransformersBackbone:
     @property
     def last_mlp(self) -> nn.Module:
         """The MLP of the last block."""
-        mlp: nn.Module = self._layers[-1].mlp
+        mlp = self.blocks[-1].mlp
+        assert isinstance(mlp, nn.Module)
         return mlp
 
     def checkpoint_activations(self) -> None:
@@ -104,8 +105,10 @@ class TransformersBackbone:
         return [(out[:, num_prefix:], out[:, :num_prefix]) for out in self._after(x_BCSS, depths)]
 
     @property
-    def _layers(self) -> Any:
-        return self.vit.get_submodule(self.family.layers)
+    def blocks(self) -> nn.ModuleList:
+        """transformers' layers."""
+        layers: nn.ModuleList = self.vit.get_submodule(self.family.layers)
+        return layers
 
     def _after(self, x_BCSS: Tensor, depths: Sequence[int]) -> list[Tensor]:
         """Tokens [B, T, D] after each block in `depths`."""
@@ -114,7 +117,7 @@ class TransformersBackbone:
         if hasattr(self.vit, "rope_embeddings"):  # DINOv3: rotations for the patches, of this grid
             rope["position_embeddings"] = self.vit.rope_embeddings(x_BCSS)
         outputs = []
-        for depth, layer in enumerate(self._layers[: depths[-1] + 1]):
+        for depth, layer in enumerate(self.blocks[: depths[-1] + 1]):
             tokens_BTD = layer(tokens_BTD, attention_mask=None, **rope)
             if depth in depths:
                 outputs.append(tokens_BTD)
