@@ -59,8 +59,8 @@ class StateBytes:
         share = num_trained / num_ranks  # of a stage that shards
         filled = min(num_trained, BUCKET_ELEMENTS)
         gradients, buffers, stepping = FP32_BYTES * share, 0.0, 2 * FP32_BYTES * share
-        if stage == 1 and is_half:  # sums of all packs in fp32, and those of this one in bf16
-            gradients = stepping = (FP32_BYTES + weight) * num_trained
+        if stage == 1 and is_half:  # sums in fp32, which stay; a gradient goes as soon as it has been added
+            gradients = stepping = FP32_BYTES * num_trained
         elif stage == 1:
             gradients, buffers = FP32_BYTES * num_trained, FP32_BYTES * BUCKET_ELEMENTS
         elif stage == 2 and is_half:  # a full bucket is copied, and cast to fp32 to be reduced
