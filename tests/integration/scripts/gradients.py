@@ -6,6 +6,7 @@ the host waited for the device; at last the fp32 master weights. The test shares
 """
 
 import argparse
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -241,6 +242,7 @@ def main():
     parser.add_argument("cases", nargs="+")
     args = parser.parse_args()
     ranks = distributed.start()
+    gc.freeze()  # DeepSpeed collects garbage for each engine, half a second among all that is imported
     for name in args.cases:
         case = Case(name, ranks)
         found = case.run()
