@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from engine import distributed, masters
 from engine.checkpoint import Checkpoints
 from engine.ema import Ema
+from engine.objective import LossOutput
 from engine.schedule import OptimizerConfig
 from evaluation.environment import machine, versions
 
@@ -58,14 +59,14 @@ def measure(num_parameters: int, repeats: int, folder: Path) -> None:
     ).to(ranks.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     engine = masters.build_engine(
-        masters.Forward(model, lambda batch, step: model(batch).square().mean(), "fp32"),
+        masters.Forward(model, lambda batch, step: LossOutput(model(batch).square().mean()), "fp32"),
         OptimizerConfig(lr=1e-4),
         zero_stage=1,
         precision="fp32",
         accumulation_steps=1,
     )
     batch = torch.randn(8, WIDTH, device=ranks.device)
-    engine.backward(engine(batch, 0))
+    engine.backward(engine(batch, 0)[0][""])
     engine.step()
     ema = Ema(engine, [0.9999])
     checkpoints = Checkpoints(folder, {"main": engine}, ema, ranks, keep=1, say=print)

@@ -76,12 +76,15 @@ def start(timeout_s: int = DEFAULT_TIMEOUT_S, meeting_s: int = peers.MEETING_S) 
     `timeout_s`: of every collective; `meeting_s`: how long ranks wait for each other here.
     Raises UserError when ranks do not find each other, naming those that are missing.
     """
-    if not torch.cuda.is_available():
+    use_cuda = torch.cuda.is_available()
+    if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns; our own first line names the device
     import deepspeed
 
-    # The shared-memory op leaves 69 MB a rank in /dev/shm and is not needed (DeepSpeed 0.19).
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not use_cuda:
+        # The shared-memory op leaves 69 MB a rank in /dev/shm and is not needed (DeepSpeed 0.19). Only CPUs use it, and
+        # to read this table is to probe every op: with CUDA's compiler, on every rank.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
@@ -91,7 +94,6 @@ def start(timeout_s: int = DEFAULT_TIMEOUT_S, meeting_s: int = peers.MEETING_S) 
         # Ranks of one host share its cores; torch's default would give each of them all.
         num_local_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local_ranks))
-    use_cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)

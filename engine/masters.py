@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine import layout
 from engine.layout import Segment, Sizes
+from engine.objective import LossOutput
 from engine.schedule import OptimizerConfig, build_optimizer
 
 Precision = Literal["fp32", "bf16_autocast", "bf16"]
@@ -32,16 +33,23 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
 class Forward(nn.Module):
     """What DeepSpeed wraps: `module`'s parameters, and `loss` as the forward pass, under autocast if asked."""
 
-    def __init__(self, module: nn.Module, loss: Callable[[Any, int], Any], precision: Precision) -> None:
+    def __init__(
+        self, module: nn.Module, loss: Callable[[Any, int], LossOutput], precision: Precision
+    ) -> None:
         super().__init__()
         self.module = module
         self._loss = loss
         self._precision = precision
 
-    def forward(self, batch: Any, step: int) -> Any:
-        """The objective's LossOutput."""
+    def forward(self, batch: Any, step: int) -> tuple[dict[str, Tensor], LossOutput]:
+        """The sums to differentiate, by the names of the terms (the first one has none), and what they are from.
+
+        DeepSpeed finds the tensors of tuples and dicts, and only from those it hooks does it learn that a backward pass
+        begins. Under ZeRO-3 it puts others in their place: only those returned here may be differentiated.
+        """
         with autocast(self._precision, next(self.module.parameters()).device):
-            return self._loss(batch, step)
+            output = self._loss(batch, step)
+        return {"": output.loss_sum, **{name: term.loss_sum for name, term in output.further.items()}}, output
 
 
 def build_engine(
@@ -65,7 +73,11 @@ def build_engine(
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": accumulation_steps,
             "gradient_clipping": config.grad_clip,
-            "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+            "bf16": {
+                "enabled": precision == "bf16",
+                "check_grad_overflow": True,
+                "immediate_grad_update": True,  # else the gradients of all packs so far stay, and are added again
+            },
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
             "zero_optimization": {
@@ -73,14 +85,21 @@ def build_engine(
                 "overlap_comm": False,
                 # ZeRO-3 orthogonalises whole gradients, so for Muon it must reduce them whole.
                 "reduce_scatter": not (config.name == "muon" and zero_stage == 3),
+                # An all-reduce of the buckets would send twice as much; each rank needs its own part only.
+                "use_multi_rank_bucket_allreduce": False,
                 "reduce_bucket_size": BUCKET_ELEMENTS,
                 "allgather_bucket_size": BUCKET_ELEMENTS,
             },
             "zero_allow_untested_optimizer": True,
             "checkpoint": {"tag_validation": "Fail"},
             "steps_per_print": 10**9,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a pack
         },
     )
+    if zero_stage == 1 and precision == "bf16":
+        from engine.exchange import ShardedSums
+
+        ShardedSums.take_over(engine.optimizer)
     return engine
 
 

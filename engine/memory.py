@@ -59,18 +59,18 @@ class StateBytes:
         share = num_trained / num_ranks  # of a stage that shards
         filled = min(num_trained, BUCKET_ELEMENTS)
         gradients, buffers, stepping = FP32_BYTES * share, 0.0, 2 * FP32_BYTES * share
-        if stage == 1 and is_half:  # sums of all packs in fp32, and those of this one in bf16
-            gradients = stepping = (FP32_BYTES + weight) * num_trained
+        if stage == 1 and is_half:  # sums in fp32, which stay; a gradient goes as soon as it has been added
+            gradients = stepping = FP32_BYTES * num_trained
         elif stage == 1:
             gradients, buffers = FP32_BYTES * num_trained, FP32_BYTES * BUCKET_ELEMENTS
-        elif stage == 2 and is_half:  # a full bucket is copied, and cast to fp32 to be reduced
-            buffers = weight * BUCKET_ELEMENTS + (weight + FP32_BYTES) * filled
+        elif (
+            stage == 2 and is_half
+        ):  # of a full bucket a rank's part is copied, and cast to fp32 to be reduced
+            buffers = weight * BUCKET_ELEMENTS + (weight + FP32_BYTES) * filled / num_ranks
             stepping = FP32_BYTES * share
         elif stage == 2:
             gradients *= 2 if accumulates else 1  # the sum so far, and this pack's
-            buffers = FP32_BYTES * (
-                BUCKET_ELEMENTS + (filled / num_ranks if num_ranks > 1 else 0)
-            )  # and a rank's part
+            buffers = FP32_BYTES * BUCKET_ELEMENTS
         else:
             bucket = FP32_BYTES * BUCKET_ELEMENTS
             gathered = min(num_trained + num_frozen, LIVE_PARAMETERS) if num_ranks > 1 else 0

@@ -116,10 +116,12 @@ class Stepper:
         """What the objective gives, and its share in the step's loss."""
         scale = weight * self._ranks.world  # DeepSpeed averages over ranks
         with self._spans("forward"):
-            output: LossOutput = self.engines[name](batch, step)
-            loss = output.loss_sum * (scale / max(count, 1.0))
+            sums: dict[str, torch.Tensor]
+            output: LossOutput
+            sums, output = self.engines[name](batch, step)
+            loss = sums[""] * (scale / max(count, 1.0))
             for key, term in output.further.items():
-                loss = loss + term.loss_sum * (term.weight * scale / max(further[key], 1.0))
+                loss = loss + sums[key] * (term.weight * scale / max(further[key], 1.0))
         return output, loss
 
     def _backward(self, name: str, loss: torch.Tensor, *, spoiled: bool) -> None:

@@ -196,7 +196,7 @@ def test_of_a_state_each_stage_shards_what_it_is_named_after() -> None:
         for stage in (1, 2, 3)
     ]
     assert [state.optimizer for state in states] == [12 * 10**8 / 4] * 3
-    assert [state.gradients for state in states] == [6e8, 1e8, 1e8]
+    assert [state.gradients for state in states] == [4e8, 1e8, 1e8]
     assert [state.weights for state in states] == [2.2e8, 2.2e8, 0.55e8]
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from engine import distributed, masters
 from engine.checkpoint import Checkpoints
 from engine.ema import Ema
+from engine.objective import LossOutput
 from engine.schedule import OptimizerConfig
 
 STREAMS = 6
@@ -38,7 +39,7 @@ class Net(nn.Module):
 
     def loss(self, x, step):
         self.seen += 1
-        return (self.layers(x) + self.tiny - x.flip(-1)).float().square().sum()
+        return LossOutput((self.layers(x) + self.tiny - x.flip(-1)).float().square().sum())
 
 
 class Case:
@@ -70,7 +71,8 @@ class Case:
                 stream = micro * self.ranks.world + self.ranks.rank
                 generator = torch.Generator().manual_seed(self.step * STREAMS + stream)
                 x = torch.randn(4, 7, generator=generator).to(self.ranks.device)
-                loss = self.engine(x.bfloat16() if self.precision == "bf16" else x, self.step)
+                sums, _ = self.engine(x.bfloat16() if self.precision == "bf16" else x, self.step)
+                loss = sums[""]
                 self.engine.backward(loss * self.ranks.world / 24, scale_wrt_gas=False)
                 self.engine.step()
                 total += loss.detach().cpu() / 24

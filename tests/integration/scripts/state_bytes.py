@@ -35,7 +35,7 @@ def measure(config: EngineConfig, num_packs: int, num_ranks: int) -> tuple[float
         for _ in range(2):
             counted.reset_peak()
             for _ in range(num_packs):
-                engine.backward(engine(torch.ones(1, WIDTH), 0).loss_sum, scale_wrt_gas=False)
+                engine.backward(engine(torch.ones(1, WIDTH), 0)[0][""], scale_wrt_gas=False)
                 engine.step()
     expected = StateBytes.of(config, count, 0, num_ranks, accumulates=num_packs > 1)
     return expected.peak(0), counted.peak
