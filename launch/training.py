@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from data.packing import EditPacker, T2IPacker
 from data.shards import LatentInfo, ShardDataset
 from data.stream import Packer, PackStream
 from data.text import TextTokenizer, load_text_tokenizer
-from engine import distributed, run_lock
+from engine import distributed, logs, run_lock
 from engine.config import UserError, to_dict
 from engine.distributed import Ranks
 from engine.loop import train
@@ -149,6 +150,8 @@ def _train(
     packer: Packer,
     objective: Objective,
 ) -> None:
+    if os.environ.get("RANK", "0") == "0":  # which alone talks to wandb
+        logs.check_wandb(run.engine.wandb)
     scores = training_scores.start_of(run)  # before the ranks meet: a mistake is one line, not one from each
     ranks = _start_ranks(Path(run.run_dir))
     resolved = to_dict(run)
