@@ -116,7 +116,9 @@ class Board:
                 self._look(store)
             except RuntimeError:
                 if not self._is_leaving and not self._stop.wait(GRACE_S):
-                    who = End(0, LOST_CONTACT, "lost contact with it, and with the ranks' store; look for its error")
+                    who = End(
+                        0, LOST_CONTACT, "lost contact with it, and with the ranks' store; look for its error"
+                    )
                     say(f"error: {who}", sys.stderr)
                     self._cut_off(who)
                 return

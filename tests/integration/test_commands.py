@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import config
 from engine.distributed import free_port
 from generator.model import Generator
-from launch import entry, training
+from launch import entry, export, sample, training
 from launch.run_kinds import read_run
 from launch.runs import GeneratorRun, TokenizerRun
 from tokenizer.bridge import BridgeConfig
@@ -175,6 +176,31 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(finished, inpu
     expected = (undisturbed / "export" / "model.safetensors").read_bytes()
     assert (run_dir / "export" / "model.safetensors").read_bytes() == expected
     assert curve(run_dir) == curve(undisturbed)
+
+
+def test_a_checkpoint_is_exported_as_the_run_exports_itself(finished, inputs, tmp_path, monkeypatch) -> None:
+    task, original = finished
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(original, run_dir)
+    if task == "t2i":  # the fixture draws no grids
+        tree = json.loads((run_dir / "config.json").read_text())
+        (run_dir / "config.json").write_text(json.dumps({**tree, "autoencoder": str(inputs / "autoencoder")}))
+    monkeypatch.setattr(
+        sys, "argv", ["export", "--run", str(run_dir), "--checkpoint", "latest", "--out", str(out)]
+    )
+    assert entry.run(export.main) == 0
+    folder = out if task == "pivot" else out / "generator"
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / name).read_bytes() == (run_dir / "export" / name).read_bytes(), name
+    if task == "t2i":
+        images = []
+        for number, run in enumerate((run_dir, out)):
+            image = tmp_path / f"{number}.png"
+            options = ["--prompt", "a red apple", "--steps", "2", "--out", str(image)]
+            monkeypatch.setattr(sys, "argv", ["sample", "--run", str(run), *options])
+            assert entry.run(sample.main) == 0
+            images.append(image.read_bytes())
+        assert images[0] == images[1]
 
 
 def test_two_ranks_give_the_loss_curve_of_one(finished, inputs, tmp_path) -> None:

@@ -12,7 +12,11 @@ from engine import distributed
 from engine.config import StoppedError, UserError
 from launch import entry
 
-ERRORS = {"mistake": UserError("no such label"), "bug": IndexError("list index"), "stop": StoppedError("saved")}
+ERRORS = {
+    "mistake": UserError("no such label"),
+    "bug": IndexError("list index"),
+    "stop": StoppedError("saved"),
+}
 
 
 def main():
