@@ -132,9 +132,9 @@ class Board:
         os._exit(end.status)
 
 
-def wait_for_readers(store: dist.Store, key: str, number: int) -> None:
-    """Until so many ranks have added themselves to KEY/read, LINGER_S at the most."""
-    deadline_s = time.monotonic() + LINGER_S
+def wait_for_readers(store: dist.Store, key: str, number: int, within_s: float = LINGER_S) -> None:
+    """Until so many ranks have added themselves to KEY/read."""
+    deadline_s = time.monotonic() + within_s
     with contextlib.suppress(RuntimeError):  # the first rank is gone: it has waited for all
         while store.add(f"{key}/read", 0) < number and time.monotonic() < deadline_s:
             time.sleep(0.05)

@@ -27,8 +27,8 @@ REMINDER_S = 30
 VANISHED_S = 60
 """A node that neither answers nor closes its connections (power, network) is given up after this long."""
 ROLL_CALL = "roll_call"
-ABSENCE_S = 60
-"""How long a rank that cannot take part looks for the first one, to tell it why it will not come."""
+ABSENCE_S = 20
+"""How long a rank that cannot take part looks for the first one before it says so itself."""
 
 BROKEN = re.compile(r"(?i)connection|broken pipe|timed out|unreachable|no route|remote process exited")
 
@@ -81,20 +81,33 @@ def end(own: End, world: int, tell: Callable[[], None]) -> int:
     """
     if endings.is_open():
         return endings.end(own, tell)
-    store, verdict = None, Verdict(None)
+    has_told, store, verdict = False, None, Verdict(None)
     if world > 1 and not _has_met and own.status != LOST_CONTACT:
         with contextlib.suppress(LostContactError, RuntimeError):  # nobody is there to be told
-            store = _store(ABSENCE_S)
+            try:
+                store = _store(ABSENCE_S)
+            except LostContactError:
+                tell()
+                has_told = True
+                if own.rank == 0 or _is_one_host():  # nobody can come; its launcher ends the others
+                    return own.status
+                store = _store(MEETING_S)
             store.compare_set(f"{ROLL_CALL}/absent", "", json.dumps(asdict(own)))
             mine = Verdict(own, num_readers=world) if own.rank == 0 else None
             verdict = _announce(store, mine, ABSENCE_S)
     is_first_to_say = own.rank == 0 or not _has_met  # once they have parted, all have found the same
-    if verdict.end == own or (verdict.end is None and is_first_to_say):
+    if not has_told and (verdict.end == own or (verdict.end is None and is_first_to_say)):
         tell()
     if store is None or verdict.end is None:  # who has met without this rank is another job
         return own.status
     _part(store, own.rank, verdict)
     return verdict.end.status
+
+
+def _is_one_host() -> bool:
+    """Whether one launcher has started all ranks, as far as it says so."""
+    local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
+    return local is not None and local == os.environ.get("WORLD_SIZE")
 
 
 def _store(timeout_s: float) -> dist.TCPStore:
@@ -137,7 +150,9 @@ def _part(store: dist.TCPStore, rank: int, verdict: Verdict) -> None:
     """The first rank's process holds the store: it stays until the others have read."""
     store.add(f"{ROLL_CALL}/read", 1)
     if rank == 0:
-        endings.wait_for_readers(store, ROLL_CALL, verdict.num_readers)
+        # Those of other hosts may still build their models; the launcher of this one ends its own.
+        within_s = endings.LINGER_S if _is_one_host() else MEETING_S
+        endings.wait_for_readers(store, ROLL_CALL, verdict.num_readers, within_s)
 
 
 def _call_the_roll(store: dist.TCPStore, world: int, timeout_s: float) -> Verdict:

@@ -34,7 +34,8 @@ from evaluation.suites.generation import GenerationSuite, Spaces
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator, load_generator
 from generator.class_conditional.sampling import ClassSamplingConfig
-from launch import entry, export, sample_class, train_class
+from launch import entry, sample_class, train_class
+from launch import export as export_command
 from tokenizer.encode import EncodeConfig, encode_shards
 from tokenizer.rpiae import Autoencoder
 
@@ -150,7 +151,7 @@ def test_a_checkpoint_is_exported_and_drawn_from_as_the_run_is(
     """Step 4 lies before the end, and its early export was written by the training itself."""
     for step, export_name in (("4", "export_step_00000004"), ("latest", "export")):
         out = tmp_path / step
-        call(export, "--run", finished, "--checkpoint", step, "--out", out, monkeypatch=monkeypatch)
+        call(export_command, "--run", finished, "--checkpoint", step, "--out", out, monkeypatch=monkeypatch)
         assert weights(out / "generator") == weights(finished / export_name), step
     sets = [tmp_path / "of_run", tmp_path / "of_folder"]
     for run, images in zip((finished, tmp_path / "latest"), sets, strict=True):

@@ -21,7 +21,9 @@ from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import config
 from engine.distributed import free_port
 from generator.model import Generator
-from launch import entry, export, sample, training
+from launch import entry, training
+from launch import export as export_command
+from launch import sample as sample_command
 from launch.run_kinds import read_run
 from launch.runs import GeneratorRun, TokenizerRun
 from tokenizer.bridge import BridgeConfig
@@ -188,7 +190,7 @@ def test_a_checkpoint_is_exported_as_the_run_exports_itself(finished, inputs, tm
     monkeypatch.setattr(
         sys, "argv", ["export", "--run", str(run_dir), "--checkpoint", "latest", "--out", str(out)]
     )
-    assert entry.run(export.main) == 0
+    assert entry.run(export_command.main) == 0
     folder = out if task == "pivot" else out / "generator"
     for name in ("model.safetensors", "config.json"):
         assert (folder / name).read_bytes() == (run_dir / "export" / name).read_bytes(), name
@@ -198,7 +200,7 @@ def test_a_checkpoint_is_exported_as_the_run_exports_itself(finished, inputs, tm
             image = tmp_path / f"{number}.png"
             options = ["--prompt", "a red apple", "--steps", "2", "--out", str(image)]
             monkeypatch.setattr(sys, "argv", ["sample", "--run", str(run), *options])
-            assert entry.run(sample.main) == 0
+            assert entry.run(sample_command.main) == 0
             images.append(image.read_bytes())
         assert images[0] == images[1]
 
