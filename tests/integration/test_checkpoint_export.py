@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_missing_one_names_those_that_
         file.seek(-1, 2)
         file.write(b"?")
     assert checkpoint_export.find(root, "latest")[1]["step"] == 3
-    with pytest.raises(UserError, match="'4' .*has a wrong checksum.*; steps that are there: 3, 4"):
+    with pytest.raises(UserError, match=r"'4' .*has a wrong checksum.*; steps that are there: 3, 4"):
         checkpoint_export.find(root, "4")
     with pytest.raises(UserError, match="no good checkpoint '7'; steps that are there: 3, 4"):
         checkpoint_export.find(root, "7")

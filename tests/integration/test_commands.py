@@ -21,6 +21,7 @@ from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import config
 from engine.distributed import free_port
 from generator.model import Generator
+from engine.logs import WANDB_KEYS
 from launch import entry, training
 from launch import export as export_command
 from launch import sample as sample_command
@@ -312,6 +313,18 @@ def test_reconstructions_are_scored_by_the_command(inputs, tmp_path, capsys, mon
     assert [line.split(":")[0] for line in printed.splitlines() if ": " in line][:2] == ["psnr_db", "ssim"]
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())["scores"]
     assert scores["feature_distance"]["of"] == "set" and scores["psnr_db"]["n"] == 5
+
+
+def test_wandb_online_without_a_key_is_one_line_before_the_ranks_meet(
+    inputs, tmp_path, capsys, monkeypatch
+) -> None:
+    for name in (*WANDB_KEYS, "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(training, "_start_ranks", lambda run_dir: pytest.fail("they meet"))
+    arguments = command("t2i", inputs, tmp_path / "run", "engine.wandb=online")
+    line = error_of(capsys, monkeypatch, arguments)
+    assert "engine.wandb=online: no key" in line and "wandb login" in line
 
 
 def test_a_wrong_key_names_the_nearest_one(inputs, tmp_path, capsys, monkeypatch) -> None:

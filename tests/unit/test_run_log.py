@@ -176,7 +176,7 @@ def test_wandb_online_without_a_key_is_refused_before_anything_starts(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     check_wandb("offline")
-    with pytest.raises(UserError, match="engine.wandb=online: no key .* `wandb login`"):
+    with pytest.raises(UserError, match=r"engine.wandb=online: no key .* `wandb login`"):
         check_wandb("online")
     (tmp_path / ".netrc").write_text("machine api.wandb.ai\n login user\n password 0123\n")
     (tmp_path / ".netrc").chmod(0o600)
