@@ -32,6 +32,8 @@ GRACE_S = 5.0
 LINGER_S = 10.0
 """How long ranks wait at the most until the others have read: one that is stopped never does."""
 
+PARTING_S = 2.0
+
 
 @dataclass(frozen=True)
 class End:
@@ -84,8 +86,12 @@ class Board:
         return None if self._end is None or self._end.rank == self._rank else self._end
 
     def linger(self) -> None:
-        """Waits until every rank has read the end, LINGER_S at the most."""
-        wait_for_readers(self._store, self._key, self._world)
+        """Waits until every rank has read the end, LINGER_S at the most; the first rank, until they have parted."""
+        wait_for(self._store, f"{self._key}/read", self._world)
+        with contextlib.suppress(RuntimeError):
+            self._store.add(f"{self._key}/parted", 1)
+        if self._rank == 0:  # torch prints its stack where a store is gone
+            wait_for(self._store, f"{self._key}/parted", self._world, PARTING_S)
 
     def leave(self) -> None:
         """From here on it is no news that the first rank, and the store with it, is gone."""
@@ -132,11 +138,11 @@ class Board:
         os._exit(end.status)
 
 
-def wait_for_readers(store: dist.Store, key: str, number: int, within_s: float = LINGER_S) -> None:
-    """Until so many ranks have added themselves to KEY/read."""
+def wait_for(store: dist.Store, counter: str, number: int, within_s: float = LINGER_S) -> None:
+    """Until so many ranks have added themselves."""
     deadline_s = time.monotonic() + within_s
     with contextlib.suppress(RuntimeError):  # the first rank is gone: it has waited for all
-        while store.add(f"{key}/read", 0) < number and time.monotonic() < deadline_s:
+        while store.add(counter, 0) < number and time.monotonic() < deadline_s:
             time.sleep(0.05)
 
 

@@ -152,7 +152,7 @@ def _part(store: dist.TCPStore, rank: int, verdict: Verdict) -> None:
     if rank == 0:
         # Those of other hosts may still build their models; the launcher of this one ends its own.
         within_s = endings.LINGER_S if _is_one_host() else MEETING_S
-        endings.wait_for_readers(store, ROLL_CALL, verdict.num_readers, within_s)
+        endings.wait_for(store, f"{ROLL_CALL}/read", verdict.num_readers, within_s)
 
 
 def _call_the_roll(store: dist.TCPStore, world: int, timeout_s: float) -> Verdict:

@@ -20,8 +20,8 @@ from data.sources.emoji import EmojiConfig, EmojiSource
 from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import config
 from engine.distributed import free_port
-from generator.model import Generator
 from engine.logs import WANDB_KEYS
+from generator.model import Generator
 from launch import entry, training
 from launch import export as export_command
 from launch import sample as sample_command
