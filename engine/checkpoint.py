@@ -60,6 +60,13 @@ class Checkpoints:
         """Whether this rank has finished a file that waits for `commit`."""
         return self._job is not None and self._job.is_done
 
+    @property
+    def newest(self) -> int:
+        """Step of the newest complete checkpoint, as this rank's file system shows it; 0: there is none."""
+        return max(
+            (checkpoint_folder.step_of(path) for path in checkpoint_folder.all_in(self._root)), default=0
+        )
+
     def save(self, state: Mapping[str, Any], *, background: bool, required: bool) -> None:
         """Writes a checkpoint; `state` is JSON-able, the same on every rank, and has `step`. Collective.
 

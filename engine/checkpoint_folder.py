@@ -26,6 +26,11 @@ def all_in(root: Path) -> list[Path]:
     return sorted(root.glob("step_*"))
 
 
+def step_of(directory: Path) -> int:
+    """`step_00001000 -> 1000`."""
+    return int(directory.name.removeprefix("step_"))
+
+
 def hide(directory: Path) -> Path:
     """Renames a checkpoint that shall go: killed from now on, nothing is left that looks complete."""
     hidden = directory.with_name(f".{directory.name}.old")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine import peers
+from engine import endings, peers, threads
 
 DEFAULT_TIMEOUT_S = 3600
 """Of the process groups. The watchdog, which knows more, is to be faster: engine.hang_timeout_s."""
@@ -90,22 +90,18 @@ def start(timeout_s: int = DEFAULT_TIMEOUT_S, meeting_s: int = peers.MEETING_S) 
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Ranks of one host share its cores; torch's default would give each of them all.
-        num_local_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local_ranks))
+    threads.share_cores()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_s)
-    store = peers.meet(meeting_s)
+    peers.meet(meeting_s)
     deepspeed.init_distributed(
         dist_backend="nccl" if use_cuda else "gloo",
         auto_mpi_discovery=False,
         timeout=timeout,
         verbose=False,
     )
-    del store  # from here on the process group has one of its own on the same server
     control = dist.new_group(backend="gloo", timeout=timeout)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, control)
     ranks.barrier()  # connections stand
@@ -121,15 +117,17 @@ def patient(ranks: Ranks, timeout_s: int) -> Ranks:
 
 
 def is_started() -> bool:
-    """Whether this process has joined the others; errors before that are the same on every rank."""
+    """Whether this process has joined the others."""
     return dist.is_initialized()
 
 
 def stop() -> None:
     """Leaves the process group; without this some ranks abort at interpreter exit."""
     if dist.is_initialized():
+        endings.leave()
         dist.barrier()
         dist.destroy_process_group()
+        endings.close()
 
 
 def free_port() -> int:

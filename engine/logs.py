@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import netrc
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,10 @@ from engine.config import UserError
 from engine.redaction import redact, redacted
 
 WandbMode = Literal["disabled", "offline", "online"]
+WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+WANDB_HOST = "api.wandb.ai"
+WANDB_FINISH_S = 300.0
+"""How long the end of a run waits for its upload: by default for as long as the server does not answer."""
 EventKind = Literal[
     "start",
     "resume",
@@ -79,7 +85,9 @@ class RunLog:
         self._metrics: TextIO = self._metrics_path.open("a")
         self._events = _open_whole_lines(run_dir / "events.jsonl")
         self._console = Console()
-        self._wandb = _start_wandb(run_dir, name, redacted(config), wandb_mode)
+        self._config, self._wandb_mode = redacted(config), wandb_mode
+        self._wandb: Any = None
+        self._open_wandb(start_step)
 
     def line(self, text: str) -> None:
         """One line for people, at once."""
@@ -107,8 +115,7 @@ class RunLog:
         row = {**_finite(values), "time_s": time.time(), "num_steps": num_steps}
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
-        if self._wandb is not None:
-            self._wandb.log(dict(values), step=int(values["step"]))
+        self._tell_wandb(int(values["step"]), lambda: dict(values))
         self.line(self._console.text(values, num_steps, eta_s))
 
     def samples(self, step: int, grid: npt.NDArray[np.uint8]) -> None:
@@ -119,18 +126,14 @@ class RunLog:
         Image.fromarray(grid).save(temporary)
         path = folder / f"step_{step:08d}.png"
         temporary.replace(path)
-        if self._wandb is not None:
-            import wandb
-
-            self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+        self._tell_wandb(step, lambda: {"samples": _wandb_image(path)})
 
     def scores(self, step: int, values: Mapping[str, float]) -> None:
         """What an evaluation found, as one line of scores.jsonl: `step`, `time_s` (unix, s) and the scores."""
         row = {"step": step, "time_s": time.time(), **_finite(values)}
         with _open_whole_lines(self._scores_path) as file:
             file.write(json.dumps(row) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({f"evaluation/{name}": value for name, value in values.items()}, step=step)
+        self._tell_wandb(step, lambda: {f"evaluation/{name}": value for name, value in values.items()})
 
     def has_scores(self, step: int) -> bool:
         """Whether `scores` was told of that step."""
@@ -149,7 +152,37 @@ class RunLog:
         self._metrics.close()
         self._events.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            with contextlib.suppress(Exception):  # what is not uploaded lies in the run folder
+                self._wandb.finish()
+
+    def _open_wandb(self, step: int) -> None:
+        try:
+            self._wandb = _start_wandb(self.run_dir, self.name, self._config, self._wandb_mode)
+        except Exception as error:
+            self._leave_wandb(error, step)
+
+    def _tell_wandb(self, step: int, values: Callable[[], dict[str, Any]]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log(values(), step=step)
+        except Exception as error:
+            self._leave_wandb(error, step)
+            self._tell_wandb(step, values)
+
+    def _leave_wandb(self, error: Exception, step: int) -> None:
+        """A curve that cannot be shown ends no training: it goes on offline; where that failed, without wandb."""
+        self._wandb_mode = "offline" if self._wandb_mode == "online" else "disabled"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        text = f"WARNING: wandb failed ({reason}); this run goes on with engine.wandb={self._wandb_mode}"
+        self.line(text)
+        self.event("warning", step, text)
+        with contextlib.suppress(Exception):  # what is left of it
+            import wandb
+
+            wandb.teardown()
+        self._wandb = None
+        self._open_wandb(step)
 
     def _keep_before(self, start_step: int) -> None:
         for path in (self._metrics_path, self._scores_path):
@@ -208,6 +241,24 @@ def _open_whole_lines(path: Path) -> TextIO:
     return path.open("a")
 
 
+def check_wandb(mode: WandbMode) -> None:
+    """Raises UserError: `online`, and nobody is logged in to wandb here. Asks no server."""
+    if mode != "online" or any(os.environ.get(name) for name in WANDB_KEYS):
+        return
+    import wandb
+
+    host = urlsplit(str(wandb.setup().settings.base_url)).hostname
+    paths = [os.environ.get("NETRC", ""), "~/.netrc", "~/_netrc"]
+    for path in (Path(path).expanduser() for path in paths if path):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if {host, WANDB_HOST} & netrc.netrc(path).hosts.keys():
+                return
+    raise UserError(
+        "engine.wandb=online: no key of wandb on this machine; run `wandb login`, set WANDB_API_KEY, or set "
+        "engine.wandb=offline"
+    )
+
+
 def _start_wandb(run_dir: Path, name: str, config: Mapping[str, Any], mode: WandbMode) -> Any:
     if mode == "disabled":
         return None
@@ -219,6 +270,8 @@ def _start_wandb(run_dir: Path, name: str, config: Mapping[str, Any], mode: Wand
     settings = wandb.Settings(
         silent=True, console="off", x_disable_meta=True, disable_git=True, disable_code=True
     )
+    if hasattr(settings, "finish_timeout"):
+        settings.finish_timeout = WANDB_FINISH_S
     return wandb.init(
         project="rpiae",
         name=name,
@@ -229,3 +282,9 @@ def _start_wandb(run_dir: Path, name: str, config: Mapping[str, Any], mode: Wand
         config=dict(config),
         settings=settings,
     )
+
+
+def _wandb_image(path: Path) -> Any:
+    import wandb
+
+    return wandb.Image(str(path))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine import communication, files, run_lock
+from engine import communication, endings, files, run_lock
 from engine.averages import Averages
 from engine.changes import changes
 from engine.checkpoint import Checkpoints
@@ -57,7 +59,7 @@ def train(
             return run.train()
         except BaseException as error:  # only to write down why, for those who look at the run folder
             if run.log:
-                run.log.ended_by(error, run.step)
+                run.log.ended_by(endings.cause(error), run.step)
             raise
 
 
@@ -103,7 +105,8 @@ class _Run:
             self.log = RunLog(run_dir, objective.name, resolved, self.step, config.wandb)
             for event in self._early:
                 self.log.event(*event)
-        self._stop_requested = False
+            endings.witness(self._write_down)
+        self._stop_requested = self._is_interrupted = False
         self._watchdog: Watchdog | None = None
         self._window = Window(ranks, peak_flops(ranks.device))
         self._system = SystemMeter(ranks.device, run_dir if ranks.is_first else None)
@@ -112,6 +115,10 @@ class _Run:
         """Steps until the end or a stop signal; then the export."""
         for name in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(name, self._request_stop)
+        if (
+            signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        ):  # a shell ignores it for what runs in the background
+            signal.signal(signal.SIGINT, self._interrupt)
         ranks = f"{counted(self.ranks.world, 'rank')} on {self.ranks.device.type}"
         how = f"{ranks}, ZeRO-{self.config.zero_stage}, {self.config.precision}"
         how += f", {counted(self.source.num_streams, 'pack')} a step"
@@ -166,9 +173,8 @@ class _Run:
                 with self.spans("checkpoint"):
                     self._save(last)
             if stop and self.step < self.config.steps:
-                raise StoppedError(
-                    f"stopped by a signal at step {self.step}, saved; run the same command to go on"
-                )
+                why = "interrupted" if self._is_interrupted else "stopped by a signal"
+                raise StoppedError(f"{why} at step {self.step}, saved; run the same command to go on")
             self._evaluate_if_due()  # after the checkpoint: it may take hours, or fail
         export = self._export(EXPORT, self.config.ema_decays[0] if self.ema else None)
         for decay in self.config.ema_decays[1:]:
@@ -176,6 +182,10 @@ class _Run:
         spent = seconds_text(time.monotonic() - begin_s)
         self._event("finish", self.step, f"finished {self.step} steps in {spent}: {export}")
         return export
+
+    def _write_down(self, error: BaseException) -> None:
+        if self.log:
+            self.log.ended_by(error, self.step)
 
     def _event(self, kind: EventKind, step: int, text: str) -> None:
         """A line for people, and one that stays in the run folder (of what was before the log, when there is one)."""
@@ -319,6 +329,16 @@ class _Run:
 
     def _request_stop(self, _signal: int, _frame: object) -> None:
         self._stop_requested = True
+
+    def _interrupt(self, _signal: int, _frame: object) -> None:
+        """Ctrl-C: the first one is a stop, the second one ends this process at once, whatever it waits for."""
+        self._stop_requested = self._is_interrupted = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self.ranks.is_first:
+            text = f"interrupted at step {self.step}: saving after it"
+            text += f"; Ctrl-C again ends at once, then the same command goes on at step {self.checkpoints.newest}"
+            with contextlib.suppress(OSError):  # not through `print`, which this may have interrupted
+                os.write(sys.stderr.fileno(), f"[{self.objective.name}] {text}\n".encode())
 
     def _stop_agreed(self) -> bool:
         """Launchers signal ranks one after another: save together, at the same step. So with files of a checkpoint:

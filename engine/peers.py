@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import re
 import socket
 import stat
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
+from engine import endings
 from engine.config import UserError
+from engine.endings import LOST_CONTACT, End, EndedError
 
 MEETING_S = 600
 """How long ranks wait for each other at the start: many nodes that import from one file system take minutes."""
@@ -23,32 +27,98 @@ REMINDER_S = 30
 VANISHED_S = 60
 """A node that neither answers nor closes its connections (power, network) is given up after this long."""
 ROLL_CALL = "roll_call"
-EXIT_STATUS = 76
-"""Of a process that ends because another one is gone or hangs: a scheduler may give the same command again."""
+ABSENCE_S = 20
+"""How long a rank that cannot take part looks for the first one before it says so itself."""
 
 BROKEN = re.compile(r"(?i)connection|broken pipe|timed out|unreachable|no route|remote process exited")
 
 _host_of_address: dict[str, str] = {}
+_has_met = False
 
 
 class LostContactError(UserError):
     """Another rank is gone: this one cannot go on."""
 
 
-def meet(timeout_s: float) -> Any:
-    """Waits until every rank has reached the first one; what it returns must live until the process group stands.
+@dataclass(frozen=True)
+class Verdict:
+    """What the first rank says when it has called the roll: who is there, or why the job ends."""
+
+    end: End | None
+    present: tuple[str, ...] = ()
+    """What every rank calls itself, in rank order: a rank of another job that comes to this port is not among them."""
+    num_readers: int = 0
+    """Ranks that the first one waits for when the job ends here."""
+
+
+def meet(timeout_s: float) -> None:
+    """Waits until every rank has reached the first one; from then on each hears how another ends (engine/endings.py).
 
     Raises LostContactError naming the ranks that did not come (on the first rank), or the address that was not
-    reached (on the others; UserError, when it is not theirs to say).
+    reached; EndedError where another rank says so, or cannot take part.
     """
+    global _has_met
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store, me = _store(timeout_s), uuid.uuid4().hex
+    store.set(f"{ROLL_CALL}/{rank}", me)
+    verdict = _call_the_roll(store, world, timeout_s) if rank == 0 else None
+    verdict = _announce(store, verdict, timeout_s + REMINDER_S)
+    if verdict.end is not None:
+        _part(store, rank, verdict)
+        raise LostContactError(verdict.end.text) if verdict.end.rank == rank else EndedError(verdict.end)
+    if verdict.present[rank] != me:
+        raise LostContactError(f"{_where()} is the port of another job; give another --master_port")
+    _has_met = True
+    if world > 1:
+        endings.open_board(store, f"end/{verdict.present[0]}", rank, world)
+
+
+def end(own: End, world: int, tell: Callable[[], None]) -> int:
+    """The status with which this process has to end now; all `world` ranks get the same one.
+
+    `own`: how it would end. `tell` says that to people; it is called where no other rank was faster. Before the ranks
+    meet, those that can take part are told, too.
+    """
+    if endings.is_open():
+        return endings.end(own, tell)
+    has_told, store, verdict = False, None, Verdict(None)
+    if world > 1 and not _has_met and own.status != LOST_CONTACT:
+        with contextlib.suppress(LostContactError, RuntimeError):  # nobody is there to be told
+            try:
+                store = _store(ABSENCE_S)
+            except LostContactError:
+                tell()
+                has_told = True
+                if own.rank == 0 or _is_one_host():  # nobody can come; its launcher ends the others
+                    return own.status
+                store = _store(MEETING_S)
+            store.compare_set(f"{ROLL_CALL}/absent", "", json.dumps(asdict(own)))
+            mine = Verdict(own, num_readers=world) if own.rank == 0 else None
+            verdict = _announce(store, mine, ABSENCE_S)
+    is_first_to_say = own.rank == 0 or not _has_met  # once they have parted, all have found the same
+    if not has_told and (verdict.end == own or (verdict.end is None and is_first_to_say)):
+        tell()
+    if store is None or verdict.end is None:  # who has met without this rank is another job
+        return own.status
+    _part(store, own.rank, verdict)
+    return verdict.end.status
+
+
+def _is_one_host() -> bool:
+    """Whether one launcher has started all ranks, as far as it says so."""
+    local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
+    return local is not None and local == os.environ.get("WORLD_SIZE")
+
+
+def _store(timeout_s: float) -> dist.TCPStore:
+    """This rank's client of the first rank's store. Raises LostContactError."""
+    rank = int(os.environ["RANK"])
     try:
         # multi_tenant: the process group that follows shares this server (torch's env:// asks for it alike).
-        store = dist.TCPStore(
-            address,
-            port,
-            world,
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            int(os.environ["WORLD_SIZE"]),
             is_master=rank == 0,
             timeout=datetime.timedelta(seconds=timeout_s),
             wait_for_workers=False,
@@ -57,41 +127,58 @@ def meet(timeout_s: float) -> Any:
     except dist.DistError as error:
         what = "cannot listen on" if rank == 0 else "cannot reach the first rank at"
         raise LostContactError(
-            f"rank {rank} on {socket.gethostname()} {what} {address}:{port}: {_first_line(error)}; check "
+            f"rank {rank} on {socket.gethostname()} {what} {_where()}: {_first_line(error)}; check "
             "--master_addr, --master_port, the firewall, and what the first node printed"
         ) from None
-    store.set(f"{ROLL_CALL}/{rank}", socket.gethostname())
+
+
+def _where() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _announce(store: dist.TCPStore, verdict: Verdict | None, timeout_s: float) -> Verdict:
+    """The first rank's verdict, on every rank."""
+    if verdict is not None:
+        store.set(f"{ROLL_CALL}/verdict", json.dumps(asdict(verdict)))
+        return verdict
+    store.set_timeout(datetime.timedelta(seconds=timeout_s))
+    read = json.loads(store.get(f"{ROLL_CALL}/verdict"))
+    return Verdict(read["end"] and End(**read["end"]), tuple(read["present"]))
+
+
+def _part(store: dist.TCPStore, rank: int, verdict: Verdict) -> None:
+    """The first rank's process holds the store: it stays until the others have read."""
+    store.add(f"{ROLL_CALL}/read", 1)
     if rank == 0:
-        verdict = _call_the_roll(store, world, f"{address}:{port}", timeout_s)
-        store.set(f"{ROLL_CALL}/verdict", verdict)
-    else:
-        store.set_timeout(datetime.timedelta(seconds=timeout_s + REMINDER_S))
-        verdict = store.get(f"{ROLL_CALL}/verdict").decode()
-    if verdict:
-        raise LostContactError(verdict) if rank == 0 else UserError(verdict)  # one rank says it for all
-    return store
+        # Those of other hosts may still build their models; the launcher of this one ends its own.
+        within_s = endings.LINGER_S if _is_one_host() else MEETING_S
+        endings.wait_for(store, f"{ROLL_CALL}/read", verdict.num_readers, within_s)
 
 
-def _call_the_roll(store: dist.TCPStore, world: int, where: str, timeout_s: float) -> str:
-    """Empty once all have come, or who has not. Prints who is being waited for now and then."""
+def _call_the_roll(store: dist.TCPStore, world: int, timeout_s: float) -> Verdict:
+    """Waits until all have come. Prints who is being waited for now and then."""
     num_local = int(os.environ.get("LOCAL_SIZE", "1"))
     begin_s = reminded_s = time.monotonic()
     missing = list(range(world))
     while True:
+        if store.check([f"{ROLL_CALL}/absent"]):
+            return Verdict(End(**json.loads(store.get(f"{ROLL_CALL}/absent"))), num_readers=world)
         missing = [rank for rank in missing if not store.check([f"{ROLL_CALL}/{rank}"])]
         if not missing:
-            return ""
+            return Verdict(None, tuple(store.get(f"{ROLL_CALL}/{rank}").decode() for rank in range(world)))
         # Ranks are dealt to nodes in the order of the hostfile; with equal slots a rank tells its line.
         nodes = sorted({rank // num_local for rank in missing})
         who = f"ranks {numbers_text(missing)} (lines {numbers_text([node + 1 for node in nodes])} of the hostfile)"
         now_s = time.monotonic()
         if now_s - begin_s > timeout_s:
-            return (
-                f"{who} did not come to {where} within {timeout_s:.0f} s, {world - len(missing)} of {world} are here; "
+            num_here = world - len(missing)
+            text = (
+                f"{who} did not come to {_where()} within {timeout_s:.0f} s, {num_here} of {world} are here; "
                 "see what the launcher printed for those nodes (ssh, python, network), or take them out of the hostfile"
             )
+            return Verdict(End(0, LOST_CONTACT, text), num_readers=num_here)
         if now_s - reminded_s > REMINDER_S:
-            print(f"waiting for {who} at {where}", flush=True)
+            print(f"waiting for {who} at {_where()}", flush=True)
             reminded_s = now_s
         time.sleep(0.1)
 
@@ -158,7 +245,7 @@ def _leads_elsewhere(connection: socket.socket) -> bool:
         return False
 
 
-def lost_contact(error: RuntimeError) -> LostContactError | None:
+def lost_contact(error: BaseException) -> LostContactError | None:
     """What a broken connection in a collective means for a person; None: the error is another one."""
     is_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
     if not is_collective or not BROKEN.search(str(error)):

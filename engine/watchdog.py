@@ -23,8 +23,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from engine.distributed import Ranks
+from engine.endings import LOST_CONTACT
 from engine.logs import say, seconds_text
-from engine.peers import EXIT_STATUS
 from engine.spans import Place
 
 BEATS_PER_TIMEOUT = 8
@@ -132,7 +132,7 @@ class Watchdog:
                 sys.stderr,
             )
         time.sleep(GRACE_S)
-        os._exit(EXIT_STATUS)
+        os._exit(LOST_CONTACT)
 
 
 def verdict(beats: Sequence[Beat | None], timeout_s: float) -> tuple[str, set[int]]:

@@ -7,12 +7,14 @@ import importlib.util
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from engine import distributed, peers
+from engine import distributed, peers, threads
 from engine.config import ConfigError, StoppedError, UserError, dump, load
+from engine.endings import LOST_CONTACT, End, EndedError
 from engine.logs import say
 from engine.redaction import redact
 from engine.tf32 import allow_tf32
@@ -20,50 +22,72 @@ from engine.tf32 import allow_tf32
 PACKAGES = ("data", "tokenizer", "generator", "evaluation", "engine")
 REPOSITORY = Path(__file__).resolve().parent.parent
 STOPPED = 75
-LOST_CONTACT = peers.EXIT_STATUS
+INTERRUPTED = 130
+STATUSES = {
+    StoppedError: STOPPED,
+    peers.LostContactError: LOST_CONTACT,
+    UserError: 2,
+    KeyboardInterrupt: INTERRUPTED,
+}
+"""By the first class that an error is of; 1: a bug."""
 
 ConfigT = TypeVar("ConfigT")
 
 
 def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
-    """Calls `main` and returns the exit status; a UserError is printed as one line.
+    """Calls `main` and returns the exit status, the same one on every rank; a UserError is printed as one line.
 
     0: finished. 2: a person has to do something. STOPPED: ended by a signal and saved. LOST_CONTACT: another rank is
-    gone. 130: Ctrl-C. After the second and third the same command goes on; schedulers may give it again.
-    `has_ranks`: the program is started once per rank, and before they meet rank 0 speaks for all.
+    gone. INTERRUPTED: Ctrl-C. After the last three the same command goes on; schedulers may give it again. 1: a bug.
+    `has_ranks`: the program is started once per rank; the first that cannot go on speaks for all.
     """
     if has_ranks and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         # launch/node.sh ignores it for the launcher's sake; a rank that hangs before training must end by it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     allow_tf32(True)
+    rank = int(os.environ.get("RANK", "0")) if has_ranks else 0
+    world = int(os.environ.get("WORLD_SIZE", "1")) if has_ranks else 1
     try:
+        threads.share_cores()
         check_packages()
         main()
-    except UserError as error:
-        return _end(error, has_ranks)
-    except RuntimeError as error:
-        lost = peers.lost_contact(error)
-        if lost is None:
+        return 0
+    except EndedError as error:
+        status = error.end.status
+    except (Exception, KeyboardInterrupt) as error:
+        if lost := peers.lost_contact(error):
+            error = lost
+        if world == 1 and not isinstance(error, (UserError, KeyboardInterrupt)):
             raise
-        return _end(lost, has_ranks)
-    except KeyboardInterrupt:
-        if not has_ranks:
-            print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
-            return 130
-        raise
-    return 0
-
-
-def _end(error: UserError, has_ranks: bool) -> int:
-    rank = os.environ.get("RANK", "0") if has_ranks else "0"
-    status = {StoppedError: STOPPED, peers.LostContactError: LOST_CONTACT}.get(type(error), 2)
+        own = End(rank, _status(error), redact(_text(error)))
+        reason = error
+        status = peers.end(own, world, lambda: _tell(own, reason))
     if distributed.is_started():
-        say(f"error: rank {rank}: {redact(str(error))}", sys.stderr)
+        sys.stdout.flush()
         os._exit(status)  # the other ranks may wait in a collective: no clean-up that would wait for them
-    # Before the ranks meet, all of them see the same mistake, but whether they can meet.
-    if rank == "0" or isinstance(error, peers.LostContactError):
-        say(f"error: {redact(str(error))}", sys.stderr)
     return status
+
+
+def _status(error: BaseException) -> int:
+    for cls, status in STATUSES.items():
+        if isinstance(error, cls):
+            return status
+    return 1
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; the same command goes on from here"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _tell(own: End, error: BaseException) -> None:
+    """What ended this rank, for people: a line, and for a bug where it is."""
+    if own.status == 1:
+        say(redact("".join(traceback.format_exception(error))), sys.stderr)
+    what = "" if own.status == INTERRUPTED else "error: "
+    where = f"rank {own.rank}: " if distributed.is_started() or own.rank else ""
+    say(f"{what}{where}{own.text}", sys.stderr)
 
 
 def check_packages() -> None:

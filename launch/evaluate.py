@@ -30,8 +30,8 @@ from evaluation.runner import Team, evaluate
 from evaluation.sampled_set import SampledSetConfig, draw_set
 from generator.sampling import SamplingConfig
 from launch import entry
+from launch.drawable import prompt_models
 from launch.evaluation_options import SUITES, add_commands, prepare_images, write_prompts
-from launch.sample import run_models
 from launch.sampling_options import read_sampling_options
 from launch.team import meet
 
@@ -90,7 +90,7 @@ def _seed(images: Path) -> int:
 def _draw(arguments: argparse.Namespace, team: Team, device: str) -> None:
     if arguments.prompts is None:
         raise UserError("--run draws from --prompts; see launch/evaluate.py prompts")
-    models, base = run_models(arguments.run)
+    models, base = prompt_models(arguments.run)
     sampling = read_sampling_options(arguments, base)
     config = SampledSetConfig(arguments.prompts, arguments.images, *models, sampling, arguments.num_images)
     config = dataclasses.replace(config, device=device)

@@ -1,7 +1,8 @@
-"""A finished run -> a folder for the hub: python launch/export.py --run RUN --name OWNER/NAME --out DIR
+"""A run -> a folder: python launch/export.py --run RUN --out DIR [--checkpoint STEP|latest] [--name OWNER/NAME]
 
-Generator, autoencoder, text tokenizer, sampling defaults and a model card. Nothing is uploaded: the command that would
-is printed.
+Of a generator: with autoencoder, text tokenizer, sampling defaults and a model card, for the hub, and for --run of
+sample.py, sample_class.py and evaluate.py. Of a tokenizer stage: the autoencoder. --checkpoint takes the averaged
+weights of a training that is not finished. Nothing is uploaded: the command that would is printed.
 """
 
 import argparse
@@ -15,13 +16,18 @@ from typing import get_args
 
 from data.shards import ShardDataset
 from data.text import MODEL_NAME, load_text_tokenizer
-from engine import files, hub
-from engine.config import UserError, from_dict, to_dict
-from engine.loop import EXPORT
+from engine import checkpoint_export, files, hub
+from engine.config import UserError, to_dict
+from engine.loop import CHECKPOINTS, EXPORT
+from generator.class_conditional.model import load_generator
 from generator.model_card import Card, Task, model_card
 from generator.pretrained import AUTOENCODER, GENERATOR, SAMPLING, TEXT_TOKENIZER, WEIGHTS, load_pretrained
 from launch import entry
-from launch.runs import GeneratorRun
+from launch.drawable import autoencoder_of, check_finished
+from launch.run_kinds import read_run
+from launch.runs import ClassRun, GeneratorRun, TokenizerRun
+from launch.training import objective_of
+from tokenizer.autoencoders import load_autoencoder
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
@@ -29,52 +35,89 @@ NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 def main() -> None:
     """Writes the folder, whole or not at all, after it has been read back."""
     parser = entry.parser(__doc__ or "")
-    parser.add_argument("--run", type=Path, required=True, help="run_dir of a finished training")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--run", type=Path, required=True, help="run_dir of a training")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="STEP|latest",
+        help="averaged weights of this checkpoint (default: the export)",
+    )
     parser.add_argument(
         "--task", choices=get_args(Task), help="what it was trained for, if its folder does not say"
     )
-    parser.add_argument("--name", required=True, help="OWNER/NAME it will have on the hub")
+    parser.add_argument("--name", help="OWNER/NAME it will have on the hub; without it no upload is offered")
     parser.add_argument("--license", default="other", help="the hub's identifier (default: other)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    if not NAME.fullmatch(arguments.name):
+    if arguments.name is not None and not NAME.fullmatch(arguments.name):
         raise UserError(f"--name '{arguments.name}': give OWNER/NAME of letters, digits, '.', '_' and '-'")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: is not an empty folder; remove it or give another --out")
-    write(arguments, out)
-    print(f"{out}: read back and complete; to upload it:\nhf upload {arguments.name} {out}")
+    what = write(arguments, out)
+    print(f"{out}: {what}, read back and complete")
+    if arguments.name is not None:
+        print(f"to upload it:\nhf upload {arguments.name} {out}")
 
 
-def write(arguments: argparse.Namespace, out: Path) -> None:
-    """Raises UserError: the run is not finished, or its parts are gone or do not belong together."""
+def write(arguments: argparse.Namespace, out: Path) -> str:
+    """Returns what it is. Raises UserError: a run that is not finished; parts that are gone or do not fit together."""
     run_dir: Path = arguments.run
-    if not (run_dir / EXPORT).is_dir():
-        raise UserError(f"{run_dir}: no {EXPORT} folder; give the run_dir of a finished t2i or edit training")
-    run = from_dict(GeneratorRun, files.read_json(run_dir / "config.json"), where=f"{run_dir}/config.json")
-    if run.autoencoder is None:
-        raise UserError(f"{run_dir}/config.json: names no autoencoder; set 'autoencoder' in the run's config")
-    task = task_of(run, arguments.task, run_dir)
+    if arguments.checkpoint is None:
+        check_finished(run_dir, "tokenizer, t2i, edit or class-conditional")
+    kind, run = read_run(str(run_dir / "config.json"))
+    if isinstance(run, GeneratorRun):
+        kind = task_of(run, arguments.task, run_dir)
     with files.directory(out) as temporary:
-        for source, part in ((run_dir / EXPORT, GENERATOR), (Path(run.autoencoder), AUTOENCODER)):
-            _copy(source, WEIGHTS, temporary / part)
-        copy_text_tokenizer(run.text_tokenizer, temporary / TEXT_TOKENIZER)
+        if isinstance(run, TokenizerRun):
+            step = _weights(arguments, run, temporary)
+            load_autoencoder(temporary)
+            return f"autoencoder of stage {run.stage.stage}{step and f' at step {step}'}"
+        autoencoder = autoencoder_of(run, run_dir)
+        (temporary / GENERATOR).mkdir()
+        step = _weights(arguments, run, temporary / GENERATOR)
+        (temporary / AUTOENCODER).mkdir()
+        _copy(Path(autoencoder), WEIGHTS, temporary / AUTOENCODER)
         files.write_json(temporary / SAMPLING, to_dict(run.sampling))
-        pipeline, defaults = load_pretrained(temporary)
-        card = _card(arguments, task, run, run_dir)
-        files.write_text(temporary / "README.md", model_card(card, pipeline.generator, defaults))
+        if isinstance(run, ClassRun):
+            load_autoencoder(temporary / AUTOENCODER)
+            load_generator(temporary / GENERATOR)
+        else:
+            copy_text_tokenizer(run.text_tokenizer, temporary / TEXT_TOKENIZER)
+            pipeline, defaults = load_pretrained(temporary)
+            card = _card(arguments, task_of(run, arguments.task, run_dir), run, run_dir, step)
+            files.write_text(temporary / "README.md", model_card(card, pipeline.generator, defaults))
+    return f"{kind}{step and f' at step {step}'}"
 
 
-def _card(arguments: argparse.Namespace, task: Task, run: GeneratorRun, run_dir: Path) -> Card:
+def _weights(arguments: argparse.Namespace, run: TokenizerRun | GeneratorRun | ClassRun, folder: Path) -> str:
+    """Writes the run's export, or that of its checkpoint, into `folder`; the step of the checkpoint, or ''."""
+    run_dir: Path = arguments.run
+    if arguments.checkpoint is None:
+        _copy(run_dir / EXPORT, WEIGHTS, folder)
+        return ""
+    directory, state = checkpoint_export.find(run_dir / CHECKPOINTS, arguments.checkpoint)
+    objective = objective_of(run)
+    decays = run.engine.ema_decays
+    checkpoint_export.load(directory, state, objective.model, decays[0] if decays else None)
+    if run.engine.precision == "bf16":  # as DeepSpeed keeps the weights, and the training exports them
+        objective.model.bfloat16()
+    objective.export(folder)
+    return str(state["step"])
+
+
+def _card(arguments: argparse.Namespace, task: Task, run: GeneratorRun, run_dir: Path, step: str) -> Card:
     metrics = run_dir / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    if step:
+        lines = [line for line in lines if line["step"] <= int(step)]
     return Card(
-        name=arguments.name,
+        name=arguments.name or f"OWNER/{run_dir.resolve().name}",
         task=task,
         license=arguments.license,
         data=[_describe_set(part.shards, run) for part in run.data.sets.values()],
         optimizer={**to_dict(run.engine.optimizer), "ema_decay": run.engine.ema_decay},
-        steps=lines[-1]["step"] if lines else run.engine.steps,
+        steps=int(step) if step else lines[-1]["step"] if lines else run.engine.steps,
         metrics=lines,
         started_from=run.flow.init_from and _without_machine(run.flow.init_from),
         commit=_commit(),
@@ -110,7 +153,6 @@ def _describe_set(shards: str, run: GeneratorRun) -> str:
 
 
 def _copy(source: Path, names: tuple[str, ...], target: Path) -> None:
-    target.mkdir()
     for name in names:
         if not (source / name).is_file():
             raise UserError(f"{source / name}: no such file; export that part again")
@@ -120,6 +162,7 @@ def _copy(source: Path, names: tuple[str, ...], target: Path) -> None:
 def copy_text_tokenizer(name_or_folder: str, target: Path) -> None:
     """Ours as it is; one that transformers knows by this name or in this folder as it saves it. Raises UserError."""
     if (Path(name_or_folder) / MODEL_NAME).is_file():
+        target.mkdir()
         _copy(Path(name_or_folder), (MODEL_NAME, "config.json"), target)
         return
     load_text_tokenizer(name_or_folder)  # its one-line error, should there be none

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from engine import distributed, files
+from engine import distributed, files, threads
 from engine.config import UserError, flatten
 from engine.distributed import Ranks
 from engine.peers import numbers_text
@@ -158,7 +158,7 @@ GIB = 2**30
 def hardware() -> dict[str, str]:
     """GPU, their number on this node, driver; that of a CPU is its core count."""
     if not torch.cuda.is_available():
-        return {"GPU": "none", "CPU cores": str(os.cpu_count())}
+        return {"GPU": "none", "CPU cores": str(threads.num_cores())}
     driver = Path("/proc/driver/nvidia/version")
     return {
         "GPU": torch.cuda.get_device_name(),

@@ -9,28 +9,24 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import torch
-
 from engine import distributed
-from engine.config import UserError, from_dict
-from engine.files import read_json
-from engine.loop import EXPORT
+from engine.config import UserError
 from evaluation.sampled_set import SampledSetConfig, draw_set
 from generator.pipeline import Pipeline
 from generator.prompts import read_prompts
 from generator.sampling import SamplingConfig
 from launch import entry
-from launch.runs import GeneratorRun
+from launch.drawable import prompt_models
 from launch.sampling_options import add_sampling_options, read_sampling_options
-from launch.team import meet
+from launch.team import meet, own_device
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def main() -> None:
-    """Draws with a finished run's export and the autoencoder and text tokenizer it was trained with."""
+    """Draws with what a finished run, or launch/export.py, holds: generator, autoencoder, text tokenizer."""
     arguments = _parser().parse_args()
-    models, base = run_models(Path(arguments.run))
+    models, base = prompt_models(Path(arguments.run))
     given = (arguments.prompts, arguments.prompt, arguments.image and arguments.instruction)
     edit_is_whole = (arguments.image is None) == (arguments.instruction is None)
     if not edit_is_whole or sum(value is not None for value in given) != 1:
@@ -44,24 +40,11 @@ def main() -> None:
         _draw_file(arguments, models, sampling)
 
 
-def run_models(run_dir: Path) -> tuple[tuple[Path, str, str], SamplingConfig]:
-    """Generator, autoencoder and text tokenizer of a finished run, and how it samples.
-
-    Raises UserError: a run that is not finished, or that names no autoencoder.
-    """
-    if not (run_dir / EXPORT).is_dir():
-        raise UserError(f"{run_dir}: no {EXPORT} folder; give the run_dir of a finished t2i or edit training")
-    run = from_dict(GeneratorRun, read_json(run_dir / "config.json"), where=str(run_dir / "config.json"))
-    if run.autoencoder is None:
-        raise UserError(f"{run_dir}/config.json: names no autoencoder; set 'autoencoder' in the run's config")
-    return (run_dir / EXPORT, run.autoencoder, run.text_tokenizer), run.sampling
-
-
 def _draw_one(arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig) -> None:
     out = Path(arguments.out or "sample.png")
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {out}: give an image file, {', '.join(SUFFIXES)}")
-    pipeline = Pipeline.load(*models, device="cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = Pipeline.load(*models, device=own_device())
     count = arguments.num_images
     if arguments.prompt is not None:
         images = pipeline.generate([arguments.prompt] * count, sampling=sampling)
@@ -94,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = entry.parser(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--run", required=True, help="run_dir of a finished text-to-image or editing training")
+    add("--run", required=True, help="run_dir of a finished t2i or edit training, or a folder of export.py")
     add("--prompt", help="what the image should show")
     add("--image", nargs="+", help="image file to edit, or several")
     add("--instruction", help="how to edit it")

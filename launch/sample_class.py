@@ -10,14 +10,11 @@ import sys
 from pathlib import Path
 
 from engine import distributed
-from engine.config import UserError, from_dict
-from engine.files import read_json
-from engine.loop import EXPORT
 from evaluation.adm_npz import write_npz
 from evaluation.class_set import ClassSetConfig, draw_class_set
 from evaluation.manifest import ImageSet
 from launch import entry
-from launch.runs import ClassRun
+from launch.drawable import class_models
 from launch.sampling_options import add_class_sampling_options, read_sampling_options
 from launch.team import meet
 
@@ -25,18 +22,10 @@ from launch.team import meet
 def main() -> None:
     """Draws with a finished run's export and the autoencoder that it was trained with."""
     arguments = _parser().parse_args()
-    run_dir: Path = arguments.run
-    if not (run_dir / EXPORT).is_dir():
-        raise UserError(
-            f"{run_dir}: no {EXPORT} folder; give the run_dir of a finished class-conditional training"
-        )
-    run = from_dict(ClassRun, read_json(run_dir / "config.json"), where=str(run_dir / "config.json"))
-    if run.autoencoder is None:
-        raise UserError(f"{run_dir}/config.json: names no autoencoder; set 'autoencoder' in the run's config")
-    sampling = read_sampling_options(arguments, run.sampling)
-    generator = run_dir / EXPORT
+    (generator, autoencoder), base = class_models(arguments.run)
+    sampling = read_sampling_options(arguments, base)
     config = ClassSetConfig(
-        arguments.out, generator, run.autoencoder, sampling, arguments.images, arguments.guide
+        arguments.out, generator, autoencoder, sampling, arguments.images, arguments.guide
     )
     team, device = meet()
     count = draw_class_set(dataclasses.replace(config, device=device), team)
@@ -52,7 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = entry.parser(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--run", type=Path, required=True, help="run_dir of a finished class-conditional training")
+    add(
+        "--run",
+        type=Path,
+        required=True,
+        help="run_dir of a finished class-conditional training, or a folder of export.py",
+    )
     add("--images", type=int, required=True, help="of all classes together; the paper: 50000")
     add("--out", type=Path, required=True, help="folder of the image set")
     add("--npz", type=Path, help="also one file as ADM's evaluation reads it")

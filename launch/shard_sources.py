@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from data.sources.shuffled import Shuffled
 from data.sources.tar_samples import find_tars
 from data.sources.webdataset import WebDatasetSource
 from data.sources.write import Workers
+from engine import threads
 from engine.config import UserError, load
 from launch import entry
 
-NUM_PROCESSES = os.cpu_count() or 1
+NUM_PROCESSES = threads.num_cores()
 CAPTION_TABLE = "captions.sqlite"  # in the output folder
 
 

@@ -16,6 +16,11 @@ WAIT_S = 7 * 86400
 def meet() -> tuple[Team, str]:
     """The team and this process's device; leave with engine.distributed.stop. Raises UserError: ranks do not meet."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return ALONE, "cuda" if torch.cuda.is_available() else "cpu"
+        return ALONE, own_device()
     ranks = distributed.start(WAIT_S)
     return Team(ranks.rank, ranks.world, ranks.barrier, ranks.gather), str(ranks.device)
+
+
+def own_device() -> str:
+    """This process's device, where it works alone."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

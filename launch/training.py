@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from data.packing import EditPacker, T2IPacker
 from data.shards import LatentInfo, ShardDataset
 from data.stream import Packer, PackStream
 from data.text import TextTokenizer, load_text_tokenizer
-from engine import distributed, run_lock
+from engine import distributed, logs, run_lock
 from engine.config import UserError, to_dict
 from engine.determinism import make_deterministic
 from engine.distributed import Ranks
@@ -34,9 +35,10 @@ from generator.model_card import Task
 from generator.objective import Preview, build_objective
 from generator.sampling import read_conditions
 from launch import nodes, training_scores
-from launch.runs import ClassRun, GeneratorRun, PixelRun
+from launch.runs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import fingerprint
+from tokenizer.stages import build_stage
 
 PACKERS: dict[Task, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
 
@@ -79,6 +81,22 @@ def train_class(run: ClassRun) -> None:
         preview = ClassPreview(labels, run.sampling, load_autoencoder(run.autoencoder).decode)
     objective = build_class_objective(run.generator, run.flow, latents, seed=run.engine.seed, preview=preview)
     _train(run, mixture, packer, objective)
+
+
+def objective_of(run: TokenizerRun | GeneratorRun | ClassRun) -> Objective:
+    """The objective of a training as it starts, without sample grids: what a checkpoint's weights belong in.
+
+    Raises UserError: the data, or the weights that it starts from, are not at hand.
+    """
+    if isinstance(run, TokenizerRun):
+        return build_stage(run.stage)
+    latents = _latents(Mixture.open(run.data.sets, run.data.storage))
+    if isinstance(run, ClassRun):
+        return build_class_objective(run.generator, run.flow, latents, seed=run.engine.seed)
+    text_tokenizer = load_text_tokenizer(run.text_tokenizer)
+    return build_objective(
+        run.task or "t2i", run.generator, run.flow, latents, text_tokenizer, seed=run.engine.seed
+    )
 
 
 def preview_pixels(shards: str | None, num_images: int, pixels: PixelConfig) -> Tensor | None:
@@ -156,6 +174,8 @@ def _train(
     packer: Packer,
     objective: Objective,
 ) -> None:
+    if os.environ.get("RANK", "0") == "0":  # which alone talks to wandb
+        logs.check_wandb(run.engine.wandb)
     if run.engine.deterministic:
         if isinstance(run, PixelRun) and torch.cuda.is_available():
             raise UserError(

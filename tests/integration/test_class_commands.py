@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator, load_generator
 from generator.class_conditional.sampling import ClassSamplingConfig
 from launch import entry, sample_class, train_class
+from launch import export as export_command
 from tokenizer.encode import EncodeConfig, encode_shards
 from tokenizer.rpiae import Autoencoder
 
@@ -140,6 +143,36 @@ def test_a_stopped_run_ends_with_the_weights_of_an_undisturbed_one(
         assert weights(resumed / export) == weights(finished / export), export
     assert curve(resumed) == curve(finished)
     assert Image.open(next((finished / "samples").glob("*.png"))).size == (3 * 32, 32)
+
+
+def test_a_checkpoint_is_exported_and_drawn_from_as_the_run_is(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 4 lies before the end, and its early export was written by the training itself."""
+    for step, export_name in (("4", "export_step_00000004"), ("latest", "export")):
+        out = tmp_path / step
+        call(export_command, "--run", finished, "--checkpoint", step, "--out", out, monkeypatch=monkeypatch)
+        assert weights(out / "generator") == weights(finished / export_name), step
+    sets = [tmp_path / "of_run", tmp_path / "of_folder"]
+    for run, images in zip((finished, tmp_path / "latest"), sets, strict=True):
+        options = ("--images", 3, "--steps", 2, "--out", images)
+        call(sample_class, "--run", run, *options, monkeypatch=monkeypatch)
+    drawn = [
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
+        for folder in sets
+    ]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 3
+    unfinished = tmp_path / "run"
+    shutil.copytree(finished / "checkpoints", unfinished / "checkpoints")
+    arguments = ["--run", str(unfinished), "--images", "1", "--out", str(tmp_path / "x")]
+    capsys.readouterr()
+    line = mistake(sample_class, arguments, monkeypatch, capsys)
+    assert "not finished; its newest checkpoint is of step 5" in line and "--checkpoint latest" in line
+
+
+def call(module: Any, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    assert entry.run(module.main) == 0
 
 
 def test_early_exports_hold_the_averages_of_their_step(finished: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,11 @@ from data.sources.emoji import EmojiConfig, EmojiSource
 from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import config
 from engine.distributed import free_port
+from engine.logs import WANDB_KEYS
 from generator.model import Generator
 from launch import entry, training
+from launch import export as export_command
+from launch import sample as sample_command
 from launch.run_kinds import read_run
 from launch.runs import GeneratorRun, TokenizerRun
 from tokenizer.bridge import BridgeConfig
@@ -187,6 +191,31 @@ def test_a_deterministic_run_takes_nothing_that_is_refused_and_is_the_same_run_o
     assert (tmp_path / "run" / "export" / "model.safetensors").read_bytes() == expected
 
 
+def test_a_checkpoint_is_exported_as_the_run_exports_itself(finished, inputs, tmp_path, monkeypatch) -> None:
+    task, original = finished
+    run_dir, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(original, run_dir)
+    if task == "t2i":  # the fixture draws no grids
+        tree = json.loads((run_dir / "config.json").read_text())
+        (run_dir / "config.json").write_text(json.dumps({**tree, "autoencoder": str(inputs / "autoencoder")}))
+    monkeypatch.setattr(
+        sys, "argv", ["export", "--run", str(run_dir), "--checkpoint", "latest", "--out", str(out)]
+    )
+    assert entry.run(export_command.main) == 0
+    folder = out if task == "pivot" else out / "generator"
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / name).read_bytes() == (run_dir / "export" / name).read_bytes(), name
+    if task == "t2i":
+        images = []
+        for number, run in enumerate((run_dir, out)):
+            image = tmp_path / f"{number}.png"
+            options = ["--prompt", "a red apple", "--steps", "2", "--out", str(image)]
+            monkeypatch.setattr(sys, "argv", ["sample", "--run", str(run), *options])
+            assert entry.run(sample_command.main) == 0
+            images.append(image.read_bytes())
+        assert images[0] == images[1]
+
+
 def test_two_ranks_give_the_loss_curve_of_one(finished, inputs, tmp_path) -> None:
     """The same two packs a step: on one rank one after the other, on two ranks side by side."""
     task, one = finished
@@ -294,6 +323,18 @@ def test_reconstructions_are_scored_by_the_command(inputs, tmp_path, capsys, mon
     assert [line.split(":")[0] for line in printed.splitlines() if ": " in line][:2] == ["psnr_db", "ssim"]
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())["scores"]
     assert scores["feature_distance"]["of"] == "set" and scores["psnr_db"]["n"] == 5
+
+
+def test_wandb_online_without_a_key_is_one_line_before_the_ranks_meet(
+    inputs, tmp_path, capsys, monkeypatch
+) -> None:
+    for name in (*WANDB_KEYS, "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(training, "_start_ranks", lambda run_dir: pytest.fail("they meet"))
+    arguments = command("t2i", inputs, tmp_path / "run", "engine.wandb=online")
+    line = error_of(capsys, monkeypatch, arguments)
+    assert "engine.wandb=online: no key" in line and "wandb login" in line
 
 
 def test_a_wrong_key_names_the_nearest_one(inputs, tmp_path, capsys, monkeypatch) -> None:

@@ -265,6 +265,35 @@ def test_a_lost_host_is_named_and_the_rest_goes_on_from_the_checkpoint(
     assert len(training.curve()) == step + 2
 
 
+@pytest.mark.parametrize("mistake", ["before the ranks meet", "while they train"])
+def test_a_mistake_on_one_host_ends_both_with_its_status(mistake, hosts, tiny_judge) -> None:
+    """A data set that one host does not have; a damaged picture that one rank meets."""
+    training = Training(hosts, tiny_judge, steps=40)
+    options = [*training.hostfile(a=1, b=1), "--no_ssh", "--master_addr", "node-a", "--master_port", "29513"]
+    extra: dict[str, str] = {}
+    shards = next(word for word in training.arguments if word.startswith("data.shards=")).partition("=")[2]
+    if mistake == "while they train":
+        copy = training.folder / "shards"
+        shutil.copytree(shards, copy)
+        tar = next(iter(sorted(copy.glob("*.tar"))))
+        content = bytearray(tar.read_bytes())
+        begin = content.index(b"IDAT")
+        content[begin + 8 : begin + 40] = bytes(32)
+        tar.write_bytes(content)
+        extra = {"a": f"data.shards={copy}", "b": f"data.shards={copy}"}
+    else:
+        extra = {"b": f"data.shards={training.folder / 'nowhere'}"}
+    both = [
+        training.start(
+            f"node-{name}", [*options, "--node_rank", str(i)], *([extra[name]] if name in extra else [])
+        )
+        for i, name in enumerate("ab")
+    ]
+    assert [training.end(process, END_S) for process in both] == [2, 2], training.output()
+    errors = [line for line in training.output().splitlines() if "error: " in line]
+    assert len(errors) == 1 and "Traceback" not in training.output(), training.output()
+
+
 def test_a_stopped_launcher_lets_both_hosts_save(hosts, tiny_judge) -> None:
     """The pipes to the terminal are gone by then: printing must not end the ranks."""
     training = Training(hosts, tiny_judge, steps=2000)

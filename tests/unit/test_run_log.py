@@ -9,10 +9,11 @@ from typing import Any
 import pynvml
 import pytest
 import torch
+import wandb
 
 from engine import system
 from engine.config import UserError
-from engine.logs import Console, RunLog
+from engine.logs import WANDB_KEYS, Console, RunLog, check_wandb
 from engine.system import SystemMeter, combine
 
 VALUES = {"loss": 0.5, "lr": 1e-3, "grad_norm": 2.0, "samples": 8.0, "samples_per_s": 4.0}
@@ -122,6 +123,67 @@ def test_wandb_resumes_the_same_run_offline_and_stores_no_secret(
     stored = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
     assert any(path.suffix == ".wandb" for path in stored)
     assert all(secret.encode() not in path.read_bytes() for path in stored)
+
+
+@pytest.mark.parametrize("fails", ["init", "log"])
+def test_wandb_that_fails_is_a_warning_and_the_run_goes_on_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: str
+) -> None:
+    """A server that cannot be reached at the start, or is lost on the way; online in all but the connection."""
+    start, modes = wandb.init, []
+
+    def init(*, mode: str, **options: Any) -> Any:
+        modes.append(mode)
+        if mode == "online" and fails == "init":
+            raise wandb.errors.CommError("no route to https://user:secret@host")
+        run = start(mode="offline", **options)
+        if mode == "online":
+            monkeypatch.setattr(type(run), "log", broken)
+        return run
+
+    def broken(self: Any, *_: object, **__: object) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(wandb, "init", init)
+        raise ConnectionResetError("the service is gone")
+
+    monkeypatch.setattr(wandb, "init", init)
+    log = RunLog(tmp_path, "toy", {}, 0, "online")
+    write(log, 1, 2)
+    assert log._wandb.settings._offline and modes == ["online", "offline"]
+    log.close()
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    (warning,) = [row["text"] for row in rows(tmp_path / "events.jsonl") if row["kind"] == "warning"]
+    assert "wandb failed" in warning and "engine.wandb=offline" in warning and "secret" not in warning
+    assert warning in capsys.readouterr().out
+
+
+def test_wandb_that_cannot_even_write_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(wandb, "init", init)
+    log = RunLog(tmp_path, "toy", {}, 0, "online")
+    write(log, 1, 2)
+    log.close()
+    texts = [row["text"] for row in rows(tmp_path / "events.jsonl")]
+    assert [text.rpartition("=")[2] for text in texts] == ["offline", "disabled"]
+
+
+def test_wandb_online_without_a_key_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*WANDB_KEYS, "NETRC", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check_wandb("offline")
+    with pytest.raises(UserError, match=r"engine.wandb=online: no key .* `wandb login`"):
+        check_wandb("online")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n login user\n password 0123\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    check_wandb("online")
+    (tmp_path / ".netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "0123")
+    check_wandb("online")
 
 
 def test_the_meter_reads_process_and_disk(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import os
 import runpy
+import signal
 import sys
 
 
 def main(script, arguments, environment, output):
     """Runs `script` as `python script arguments` would, with stdout and stderr appended to a file."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal, wherever the tests run
     os.environ.update(environment)
     descriptor = os.open(output, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(descriptor, 1)

@@ -14,6 +14,7 @@ from torch import nn
 
 from engine import distributed, peers
 from engine.config import UserError, to_dict
+from engine.endings import LOST_CONTACT
 from engine.engine_config import EngineConfig
 from engine.loop import train
 from engine.objective import LossOutput, Term
@@ -249,7 +250,7 @@ def main():
     except RuntimeError as error:  # as launch.entry does
         if peers.lost_contact(error) is None:
             raise
-        raise SystemExit(peers.EXIT_STATUS) from error
+        raise SystemExit(LOST_CONTACT) from error
     if ranks.is_first:
         print(json.dumps({"done": True}), flush=True)
     distributed.stop()

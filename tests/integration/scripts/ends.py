@@ -1,0 +1,48 @@
+"""Ranks that compute together until one of them cannot go on: run by test_endings.py."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+
+import torch.distributed as dist
+
+from engine import distributed
+from engine.config import StoppedError, UserError
+from launch import entry
+
+ERRORS = {
+    "mistake": UserError("no such label"),
+    "bug": IndexError("list index"),
+    "stop": StoppedError("saved"),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--error", choices=(*ERRORS, "killed"))
+    parser.add_argument("--ranks", type=int, nargs="+", help="that fail")
+    parser.add_argument("--before-they-meet", action="store_true")
+    parser.add_argument("--others", choices=("collective", "asleep", "apart"), default="collective")
+    args = parser.parse_args()
+    fails = int(os.environ["RANK"]) in args.ranks
+    if fails and args.before_they_meet:
+        raise ERRORS[args.error]
+    ranks = distributed.start()
+    group = dist.new_group(ranks=[r for r in range(ranks.world) if r not in args.ranks] or None)
+    ranks.barrier()
+    if fails and args.error == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fails:
+        raise ERRORS[args.error]
+    if args.others == "collective":
+        ranks.barrier()  # with those that fail
+    if args.others == "apart":
+        while True:  # as ranks of NCCL, which notice no lost connection
+            dist.barrier(group=group)
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main))
