@@ -108,7 +108,8 @@ def read_label(sample: Sample, num_classes: int) -> int:
     if not 0 <= label < num_classes:
         name = f" (class folder '{tree['class']}')" if "class" in tree else ""
         raise UserError(
-            f"{sample.where}: label {label}{name}, but num_classes is {num_classes}; set it to the data's number of classes"
+            f"{sample.where}: label {label}{name}, but num_classes is {num_classes}; set it to the data's number of "
+            "classes"
         )
     return label
 

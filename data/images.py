@@ -43,10 +43,22 @@ TURNS = {  # by the EXIF orientation; 1 is upright
     8: Image.Transpose.ROTATE_90,
 }
 QUARTER_TURNS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))  # width and height change places
-TRANSPARENT_SCALES = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # a PNG's transparent colour -> Pillow's 8 bits
+TRANSPARENT_SCALES = {
+    "L;2": 85,
+    "L;4": 17,
+    "RGB;16B": 1 / 256,
+}  # a PNG's transparent colour -> Pillow's 8 bits
 # What Pillow raises for damaged files.
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
-NOTE_ERRORS = (*DECODE_ERRORS, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, RecursionError)
+NOTE_ERRORS = (
+    *DECODE_ERRORS,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True)
@@ -207,7 +219,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _scale_transparent(image: Image.Image, layout: object) -> None:
-    """Pillow widens or narrows a PNG's pixels to 8 bits by their `layout` in the file, but not its transparent colour."""
+    """Pillow brings a PNG's pixels to 8 bits, by their `layout` in the file, but not its transparent colour."""
     scale = TRANSPARENT_SCALES.get(layout) if isinstance(layout, str) else None
     found = image.info.get("transparency")
     if scale is not None and isinstance(found, int):
@@ -224,7 +236,9 @@ def _grey_8_bits(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if not isinstance(transparent, int):
         return Image.fromarray(grey)
-    return Image.fromarray(np.stack([grey, np.where(values == transparent, 0, 255).astype(np.uint8)], axis=-1))
+    return Image.fromarray(
+        np.stack([grey, np.where(values == transparent, 0, 255).astype(np.uint8)], axis=-1)
+    )
 
 
 def image_suffix(payload: bytes) -> str:

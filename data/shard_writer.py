@@ -177,8 +177,9 @@ def write_manifest(
     files.write_text(directory / REJECTED_NAME, "".join(lines))
     entries = tuple(shard.entry for shard in finished if shard.entry is not None)
     if not entries:
+        first = f" (the first: {rejected[0][1]})" if rejected else ""
         raise UserError(
-            f"{directory}: no sample written, {len(rejected)} rejected; see {directory / REJECTED_NAME}{_first(rejected)}"
+            f"{directory}: no sample written, {len(rejected)} rejected; see {directory / REJECTED_NAME}{first}"
         )
     indices = [np.load(directory / entry.index_name) for entry in entries]
     hashes = np.concatenate([index["key_hash"] for index in indices])
@@ -187,11 +188,12 @@ def write_manifest(
     if len(repeated):
         ends = np.cumsum([entry.num_samples for entry in entries])
         places = order[repeated[0] : repeated[0] + 2].tolist()
-        first, second = (int(np.searchsorted(ends, place, side="right")) for place in places)
-        record = indices[first][places[0] - ends[first]]  # counted from the shard's end
+        shards = [int(np.searchsorted(ends, place, side="right")) for place in places]
+        first, second = (entries[shard].name for shard in shards)
+        key = _key(directory / first, indices[shards[0]][places[0] - ends[shards[0]]])  # from the shard's end
         raise UserError(
-            f"{directory}: {len(repeated)} keys used twice, the first is '{_key(directory / entries[first].name, record)}'"
-            f" in {entries[first].name} and {entries[second].name}; make keys unique"
+            f"{directory}: {len(repeated)} keys used twice, the first is '{key}' in {first} and {second}; make keys "
+            "unique"
         )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -212,10 +214,6 @@ def _key(shard: Path, record: np.void) -> str:
         file.seek(int(record["offset"]) + (int(record["header_blocks"][0]) - 1) * TAR_BLOCK_BYTES)
         header = file.read(TAR_BLOCK_BYTES)
     return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name.partition(".")[0]
-
-
-def _first(rejected: Sequence[tuple[str, str]]) -> str:
-    return f" (the first: {rejected[0][1]})" if rejected else ""
 
 
 def _finished(directory: Path, source: str) -> list[ShardProgress]:

@@ -42,7 +42,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def open_regular(path: str | Path) -> int:
     """A descriptor of the file at `path`, to be read and closed by the caller.
 
-    Raises OSError: as open(), and for what is no regular file: a pipe that nobody writes to would be waited for for ever.
+    Raises OSError: as open(), and for what is no regular file: a pipe that nobody writes to would be waited for.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -99,7 +99,10 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--resolution", type=int, help="fit images to a square of this side, pixels")
     command.add_argument(
-        "--fit", choices=("crop", "pad"), default="crop", help="to the square: cut its centre out, or add white"
+        "--fit",
+        choices=("crop", "pad"),
+        default="crop",
+        help="to the square: cut its centre out, or add white",
     )
     command.add_argument("--min-px", type=int, help="short side of an image (default: --resolution)")
     command.add_argument("--max-aspect", type=float, help="longer side / shorter side")

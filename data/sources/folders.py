@@ -58,8 +58,8 @@ class ImagesBelow:
         for name in found:
             if name not in filled:
                 raise UserError(
-                    f"{self.folder / name}: a class folder without an image ({', '.join(IMAGE_PARTS)}); fill it or take "
-                    "it out: the labels of all classes after it depend on it"
+                    f"{self.folder / name}: a class folder without an image ({', '.join(IMAGE_PARTS)}); fill it or "
+                    "take it out: the labels of all classes after it depend on it"
                 )
         return found
 
@@ -135,10 +135,12 @@ def suffix_of(name: str) -> str:
 
 
 def tell_passed_over(folder: object, names: Sequence[str]) -> None:
-    """One line on stderr about files below `folder` that are not read, if there are any; of several ranks, the first's."""
+    """One line on stderr about files below `folder` that are not read, if there are any; one rank says it."""
     if names and os.environ.get("RANK", "0") == "0":
         named = ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
-        line = f"{folder}: {len(names)} other {'file is' if len(names) == 1 else 'files are'} not read: {named}"
+        line = (
+            f"{folder}: {len(names)} other {'file is' if len(names) == 1 else 'files are'} not read: {named}"
+        )
         print(line, file=sys.stderr, flush=True)
 
 

@@ -142,9 +142,13 @@ def _expand(path: str) -> list[str]:
             return [f"{path.rstrip('/')}/{name}" for name in named]
         system, root = fsspec.core.url_to_fs(path)
         pattern = root if "*" in root else f"{root.rstrip('/')}/**/*.parquet"
-        start = len(PurePosixPath(pattern.partition("*")[0] + "x").parts) - 1  # hidden is what the glob found so
+        start = (
+            len(PurePosixPath(pattern.partition("*")[0] + "x").parts) - 1
+        )  # hidden is what the glob found so
         found = sorted(
-            name for name in system.glob(pattern) if not any(map(is_hidden, PurePosixPath(name).parts[start:]))
+            name
+            for name in system.glob(pattern)
+            if not any(map(is_hidden, PurePosixPath(name).parts[start:]))
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(

@@ -54,7 +54,9 @@ class Preparation:
     min_letters: int = 0  # of a caption, spaces included
     max_letters: int | None = None
     encoding: Literal["jpeg", "png", "webp"] = "jpeg"  # of changed images: JPEG 95 4:4:4, or without loss
-    fit: Literal["crop", "pad"] = "crop"  # to the square: its centre is cut out, or white is laid around the image
+    fit: Literal["crop", "pad"] = (
+        "crop"  # to the square: its centre is cut out, or white is laid around the image
+    )
 
     def __post_init__(self) -> None:
         """Raises UserError: a limit that nothing passes, an unknown encoding or fit."""

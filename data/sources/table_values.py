@@ -1,7 +1,7 @@
 """Numbers in tables that people bring: every way in which a table writes one, and nothing that is none.
 
-Programs turn numbers into others on the way: pandas makes integers floats where a column has holes, CSV makes them text,
-databases decimals.
+On the way programs turn numbers into others: pandas makes integers floats where a column has holes, CSV makes them
+text, databases decimals.
 """
 
 from __future__ import annotations

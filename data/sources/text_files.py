@@ -29,13 +29,13 @@ def decode_text(payload: bytes) -> str:
     return text
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a file. Raises UserError: no such file, no text."""
+def read_text(path: str | Path, kind: str = "text") -> str:
+    """The text of a file of this `kind`. Raises UserError: no such file, no text."""
     try:
         return decode_text(files.read_regular(path))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path}: cannot be read as text ({reason}); give a text file in UTF-8") from None
+        raise UserError(f"{path}: cannot be read as {kind} ({reason}); give a text file in UTF-8") from None
 
 
 def split_lines(text: str) -> list[str]:

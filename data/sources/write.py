@@ -12,7 +12,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Mapping, MutableSequence, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.processes import forked
@@ -39,7 +39,7 @@ class Ledger:
     num_written: int
     num_rejected: int
     reasons: tuple[tuple[str, int], ...] = ()  # kinds of rejection, the most frequent first
-    cut: Cut = Cut()
+    cut: Cut = field(default_factory=Cut)
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{kind} {count}" for kind, count in self.reasons)
