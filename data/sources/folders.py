@@ -30,6 +30,8 @@ class Below:
     """Regular files, and links that lead nowhere: whoever opens one says so."""
     others: tuple[tuple[str, str], ...]
     """(name, reason) of what cannot be read as a file: pipes, sockets, devices."""
+    folders: tuple[str, ...]
+    """Those directly in it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class ImagesBelow:
     """Relative to it, sorted."""
     others: tuple[tuple[str, str], ...]
     """(name, reason) of all files that are neither images nor the caption of one."""
+    folders: tuple[str, ...]
+    """Those directly in it, with and without images."""
 
     @property
     def paths(self) -> list[Path]:
@@ -52,16 +56,14 @@ class ImagesBelow:
 
         Raises UserError: one without an image, since a class that is not counted shifts the labels after it.
         """
-        with os.scandir(self.folder) as entries:
-            found = sorted(entry.name for entry in entries if not is_hidden(entry.name) and entry.is_dir())
         filled = {name.partition("/")[0] for name in self.names if "/" in name}
-        for name in found:
+        for name in self.folders:
             if name not in filled:
                 raise UserError(
                     f"{self.folder / name}: a class folder without an image ({', '.join(IMAGE_PARTS)}); fill it or "
                     "take it out: the labels of all classes after it depend on it"
                 )
-        return found
+        return list(self.folders)
 
     def tell_others(self) -> None:
         """One line on stderr about files that are not read, if there are any."""
@@ -83,6 +85,7 @@ def below(folder: Path, *, without: Path | None = None) -> Below:
     above = frozenset(_identity(path) for path in (root, *root.parents))
     files: list[str] = []
     others: list[tuple[str, str]] = []
+    folders: list[str] = []
     todo = [("", above)]  # a folder, and those that lead to it
     while todo:
         prefix, way = todo.pop()
@@ -105,7 +108,8 @@ def below(folder: Path, *, without: Path | None = None) -> Below:
                 (files.append(name) if is_file else others.append((name, "a pipe or device")))
             elif identity != skipped:
                 todo.append((f"{name}/", way | {identity}))
-    return Below(tuple(sorted(files)), tuple(sorted(others)))
+                folders += [] if prefix else [name]
+    return Below(tuple(sorted(files)), tuple(sorted(others)), tuple(sorted(folders)))
 
 
 def images_below(
@@ -126,7 +130,7 @@ def images_below(
         else:
             kinds = ", ".join(f".{suffix}" for suffix in suffixes)
             others.append((name, f"images are {kinds}; convert it, or take it out"))
-    return ImagesBelow(folder, names, tuple(sorted(others)))
+    return ImagesBelow(folder, names, tuple(sorted(others)), found.folders)
 
 
 def suffix_of(name: str) -> str:

@@ -23,7 +23,7 @@ from data.progress import ProgressLine
 from data.shard_index import KEY_PATTERN
 from data.shards import Sample
 from data.sources.base import BadItemError
-from data.sources.folders import is_hidden
+from data.sources.folders import is_hidden, tell_passed_over
 from data.sources.tar_file import Member, TarReader
 from data.sources.text_files import read_text
 from engine import files
@@ -118,7 +118,15 @@ class ImageNetSource:
 def _training_archives(path: Path) -> list[_Archive]:
     """The archives of the classes, sorted by synset."""
     if path.is_dir():
-        found = [_Archive(tar, None, tar.stem) for tar in path.glob("*.tar") if SYNSET.fullmatch(tar.stem)]
+        there = sorted(below for below in path.iterdir() if not is_hidden(below.name))
+        found = [
+            _Archive(tar, None, tar.stem)
+            for tar in there
+            if tar.suffix == ".tar" and SYNSET.fullmatch(tar.stem)
+        ]
+        tell_passed_over(
+            path, [other.name for other in there if other not in {archive.path for archive in found}]
+        )
     else:
         found = []
         with TarReader(path) as tar:
