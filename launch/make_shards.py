@@ -58,7 +58,7 @@ def _write(arguments: argparse.Namespace) -> list[str]:
         shard_sources.workers(arguments),
         **shard_sources.settings(arguments),
     )
-    told = [(directory, line) for directory, ledger in ledgers.items() for line in (ledger, ledger.cut_line)]
+    told = [(directory, line) for directory, ledger in ledgers.items() for line in (ledger.cut_line, ledger)]
     return [f"{directory}: {line}" for directory, line in told if line]
 
 

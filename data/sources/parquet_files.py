@@ -131,15 +131,15 @@ def find_parquet(paths: Sequence[str]) -> list[str]:
 
 def _expand(path: str) -> list[str]:
     """The parquet files that a path means, sorted: a file, a folder with all below it, or a glob."""
-    # A file is not looked up: over http that could fetch all of it.
-    if path.endswith(".parquet") and "*" not in path:
-        return [path]
     try:
         if Path(path).is_dir():
             there = below(Path(path)).files
             named = [name for name in there if name.endswith(".parquet")]
             tell_passed_over(path, [name for name in there if not name.endswith(".parquet")])
             return [f"{path.rstrip('/')}/{name}" for name in named]
+        # A file is not looked up: over http that could fetch all of it.
+        if path.endswith(".parquet") and "*" not in path:
+            return [path]
         system, root = fsspec.core.url_to_fs(path)
         pattern = root if "*" in root else f"{root.rstrip('/')}/**/*.parquet"
         start = (
