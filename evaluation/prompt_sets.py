@@ -63,6 +63,7 @@ def write_imgedit(edits: Path, images: Path, out: Path) -> int:
 
 
 def _gedit_rows(tables: Sequence[Path], out: Path) -> Iterable[dict[str, Any]]:
+    seen: set[str] = set()
     for path in tables:
         try:
             table = pq.ParquetFile(path)
@@ -74,6 +75,9 @@ def _gedit_rows(tables: Sequence[Path], out: Path) -> Iterable[dict[str, Any]]:
         for batch in table.iter_batches(batch_size=16, columns=list(GEDIT_COLUMNS)):
             for row in batch.to_pylist():
                 if row["instruction_language"] == "en":
+                    if str(row["key"]) in seen:
+                        raise UserError(f"{path}: key '{row['key']}' stands there twice; keys must be unique")
+                    seen.add(str(row["key"]))
                     yield _gedit_row(row, out, path)
 
 

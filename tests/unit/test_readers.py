@@ -140,6 +140,15 @@ def test_keys_of_a_benchmark_lead_nowhere_else(tmp_path: Path, key: str) -> None
         write_gedit([tmp_path / "g.parquet"], tmp_path / "gedit")
 
 
+def test_a_benchmark_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    """The second image would take the first one's place."""
+    row = {"key": ["cat"], "task_type": ["t"], "instruction": ["i"], "instruction_language": ["en"]}
+    image = {"bytes": encoded(Image.fromarray(PIXELS)), "path": None}
+    pq.write_table(pa.table({**row, "input_image": [image]}), tmp_path / "g.parquet")
+    with pytest.raises(UserError, match=r"g\.parquet: key 'cat' stands there twice"):
+        write_gedit([tmp_path / "g.parquet"] * 2, tmp_path / "gedit")
+
+
 def test_a_pipe_is_never_waited_for(tmp_path: Path) -> None:
     for name in ("a.tar", "a.png", "a.txt"):
         os.mkfifo(tmp_path / name)
