@@ -6,6 +6,8 @@ import bisect
 import itertools
 import json
 import math
+import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,23 @@ from data.shards import Sample
 from engine.config import UserError
 
 TEXT_FIELDS = ("caption", "captions", "instruction", "instructions")
+EDGES = re.compile(r"\A[\s\ufeff]+|[\s\ufeff]+\Z")
+BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
+
+
+def clean_text(text: str) -> str:
+    """`text` without spaces and byte order marks at its ends; "" where nothing in it can be seen.
+
+    Half a surrogate pair, which JSON can hold and tokenizers refuse, becomes "?". Zero-width characters stay inside a
+    text: they join letters and emoji.
+    """
+    text = EDGES.sub("", text.encode("utf-8", "replace").decode())
+    return text if any(map(_is_visible, text)) else ""
+
+
+def _is_visible(letter: str) -> bool:
+    """Not a space, a control or format character or a mark alone."""
+    return unicodedata.category(letter) not in ("Cc", "Cf", "Mn", "Zs", "Zl", "Zp") and letter not in BLANKS
 
 
 def read_object(payload: bytes) -> dict[str, Any]:
@@ -73,19 +92,24 @@ def is_class_sample(sample: Sample) -> bool:
 
 def is_class(tree: Mapping[str, Any]) -> bool:
     """Whether a sample's json has a class label and no text; null is none."""
-    return isinstance(tree.get("label"), int) and all(tree.get(name) is None for name in TEXT_FIELDS)
+    label = tree.get("label")
+    is_number = isinstance(label, int) and not isinstance(label, bool)
+    return is_number and all(tree.get(name) is None for name in TEXT_FIELDS)
 
 
 def read_label(sample: Sample, num_classes: int) -> int:
     """The class in the sample's json. Raises UserError: no json, no label, none of 0 .. num_classes - 1."""
-    label = read_meta(sample).get("label")
+    tree = read_meta(sample)
+    label = tree.get("label")
     if isinstance(label, bool) or not isinstance(label, int):
         raise UserError(
             f"{sample.where}: its json has no integer 'label'; make the shards of labelled images (folder --labels)"
         )
     if not 0 <= label < num_classes:
+        name = f" (class folder '{tree['class']}')" if "class" in tree else ""
         raise UserError(
-            f"{sample.where}: label {label}, but num_classes is {num_classes}; set it to the data's number of classes"
+            f"{sample.where}: label {label}{name}, but num_classes is {num_classes}; set it to the data's number of "
+            "classes"
         )
     return label
 

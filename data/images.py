@@ -10,18 +10,20 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from data.captions import read_meta
 from data.plan import pack_seed, sample_uniforms
 from data.shards import Sample, ShardDataset
 from data.transfer import to_device
+from engine import files
 from engine.config import ConfigError, UserError
 
 IMAGE_PARTS = ("png", "jpg", "jpeg", "webp")
@@ -31,8 +33,32 @@ IMAGE_FORMATS = (
     "WEBP",
 )  # as Pillow names them; it knows many more, with more ways to go wrong
 MAX_PIXELS = 1 << 26  # of a file's image, and of one resized: 8192 x 8192
+TURNS = {  # by the EXIF orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+QUARTER_TURNS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))  # width and height change places
+TRANSPARENT_SCALES = {
+    "L;2": 85,
+    "L;4": 17,
+    "RGB;16B": 1 / 256,
+}  # a PNG's transparent colour -> Pillow's 8 bits
 # What Pillow raises for damaged files.
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
+NOTE_ERRORS = (
+    *DECODE_ERRORS,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +144,7 @@ class PixelPacker:
 
 
 def decode_image(sample: Sample, part: str) -> Image.Image:
-    """RGB image of `sample.parts[part]`; transparency is laid on white.
+    """`read_rgb` of `sample.parts[part]`.
 
     Raises UserError naming shard and key.
     """
@@ -132,8 +158,17 @@ def decode_image(sample: Sample, part: str) -> Image.Image:
 
 
 def read_rgb(payload: io.BytesIO) -> Image.Image:
-    """RGB image of a PNG, JPEG or WebP file; transparency is laid on white. Raises ValueError: no such image."""
+    """`to_rgb` of a PNG, JPEG or WebP file. Raises ValueError: no such image."""
     return to_rgb(open_image(payload))
+
+
+def read_rgb_file(path: str | Path) -> Image.Image:
+    """`to_rgb` of a PNG, JPEG or WebP file. Raises UserError naming it: no such file, no such image."""
+    try:
+        return read_rgb(io.BytesIO(files.read_regular(path)))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path}: no readable image ({reason})") from None
 
 
 def open_image(payload: io.BytesIO) -> Image.Image:
@@ -145,7 +180,9 @@ def open_image(payload: io.BytesIO) -> Image.Image:
         image: Image.Image = Image.open(payload, formats=IMAGE_FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} px are over the limit of {MAX_PIXELS} pixels")
+        layouts = [tile[3] for tile in getattr(image, "tile", ())]
         image.load()
+        _scale_transparent(image, layouts[0] if layouts else None)
     except UnidentifiedImageError:  # its message holds an address in memory, different in every run
         raise ValueError("not a PNG, JPEG or WebP file, or its header is damaged") from None
     except DECODE_ERRORS as error:
@@ -154,12 +191,56 @@ def open_image(payload: io.BytesIO) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, 8 bits: transparency is laid on white, 16 bits of grey are rounded."""
-    if image.mode.startswith("I"):  # convert() would clip at 255
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    """Upright RGB, 8 bits, of an image in any mode of Pillow: the one way in which pictures are read.
+
+    The EXIF orientation is followed, transparency laid on white, 16 bits of grey are rounded to 8; floats count from
+    0 to 255. Raises ValueError: a mode that Pillow cannot turn into RGB (LAB).
+    """
+    turn = turn_of(image)
+    if image.mode[0] in "IF":  # convert() would clip 16 bits at 255
+        image = _grey_8_bits(image)
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+        layers = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright, by its EXIF orientation; None: it is."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except NOTE_ERRORS:
+        return None  # damaged notes of the camera beside a sound image
+    return TURNS.get(orientation) if isinstance(orientation, int) else None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of `to_rgb(image)`."""
+    return image.size[::-1] if turn_of(image) in QUARTER_TURNS else image.size
+
+
+def _scale_transparent(image: Image.Image, layout: object) -> None:
+    """Pillow brings a PNG's pixels to 8 bits, by their `layout` in the file, but not its transparent colour."""
+    scale = TRANSPARENT_SCALES.get(layout) if isinstance(layout, str) else None
+    found = image.info.get("transparency")
+    if scale is not None and isinstance(found, int):
+        image.info["transparency"] = int(found * scale)
+    elif scale is not None and isinstance(found, tuple):
+        image.info["transparency"] = tuple(int(value * scale) for value in found)
+
+
+def _grey_8_bits(image: Image.Image) -> Image.Image:
+    """Of 16-bit (I;16 and its like, I) or floating-point (F) grey, with the transparent value that a PNG may name."""
+    values = np.asarray(image)
+    scale = 1 if image.mode == "F" else 257
+    grey = np.clip(np.rint(np.nan_to_num(values) / scale), 0, 255).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if not isinstance(transparent, int):
+        return Image.fromarray(grey)
+    return Image.fromarray(
+        np.stack([grey, np.where(values == transparent, 0, 255).astype(np.uint8)], axis=-1)
+    )
 
 
 def image_suffix(payload: bytes) -> str:
@@ -201,13 +282,18 @@ def fit_square(
     *,
     resize_px: int | None = None,
     corner: tuple[float, float] | None = None,
+    pad: bool = False,
 ) -> Image.Image:
     """A square of image_px: bicubic, short side to `resize_px` (default image_px), then a crop.
+
+    With `pad` the long side becomes image_px and white fills the square: nothing is cut away.
 
     `corner`, two numbers in [0, 1), places the crop between left and right, top and bottom; None: in the
     centre. Halving by boxes before the bicubic step, as in ADM (Dhariwal & Nichol 2021), keeps large
     photographs free of aliasing. Raises UserError: so long and thin that it would be enlarged beyond MAX_PIXELS.
     """
+    if pad:
+        return _pad_square(image, image_px)
     short_px = image_px if resize_px is None else resize_px
     while min(image.size) >= 2 * short_px:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -226,3 +312,15 @@ def fit_square(
     else:
         left, top = int(corner[0] * (free_x + 1)), int(corner[1] * (free_y + 1))
     return image.crop((left, top, left + image_px, top + image_px))
+
+
+def _pad_square(image: Image.Image, image_px: int) -> Image.Image:
+    while max(image.size) >= 2 * image_px:
+        image = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.BOX)
+    scale = image_px / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (image_px, image_px), "white")
+    square.paste(image, ((image_px - size[0]) // 2, (image_px - size[1]) // 2))
+    return square

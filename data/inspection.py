@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data.captions import TEXT_FIELDS, split_texts
+from data.captions import TEXT_FIELDS, clean_text, split_texts
 from data.images import IMAGE_PARTS, decode_image
 from data.layouts import check_roles, image_roles, is_interleaved, of_kind, read_splits
 from data.shard_index import LatentInfo, Records, Sample, key_hash
@@ -133,7 +133,7 @@ class ShardInspector:
                 yield f"bad caption: {kind} holds {type(text).__name__}, not text"
             elif any("\ud800" <= letter <= "\udfff" for letter in text):
                 yield f"bad caption: {kind} holds half of a letter (a lone surrogate)"
-            elif not text.strip():
+            elif not clean_text(text):
                 yield f"empty caption: {kind}"
             else:
                 add(self.tally.texts, kind)

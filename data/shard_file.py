@@ -21,6 +21,7 @@ from data.shard_index import (
     PART_PATTERN,
     RECORD,
     TAR_BLOCK_BYTES,
+    Cut,
     Records,
     Sample,
     ShardEntry,
@@ -74,7 +75,9 @@ class OpenShard:
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
-    def close(self, source: str, rejected: Rejections, num_read: int | None = None) -> ShardEntry | None:
+    def close(
+        self, source: str, rejected: Rejections, num_read: int | None = None, cut: Cut | None = None
+    ) -> ShardEntry | None:
         """Makes the shard final. The side file comes last, and that of a shard that is replaced goes first: a stop in
         between leaves an unfinished shard.
 
@@ -91,7 +94,7 @@ class OpenShard:
             self.drop()
             self.path.unlink(missing_ok=True)
         num_read = self.num_samples + len(rejected) if num_read is None else num_read
-        write_progress(self.path, ShardProgress(FORMAT_VERSION, source, entry, rejected, num_read))
+        write_progress(self.path, ShardProgress(FORMAT_VERSION, source, entry, rejected, num_read, cut))
         return entry
 
     def _publish(self) -> ShardEntry:
@@ -132,7 +135,10 @@ def write_index(path: Path, records: Records) -> ShardEntry:
 
 def write_progress(path: Path, progress: ShardProgress) -> None:
     """Writes the side file of the tar at `path`, which makes the shard a finished one."""
-    files.write_json(path.with_name(progress_name(path.name)), dataclasses.asdict(progress))
+    tree = dataclasses.asdict(progress)
+    if progress.cut is None:
+        del tree["cut"]  # as earlier versions wrote it
+    files.write_json(path.with_name(progress_name(path.name)), tree)
 
 
 def _check(sample: Sample, keys: set[str]) -> None:

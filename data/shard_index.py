@@ -119,6 +119,17 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What fitting images to a square by a crop took away."""
+
+    num_images: int = 0  # fitted
+    num_cut: int = 0  # of them: lost more than data.sources.prepare.CUT_AREA of their area
+
+    def __add__(self, other: Cut) -> Cut:
+        return Cut(self.num_images + other.num_images, self.num_cut + other.num_cut)
+
+
+@dataclass(frozen=True)
 class ShardProgress:
     """A shard's side file: what became of the inputs it stands for. num_read = samples + rejected."""
 
@@ -127,6 +138,7 @@ class ShardProgress:
     entry: ShardEntry | None  # None: every input was rejected, there is no tar
     rejected: tuple[tuple[str, str], ...]  # (key, reason)
     num_read: int  # inputs, as the reader of the source counted them
+    cut: Cut | None = None  # None: no image was fitted by a crop
 
     def __post_init__(self) -> None:
         num_samples = 0 if self.entry is None else self.entry.num_samples

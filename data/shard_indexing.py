@@ -1,6 +1,7 @@
 """Shards written by others (webdataset's ShardWriter, img2dataset), made readable in place: index and manifest.
 
-The tars stay as they are. Their headers are checked strictly, for no count of theirs can be compared to.
+The tars stay as they are. Their headers are checked strictly, for no count of theirs can be compared to. Photographs
+that were taken sideways stay so in the tars; every reader turns them upright (data.images.to_rgb).
 """
 
 from __future__ import annotations

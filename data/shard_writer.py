@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tarfile
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from data.shard_index import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     REJECTED_NAME,
+    TAR_BLOCK_BYTES,
     LatentInfo,
     Manifest,
     Sample,
@@ -175,18 +177,23 @@ def write_manifest(
     files.write_text(directory / REJECTED_NAME, "".join(lines))
     entries = tuple(shard.entry for shard in finished if shard.entry is not None)
     if not entries:
+        first = f" (the first: {rejected[0][1]})" if rejected else ""
         raise UserError(
-            f"{directory}: no sample written, {len(rejected)} rejected; see {directory / REJECTED_NAME}"
+            f"{directory}: no sample written, {len(rejected)} rejected; see {directory / REJECTED_NAME}{first}"
         )
-    hashes = np.concatenate([np.load(directory / entry.index_name)["key_hash"] for entry in entries])
+    indices = [np.load(directory / entry.index_name) for entry in entries]
+    hashes = np.concatenate([index["key_hash"] for index in indices])
     order = np.argsort(hashes, kind="stable")
     repeated = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     if len(repeated):
         ends = np.cumsum([entry.num_samples for entry in entries])
-        places = order[repeated[0] : repeated[0] + 2]
-        first, second = (entries[int(np.searchsorted(ends, place, side="right"))].name for place in places)
+        places = order[repeated[0] : repeated[0] + 2].tolist()
+        shards = [int(np.searchsorted(ends, place, side="right")) for place in places]
+        first, second = (entries[shard].name for shard in shards)
+        key = _key(directory / first, indices[shards[0]][places[0] - ends[shards[0]]])  # from the shard's end
         raise UserError(
-            f"{directory}: {len(repeated)} keys used twice, the first in {first} and {second}; make keys unique"
+            f"{directory}: {len(repeated)} keys used twice, the first is '{key}' in {first} and {second}; make keys "
+            "unique"
         )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -199,6 +206,14 @@ def write_manifest(
     manifest = dataclasses.replace(manifest, fingerprint=manifest.digest())
     files.write_json(directory / MANIFEST_NAME, dataclasses.asdict(manifest))
     return manifest
+
+
+def _key(shard: Path, record: np.void) -> str:
+    """The key of a sample, from the header of its first part."""
+    with shard.open("rb") as file:
+        file.seek(int(record["offset"]) + (int(record["header_blocks"][0]) - 1) * TAR_BLOCK_BYTES)
+        header = file.read(TAR_BLOCK_BYTES)
+    return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name.partition(".")[0]
 
 
 def _finished(directory: Path, source: str) -> list[ShardProgress]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,26 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """`write_bytes` for JSON, keys sorted, so that equal values give equal files."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def open_regular(path: str | Path) -> int:
+    """A descriptor of the file at `path`, to be read and closed by the caller.
+
+    Raises OSError: as open(), and for what is no regular file: a pipe that nobody writes to would be waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    number = errno.EISDIR if is_folder else errno.EINVAL
+    raise OSError(number, os.strerror(number) if is_folder else "a pipe or device, not a file", str(path))
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The bytes of the file at `path`. Raises OSError: as open_regular."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read()
 
 
 def read_json(path: str | Path) -> Any:

@@ -8,7 +8,6 @@ Shapes: N images, H W pixels.
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import DECODE_ERRORS, IMAGE_PARTS, read_rgb
+from data.images import IMAGE_PARTS, read_rgb_file
+from data.sources.folders import images_below
 from engine import files
 from engine.config import UserError
 from evaluation.manifest import ImageSet, Item, write_image, write_manifest
@@ -69,10 +69,11 @@ class FileImages:
         """Every image below a folder, in the order of their paths. Raises UserError: none."""
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give one that holds images, or an .npz file")
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_PARTS)
-        if not paths:
+        found = images_below(folder)
+        if not found.names:
             raise UserError(f"{folder}: holds no image; supported: {', '.join(IMAGE_PARTS)}")
-        return cls(paths)
+        found.tell_others()
+        return cls(found.paths)
 
     @cached_property
     def digest(self) -> str:
@@ -93,14 +94,8 @@ class FileImages:
 
     def read_each(self, start: int, stop: int) -> list[Tensor]:
         """uint8 [3, H, W] of any sizes. Raises UserError: no readable image."""
-        images = []
-        for path in self.paths[start:stop]:
-            try:
-                picture = read_rgb(io.BytesIO(path.read_bytes()))
-            except DECODE_ERRORS as error:
-                raise UserError(f"{path}: no readable image ({' '.join(str(error).split())})") from None
-            images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-        return images
+        pictures = map(read_rgb_file, self.paths[start:stop])
+        return [torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.sources.text_files import read_text
 from engine import files
 from engine.config import UserError
 
@@ -61,8 +62,8 @@ class ImgEditInstructions:
     def read(cls, path: Path) -> ImgEditInstructions:
         """From ImgEdit-Bench's prompts.json. Raises UserError: no such file, another one."""
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            tree = json.loads(read_text(path))
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}: cannot be read as JSON ({type(error).__name__}); give prompts.json"
             ) from None
@@ -78,8 +79,8 @@ class ImgEditInstructions:
 def _constants(path: Path) -> dict[str, str]:
     """Strings that a Python file gives names to at its top level."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError) as error:
+        tree = ast.parse(read_text(path))
+    except (SyntaxError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read as Python ({type(error).__name__}); give vie_prompts.py"
         ) from None

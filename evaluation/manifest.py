@@ -17,6 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.captions import read_object
+from data.images import read_rgb_file
+from data.sources.folders import images_below, tell_passed_over
+from data.sources.text_files import read_text, split_lines
 from engine import files
 from engine.config import UserError
 
@@ -52,16 +56,18 @@ class ImageSet:
         Raises UserError: no manifest, a bad line, a repeated key, no items.
         """
         path = Path(directory) / MANIFEST_NAME if manifest is None else Path(manifest)
-        try:
-            lines = path.read_text().splitlines()
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; an image set needs one line an item there") from None
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; an image set needs one line an item there")
         items: dict[str, Item] = {}
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(split_lines(read_text(path)), start=1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line)
+                row = read_object(line.encode())
                 item = Item(key=str(row["key"]), images=dict(row["images"]), meta=dict(row["meta"]))
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+                if not all(isinstance(name, str) for name in item.images.values()):
+                    raise TypeError("images are names of files")
+            except (KeyError, TypeError, ValueError):
                 raise UserError(
                     f"{path}:{number}: expected a JSON object with key, images and meta; write the line again"
                 ) from None
@@ -80,12 +86,7 @@ class ImageSet:
 
     def read(self, item: Item, role: str) -> Tensor:
         """uint8 [3, H, W]. Raises UserError: no such role, or a file that is no readable image."""
-        path = self.path(item, role)
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            raise UserError(f"{path}: no readable image ({' '.join(str(error).split())})") from None
+        pixels = np.array(read_rgb_file(self.path(item, role)))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def read_all(self, items: Sequence[Item], role: str) -> Tensor:
@@ -115,19 +116,20 @@ def write_class_folders(images: str | Path, out: str | Path, suffixes: Sequence[
     """Manifest of a folder with one folder per class, as ImageNet's validation set is kept; the number of classes.
 
     `original` is the file where it lies, meta.label the place of its folder in the sorted list of folders. Raises
-    UserError: no such folders, or no images in them.
+    UserError: no such folders, one without images.
     """
-    folders = sorted(path for path in Path(images).glob("[!.]*") if path.is_dir())
-    items = [
-        Item(f"{folder.name}/{path.name}", {"original": str(path.resolve())}, {"label": label})
-        for label, folder in enumerate(folders)
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower().lstrip(".") in suffixes
-    ]
-    if not items:
+    found = images_below(Path(images), suffixes)
+    labels = {name: label for label, name in enumerate(found.classes())}
+    if not labels:
         raise UserError(f"{images}: holds no images in one folder per class ({', '.join(suffixes)})")
+    inside = [name for name in found.names if "/" in name]
+    tell_passed_over(images, sorted({*found.names, *dict(found.others)} - set(inside)))
+    paths = {name: str((found.folder / name).resolve()) for name in inside}
+    items = [
+        Item(name, {"original": paths[name]}, {"label": labels[name.partition("/")[0]]}) for name in inside
+    ]
     write_manifest(out, items)
-    return len(folders)
+    return len(labels)
 
 
 def write_image(path: str | Path, pixels: Tensor) -> None:

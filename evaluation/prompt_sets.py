@@ -14,12 +14,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from data.images import DECODE_ERRORS
+from data.images import read_rgb
 from engine import files
 from engine.config import UserError
 from evaluation.metrics.dpg import read_graphs
+from generator.prompts import KEY_PATTERN
 
 PROMPTS_NAME = "prompts.jsonl"
 GEDIT_COLUMNS = ("key", "task_type", "instruction", "instruction_language", "input_image")
@@ -63,10 +63,11 @@ def write_imgedit(edits: Path, images: Path, out: Path) -> int:
 
 
 def _gedit_rows(tables: Sequence[Path], out: Path) -> Iterable[dict[str, Any]]:
+    seen: set[str] = set()
     for path in tables:
         try:
             table = pq.ParquetFile(path)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: is no readable parquet file ({type(error).__name__})") from None
         absent = [name for name in GEDIT_COLUMNS if name not in table.schema_arrow.names]
         if absent:
@@ -74,17 +75,22 @@ def _gedit_rows(tables: Sequence[Path], out: Path) -> Iterable[dict[str, Any]]:
         for batch in table.iter_batches(batch_size=16, columns=list(GEDIT_COLUMNS)):
             for row in batch.to_pylist():
                 if row["instruction_language"] == "en":
+                    if str(row["key"]) in seen:
+                        raise UserError(f"{path}: key '{row['key']}' stands there twice; keys must be unique")
+                    seen.add(str(row["key"]))
                     yield _gedit_row(row, out, path)
 
 
 def _gedit_row(row: Mapping[str, Any], out: Path, where: Path) -> dict[str, Any]:
-    name = f"images/{row['key']}.png"
+    key, image = row["key"], row["input_image"]
+    if not isinstance(key, str | int) or not KEY_PATTERN.fullmatch(str(key)):
+        raise UserError(f"{where}: key {key!r} names a file; use letters, digits and _ + - . (not first)")
+    name = f"images/{key}.png"
     try:
-        with Image.open(io.BytesIO(row["input_image"]["bytes"])) as image:
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "PNG")
-    except (TypeError, KeyError, *DECODE_ERRORS):
-        raise UserError(f"{where}: row '{row['key']}' holds no readable input_image") from None
+        buffer = io.BytesIO()
+        read_rgb(io.BytesIO(image["bytes"] if isinstance(image, Mapping) else image)).save(buffer, "PNG")
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{where}: row '{key}' holds no readable input_image ({error})") from None
     files.write_bytes(out / name, buffer.getvalue())
     fields = {name: row[name] for name in ("key", "instruction", "task_type", "instruction_language")}
     return {**fields, "image": name}

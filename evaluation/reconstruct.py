@@ -25,6 +25,7 @@ from torch import Tensor
 
 from data.images import IMAGE_PARTS, fit_image, read_rgb
 from data.progress import ProgressLine
+from data.sources.folders import images_below
 from engine import files
 from engine.config import UserError
 from evaluation.manifest import ImageSet, Item, write_image, write_manifest
@@ -128,11 +129,11 @@ def image_names(images: Path) -> dict[str, Path]:
     """Name in the set -> file, in the order of the files. Raises UserError: no images, two with one name."""
     if not images.is_dir():
         raise UserError(f"{images}: no such folder; give --images the folder that holds the images")
-    found = sorted(path for path in images.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_PARTS)
-    if not found:
+    found = images_below(images)
+    if not found.names:
         raise UserError(f"{images}: holds no image; supported: {', '.join(IMAGE_PARTS)}")
     names: dict[str, Path] = {}
-    for path in found:
+    for path in found.paths:
         name = path.relative_to(images).with_suffix("").as_posix()
         if name in names:
             raise UserError(
@@ -187,7 +188,7 @@ def _read(block: _Block, image_px: int) -> _Batch:
     batch = _Batch([], [], {})
     for name, path in block:
         try:
-            pixels = fit_image(read_rgb(io.BytesIO(path.read_bytes())), image_px)
+            pixels = fit_image(read_rgb(io.BytesIO(files.read_regular(path))), image_px)
         except (OSError, ValueError) as error:
             batch.unreadable[name] = " ".join(str(error).split())
         else:

@@ -8,13 +8,14 @@ NAME.jsonl  one object a line: {"prompt": text} draws, {"image": file or list of
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.captions import clean_text, read_object
+from data.sources.text_files import read_text, split_lines
 from engine import files
 from engine.config import UserError
 from generator.drawing import SEEDS
@@ -53,17 +54,12 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{path}: give a .txt file (one prompt a line) or a .jsonl file (one object a line)")
-    try:
-        # Not splitlines(): that also splits at U+2028 and its like, which may stand inside a JSON string.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(f"{path}: cannot be read as text ({reason})") from None
+    lines = split_lines(read_text(path))
     prompts: dict[str, Prompt] = {}
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        if not line.strip() or (path.suffix == ".txt" and not clean_text(line)):
             continue
-        row = {"prompt": line.strip()} if path.suffix == ".txt" else _object(line, f"{path}:{number}")
+        row = {"prompt": clean_text(line)} if path.suffix == ".txt" else _object(line, f"{path}:{number}")
         prompt = _prompt(row, len(prompts), path.parent, where=f"{path}:{number}")
         if prompt.key in prompts:
             raise UserError(f"{path}:{number}: key '{prompt.key}' stands there twice; keys must be unique")
@@ -75,12 +71,11 @@ def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        return read_object(line.encode())
     except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); write one object a line") from None
-    if not isinstance(row, dict):
-        raise UserError(f'{where}: expected an object such as {{"prompt": "a red apple"}}')
-    return row
+        raise UserError(
+            f'{where}: not valid JSON ({error}); expected an object such as {{"prompt": "a red apple"}}'
+        ) from None
 
 
 def _prompt(row: Mapping[str, Any], index: int, folder: Path, where: str) -> Prompt:
@@ -94,7 +89,7 @@ def _prompt(row: Mapping[str, Any], index: int, folder: Path, where: str) -> Pro
             raise UserError(f"{where}: {image}: no such file; images are looked for beside the prompts")
     wanted, other = ("instruction", "an 'image'") if images else ("prompt", "no 'image'")
     text = row.get(wanted)
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not clean_text(text):
         raise UserError(f"{where}: an item with {other} needs a '{wanted}' that is not empty")
     key, seed = row.get("key", f"{index:05d}"), row.get("seed")
     if not isinstance(key, str | int) or not KEY_PATTERN.fullmatch(str(key)):
@@ -102,4 +97,5 @@ def _prompt(row: Mapping[str, Any], index: int, folder: Path, where: str) -> Pro
     if seed is not None and (type(seed) is not int or not 0 <= seed < SEEDS):
         raise UserError(f"{where}: seed {seed!r} is not a whole number from 0 to {SEEDS - 1}")
     meta = {name: value for name, value in row.items() if name not in ("key", "seed", "image")}
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON can hold
     return Prompt(str(key), text, images, seed, meta)

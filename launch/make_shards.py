@@ -58,7 +58,8 @@ def _write(arguments: argparse.Namespace) -> list[str]:
         shard_sources.workers(arguments),
         **shard_sources.settings(arguments),
     )
-    return [f"{directory}: {ledger}" for directory, ledger in ledgers.items()]
+    told = [(directory, line) for directory, ledger in ledgers.items() for line in (ledger.cut_line, ledger)]
+    return [f"{directory}: {line}" for directory, line in told if line]
 
 
 def _verify(arguments: argparse.Namespace) -> list[str]:

@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from data.sources.folders import images_below
 from engine import distributed
 from engine.config import UserError
 from evaluation.reconstruct import ReconstructConfig, image_names, reconstruct
@@ -29,6 +30,7 @@ def main() -> None:
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; give at least 1")
     image_names(arguments.images)  # before the ranks meet: a mistake is one line, not one from each
+    images_below(arguments.images).tell_others()
     team, device = meet()
     config = ReconstructConfig(
         arguments.autoencoder,

@@ -98,6 +98,12 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
         "--deduplicate", type=int, metavar="BITS", help="drop images alike but for 0 to 3 bits"
     )
     command.add_argument("--resolution", type=int, help="fit images to a square of this side, pixels")
+    command.add_argument(
+        "--fit",
+        choices=("crop", "pad"),
+        default="crop",
+        help="to the square: cut its centre out, or add white",
+    )
     command.add_argument("--min-px", type=int, help="short side of an image (default: --resolution)")
     command.add_argument("--max-aspect", type=float, help="longer side / shorter side")
     for kind in ("words", "letters"):
@@ -126,6 +132,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         min_letters=arguments.min_letters,
         max_letters=arguments.max_letters,
         encoding=arguments.encoding,
+        fit=arguments.fit,
     )
     return {"prepare": prepare, "deduplicate_bits": arguments.deduplicate, "strict": arguments.strict}
 
@@ -147,7 +154,9 @@ def _source(arguments: argparse.Namespace) -> Source:
             )
     match arguments.command:
         case "folder":
-            folder = FolderSource(arguments.images, arguments.captions, labels=arguments.labels)
+            folder = FolderSource(
+                arguments.images, arguments.captions, labels=arguments.labels, without=arguments.out
+            )
             if arguments.shuffle_seed is None:
                 return InUnits(folder, arguments.max_samples_per_shard)
             return InUnits(Shuffled(folder, arguments.shuffle_seed), arguments.max_samples_per_shard)

@@ -1,11 +1,9 @@
-"""What every source of samples shares: what it is, reproducible draws, and a walk through folders."""
+"""What every source of samples shares: what it is, its bad items, reproducible draws."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -136,22 +134,3 @@ def philox_key(seed: int, stream: str) -> npt.NDArray[np.uint64]:
     if not 0 <= seed < 1 << 64:
         raise UserError(f"seed {seed}: give a whole number from 0 to 2^64 - 1")
     return np.array([seed, key_hash(stream)], np.uint64)
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below `folder`, in no order. Linked folders are entered, unless that leads back to one above.
-
-    Raises UserError: a folder that cannot be read.
-    """
-    for name, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
-        here = Path(name)
-        links = [child for child in folders if (here / child).is_symlink()]
-        if links:
-            way = {above.resolve() for above in (here, *here.absolute().parents)}
-            loops = {child for child in links if (here / child).resolve() in way}
-            folders[:] = [child for child in folders if child not in loops]
-        yield from (here / file for file in names)
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check the folder's permissions")

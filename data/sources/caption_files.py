@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data.captions import read_object
+from data.sources.text_files import without_mark
 from engine.config import UserError
 
 BATCH_ROWS = 10_000
@@ -47,8 +48,8 @@ def _jsonl_batches(file: Path) -> Iterator[tuple[Sequence[Row], float]]:
     rows: list[Row] = []
     number, num_bytes = 0, max(1, file.stat().st_size)  # number: of the line
     try:
-        with file.open("rb") as raw, gzip.open(raw) if file.suffix == ".gz" else raw as lines:
-            for line in lines:
+        with file.open("rb") as raw, gzip.open(raw) if file.suffix == ".gz" else raw as stream:
+            for line in without_mark(stream):
                 number += 1
                 if not line.strip():
                     continue

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from data.captions import clean_text
 from data.progress import ProgressLine
 from data.shard_index import key_hash
 from data.sources.base import BadItemError
@@ -184,8 +185,9 @@ def _text(file: Path, column: str, value: object) -> str:
 
 
 def _cleaned(text: str) -> str:
-    """Half a surrogate pair can be written in JSON, but not be stored or hashed."""
-    return text.strip().encode("utf-8", "replace").decode()
+    """As everywhere; half a surrogate pair could be written in JSON, but not be stored or hashed."""
+    text = clean_text(text)
+    return "" if "\0" in text else text
 
 
 def _key_hash(key: str) -> int:

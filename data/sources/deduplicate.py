@@ -202,7 +202,7 @@ def _rewrite(path: Path, progress: ShardProgress, drops: Mapping[str, str]) -> N
     except BaseException:
         shard.drop()
         raise
-    shard.close(progress.source, (*progress.rejected, *new), progress.num_read)
+    shard.close(progress.source, (*progress.rejected, *new), progress.num_read, progress.cut)
 
 
 def _dataset(path: Path, entry: ShardEntry) -> ShardDataset:

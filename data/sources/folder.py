@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,8 +12,10 @@ from data.captions import TEXT_FIELDS, read_object
 from data.images import IMAGE_PARTS, image_suffix, part_name
 from data.layouts import check_roles, is_interleaved, number_roles, read_splits
 from data.shards import Sample
-from data.sources.base import BadItemError, files_below
+from data.sources.base import BadItemError
+from data.sources.folders import images_below
 from data.sources.prepare import clean_splits, select_texts
+from data.sources.text_files import decode_text, without_mark
 from engine import files
 from engine.config import UserError
 
@@ -28,52 +30,71 @@ class FolderSource:
       "files" names them. Other fields are kept, all but null ones.
     - `labels`: every folder below `images` is a class, numbered in sorted order, and json holds its number and name, as
       tokenizers and class-conditional generators need (ImageNet's layout). No captions. An image beside the folders
-      has no class and is rejected.
+      has no class and is rejected, a folder without images ends the run: it would shift the labels after it.
     - else every image below the folder, in the order of the paths, with its caption beside it: NAME.json with fields as
       in a listing, or NAME.txt.
 
-    Images are files named *.png, *.jpg, *.jpeg or *.webp; without a listing, other files are ignored and links to
-    folders are followed.
+    Images are files named *.png, *.jpg, *.jpeg or *.webp. Without a listing, other files come after them and are
+    rejected, all but the captions of images; which files count at all is said in data/sources/folders.py.
     """
 
-    def __init__(self, images: Path, listing: Path | None = None, *, labels: bool = False) -> None:
-        """Raises UserError: no such folder or file, no images, no classes, listing and labels at once."""
+    def __init__(
+        self,
+        images: Path,
+        listing: Path | None = None,
+        *,
+        labels: bool = False,
+        without: Path | None = None,
+    ) -> None:
+        """`without`: a folder below `images` that is not part of it, such as the one to write to.
+
+        Raises UserError: no such folder or file, no images, no classes, listing and labels at once.
+        """
         if labels and listing is not None:
             raise UserError("give --captions or --labels, not both: labels are the names of the folders")
         self._images = images
         self._root = images.resolve()
         if not images.is_dir():
             raise UserError(f"{images}: no such folder; give --images the folder that holds the images")
+        self._lines: list[bytes] | None = None
+        self._paths: Sequence[str] = ()
+        self._others: Sequence[tuple[str, str]] = ()
+        self._classes: list[str] | None = None
         if listing is None:
-            found = (path for path in files_below(images) if path.suffix.lower().lstrip(".") in IMAGE_PARTS)
-            self._paths = sorted(path.relative_to(images).as_posix() for path in found)
-            self._lines: list[bytes] | None = None
-            digest = files.digest(self._paths)
+            found = images_below(images, without=without)
+            self._paths, self._others = found.names, found.others
+            digest = files.digest([*self._paths, *(["other files", *self._others] if self._others else [])])
         else:
             if not listing.is_file():
                 raise UserError(f"{listing}: no such file; give --captions a jsonl file")
-            self._lines = [line for line in listing.read_bytes().splitlines() if line.strip()]
+            try:
+                lines = without_mark(files.read_regular(listing).splitlines())
+                self._lines = [line for line in lines if line.strip()]
+            except ValueError as error:
+                raise UserError(f"{listing}: cannot be read as text ({error}); save it as UTF-8") from None
             self._where = listing.name
             digest = files.sha256(listing)
-        if not len(self):
+        if not (self._paths if self._lines is None else self._lines):
             raise UserError(f"{listing or images}: lists no image; supported: {', '.join(IMAGE_PARTS)}")
-        self._classes: list[str] | None = None
         if labels:
-            self._classes = sorted({path.partition("/")[0] for path in self._paths if "/" in path})
+            self._classes = found.classes()
             if not self._classes:
                 raise UserError(f"{images}: no folder with images in it; --labels needs one for each class")
         kind = "captions" if self._classes is None else f"{len(self._classes)} classes"
         self.description = f"folder {self._root.name} with {kind}, listing {digest[:12]}"
 
     def __len__(self) -> int:
-        """Number of images, good and bad."""
-        return len(self._paths if self._lines is None else self._lines)
+        """Number of images, good and bad, and of files that are none."""
+        return len(self._paths) + len(self._others) if self._lines is None else len(self._lines)
 
     def sample(self, index: int) -> Sample:
         """Raises BadItemError: unreadable image, outside the folder, no caption, no class, bad json, line or splits."""
         key = f"image-{index:09d}"
         if self._lines is not None:
             return self._from_line(key, index)
+        if index >= len(self._paths):
+            name, reason = self._others[index - len(self._paths)]
+            raise BadItemError(f"file-{index:09d}", f"other file: {name}: {reason}")
         name = self._paths[index]
         if self._classes is None:
             fields = self._from_sidecar(key, name)
@@ -102,11 +123,13 @@ class FolderSource:
         fields: dict[str, Any] = {}
         try:
             if (side := path.with_suffix(".json")).is_file():
-                fields = _fields(key, side.read_bytes(), f"{name}, {side.name}")
+                fields = _fields(key, files.read_regular(side), f"{name}, {side.name}")
             if not any(select_texts(fields.get(field)) for field in TEXT_FIELDS):
-                fields["caption"] = path.with_suffix(".txt").read_bytes().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
+                fields["caption"] = decode_text(files.read_regular(path.with_suffix(".txt")))
+        except BadItemError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
             raise BadItemError(
                 key, f"no caption: {name}: none in a .txt or .json beside it ({reason})"
             ) from None
@@ -126,7 +149,7 @@ class FolderSource:
 
     def _read(self, key: str, name: str) -> bytes:
         try:
-            return (self._images / name).read_bytes()
+            return files.read_regular(self._images / name)
         except OSError as error:
             raise BadItemError(key, f"unreadable image: {name}: {error.strerror}") from None
 

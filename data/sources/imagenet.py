@@ -23,7 +23,9 @@ from data.progress import ProgressLine
 from data.shard_index import KEY_PATTERN
 from data.shards import Sample
 from data.sources.base import BadItemError
+from data.sources.folders import is_hidden, tell_passed_over
 from data.sources.tar_file import Member, TarReader
+from data.sources.text_files import read_text
 from engine import files
 from engine.config import UserError
 
@@ -116,7 +118,15 @@ class ImageNetSource:
 def _training_archives(path: Path) -> list[_Archive]:
     """The archives of the classes, sorted by synset."""
     if path.is_dir():
-        found = [_Archive(tar, None, tar.stem) for tar in path.glob("*.tar") if SYNSET.fullmatch(tar.stem)]
+        there = sorted(below for below in path.iterdir() if not is_hidden(below.name))
+        found = [
+            _Archive(tar, None, tar.stem)
+            for tar in there
+            if tar.suffix == ".tar" and SYNSET.fullmatch(tar.stem)
+        ]
+        tell_passed_over(
+            path, [other.name for other in there if other not in {archive.path for archive in found}]
+        )
     else:
         found = []
         with TarReader(path) as tar:
@@ -147,10 +157,12 @@ def _list(archives: Sequence[_Archive]) -> tuple[list[int], list[Member]]:
                     raise UserError(
                         f"{archive.path}: '{member.name}' is a link or device; pack the files themselves"
                     )
-                if member.kind == "file":
+                if member.kind == "file" and not any(map(is_hidden, PurePosixPath(member.name).parts)):
                     owners.append(number)
                     members.append(member)
                 progress.show(len(members), (number + (member.offset - start) / num_bytes) / len(archives))
+        if archive.synset and (not owners or owners[-1] != number):
+            raise UserError(f"{archive.path}: class {archive.synset} has no image; fetch its archive again")
     progress.show(len(members), 1)
     return owners, members
 
@@ -161,7 +173,7 @@ def _read_labels(
     """(synsets in the order of their labels, or None where the file has numbers; labels, int32 [num_images])."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a text file with one synset or number a line")
-    words = path.read_text(errors="replace").split()
+    words = read_text(path).split()
     if len(words) != num_images:
         raise UserError(f"{path}: {len(words)} labels for {num_images} images; one line for each is needed")
     classes: list[str] | None = None

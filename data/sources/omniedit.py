@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data.sources.parquet import ParquetColumns, ParquetSource
 from data.sources.parquet_files import Row
+from data.sources.table_values import number_in
 from engine.config import UserError
 
 SCORES = (
@@ -49,12 +49,15 @@ class OmniEditFilter:
         return ", ".join([*limits, tasks])
 
     def reason(self, row: Row) -> str | None:
-        """See RowFilter. A missing score is below every limit."""
+        """See RowFilter. A missing score is below every limit, and so is what is no number."""
         if self.tasks and row["task"] not in self.tasks:
             return f"task: {row['task']}"
         for name, limit in self.min_scores.items():
-            score = -math.inf if row[name] is None else float(row[name])
-            if not score >= limit:
+            try:
+                score = number_in(row[name])
+            except ValueError as error:
+                return f"score: column '{name}' holds {error}"
+            if score is None or score < limit:
                 return f"score: {name} is {row[name]}, below {limit:g}"
         return None
 

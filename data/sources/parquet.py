@@ -16,6 +16,7 @@ from data.shards import Sample
 from data.sources.base import BadItemError, Unit
 from data.sources.parquet_files import Footer, Row, find_parquet, in_units
 from data.sources.prepare import select_texts
+from data.sources.table_values import whole_number_in
 from engine import files
 from engine.config import UserError
 
@@ -107,7 +108,7 @@ class ParquetSource:
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
             footers = list(pool.map(Footer.read, found))
         for footer in footers:
-            footer.check(self._names, list(columns.images.values()))
+            footer.check(self._names, list(columns.images.values()), columns.label)
         self._class_names = [] if columns.label is None else footers[0].class_names(columns.label)
         self._row_groups = list(in_units(footers, max_samples_per_shard))
         self.units = [Unit(work.name, work.num_rows, work.num_bytes) for work in self._row_groups]
@@ -168,9 +169,13 @@ class ParquetSource:
             raise BadItemError(key, f"no caption: empty in {', '.join(columns.captions)}")
         return {"caption" if isinstance(texts, str) else "captions": texts}
 
-    def _label(self, key: str, label: object) -> dict[str, int | str]:
-        if not isinstance(label, int) or label < 0:  # the hub writes -1 for images without a label
-            raise BadItemError(key, f"no label: {label}")
+    def _label(self, key: str, value: object) -> dict[str, int | str]:
+        try:
+            label = whole_number_in(value)
+        except ValueError as error:
+            raise BadItemError(key, f"no label: column '{self._columns.label}' holds {error}") from None
+        if label is None or label < 0:  # the hub writes -1 for images without a label
+            raise BadItemError(key, f"no label: {value}")
         if not self._class_names:
             return {"label": label}
         if label >= len(self._class_names):

@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.sources.folders import below, is_hidden, tell_passed_over
 from engine.config import UserError
 from engine.redaction import redact
 
@@ -43,8 +45,10 @@ class Footer:
             file, opened.schema_arrow, tuple((group.num_rows, group.total_byte_size) for group in groups)
         )
 
-    def check(self, columns: Sequence[str], images: Sequence[str]) -> None:
-        """Raises UserError: one of `columns` is missing, one of `images` holds no bytes or another one does."""
+    def check(self, columns: Sequence[str], images: Sequence[str], label: str | None = None) -> None:
+        """Raises UserError: one of `columns` is missing, one of `images` holds no bytes or another one does, the column
+        `label` holds what cannot be numbers.
+        """
         for name in columns:
             if name not in self.schema.names:
                 raise UserError(
@@ -56,6 +60,10 @@ class Footer:
             if (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)) != (name in images):
                 raise UserError(
                     f"{self.file}: column '{name}' holds {kind}; images, and only they, are stored as bytes"
+                )
+            if name == label and not _may_be_numbers(kind):
+                raise UserError(
+                    f"{self.file}: label column '{name}' holds {kind}, not class numbers from 0; name another column"
                 )
 
     def class_names(self, label: str) -> list[str]:
@@ -123,13 +131,25 @@ def find_parquet(paths: Sequence[str]) -> list[str]:
 
 def _expand(path: str) -> list[str]:
     """The parquet files that a path means, sorted: a file, a folder with all below it, or a glob."""
-    # A file is not looked up: over http that could fetch all of it.
-    if path.endswith(".parquet") and "*" not in path:
-        return [path]
     try:
+        if Path(path).is_dir():
+            there = below(Path(path)).files
+            named = [name for name in there if name.endswith(".parquet")]
+            tell_passed_over(path, [name for name in there if not name.endswith(".parquet")])
+            return [f"{path.rstrip('/')}/{name}" for name in named]
+        # A file is not looked up: over http that could fetch all of it.
+        if path.endswith(".parquet") and "*" not in path:
+            return [path]
         system, root = fsspec.core.url_to_fs(path)
         pattern = root if "*" in root else f"{root.rstrip('/')}/**/*.parquet"
-        found = sorted(system.glob(pattern))
+        start = (
+            len(PurePosixPath(pattern.partition("*")[0] + "x").parts) - 1
+        )  # hidden is what the glob found so
+        found = sorted(
+            name
+            for name in system.glob(pattern)
+            if not any(map(is_hidden, PurePosixPath(name).parts[start:]))
+        )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"{path}: cannot be listed ({error}); give parquet files, a folder or a glob"
@@ -152,6 +172,15 @@ def in_units(footers: Sequence[Footer], max_rows: int) -> Iterator[RowGroups]:
             num_rows, num_bytes = map(sum, zip(*footer.groups[start:end], strict=True))
             yield RowGroups(footer.file, tuple(range(start, end)), first_row, num_rows, num_bytes)
             first_row, start = first_row + num_rows, end
+
+
+def _may_be_numbers(kind: pa.DataType) -> bool:
+    """Text may: "9". Whether it does is said row by row."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return bool(is_text or is_number or pa.types.is_null(kind))
 
 
 def _damaged(what: str, error: object) -> UserError:

@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import PIL
-from PIL import ExifTags, Image
+from PIL import Image
 
-from data.captions import TEXT_FIELDS, is_class, read_object
+from data.captions import TEXT_FIELDS, clean_text, is_class, read_object
 from data.images import (
-    DECODE_ERRORS,
     fit_square,
     image_parts,
     image_suffix,
     open_image,
     part_name,
     to_rgb,
+    turn_of,
+    upright_size,
 )
 from data.layouts import is_interleaved, of_kind
+from data.shard_index import Cut
 from data.shards import Sample
 from data.sources.base import BadItemError
 from engine.config import UserError
 
 JPEG_QUALITY = 95
 EQUAL_ASPECT = 0.01  # source and target of an edit, relative
-TURNS = {  # by the EXIF orientation; 1 is upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+CUT_AREA = 0.2  # share of an image that a square crop may take without being counted
 SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 Texts = str | list[str] | dict[str, str]
@@ -60,9 +54,14 @@ class Preparation:
     min_letters: int = 0  # of a caption, spaces included
     max_letters: int | None = None
     encoding: Literal["jpeg", "png", "webp"] = "jpeg"  # of changed images: JPEG 95 4:4:4, or without loss
+    fit: Literal["crop", "pad"] = (
+        "crop"  # to the square: its centre is cut out, or white is laid around the image
+    )
 
     def __post_init__(self) -> None:
-        """Raises UserError: a limit that nothing passes, an unknown encoding."""
+        """Raises UserError: a limit that nothing passes, an unknown encoding or fit."""
+        if self.fit not in ("crop", "pad"):
+            raise UserError(f"fit '{self.fit}': choose crop or pad")
         if self.encoding not in SUFFIXES:
             raise UserError(f"encoding '{self.encoding}': choose one of {', '.join(SUFFIXES)}")
         for name in ("resolution", "min_px", "max_words", "max_letters"):
@@ -80,38 +79,49 @@ class Preparation:
     def description(self) -> str:
         """The settings in words; part of the identity of the shards."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
-        told = [f"{name} {value}" for name, value in named.items() if value not in (None, 0)]
+        told = [f"{name} {value}" for name, value in named.items() if value not in (None, 0, "crop")]
         if self.resolution is not None:  # the bytes of changed images are the library's
             told.append(f"Pillow {PIL.__version__}")
         return f"prepared: {', '.join(told)}"
 
     def __call__(self, sample: Sample) -> Sample:
-        """`sample`, fitted. json gets "width" and "height" of the original (of several the last one, an edit's target)
-        where one is resized.
+        """`prepare` without the counts."""
+        return self.prepare(sample)[0]
+
+    def prepare(self, sample: Sample) -> tuple[Sample, Cut]:
+        """`sample`, fitted, and what that took away. json gets "width" and "height" of the original (of several the
+        last one, an edit's target) where one is resized.
 
         Raises BadItemError: no image, unclear images, bad json, caption length, unreadable image, too small, aspect,
         sizes differ.
         """
         meta = _read_meta(sample)
-        images = {part: _open_upright(sample, part) for part in _one_of_each_role(sample)}
+        images = {part: _open(sample, part) for part in _one_of_each_role(sample)}
+        sizes = {part: upright_size(image) for part, image in images.items()}
         fitted = self._kept_captions(sample.key, meta)
-        for part, (image, _) in images.items():
-            self._check_size(sample.key, part, image)
-        _check_aspects(sample.key, {part.rpartition(".")[0]: image for part, (image, _) in images.items()})
+        for part, size in sizes.items():
+            self._check_size(sample.key, part, size)
+        _check_aspects(sample.key, {part.rpartition(".")[0]: size for part, size in sizes.items()})
         prepared = {part: payload for part, payload in sample.parts.items() if part not in images}
-        for part, (image, is_turned) in images.items():
+        for part, image in images.items():
             suffix, payload = image_suffix(sample.parts[part]), sample.parts[part]
-            if is_turned or not self._fits(image):
+            if turn_of(image) is not None or not self._fits(sizes[part]):
                 suffix, payload = SUFFIXES[self.encoding], self._encode(sample.key, part, image)
             prepared[part_name(part.rpartition(".")[0], suffix)] = payload
-        if not all(self._fits(image) for image, _ in images.values()):
-            fitted |= {"width": image.width, "height": image.height}
+        if not all(map(self._fits, sizes.values())):
+            width, height = list(sizes.values())[-1]
+            fitted |= {"width": width, "height": height}
         if fitted != meta:
             prepared["json"] = json.dumps(fitted, sort_keys=True).encode()
-        return replace(sample, parts=prepared)
+        return replace(sample, parts=prepared), self._cut(list(sizes.values()))
 
-    def _fits(self, image: Image.Image) -> bool:
-        return self.resolution is None or image.size == (self.resolution, self.resolution)
+    def _cut(self, sizes: Sequence[tuple[int, int]]) -> Cut:
+        if self.resolution is None or self.fit == "pad":
+            return Cut()
+        return Cut(len(sizes), sum(1 - min(size) / max(size) > CUT_AREA for size in sizes))
+
+    def _fits(self, size: tuple[int, int]) -> bool:
+        return self.resolution is None or size == (self.resolution, self.resolution)
 
     def _kept_captions(self, key: str, meta: Mapping[str, Any]) -> dict[str, Any]:
         """The json with the captions of allowed length. Raises BadItemError: none of them is."""
@@ -131,11 +141,14 @@ class Preparation:
             and (self.max_letters is None or len(text) <= self.max_letters)
         )
 
-    def _check_size(self, key: str, part: str, image: Image.Image) -> None:
-        short_px, long_px = sorted(image.size)
-        shape = f"'{part}' has {image.width}x{image.height} px"
+    def _check_size(self, key: str, part: str, size: tuple[int, int]) -> None:
+        short_px, long_px = sorted(size)
+        shape = f"'{part}' has {size[0]}x{size[1]} px"
         min_px = self.min_px or self.resolution
-        if min_px is not None and short_px < min_px:
+        if self.min_px is None and self.fit == "pad":  # which enlarges nothing while the longer side is there
+            if min_px is not None and long_px < min_px:
+                raise BadItemError(key, f"too small: {shape}, the longer side must have {min_px}")
+        elif min_px is not None and short_px < min_px:
             raise BadItemError(key, f"too small: {shape}, the shorter side must have {min_px}")
         if self.max_aspect is not None and long_px > self.max_aspect * short_px:
             raise BadItemError(key, f"aspect: {shape}, sides may differ by a factor of {self.max_aspect:g}")
@@ -145,7 +158,7 @@ class Preparation:
         image = to_rgb(image)
         if self.resolution is not None:
             try:
-                image = fit_square(image, self.resolution)
+                image = fit_square(image, self.resolution, pad=self.fit == "pad")
             except UserError as error:
                 raise BadItemError(key, f"aspect: '{part}': {error}") from None
         image.info.clear()
@@ -160,9 +173,9 @@ class Preparation:
 
 
 def select_texts(value: object, keep: Callable[[str], bool] = bool) -> Texts | None:
-    """What `keep` takes of a caption field (a text, a list, or kind -> text), stripped; empty texts never.
+    """What `keep` takes of a caption field (a text, a list, or kind -> text), cleaned; empty texts never.
 
-    Half a surrogate pair, which JSON can hold and tokenizers refuse, becomes "?". None: nothing is left.
+    Nor those with zero bytes, which are no text. None: nothing is left.
     """
     if isinstance(value, list):
         return [text for item in value if (text := _select_text(item, keep))] or None
@@ -186,8 +199,8 @@ def clean_splits(splits: object) -> object:
 def _select_text(value: object, keep: Callable[[str], bool]) -> str | None:
     if not isinstance(value, str):
         return None
-    text = value.encode("utf-8", "replace").decode().strip()
-    return text if text and keep(text) else None
+    text = clean_text(value)
+    return text if text and "\0" not in text and keep(text) else None
 
 
 def _read_meta(sample: Sample) -> dict[str, Any]:
@@ -207,27 +220,21 @@ def _one_of_each_role(sample: Sample) -> list[str]:
     return parts
 
 
-def _open_upright(sample: Sample, part: str) -> tuple[Image.Image, bool]:
-    """The image as it is to be looked at, and whether it had to be turned for that."""
+def _open(sample: Sample, part: str) -> Image.Image:
     try:
-        image = open_image(io.BytesIO(sample.parts[part]))
+        return open_image(io.BytesIO(sample.parts[part]))
     except ValueError as error:
         raise BadItemError(sample.key, f"unreadable image: '{part}': {error}") from None
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except DECODE_ERRORS:
-        turn = None  # damaged notes of the camera beside a sound image
-    return (image, False) if turn is None else (image.transpose(turn), True)
 
 
-def _check_aspects(key: str, images: Mapping[str, Image.Image]) -> None:
-    """Source and target of an edit show the same: cut to a square they must still do so. `images`: by role.
+def _check_aspects(key: str, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Source and target of an edit show the same: cut to a square they must still do so. `sizes`: of images, by role.
 
     Several sources, and the images of an interleaved sample, need not.
     """
-    if is_interleaved(images) or len(of_kind(images, "source")) > 1:
+    if is_interleaved(sizes) or len(of_kind(sizes, "source")) > 1:
         return
-    aspects = [image.width / image.height for image in images.values()]
+    aspects = [width / height for width, height in sizes.values()]
     if max(aspects) > min(aspects) * (1 + EQUAL_ASPECT):
-        sizes = " and ".join(f"{image.width}x{image.height}" for image in images.values())
-        raise BadItemError(key, f"sizes differ: {sizes} px")
+        told = " and ".join(f"{width}x{height}" for width, height in sizes.values())
+        raise BadItemError(key, f"sizes differ: {told} px")

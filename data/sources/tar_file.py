@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.shard_index import TAR_BLOCK_BYTES
+from engine import files
 from engine.config import UserError
 
 AGAIN = "download or copy it again"
@@ -54,7 +55,7 @@ class TarReader:
         """Raises UserError: no such file."""
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = files.open_regular(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be opened ({error.strerror}); check the path") from None
         self.num_bytes = os.fstat(self._descriptor).st_size

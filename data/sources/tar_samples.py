@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.sources.base import BadItemError, files_below
+from data.sources.base import BadItemError
+from data.sources.folders import below, tell_passed_over
 from data.sources.tar_file import Member, TarReader
 from engine.config import UserError
 
@@ -60,7 +61,7 @@ def groups(tar: TarReader) -> Iterator[Group | BadItemError]:
 def find_tars(paths: Sequence[Path]) -> list[Path]:
     """The tars `paths`, in their order; a folder stands for every *.tar below it, in the order of their paths.
 
-    Linked folders count; other files and those whose names start with a dot are ignored. Raises UserError: no such
+    Which files count is said in data/sources/folders.py; those that are no tars are told. Raises UserError: no such
     file or folder, no tar at all, a tar given twice or reached by two links.
     """
     found: list[Path] = []
@@ -68,8 +69,10 @@ def find_tars(paths: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder; give tars, or folders with tars")
         if path.is_dir():
-            below = files_below(path)
-            found += sorted(tar for tar in below if tar.suffix == ".tar" and tar.name[0] != ".")
+            there = below(path)
+            names = [name for name in there.files if name.endswith(".tar")]
+            found += [path / name for name in names]
+            tell_passed_over(path, sorted({*there.files, *dict(there.others)} - set(names)))
         else:
             found.append(path)
     if not found:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.captions import TEXT_FIELDS, read_object
+from data.captions import TEXT_FIELDS, clean_text, read_object
 from data.images import IMAGE_PARTS, part_name
 from data.layouts import ROLE_PATTERN, check_roles, is_interleaved, of_kind, read_splits
 from data.shard_index import KEY_PATTERN
@@ -23,8 +23,10 @@ from data.shards import Sample
 from data.sources.base import BadItemError, Unit
 from data.sources.caption_table import CaptionTable
 from data.sources.prepare import Texts, clean_splits, select_texts
+from data.sources.table_values import shown, whole_number_in
 from data.sources.tar_file import TarReader
 from data.sources.tar_samples import Group, groups
+from data.sources.text_files import decode_text
 from engine import files
 from engine.config import UserError
 
@@ -93,7 +95,7 @@ class WebDatasetSource:
         payloads = {part: tar.payload(group.parts[part]) for part in TEXT_PARTS if part in group.parts}
         tree = _tree(key, payloads.get("json", b"{}"))
         if "cls" in payloads:
-            tree["label"] = _label(key, payloads["cls"])
+            tree["label"] = _label(key, "cls", _decoded(key, "cls", payloads["cls"]))
         texts: dict[str, Texts] = {}
         if is_interleaved(images):
             tree["splits"] = _splits(key, tree, images)
@@ -104,8 +106,10 @@ class WebDatasetSource:
             texts = {"instructions": [found] if isinstance(found, str) else found}
         else:
             texts = self._captions(key, group.key, tree, _decoded(key, "txt", payloads.get("txt", b"")))
-            is_class = isinstance(tree.get("label"), int) and self._table is None and not self._caption_fields
-            if not texts and not is_class:
+            wants_class = self._table is None and not self._caption_fields
+            if not texts and wants_class and tree.get("label") is not None:
+                tree["label"] = _label(key, "json", tree["label"])
+            elif not texts:
                 raise BadItemError(
                     key, f"no caption: all are empty or missing; the parts are {', '.join(group.parts)}"
                 )
@@ -172,16 +176,19 @@ def _tree(key: str, payload: bytes) -> dict[str, Any]:
 
 def _decoded(key: str, part: str, payload: bytes) -> str:
     try:
-        return payload.decode().strip()
-    except UnicodeDecodeError as error:
-        raise BadItemError(key, f"bad text: part '{part}' is not UTF-8 ({error.reason})") from None
+        return clean_text(decode_text(payload))
+    except ValueError as error:
+        raise BadItemError(key, f"bad text: part '{part}' is no text ({error})") from None
 
 
-def _label(key: str, payload: bytes) -> int:
-    text = _decoded(key, "cls", payload)
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise BadItemError(key, f"bad label: '{text[:20]}' in part 'cls' is not a whole number")
-    return int(text)
+def _label(key: str, part: str, value: object) -> int:
+    try:
+        label = whole_number_in(value)
+    except ValueError as error:
+        raise BadItemError(key, f"bad label: part '{part}' holds {error}") from None
+    if label is None or label < 0:
+        raise BadItemError(key, f"bad label: part '{part}' holds {shown(value)}, no class number")
+    return label
 
 
 def _prefixes(names: Sequence[str]) -> list[str]:

@@ -12,16 +12,17 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Mapping, MutableSequence, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.processes import forked
 from data.progress import REPORT_EVERY_S, ProgressLine
-from data.shards import OpenShard, ShardProgress, finished_shard, shard_name, write_manifest
+from data.shard_index import Cut
+from data.shards import OpenShard, Sample, ShardProgress, finished_shard, shard_name, write_manifest
 from data.sources import deduplicate
 from data.sources.base import BadItemError, Source
 from data.sources.deduplicate import remove_duplicates
-from data.sources.prepare import Preparation
+from data.sources.prepare import CUT_AREA, Preparation
 from engine.config import UserError
 
 WAIT_REPORT_EVERY_S = 30.0
@@ -38,11 +39,20 @@ class Ledger:
     num_written: int
     num_rejected: int
     reasons: tuple[tuple[str, int], ...] = ()  # kinds of rejection, the most frequent first
+    cut: Cut = field(default_factory=Cut)
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{kind} {count}" for kind, count in self.reasons)
         line = f"read {self.num_read} = written {self.num_written} + rejected {self.num_rejected}"
         return f"{line} ({reasons})" if reasons else line
+
+    @property
+    def cut_line(self) -> str:
+        """What the crop to a square took away; "" where it was little."""
+        if not self.cut.num_cut:
+            return ""
+        lost = f"{self.cut.num_cut} of {self.cut.num_images} images lost more than {100 * CUT_AREA:.0f} % of their area"
+        return f"{lost} to the square crop; --fit pad keeps all of it, on white"
 
 
 @dataclass(frozen=True)
@@ -235,7 +245,11 @@ def ledger(shards: Sequence[ShardProgress]) -> Ledger:
     num_rejected = sum(len(shard.rejected) for shard in shards)
     num_written = sum(shard.entry.num_samples for shard in shards if shard.entry is not None)
     return Ledger(
-        sum(shard.num_read for shard in shards), num_written, num_rejected, tuple(kinds.most_common())
+        sum(shard.num_read for shard in shards),
+        num_written,
+        num_rejected,
+        tuple(kinds.most_common()),
+        sum((shard.cut for shard in shards if shard.cut is not None), Cut()),
     )
 
 
@@ -243,6 +257,7 @@ def _write_unit(
     task: _Task, counts: MutableSequence[int], slot: int, prepare: Preparation | None, strict: bool
 ) -> None:
     rejected: list[tuple[str, str]] = []
+    cut = Cut()
     shard = OpenShard(task.path)
     try:
         for item in task.source.items(task.unit):
@@ -250,7 +265,9 @@ def _write_unit(
             try:
                 if isinstance(item, BadItemError):
                     raise item
-                shard.add(item if prepare is None else prepare(item))
+                sample, lost = (item, Cut()) if prepare is None else prepare.prepare(item)
+                _add(shard, sample, task)
+                cut += lost
             except BadItemError as error:
                 if strict:
                     raise
@@ -258,4 +275,11 @@ def _write_unit(
     except BaseException:
         shard.drop()
         raise
-    shard.close(task.identity, tuple(rejected), counts[slot])
+    shard.close(task.identity, tuple(rejected), counts[slot], cut if cut.num_images else None)
+
+
+def _add(shard: OpenShard, sample: Sample, task: _Task) -> None:
+    try:
+        shard.add(sample)
+    except UserError as error:  # a repeated key: the input must say which
+        raise UserError(f"{task.source.units[task.unit].name}: {error}") from None

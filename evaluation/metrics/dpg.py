@@ -12,11 +12,13 @@ whose questions depend on a missing one fails and is left out; categories see th
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.sources.text_files import read_text
 from engine.config import UserError
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -51,14 +53,11 @@ class Graph:
 def read_graphs(path: Path, official_faults: bool = False) -> dict[str, Graph]:
     """Graph of every item id. Raises UserError naming the row: no such file, another table, no number."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(enumerate(reader, start=2))
-            absent = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"{path}: cannot be read as CSV ({type(error).__name__}); give dpg_bench.csv"
-        ) from None
+        reader = csv.DictReader(io.StringIO(read_text(path, "CSV"), newline=""))
+        rows = list(enumerate(reader, start=2))
+        absent = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    except csv.Error as error:
+        raise UserError(f"{path}: cannot be read as CSV ({error}); give dpg_bench.csv") from None
     if absent or not rows:
         raise UserError(f"{path}: has no {', '.join(absent) or 'rows'}; give dpg_bench.csv of DPG-Bench")
     nodes: dict[str, list[Node]] = {}
@@ -71,6 +70,8 @@ def read_graphs(path: Path, official_faults: bool = False) -> dict[str, Graph]:
                 row["tuple"].split("(")[0].split("-")[0].strip(),
                 row["question_natural_language"].strip(),
             )
+            if not row["item_id"]:
+                raise ValueError("item_id")
         except (ValueError, AttributeError, TypeError):
             raise UserError(
                 f"{path}:{number}: proposition_id or dependency is no number; fetch it again"

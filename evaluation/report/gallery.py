@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from data.images import read_rgb_file
 from evaluation.manifest import Item
 from evaluation.report.inputs import Evaluation
 
@@ -111,8 +112,7 @@ def _image(evaluation: Evaluation, item: Item, role: str) -> str:
     path = evaluation.images.path(item, role)
     if not path.is_file():
         return '<span class="absent">image is gone</span>'
-    with Image.open(path) as opened:
-        return inlined(opened.convert("RGB"), f"{role} of {item.key}", MAX_SMALL_PX, MAX_PX)
+    return inlined(read_rgb_file(path), f"{role} of {item.key}", MAX_SMALL_PX, MAX_PX)
 
 
 def _text(item: Item, field: str) -> str:

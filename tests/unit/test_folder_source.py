@@ -86,23 +86,33 @@ def test_labels_are_the_folders_in_sorted_order(images: Path) -> None:
     assert meta(source, 3) == {"label": 1, "class": "deep", "file": "deep/c.WEBP"}
 
 
-def test_folders_are_entered_through_links_but_never_in_a_circle(images: Path) -> None:
+def test_folders_are_entered_through_links_and_a_circle_is_refused_by_name(images: Path) -> None:
     """A hundred classes of ImageNet are often a folder of links."""
     subset = images.parent / "subset"
     subset.mkdir()
     (subset / "deep").symlink_to(images / "deep")
     write_image(images.parent / "other/x.png")
     (subset / "other").symlink_to("../other")
-    (subset / "self").symlink_to("self")
-    (images / "deep/up").symlink_to(images / "deep")  # back to where it lies
-    (images.parent / "other/round").symlink_to(subset)
-    (subset / "folder.png").mkdir()  # no image, whatever its name
     files = [
         meta(source, index)["file"]
         for source in [FolderSource(subset, labels=True)]
         for index in range(len(source))
     ]
     assert files == ["deep/c.WEBP", "other/x.png"]
+    for name, place, to in (
+        ("self", subset / "self", "self"),
+        ("up", images / "deep/up", images / "deep"),  # back to where it lies
+        ("round", images.parent / "other/round", subset),
+        ("above", subset / "above", "/"),
+    ):
+        place.symlink_to(to)
+        with pytest.raises(UserError, match=f"{name}: a circle of links"):
+            FolderSource(subset)
+        place.unlink()
+    (subset / "folder.png").mkdir()  # no image, whatever its name
+    with pytest.raises(UserError, match=r"folder.png: a class folder without an image"):
+        FolderSource(subset, labels=True)
+    assert len(FolderSource(subset)) == 2
 
 
 def test_folder_that_cannot_be_listed_is_not_left_out(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

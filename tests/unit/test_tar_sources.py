@@ -402,8 +402,11 @@ def test_tars_in_linked_folders_are_found(tmp_path: Path) -> None:
         write_tar(tmp_path / "elsewhere" / name, img2dataset(1))
     for name in ("b", "a.deep"):
         (tmp_path / "set" / name).symlink_to(tmp_path / "elsewhere" / name)
-    (tmp_path / "elsewhere/b/loop").symlink_to(tmp_path / "set")
     assert find_tars([tmp_path / "set"]) == [tmp_path / "set/a.deep/0.tar", tmp_path / "set/b/1.tar"]
+    (tmp_path / "elsewhere/b/loop").symlink_to(tmp_path / "set")
+    with pytest.raises(UserError, match=r"set/b/loop: a circle of links"):
+        find_tars([tmp_path / "set"])
+    (tmp_path / "elsewhere/b/loop").unlink()
     (tmp_path / "set" / "c").symlink_to(tmp_path / "elsewhere" / "b")
     with pytest.raises(UserError, match=r"b/1\.tar: given twice, or by two links"):
         find_tars([tmp_path / "set"])

@@ -1,0 +1,170 @@
+"""Folders that people bring: one walk, with one set of rules, for every command that reads files below a folder.
+
+Names that start with a dot and `__MACOSX` are passed over: programs leave them there (.DS_Store, ._0.png,
+.ipynb_checkpoints), no person means them. Links to files and folders are followed. Names are ordered as texts, with
+"/" between folders.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from data.images import IMAGE_PARTS
+from engine.config import UserError
+
+MAC_FOLDER = "__MACOSX"
+SIDECARS = ("txt", "json")  # beside an image: its caption
+MAX_NAMED = 3  # files that a note names
+
+
+@dataclass(frozen=True)
+class Below:
+    """What lies below a folder; names are relative to it, with "/", sorted."""
+
+    files: tuple[str, ...]
+    """Regular files, and links that lead nowhere: whoever opens one says so."""
+    others: tuple[tuple[str, str], ...]
+    """(name, reason) of what cannot be read as a file: pipes, sockets, devices."""
+    folders: tuple[str, ...]
+    """Those directly in it."""
+
+
+@dataclass(frozen=True)
+class ImagesBelow:
+    """The image files below a folder."""
+
+    folder: Path
+    names: tuple[str, ...]
+    """Relative to it, sorted."""
+    others: tuple[tuple[str, str], ...]
+    """(name, reason) of all files that are neither images nor the caption of one."""
+    folders: tuple[str, ...]
+    """Those directly in it, with and without images."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """The images' files."""
+        return [self.folder / name for name in self.names]
+
+    def classes(self) -> list[str]:
+        """The folders directly in it, sorted: a class each.
+
+        Raises UserError: one without an image, since a class that is not counted shifts the labels after it.
+        """
+        filled = {name.partition("/")[0] for name in self.names if "/" in name}
+        for name in self.folders:
+            if name not in filled:
+                raise UserError(
+                    f"{self.folder / name}: a class folder without an image ({', '.join(IMAGE_PARTS)}); fill it or "
+                    "take it out: the labels of all classes after it depend on it"
+                )
+        return list(self.folders)
+
+    def tell_others(self) -> None:
+        """One line on stderr about files that are not read, if there are any."""
+        tell_passed_over(self.folder, [name for name, _ in self.others])
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over."""
+    return name.startswith(".") or name == MAC_FOLDER
+
+
+def below(folder: Path, *, without: Path | None = None) -> Below:
+    """Everything below `folder` but what is hidden, and what lies in the folder `without`.
+
+    Raises UserError: a folder that cannot be read, a circle of links.
+    """
+    skipped = _identity(without) if without is not None and without.is_dir() else None
+    root = folder.resolve()
+    above = frozenset(_identity(path) for path in (root, *root.parents))
+    files: list[str] = []
+    others: list[tuple[str, str]] = []
+    folders: list[str] = []
+    todo = [("", above)]  # a folder, and those that lead to it
+    while todo:
+        prefix, way = todo.pop()
+        for entry in _entries(folder / prefix):
+            name = prefix + entry.name
+            if is_hidden(entry.name):
+                continue
+            try:
+                identity = _identity(folder / name) if entry.is_dir() else None
+                is_file = entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))  # noqa: PTH110
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise _refused(folder / name, error) from None
+                raise UserError(f"{folder / name}: a circle of links; remove the link") from None
+            if identity in way:
+                raise UserError(
+                    f"{folder / name}: a circle of links, it leads back to {(folder / name).resolve()}; remove the link"
+                )
+            if identity is None:
+                (files.append(name) if is_file else others.append((name, "a pipe or device")))
+            elif identity != skipped:
+                todo.append((f"{name}/", way | {identity}))
+                folders += [] if prefix else [name]
+    return Below(tuple(sorted(files)), tuple(sorted(others)), tuple(sorted(folders)))
+
+
+def images_below(
+    folder: Path, suffixes: Sequence[str] = IMAGE_PARTS, *, without: Path | None = None
+) -> ImagesBelow:
+    """The image files below `folder`, by their names. Raises UserError: no such folder, as `below`."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder that holds the images")
+    found = below(folder, without=without)
+    names = tuple(name for name in found.files if suffix_of(name) in suffixes)
+    stems = {_stem(name) for name in names}
+    others = list(found.others)
+    for name in found.files:
+        if suffix_of(name) in suffixes or (suffix_of(name) in SIDECARS and _stem(name) in stems):
+            continue
+        if suffix_of(name) in SIDECARS:
+            others.append((name, "no image of this name lies beside it"))
+        else:
+            kinds = ", ".join(f".{suffix}" for suffix in suffixes)
+            others.append((name, f"images are {kinds}; convert it, or take it out"))
+    return ImagesBelow(folder, names, tuple(sorted(others)), found.folders)
+
+
+def suffix_of(name: str) -> str:
+    """ "jpg" of "a/b.JPG"."""
+    return PurePosixPath(name).suffix.lower().lstrip(".")
+
+
+def tell_passed_over(folder: object, names: Sequence[str]) -> None:
+    """One line on stderr about files below `folder` that are not read, if there are any; one rank says it."""
+    if names and os.environ.get("RANK", "0") == "0":
+        named = ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
+        line = (
+            f"{folder}: {len(names)} other {'file is' if len(names) == 1 else 'files are'} not read: {named}"
+        )
+        print(line, file=sys.stderr, flush=True)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise _refused(folder, error) from None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """What two ways to one folder share."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}); check the folder's permissions")
+
+
+def _stem(name: str) -> str:
+    return name[: len(name) - len(PurePosixPath(name).suffix)]
