@@ -203,8 +203,8 @@ def _end_bytes(size: PackSize, config: GeneratorConfig, channels: int, sizes: _S
 
 
 def _head_token_bytes(head: DdtHeadConfig, channels: int, sizes: _Sizes) -> int:
-    """A layer: both norms (input and output), 1 + scale, what enters the products: 8 values; q, k and v as one tensor; q,
-    k, v, the attention's output and its projection, six modulations, the MLP's output; inside the MLP four wide values.
+    """A layer: both norms (input and output), 1 + scale, what enters the products: 8 values; q, k and v as one tensor;
+    q, k, v, the attention's output and its projection, six modulations, the MLP's output; in the MLP four wide values.
     """
     layer = (8 + 3 + 12) * head.width * sizes.product + 4 * head.mlp_width * sizes.product
     layer += FP32_BYTES * (2 + 3 * head.num_heads)

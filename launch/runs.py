@@ -9,7 +9,7 @@ from data.class_batch import ClassPackingConfig
 from data.images import PixelConfig
 from data.packing import PackingConfig
 from data.stream import DataConfig
-from engine.config import UserError
+from engine.config import ConfigError, UserError
 from engine.engine_config import EngineConfig
 from evaluation.judges.emoji import JudgeConfig
 from generator.class_conditional.config import DitConfig
@@ -87,6 +87,9 @@ class GeneratorRun:
     task: Task | None = None
     """What is learned. The entry point fills it in, so that the run folder's config.json says it."""
 
+    def __post_init__(self) -> None:
+        _check_compile(self.flow.compile, self.engine)
+
     def learning(self, task: Task) -> GeneratorRun:
         """This run with its task filled in. Raises UserError: it is a run of the other task; a text loss for samples
         that mark no text.
@@ -125,6 +128,9 @@ class ClassRun:
     evaluation: ClassEvaluationConfig | None = None
     """Scores while the training goes on; None: none."""
 
+    def __post_init__(self) -> None:
+        _check_compile(self.flow.compile, self.engine)
+
     @property
     def sampling(self) -> ClassSamplingConfig:
         """`preview_sampling` under the time shift of the training: what sample_class.py and evaluations draw with."""
@@ -148,3 +154,11 @@ class EncodeRun(EncodeConfig):
             for shards, out in self.also.items()
         ]
         return [first, *further]
+
+
+def _check_compile(is_on: bool, engine: EngineConfig) -> None:
+    if is_on and engine.zero_stage == 3:
+        raise ConfigError(
+            "flow.compile is true and engine.zero_stage 3: compiled layers read weights that ZeRO-3 took away; set "
+            "flow.compile to false or engine.zero_stage to 1 or 2"
+        )

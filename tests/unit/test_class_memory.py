@@ -159,8 +159,8 @@ def test_a_whole_step_is_as_full_as_estimated(
 
 
 def cpu_norm_bytes(config: DitConfig, num_tokens: int, precision: Precision, *, checkpointing: bool) -> int:
-    """A CPU's RMSNorm is made of single operations: it keeps what it has normed once more, in fp32; and of what comes in
-    bf16, which under autocast are queries, keys and a head's stream, an fp32 copy.
+    """A CPU's RMSNorm is made of single operations: it keeps what it has normed once more, in fp32; and of what
+    comes in bf16, which under autocast are queries, keys and a head's stream, an fp32 copy.
     """
     layers = [config.width] * config.num_layers
     layers += [] if config.head is None else [config.head.width] * config.head.num_layers
