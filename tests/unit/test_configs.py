@@ -208,5 +208,5 @@ def test_encoding_further_sets_uses_the_first_ones_statistics() -> None:
 def test_the_papers_runs_compile_but_not_under_zero_3(kind: type, path: str) -> None:
     run = config.load(kind, CONFIGS / "generator" / path)
     assert run.flow.compile
-    with pytest.raises(config.ConfigError, match="set flow.compile to false or engine.zero_stage to 1 or 2"):
+    with pytest.raises(config.ConfigError, match=r"set flow\.compile to false"):
         dataclasses.replace(run, engine=dataclasses.replace(run.engine, zero_stage=3))
