@@ -1,7 +1,7 @@
 """Kernels and bytes of one layer of the 0.5B mixture, forward and backward, without a GPU: python -m benchmarks.kernels
 
 A pack of 12,288 tokens (30 % text), bf16 weights under autocast, as the paper's runs. Eager: the forward pass is traced
-on fake CUDA tensors, so that autocast's casts and CUDA's fused norms are in it, and replayed with gradients; one operation
+on fake CUDA tensors, so that autocast's casts and CUDA's fused norms are in it, and replayed with gradients; an operation
 that moves data is one kernel, which reads its inputs and writes its outputs once. Compiled: the kernels that inductor's
 scheduler fuses, each read and written buffer once; it is asked on fake CPU tensors, whose bf16 norms need no autocast.
 The attention itself is one operation each way, and counted apart, as are matrix products.
@@ -205,8 +205,8 @@ def compiled() -> Moved:
 def _schedule(
     moved: Moved, between: Moved, graph: torch.fx.GraphModule, inputs: Sequence[Any]
 ) -> Callable[..., Any]:
-    """Adds the kernels that inductor would make of a graph, to `moved`. Gives back the graph itself, whose operations do
-    not count as those that autograd runs `between` the compiled functions.
+    """Adds the kernels that inductor would make of a graph, to `moved`. Gives back the graph itself, whose operations
+    do not count as those that autograd runs `between` the compiled functions.
     """
     mode = detect_fake_mode(inputs)
     assert mode is not None
