@@ -1,8 +1,8 @@
 """Kernels and bytes of one layer of the 0.5B mixture, forward and backward, without a GPU: python -m benchmarks.kernels
 
 A pack of 12,288 tokens (30 % text), bf16 weights under autocast, as the paper's runs. Eager: the forward pass is traced
-on fake CUDA tensors, so that autocast's casts and CUDA's fused norms are in it, and replayed with gradients; an operation
-that moves data is one kernel, which reads its inputs and writes its outputs once. Compiled: the kernels that inductor's
+on fake CUDA tensors, so that autocast's casts and CUDA's fused norms are in it, and replayed with gradients; what
+moves data is one kernel, which reads its inputs and writes its outputs once. Compiled: the kernels that inductor's
 scheduler fuses, each read and written buffer once; it is asked on fake CPU tensors, whose bf16 norms need no autocast.
 The attention itself is one operation each way, and counted apart, as are matrix products.
 """
