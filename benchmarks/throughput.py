@@ -49,7 +49,7 @@ def main() -> None:
     model = _model(arguments.layers).to(device, dtype)
     model.backbone.activation_checkpointing = arguments.checkpointing
     if arguments.compile:
-        model.backbone.compile_layers()
+        model.compile_layers()
     batch = _pack(arguments.tokens).to(device)
     flops = training_flops(PackSize.of(batch), model.config, LATENTS.shape[0])
     for kernel in arguments.kernels:

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import ConfigError
+from generator.compiling import Compiler, backend_for, whole
 from generator.embeddings import LatentEmbedding
-from generator.mot import RmsNorm, SwiGlu
+from generator.mot import SwiGlu
+from tokenizer.norms import RmsNorm
 
 WithinImages = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v [T, N, H] -> [T, N, H], every image attending to itself."""
@@ -80,6 +82,12 @@ class DdtHead(nn.Module):
         shift_TW, scale_TW = self.modulation(condition_TW).chunk(2, dim=1)
         return _modulate(self.norm(x_TW), shift_TW, scale_TW)
 
+    def compile_layers(self, backend: Compiler) -> None:
+        """As Mot.compile_layers."""
+        for layer in self.layers:
+            assert isinstance(layer, DdtLayer)
+            layer.backend = backend
+
     @torch.no_grad()
     def reset_modulation(self) -> None:
         """adaLN-Zero (Peebles and Xie 2023): at the start every layer is the identity."""
@@ -90,12 +98,13 @@ class DdtHead(nn.Module):
 
 
 class DdtLayer(nn.Module):
-    """LightningDiT's block: adaLN, QK-norm, SwiGLU."""
+    """LightningDiT's block: adaLN, QK-norm, SwiGLU. `backend`: as of MotLayer."""
 
     def __init__(self, config: DdtHeadConfig) -> None:
         super().__init__()
         width, eps = config.width, config.norm_eps
         self.num_heads = config.num_heads
+        self.backend: Compiler | None = None
         self.modulation = nn.Linear(width, 6 * width)
         self.attention_norm = RmsNorm(width, eps=eps, elementwise_affine=False)
         self.qkv_proj = nn.Linear(width, 3 * width)
@@ -107,12 +116,27 @@ class DdtLayer(nn.Module):
 
     def forward(self, x_TW: Tensor, condition_TW: Tensor, attention: WithinImages) -> Tensor:
         """[T, W] -> [T, W]"""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition_TW).chunk(6, dim=1)
-        qkv_TW = self.qkv_proj(_modulate(self.attention_norm(x_TW), shift_a, scale_a))
+        backend = backend_for(self.backend, x_TW, condition_TW)
+        q_TNH, k_TNH, v_TNH, modulation_TE = whole(DdtLayer.heads, backend)(self, x_TW, condition_TW)
+        attended_TNH = attention(q_TNH, k_TNH, v_TNH)
+        wide = self.mlp.wide() if backend_for(backend, attended_TNH, modulation_TE) else None
+        return whole(DdtLayer.finish, backend)(self, x_TW, attended_TNH, modulation_TE, wide)
+
+    def heads(self, x_TW: Tensor, condition_TW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v [T, N, H]; shifts, scales and gates of attention and MLP [T, 6 W]."""
+        modulation_TE: Tensor = self.modulation(condition_TW)
+        shift_TW, scale_TW = modulation_TE.chunk(6, dim=1)[:2]
+        qkv_TW = self.qkv_proj(_modulate(self.attention_norm(x_TW), shift_TW, scale_TW))
         q_TNH, k_TNH, v_TNH = (part.unflatten(1, (self.num_heads, -1)) for part in qkv_TW.chunk(3, dim=1))
-        q_TNH, k_TNH = self.q_norm(q_TNH).to(v_TNH.dtype), self.k_norm(k_TNH).to(v_TNH.dtype)
-        x_TW = x_TW + gate_a * self.o_proj(attention(q_TNH, k_TNH, v_TNH).flatten(1))
-        out: Tensor = x_TW + gate_m * self.mlp(_modulate(self.mlp_norm(x_TW), shift_m, scale_m))
+        return self.q_norm(q_TNH), self.k_norm(k_TNH), v_TNH, modulation_TE
+
+    def finish(
+        self, x_TW: Tensor, attended_TNH: Tensor, modulation_TE: Tensor, wide: Tensor | None
+    ) -> Tensor:
+        """Output projection, residual, MLP (`wide`: its own), residual."""
+        _, _, gate_a, shift_m, scale_m, gate_m = modulation_TE.chunk(6, dim=1)
+        x_TW = x_TW + gate_a * self.o_proj(attended_TNH.flatten(1))
+        out: Tensor = x_TW + gate_m * self.mlp(_modulate(self.mlp_norm(x_TW), shift_m, scale_m), wide)
         return out
 
 

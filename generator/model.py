@@ -19,6 +19,7 @@ from data.shards import LatentInfo
 from engine.config import ConfigError, UserError, from_dict, to_dict
 from engine.files import read_json, write_json
 from generator.attention import Backend, JointAttention, attend, choose_backend, planned_attention
+from generator.compiling import Compiler
 from generator.embeddings import MAX_PERIOD, LatentEmbedding
 from generator.heads import DdtHead, DdtHeadConfig
 from generator.mot import Mot, MotConfig, init_mimetic, init_weights
@@ -125,6 +126,14 @@ class Generator(nn.Module):
         if config.init.startswith(QWEN_PREFIX):
             model._take_lm_head(load_qwen(model.backbone, config.init.removeprefix(QWEN_PREFIX)))
         return model
+
+    def compile_layers(self, backend: Compiler = "inductor") -> None:
+        """Compiles every layer's work before its attention and behind it. Layers, and models of one shape, share it;
+        copies and exports are those of the plain model.
+        """
+        self.backbone.compile_layers(backend)
+        if self.head is not None:
+            self.head.compile_layers(backend)
 
     def set_text_output(self, text_output: bool) -> None:
         """Whether text is an output from now on: what only it reads is trained, or frozen and its LM head dropped.

@@ -21,10 +21,16 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.config import ConfigError
 from generator.attention import JointAttention
+from generator.compiling import Compiler, backend_for, whole
+from generator.wide import stacked
+from tokenizer.norms import RmsNorm
 
 EMBEDDING_STD = 0.02
 MIMETIC_SHARE = 0.7  # of the shared basis in W_q and W_k
 MIMETIC_OUTPUT = 0.5  # of what is found that is added to the residual stream, over the heads of one key
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin of `rope_table`."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +71,6 @@ class MotConfig:
             raise ConfigError(f"width {self.width} is not a multiple of 4, as the 2-D positions need")
 
 
-class RmsNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, eq. 4), in the dtype of the weight.
-
-    Under autocast q and k arrive in bf16 beside fp32 weights, a pair for which PyTorch has no fused kernel.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> the same shape."""
-        return super().forward(x if self.weight is None else x.to(self.weight.dtype))
-
-
 class SwiGlu(nn.Module):
     """down(silu(gate(x)) * up(x)), no biases (Shazeer 2020)."""
 
@@ -85,10 +80,18 @@ class SwiGlu(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+    def forward(self, x_TD: Tensor, wide: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D]. `wide`: what `wide` gives, for one product; None: two."""
+        if wide is None:
+            gate_TM, up_TM = self.gate_proj(x_TD), self.up_proj(x_TD)
+        else:
+            gate_TM, up_TM = F.linear(x_TD, wide).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(F.silu(gate_TM) * up_TM)
         return out
+
+    def wide(self) -> Tensor:
+        """The weights of gate and up above one another."""
+        return stacked(self.gate_proj, self.up_proj)
 
 
 class Expert(nn.Module):
@@ -112,11 +115,6 @@ class Expert(nn.Module):
         self.post_attention_layernorm = RmsNorm(width, eps=eps)
         self.mlp = SwiGlu(width, config.mlp_width)
 
-    def compile_parts(self) -> None:
-        """torch.compile on everything but the attention, for any number of tokens."""
-        for name in ("queries", "keys_values", "finish"):
-            setattr(self, name, torch.compile(getattr(self, name), dynamic=True))
-
     def queries(self, normed_TD: Tensor) -> Tensor:
         """[T, D] -> [T, N, H], before rotation."""
         out: Tensor = self.q_norm(self.q_proj(normed_TD).unflatten(-1, (-1, self.head_dim)))
@@ -128,10 +126,28 @@ class Expert(nn.Module):
         v_TKH: Tensor = self.v_proj(normed_TD).unflatten(-1, (-1, self.head_dim))
         return k_TKH, v_TKH
 
-    def finish(self, x_TD: Tensor, attended_TNH: Tensor) -> Tensor:
-        """Output projection, residual, MLP, residual."""
+    def heads(self, x_TD: Tensor, wide: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, D] -> q [T, N, H], k, v [T, K, H], before rotation. `wide`: what `wide` gives, for one product; None:
+        three."""
+        normed_TD = self.input_layernorm(x_TD)
+        if wide is None:
+            k_TKH, v_TKH = self.keys_values(normed_TD)
+            return self.queries(normed_TD), k_TKH, v_TKH
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        out_TE = F.linear(normed_TD, wide, torch.cat(tuple(biases)) if biases else None)
+        parts = torch.split(out_TE, [linear.out_features for linear in linears], dim=-1)
+        q_TNH, k_TKH, v_TKH = (part.view(len(part), -1, self.head_dim) for part in parts)
+        return self.q_norm(q_TNH), self.k_norm(k_TKH), v_TKH
+
+    def wide(self) -> Tensor:
+        """The weights of q, k and v above one another."""
+        return stacked(self.q_proj, self.k_proj, self.v_proj)
+
+    def finish(self, x_TD: Tensor, attended_TNH: Tensor, wide: Tensor | None) -> Tensor:
+        """Output projection, residual, MLP (`wide`: its own), residual."""
         x_TD = x_TD + self.o_proj(attended_TNH.flatten(1))
-        out: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        out: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD), wide)
         return out
 
     def after_keys(self) -> Iterator[nn.Parameter]:
@@ -141,11 +157,16 @@ class Expert(nn.Module):
 
 
 class MotLayer(nn.Module):
-    """Both experts around one joint attention."""
+    """Both experts around one joint attention.
+
+    What lies before the attention and what lies behind it are whole functions, which `backend`, where it is set,
+    compiles; then weights that meet the same input are one matrix (generator/wide.py).
+    """
 
     def __init__(self, config: MotConfig, index: int) -> None:
         super().__init__()
         self.index = index
+        self.backend: Compiler | None = None
         self.understanding = Expert(config)
         self.generation = Expert(config)
 
@@ -153,7 +174,7 @@ class MotLayer(nn.Module):
         self,
         x_UD: Tensor,
         x_GD: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         attention: JointAttention,
         num_outputs: int | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -163,23 +184,65 @@ class MotLayer(nn.Module):
         `num_outputs` (last layer, no text loss): only the last so many generation tokens are read, so only they ask;
         all others give keys and values. Returns x_UD as it came, and [num_outputs, D].
         """
-        understanding, generation = self.understanding, self.generation
-        num_text = x_UD.shape[0]
-        normed_UD, normed_GD = understanding.input_layernorm(x_UD), generation.input_layernorm(x_GD)
-        k_UKH, v_UKH = understanding.keys_values(normed_UD)
-        k_GKH, v_GKH = generation.keys_values(normed_GD)
-        k_TKH = rotate(torch.cat([k_UKH, k_GKH]), rope, v_GKH.dtype)
-        v_TKH = torch.cat([v_UKH, v_GKH])
-        if num_outputs is None:
-            q_TNH = torch.cat([understanding.queries(normed_UD), generation.queries(normed_GD)])
-            attended_TNH = attention(self.index, rotate(q_TNH, rope, v_TKH.dtype), k_TKH, v_TKH)
-            x_UD = understanding.finish(x_UD, attended_TNH[:num_text])
-            return x_UD, generation.finish(x_GD, attended_TNH[num_text:])
-        first = x_GD.shape[0] - num_outputs
-        cos, sin = rope
-        asking = cos[num_text + first :], sin[num_text + first :]
-        q_GNH = rotate(generation.queries(normed_GD[first:]), asking, v_TKH.dtype)
-        return x_UD, generation.finish(x_GD[first:], attention(self.index, q_GNH, k_TKH, v_TKH))
+        text, latent = experts = (self.understanding, self.generation)
+        if num_outputs is not None:
+            cos, sin = (table[table.shape[0] - num_outputs :] for table in rope)
+            backend = backend_for(self.backend, x_UD, x_GD, *rope, cos, sin)
+            qkv = whole(last_heads, backend)(text, latent, x_UD, x_GD, rope, (cos, sin))
+            attended_GNH, x_GD = attention(self.index, *qkv), x_GD[x_GD.shape[0] - num_outputs :]
+            wide = latent.mlp.wide() if backend_for(backend, attended_GNH, x_GD) else None
+            return x_UD, whole(Expert.finish, backend)(latent, x_GD, attended_GNH, wide)
+        backend = backend_for(self.backend, x_UD, x_GD, *rope)
+        wides = [expert.wide() if backend else None for expert in experts]
+        qkv = whole(both_heads, backend)(text, latent, x_UD, x_GD, rope, *wides)
+        attended_TNH = attention(self.index, *qkv)
+        wides = [expert.mlp.wide() if backend_for(backend, attended_TNH) else None for expert in experts]
+        return whole(both_finish, backend)(text, latent, x_UD, x_GD, attended_TNH, *wides)
+
+
+def both_heads(
+    text: Expert,
+    latent: Expert,
+    x_UD: Tensor,
+    x_GD: Tensor,
+    rope: Rope,
+    wide_text: Tensor | None,
+    wide_latent: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [T, N, H] and k [T, K, H], rotated, and v [T, K, H] of all tokens."""
+    q_UNH, k_UKH, v_UKH = text.heads(x_UD, wide_text)
+    q_GNH, k_GKH, v_GKH = latent.heads(x_GD, wide_latent)
+    v_TKH = torch.cat([v_UKH, v_GKH])
+    k_TKH = rotate(torch.cat([k_UKH, k_GKH]), rope, v_TKH.dtype)
+    return rotate(torch.cat([q_UNH, q_GNH]), rope, v_TKH.dtype), k_TKH, v_TKH
+
+
+def both_finish(
+    text: Expert,
+    latent: Expert,
+    x_UD: Tensor,
+    x_GD: Tensor,
+    attended_TNH: Tensor,
+    wide_text: Tensor | None,
+    wide_latent: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What leaves the layer, [U, D] and [G, D]."""
+    num_text = x_UD.shape[0]
+    x_UD = text.finish(x_UD, attended_TNH[:num_text], wide_text)
+    return x_UD, latent.finish(x_GD, attended_TNH[num_text:], wide_latent)
+
+
+def last_heads(
+    text: Expert, latent: Expert, x_UD: Tensor, x_GD: Tensor, rope: Rope, asking: Rope
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`both_heads`, but that only the last generation tokens ask: those whose rotations `asking` holds."""
+    normed_UD, normed_GD = text.input_layernorm(x_UD), latent.input_layernorm(x_GD)
+    k_UKH, v_UKH = text.keys_values(normed_UD)
+    k_GKH, v_GKH = latent.keys_values(normed_GD)
+    v_TKH = torch.cat([v_UKH, v_GKH])
+    k_TKH = rotate(torch.cat([k_UKH, k_GKH]), rope, v_TKH.dtype)
+    q_GNH = latent.queries(normed_GD[normed_GD.shape[0] - asking[0].shape[0] :])
+    return rotate(q_GNH, asking, v_TKH.dtype), k_TKH, v_TKH
 
 
 class Mot(nn.Module):
@@ -222,12 +285,11 @@ class Mot(nn.Module):
         noisy_GD = self.generation_norm(x_GD[x_GD.shape[0] - num_outputs :])
         return self.understanding_norm(x_UD) if text_output else None, noisy_GD
 
-    def compile_layers(self) -> None:
-        """See Expert.compile_parts. The layers share what is compiled: they differ in their weights only."""
+    def compile_layers(self, backend: Compiler = "inductor") -> None:
+        """See Generator.compile_layers."""
         for layer in self.layers:
             assert isinstance(layer, MotLayer)
-            layer.understanding.compile_parts()
-            layer.generation.compile_parts()
+            layer.backend = backend
 
     def text_output_parameters(self) -> Iterator[nn.Parameter]:
         """What `forward(text_output=False)` never reads. Without a text loss these can get no gradient and
@@ -239,7 +301,7 @@ class Mot(nn.Module):
         yield from self.understanding_norm.parameters()
 
 
-def rope_table(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(positions_T: Tensor, head_dim: int, theta: float) -> Rope:
     """cos and sin of p theta^(-2k/H), k < H/2 (Su et al. 2021, eq. 15): two fp32 tensors [T, 1, H/2], once
     per batch.
     """
@@ -248,7 +310,7 @@ def rope_table(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
-def rotate(x_TNH: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+def rotate(x_TNH: Tensor, rope: Rope, dtype: torch.dtype) -> Tensor:
     """Rotates the pairs (k, k + H/2), as Qwen2 does; computed in fp32, returned in `dtype`."""
     cos, sin = rope
     first, second = x_TNH.chunk(2, dim=-1)

@@ -59,7 +59,9 @@ class FlowConfig:
     0 = none. Above it, generator.text_output must be true. Data that mark no text raise an alarm (engine.on_alarm).
     """
     compile: bool = False
-    """torch.compile on each layer's work before and after the attention: fused norms, rotations and SwiGLU."""
+    """torch.compile on all of a layer before its attention and all behind it: fused norms, rotations and SwiGLU, one
+    product for q, k and v and one for gate and up. Not with engine.zero_stage 3, which takes weights away between uses.
+    """
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: about a third more time, activations of one layer instead of
     all.
@@ -111,7 +113,7 @@ class FlowObjective(WithoutAdversary):
                 "generator.text_output is true, but flow.text_loss_weight is 0: set one of them right"
             )
         if config.compile:
-            model.backbone.compile_layers()
+            model.compile_layers()
 
     def to(self, device: torch.device) -> None:
         """Moves the model."""

@@ -144,7 +144,7 @@ def activation_bytes(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes of one value. Autocast runs norms in fp32, and casts what comes out anew for each product that takes it."""
+    """Bytes of one value. Norms keep the dtype of the residual; autocast casts an fp32 one anew for each product."""
 
     product: int  # inputs and outputs of matrix products and of the attention
     residual: int
@@ -155,18 +155,20 @@ class _Sizes:
     def of(cls, precision: str) -> _Sizes:
         if precision == "fp32":
             return cls(product=4, residual=4, copies_qkv=1, copies_mlp=1)
-        return cls(product=2, residual=2 if precision == "bf16" else 4, copies_qkv=3, copies_mlp=2)
+        if precision == "bf16":
+            return cls(product=2, residual=2, copies_qkv=1, copies_mlp=1)
+        return cls(product=2, residual=4, copies_qkv=3, copies_mlp=2)
 
 
 def _layer_bytes(size: PackSize, mot: MotConfig, sizes: _Sizes) -> int:
     query_width, kv_width = mot.num_heads * mot.head_dim, mot.num_kv_heads * mot.head_dim
-    normed = 2 * FP32_BYTES + (sizes.copies_qkv + sizes.copies_mlp) * sizes.product
+    normed = 2 * sizes.residual + (sizes.copies_qkv + sizes.copies_mlp) * sizes.product
     token = mot.width * normed + sizes.product * (
         3 * query_width + 4 * mot.mlp_width
     )  # q, and the output twice
     token += FP32_BYTES * (2 + mot.num_heads)  # of norms and of the softmax
     if mot.qk_norm:
-        token += FP32_BYTES * (mot.num_heads + mot.num_kv_heads) * (mot.head_dim + 1)
+        token += (mot.num_heads + mot.num_kv_heads) * (mot.head_dim * sizes.product + FP32_BYTES)
     num_tokens = size.num_understanding + size.num_generation
     return num_tokens * token + 2 * size.num_keys * kv_width * sizes.product
 
@@ -175,12 +177,12 @@ def _last_layer_bytes(size: PackSize, mot: MotConfig, sizes: _Sizes) -> int:
     """All tokens give keys and values; the rest is for noisy latents."""
     query_width, kv_width = mot.num_heads * mot.head_dim, mot.num_kv_heads * mot.head_dim
     copies = min(2, sizes.copies_qkv)
-    token = mot.width * (FP32_BYTES + copies * sizes.product) + FP32_BYTES
-    noisy = mot.width * (FP32_BYTES + (sizes.copies_qkv - copies + sizes.copies_mlp) * sizes.product)
+    token = mot.width * (sizes.residual + copies * sizes.product) + FP32_BYTES
+    noisy = mot.width * (sizes.residual + (sizes.copies_qkv - copies + sizes.copies_mlp) * sizes.product)
     noisy += sizes.product * (2 * query_width + 4 * mot.mlp_width) + FP32_BYTES * (1 + mot.num_heads)
     if mot.qk_norm:
-        token += FP32_BYTES * mot.num_kv_heads * (mot.head_dim + 1)
-        noisy += FP32_BYTES * mot.num_heads * (mot.head_dim + 1)
+        token += mot.num_kv_heads * (mot.head_dim * sizes.product + FP32_BYTES)
+        noisy += mot.num_heads * (mot.head_dim * sizes.product + FP32_BYTES)
     num_tokens = size.num_understanding + size.num_generation
     return num_tokens * token + size.num_noisy * noisy + 2 * size.output_keys * kv_width * sizes.product
 
@@ -190,9 +192,9 @@ def _end_bytes(size: PackSize, config: GeneratorConfig, channels: int, sizes: _S
     mot = config.backbone
     num_tokens = size.num_understanding + size.num_generation
     total = size.num_generation * channels * sizes.product + num_tokens * mot.head_dim * FP32_BYTES
-    total += size.num_noisy * (mot.width * (FP32_BYTES + sizes.product) + channels * FP32_BYTES)
+    total += size.num_noisy * (mot.width * (sizes.residual + sizes.product) + channels * FP32_BYTES)
     if config.text_output:
-        total += size.num_understanding * mot.width * FP32_BYTES
+        total += size.num_understanding * mot.width * sizes.residual
         rows = min(size.num_predicted, LOGIT_ROWS)
         total += rows * mot.vocab_size * (sizes.product + 2 * FP32_BYTES)
     if config.head is not None:
@@ -201,16 +203,13 @@ def _end_bytes(size: PackSize, config: GeneratorConfig, channels: int, sizes: _S
 
 
 def _head_token_bytes(head: DdtHeadConfig, channels: int, sizes: _Sizes) -> int:
-    """A layer: both norms (input and output), 1 + scale, what enters the products; q and k before their norms, v; q, k,
-    the attention's output and its projection, six modulations, the MLP's output; inside the MLP four wide values.
+    """A layer: both norms (input and output), 1 + scale, what enters the products: 8 values; q, k and v as one tensor,
+    of which v is a view; q, k, the attention's output and its projection, six modulations, the MLP's output; in the MLP
+    four wide values.
     """
-    norms = 2 * FP32_BYTES + sizes.product
-    modulated = 2 * norms + (1 + sizes.copies_mlp) * sizes.product
-    casts = 0 if sizes.product == FP32_BYTES else 2 * FP32_BYTES
-    before = 3 * sizes.product + casts  # v is a view of the product that gave all three
-    layer = head.width * (modulated + before + 11 * sizes.product) + 4 * head.mlp_width * sizes.product
+    layer = (8 + 3 + 11) * head.width * sizes.product + 4 * head.mlp_width * sizes.product
     layer += FP32_BYTES * (2 + 3 * head.num_heads)
-    ends = head.width * (norms + 3 * sizes.product) + channels * sizes.product
+    ends = 6 * head.width * sizes.product + channels * sizes.product
     return head.num_layers * layer + ends
 
 

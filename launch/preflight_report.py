@@ -62,6 +62,11 @@ class Preflight:
         """The config's switch."""
         return f"{self._trained}.{CHECKPOINTING}"
 
+    def zero_change(self, stage: int) -> str:
+        """What makes it a run of another ZeRO stage; the third takes no compiled layers."""
+        is_compiled = not isinstance(self.run, TokenizerRun) and self.run.flow.compile
+        return f"engine.zero_stage={stage}" + (" flow.compile=false" if stage == 3 and is_compiled else "")
+
     def with_pack(self, units: int) -> Plan:
         """With packs of so many tokens or images."""
         section, field = PACKS[type(self.run)]
@@ -120,7 +125,7 @@ def remedies(preflight: Preflight, num_gpus: int, gpu_gib: float) -> list[str]:
     """What to change so that the run fits, a line each, the cheapest first."""
     plan, limit = preflight.plan, (gpu_gib - CONTEXT_GIB) * GIB
     lines = [
-        f"engine.zero_stage={stage}: {plan.at(stage).peak(num_gpus) / GIB:.1f} GiB"
+        f"{preflight.zero_change(stage)}: {plan.at(stage).peak(num_gpus) / GIB:.1f} GiB"
         for stage in _allowed_stages(plan)
         if stage > plan.engine.zero_stage and plan.at(stage).peak(num_gpus) <= limit
     ]

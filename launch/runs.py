@@ -142,6 +142,7 @@ class GeneratorRun:
                 "generator.text_output is true, but flow.text_loss_weight is 0; set one of them right"
             )
         _check_decoder(self.evaluation, self.autoencoder)
+        _check_compile(self.flow.compile, self.engine)
 
     def learning(self, task: Task) -> GeneratorRun:
         """This run with its task filled in. Raises UserError: it is a run of the other task; a text loss for samples
@@ -188,6 +189,7 @@ class ClassRun:
                 f"flow.align.layer is {align.layer}, but generator.num_layers is {self.generator.num_layers}; lower it"
             )
         _check_decoder(self.evaluation, self.autoencoder)
+        _check_compile(self.flow.compile, self.engine)
 
     @property
     def sampling(self) -> ClassSamplingConfig:
@@ -219,3 +221,11 @@ class EncodeRun(EncodeConfig):
             for shards, out in self.also.items()
         ]
         return [first, *further]
+
+
+def _check_compile(is_on: bool, engine: EngineConfig) -> None:
+    if is_on and engine.zero_stage == 3:
+        raise ConfigError(
+            "flow.compile is true and engine.zero_stage 3: compiled layers read weights that ZeRO-3 took away; set "
+            "flow.compile to false or engine.zero_stage to 1 or 2"
+        )

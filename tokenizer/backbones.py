@@ -17,6 +17,7 @@ from engine import hub
 from engine.config import ConfigError, UserError
 from tokenizer import model_names
 from tokenizer.model_names import FieldValue
+from tokenizer.norms import LayerNorm, replace_norms
 
 Statistics = tuple[float, float, float]
 
@@ -82,7 +83,7 @@ def output_weight(mlp: nn.Module) -> nn.Parameter:
 
 def without_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
     """The same normalisation with neither weight nor bias."""
-    return nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+    return LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ def build_timm(
     if not is_vit or not isinstance(vit.norm, nn.LayerNorm):
         raise ConfigError(f"'{name}' is not a plain timm VisionTransformer or Eva with a final LayerNorm")
     vit.norm = without_affine(vit.norm)
+    replace_norms(vit)
     return TimmBackbone(vit, _timm_traits(vit))
 
 

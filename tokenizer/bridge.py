@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tokenizer.norms import LayerNorm
 from tokenizer.transformer import Layer, Mlp, SelfAttention, init_linears, run_layers
 
 NORM_EPS = 1e-5
@@ -38,10 +39,10 @@ class BridgeEncoder(nn.Module):
 
     def __init__(self, config: BridgeConfig, width: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attention_norm = LayerNorm(width, eps=NORM_EPS)
         self.attention = SelfAttention(width, config.num_heads)
         self.skip = nn.Linear(width, width)
-        self.mlp_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp_norm = LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, round(width * config.encoder_mlp_ratio))
         self.to_moments = nn.Linear(width, 2 * config.latent_channels)
         init_linears(self)

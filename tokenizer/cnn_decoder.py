@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.config import ConfigError
+from tokenizer.norms import replace_norms
 from tokenizer.pixel_decoder import PixelDecoderConfig
 
 NORM_GROUPS = 32
@@ -61,6 +62,7 @@ class CnnDecoder(nn.Module):
             layers_per_block=config.blocks_per_level - 1,  # diffusers adds one to the decoder's
             norm_num_groups=NORM_GROUPS,
         )
+        replace_norms(self.net)
         # Where its models get it from enable_gradient_checkpointing, a decoder alone must be told how.
         self.net._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)

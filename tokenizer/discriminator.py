@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from engine.config import ConfigError
+from tokenizer.norms import GroupNorm
 from tokenizer.representation import Representation, RepresentationConfig
 from tokenizer.weights import freeze
 
@@ -104,9 +105,9 @@ class Head(nn.Module):
         super().__init__()
         groups = NUM_GROUPS if width % NUM_GROUPS == 0 else 1
         self.first = SpectralConv1d(width, width, 1)
-        self.first_norm = nn.GroupNorm(groups, width)
+        self.first_norm = GroupNorm(groups, width)
         self.second = SpectralConv1d(width, width, kernel_size)
-        self.second_norm = nn.GroupNorm(groups, width)
+        self.second_norm = GroupNorm(groups, width)
         self.logit = SpectralConv1d(width, 1, 1)
 
     def forward(self, x_BDN: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import ConfigError
+from tokenizer.norms import LayerNorm
 from tokenizer.transformer import Layer, init_linears, run_layers
 
 NORM_EPS = 1e-12
@@ -76,7 +77,7 @@ class PixelDecoder(nn.Module):
         self.layers = nn.ModuleList(
             Layer(config.width, config.heads, config.mlp_width, NORM_EPS) for _ in range(config.layers)
         )
-        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.norm = LayerNorm(config.width, eps=NORM_EPS)
         self.to_pixels = nn.Linear(config.width, config.patch_px * config.patch_px * 3)
         self.register_buffer("positions", sincos_positions(config.width, grid), persistent=False)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tokenizer.norms import LayerNorm
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with biases and one fused projection (query, key, value)."""
@@ -52,9 +54,9 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, num_heads: int, mlp_width: int, norm_eps: float) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.attention_norm = LayerNorm(width, eps=norm_eps)
         self.attention = SelfAttention(width, num_heads)
-        self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp_norm = LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, mlp_width)
 
     def forward(self, x_BND: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from engine.config import ConfigError, UserError
 from tokenizer import model_names
 from tokenizer.backbones import Statistics, Traits, without_affine
 from tokenizer.model_names import FieldValue
+from tokenizer.norms import replace_norms
 from tokenizer.transformers_config import check_against_hub, one_line, vision_config
 
 IMAGENET: tuple[Statistics, Statistics] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -169,6 +170,7 @@ def build_transformers(
         check_against_hub(name, known)
     family = FAMILIES[config.model_type]
     setattr(vit, family.norm, without_affine(getattr(vit, family.norm)))
+    replace_norms(vit)
     return TransformersBackbone(vit, family, _traits(config, family))
 
 

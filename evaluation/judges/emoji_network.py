@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import ConfigError, UserError
+from tokenizer.norms import GroupNorm
 
 CELL_PX = 8
 NORM_GROUPS = 8
@@ -62,7 +63,7 @@ class JudgeNetwork(nn.Module):
             _Conv(second, last, stride=2),
             _Residual(last),
         )
-        self.norm = nn.GroupNorm(NORM_GROUPS, last)
+        self.norm = GroupNorm(NORM_GROUPS, last)
         self.object_head = nn.Conv2d(last, len(classes.objects) + 1, 1)
         self.background_head = nn.Linear(last, len(classes.backgrounds))
 
@@ -148,7 +149,7 @@ class _Conv(nn.Sequential):
     def __init__(self, num_in: int, num_out: int, stride: int = 1) -> None:
         super().__init__(
             nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False),
-            nn.GroupNorm(NORM_GROUPS, num_out),
+            GroupNorm(NORM_GROUPS, num_out),
             nn.ReLU(),
         )
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from generator.class_conditional.config import mlp_width
 from generator.embeddings import MAX_PERIOD, grid_sinusoids
-from generator.mot import EMBEDDING_STD, RmsNorm
+from generator.mot import EMBEDDING_STD
+from tokenizer.norms import RmsNorm
 
 TIME_FREQUENCIES = 256
 TIME_MLP_STD = 0.02

@@ -32,11 +32,13 @@ from generator.class_conditional.layers import (
     FinalLayer,
     FourierTime,
     PatchEmbedding,
+    Rope,
     init_parts,
     position_table,
     rope_2d,
     unpatchify,
 )
+from generator.compiling import Compiler, backend_for, whole
 from tokenizer.weights import load_exact, read_tensors, write_tensors
 
 WEIGHTS_NAME = "model.safetensors"
@@ -59,6 +61,7 @@ class ClassGenerator(nn.Module):
             raise ConfigError(f"patch {config.patch} does not divide the latent grid {height}x{width}")
         self.config, self.latents = config, latents
         self.activation_checkpointing = False
+        self._backend: Compiler | None = None
         self.grid = (height // config.patch, width // config.patch)
         self.t_embedder = FourierTime(config.width)
         self.y_embedder = ClassEmbedding(config.num_classes, config.width)
@@ -93,10 +96,9 @@ class ClassGenerator(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def compile_layers(self) -> None:
-        """torch.compile on every block; blocks of one width share what is compiled."""
-        for block in self.blocks:
-            block.compile()
+    def compile_layers(self, backend: Compiler = "inductor") -> None:
+        """Compiles every block whole; blocks of one width share what is compiled, for any number of images."""
+        self._backend = backend
 
     def save(self, directory: Path) -> None:
         """Writes model.safetensors and config.json (shape, latents) into an existing directory."""
@@ -106,14 +108,21 @@ class ClassGenerator(nn.Module):
 
     def _run(self, blocks: Iterable[nn.Module], num_heads: int, x_BTD: Tensor, condition: Tensor) -> Tensor:
         rope = rope_2d(self.grid, x_BTD.shape[-1] // num_heads, x_BTD.device)
+        backend = backend_for(self._backend, x_BTD, condition)
+        run = whole(_run_block, backend)
         for block in blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTD = checkpoint(
-                    block, x_BTD, condition, rope, use_reentrant=False, preserve_rng_state=False
+                    run, block, x_BTD, condition, rope, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x_BTD = block(x_BTD, condition, rope)
+                x_BTD = run(block, x_BTD, condition, rope)
         return x_BTD
+
+
+def _run_block(block: nn.Module, x_BTD: Tensor, condition: Tensor, rope: Rope) -> Tensor:
+    out: Tensor = block(x_BTD, condition, rope)
+    return out
 
 
 class LightningDit(ClassGenerator):

@@ -54,7 +54,7 @@ class ClassFlowConfig:
     init_from: str | None = None
     """Directory of an exported or imported class-conditional generator to start from; None = a new model."""
     compile: bool = False
-    """torch.compile on every block."""
+    """torch.compile on every block. Not with engine.zero_stage 3, which takes weights away between uses."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: about a third more time, activations of one block instead of all."""
     align: AlignConfig | None = None

@@ -78,12 +78,12 @@ def activation_bytes(
     if config.head is not None:
         head = config.head
         stacks.append(_Stack(head.width, head.num_heads, head.num_layers, is_head=True))
-    behind = _end_bytes(config, product) + values * (LATENTS * FP32_BYTES + _cast_bytes(product))
+    behind = _end_bytes(config, is_cast, product) + values * (LATENTS * FP32_BYTES + _cast_bytes(product))
     if align is not None:
         behind += _alignment_bytes(config, align, values, product)
-    under_way = _under_way_bytes(config, product) + values * (FP32_BYTES + product)
+    under_way = _under_way_bytes(config, is_cast, product) + values * (FP32_BYTES + product)
     forward, again = tokens * behind + 2 * num_weights * is_cast, tokens * under_way
-    whole = [tokens * stack.token_bytes(config.qk_norm, product) for stack in stacks]
+    whole = [tokens * stack.token_bytes(config.qk_norm, is_cast, product) for stack in stacks]
     if not checkpointing:
         blocks = sum(block * stack.num_layers for block, stack in zip(whole, stacks, strict=True))
         return blocks + max(forward, again + 2 * num_weights * is_cast)
@@ -110,35 +110,35 @@ class _Stack:
         """Of one token: under autocast fp32, as the positions are; nothing like them is added before a head."""
         return self.width * (FP32_BYTES if is_cast and not self.is_head else product)
 
-    def token_bytes(self, qk_norm: bool, product: int) -> int:
+    def token_bytes(self, qk_norm: bool, is_cast: bool, product: int) -> int:
         """Of one token in one block.
 
         Twice, for attention and MLP: the stream before its norm, the normed values that the scale multiplies, what
         enters the product, the gated output. Attention: q, k and v as one tensor, q and k turned, the output twice, the
-        log-sum-exp; under autocast q and k once more for their norms. MLP: two wide values, silu of the first, their
+        log-sum-exp. The stream and what is normed are of one dtype. MLP: two wide values, silu of the first, their
         product. In a head: silu of the condition, six modulations, and 1 + scale twice, of every token.
         """
         width = self.width
-        total = 2 * width * (2 * FP32_BYTES + 2 * product) + 2 * FP32_BYTES
+        total = 2 * (2 * self.input_bytes(is_cast, product) + 2 * width * product) + 2 * FP32_BYTES
         total += 7 * width * product + FP32_BYTES * self.num_heads
         if qk_norm:
-            total += 2 * self.num_heads * FP32_BYTES + (2 * width * FP32_BYTES if product < FP32_BYTES else 0)
+            total += 2 * self.num_heads * FP32_BYTES
         total += 4 * mlp_width(width) * product
         return total + (9 * width * product if self.is_head else 0)
 
 
-def _end_bytes(config: DitConfig, product: int) -> int:
+def _end_bytes(config: DitConfig, is_cast: bool, product: int) -> int:
     """Of one token: the last norm and what it enters; a head's condition, and the modulations behind it."""
-    width = config.width
+    width, stream = config.width, FP32_BYTES if is_cast else product
     if config.head is None:
-        return width * (2 * FP32_BYTES + product)
-    return config.head.width * (2 * FP32_BYTES + 5 * product) + width * (FP32_BYTES + product)
+        return width * (2 * stream + product)
+    return config.head.width * 7 * product + width * (stream + product)
 
 
-def _under_way_bytes(config: DitConfig, product: int) -> int:
+def _under_way_bytes(config: DitConfig, is_cast: bool, product: int) -> int:
     """Of one token: gradients of the stream, of the last MLP's wide values, of a head's condition beside itself."""
     width = config.width if config.head is None else config.head.width
-    total = 2 * width * FP32_BYTES + mlp_width(width) * product
+    total = 2 * width * (FP32_BYTES if is_cast else product) + mlp_width(width) * product
     return total if config.head is None else total + 2 * width * product
 
 

@@ -152,16 +152,23 @@ def test_a_whole_step_is_as_full_as_estimated(
 ) -> None:
     config = replace(PLAIN, head=head)
     expected = estimated_bytes(config, precision=precision, checkpointing=checkpointing, align=align)
-    expected += cpu_norm_bytes(config, NUM_IMAGES * 64, checkpointing=checkpointing)
+    expected += cpu_norm_bytes(config, NUM_IMAGES * 64, precision, checkpointing=checkpointing)
     found = step_bytes(config, precision=precision, checkpointing=checkpointing, align=align)
     # What each image has once, temporary results of single operations: in so small a model more than in a large one.
     assert expected == pytest.approx(found, rel=0.06)
 
 
-def cpu_norm_bytes(config: DitConfig, num_tokens: int, *, checkpointing: bool) -> int:
-    """A CPU's RMSNorm is made of single operations: it keeps what it has normed once more, in fp32."""
+def cpu_norm_bytes(config: DitConfig, num_tokens: int, precision: Precision, *, checkpointing: bool) -> int:
+    """A CPU's RMSNorm is made of single operations: it keeps what it has normed once more, in fp32; and of what
+    comes in bf16, which under autocast are queries, keys and a head's stream, an fp32 copy.
+    """
     layers = [config.width] * config.num_layers
     layers += [] if config.head is None else [config.head.width] * config.head.num_layers
     norms = 4 if config.qk_norm else 2
     widths = max(layers) * norms if checkpointing else sum(layers) * norms + layers[-1]
+    if precision == "bf16_autocast":
+        halves = [config.width * 2] * config.num_layers
+        halves += [] if config.head is None else [config.head.width * 4] * config.head.num_layers
+        is_half = config.head is not None
+        widths += max(halves) if checkpointing else sum(halves) + layers[-1] * is_half
     return 4 * num_tokens * widths

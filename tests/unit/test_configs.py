@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,13 @@ def test_encoding_further_sets_uses_the_first_ones_statistics() -> None:
     assert first.statistics_from is None and len(others) == 3
     assert {other.statistics_from for other in others} == {first.out}
     assert len({other.out for other in (first, *others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"), [(GeneratorRun, "t2i_cc12m.yaml"), (ClassRun, "class/rpiae64_80.yaml")]
+)
+def test_the_papers_runs_compile_but_not_under_zero_3(kind: type, path: str) -> None:
+    run = config.load(kind, CONFIGS / "generator" / path)
+    assert run.flow.compile
+    with pytest.raises(config.ConfigError, match=r"set flow\.compile to false"):
+        dataclasses.replace(run, engine=dataclasses.replace(run.engine, zero_stage=3))

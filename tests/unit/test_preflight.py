@@ -71,7 +71,7 @@ def test_the_papers_run_fits_and_the_parts_add_up_to_its_peak(path: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("path", "gib", "pack"), [(T2I, 28, "packing.tokens_per_pack="), (CLASS, 27, "packing.images_per_pack=")]
+    ("path", "gib", "pack"), [(T2I, 25, "packing.tokens_per_pack="), (CLASS, 25, "packing.images_per_pack=")]
 )
 def test_what_does_not_fit_is_told_with_what_to_change_and_each_change_does_fit(
     path: str, gib: float, pack: str
@@ -80,7 +80,12 @@ def test_what_does_not_fit_is_told_with_what_to_change_and_each_change_does_fit(
     printed = tables(of, gpu_gib=gib)
     assert "ZeRO-1 does NOT fit; what would:" in printed
     lines = remedies(of, 8, gib)
-    keys = ["engine.zero_stage=2", "engine.zero_stage=3", "flow.activation_checkpointing=true"]
+    # Compiled layers, as the paper's runs have, are not for ZeRO-3.
+    keys = [
+        "engine.zero_stage=2",
+        "engine.zero_stage=3 flow.compile=false",
+        "flow.activation_checkpointing=true",
+    ]
     assert [line.partition(":")[0] for line in lines[:3]] == keys
     assert lines[3].startswith(pack) and len(lines) == 4
     for line in lines:

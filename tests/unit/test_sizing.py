@@ -59,7 +59,7 @@ def test_products_of_a_forward_pass_are_those_that_pytorch_counts(config) -> Non
         )
         model._velocity(batch, batch.latents, times, velocities)
         if hidden is not None:
-            model._cross_entropy(hidden[batch.text_loss_rows], batch.text_loss_ids)
+            model.text_loss(hidden[batch.text_loss_rows], batch.text_loss_ids, model.backbone.embed_tokens)
     size = dataclasses.replace(PackSize.of(batch), attended_area=0, output_area=0)
     assert forward_flops(size, config, CHANNELS) == counter.get_total_flops()
 
