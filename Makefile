@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PACKAGES := data tokenizer generator evaluation engine launch
 
-.PHONY: install quickstart quickstart-class ablation test test-slow check format bench clean
+.PHONY: install quickstart quickstart-class ablation test test-slow check format bench gpu clean
 
 install: $(INSTALLED)
 
@@ -48,6 +48,16 @@ bench: install
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.class_conditional
+
+# `make gpu PYTHON=python3` takes an interpreter that has the packages as it is: nothing is installed, no network.
+ifeq ($(origin PYTHON), file)
+gpu: GPU_PYTHON := $(BIN)/python
+gpu: install
+else
+gpu: GPU_PYTHON := $(PYTHON)
+endif
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,133 +1,226 @@
-"""Training at the paper's size on one GPU: python -m benchmarks.throughput [--compile] [--kernels flash varlen sdpa]
+"""Training at the paper's size on one GPU: python -m benchmarks.throughput [--compile] [--kernels flash2 varlen sdpa]
 
-Qwen2.5-0.5B's mixture on RPiAE latents (64 x 16 x 16), packs of captions as CC12M-LLaVA-Next's are long, bf16 weights,
-forward and backward pass: tokens and images a second, peak memory, MFU of useful work for each attention kernel, and
-the slowest operations with --profile. Without a GPU, `--layers 1 --tokens 1024 --device cpu` shows that it runs.
+The run of a config (default the paper's text-to-image run: Qwen2.5-0.5B's mixture, bf16, ZeRO-1) as the loop takes its
+steps, on a ring of packs of different lengths: CC12M-LLaVA-Next's captions have 60 to 160 tokens. A GPU has the tokens
+that one of 8 has; smaller packs are more packs a step. Tokens and images a second, peak memory, MFU of useful work, and
+the share of each class of kernels. Random weights and latents: nothing is read or downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import itertools
+import json
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.gpu import kernels, steps
+from benchmarks.gpu.recording import Values, peak_gib, reset_peak, seconds_a_call, synchronise
 from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
-from data.shards import LatentInfo
 from engine.config import UserError
+from engine.distributed import Ranks
 from engine.spans import peak_flops
 from evaluation.environment import machine, versions
 from generator.attention import Backend, choose_backend
-from generator.model import Generator, GeneratorConfig
-from generator.qwen import QWEN2_5_0_5B
+from generator.flash import PACKAGES
+from generator.model import Generator
+from generator.objective import FlowObjective
 from generator.sizing import PackSize, training_flops
+from launch.estimate import PAPER_LATENTS, untrained_latents
+from launch.run_kinds import read_run
+from launch.runs import GeneratorRun
+from launch.synthetic import SyntheticText
 
-LATENTS = LatentInfo("bf16", (64, 16, 16), (0.0,) * 64, (1.0,) * 64, "", "")
-IMAGE_TOKENS = 16 * 16 + 2
-WARM_UP_STEPS = 3
+CONFIG = Path(__file__).parents[1] / "configs" / "generator" / "t2i_cc12m.yaml"
+STEP_TOKENS = 49_152  # of a GPU, one of 8
+RING = 8
+WARM_UP_STEPS = 2
+SHORTEST, LONGEST = 60, 160  # tokens of a caption
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained."""
+
+    config: Path = CONFIG
+    overrides: tuple[str, ...] = ()
+    latents: tuple[int, int, int] = PAPER_LATENTS
+    step_tokens: int = STEP_TOKENS
+    at_least_s: float = 1.5
+    """Of each timing."""
+
+    def run(self, pack_tokens: int, *, compiled: bool) -> GeneratorRun:
+        """The config with packs of so many tokens, all of its steps' packs on one GPU."""
+        fields = (f"packing.tokens_per_pack={pack_tokens}", f"flow.compile={str(compiled).lower()}")
+        num_packs = f"data.num_streams={max(1, self.step_tokens // pack_tokens)}"
+        _, run = read_run(str(self.config), (*self.overrides, *fields, num_packs, "generator.init=random"))
+        assert isinstance(run, GeneratorRun)
+        return run
+
+
+def usable_kernels(device: torch.device) -> list[Backend]:
+    """Kernels that run here in bf16, the one that "auto" takes first."""
+    found: list[Backend] = [choose_backend(device, torch.bfloat16)]
+    for name in (*PACKAGES, "sdpa"):
+        try:
+            kernel = choose_backend(device, torch.bfloat16, name)
+        except UserError:
+            continue
+        if kernel not in found:
+            found.append(kernel)
+    return found
+
+
+class Training:
+    """One run with its engine and its ring of packs; `measure` may be asked for several kernels."""
+
+    def __init__(self, shape: Shape, run: GeneratorRun, ranks: Ranks) -> None:
+        self._device, self._at_least_s = ranks.device, shape.at_least_s
+        self.model = random_generator(run, shape.latents, ranks.device)
+        text = SyntheticText(run.generator.backbone.vocab_size)
+        objective = FlowObjective("t2i", self.model, run.flow, text, start="untrained")
+        self._num_packs = run.data.num_streams
+        self.ring = packs(
+            shape.latents, run.packing.tokens_per_pack, max(RING, self._num_packs), run.packing.max_side
+        )
+        self.ring = [pack.to(ranks.device) for pack in self.ring]
+        self._flops = [training_flops(PackSize.of(p), self.model.config, shape.latents[0]) for p in self.ring]
+        self._stepping = steps.stepping(objective, run.engine, ranks, self._num_packs)
+
+    def __enter__(self) -> Training:
+        self._take = self._stepping.__enter__()
+        self._numbers = itertools.count()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stepping.__exit__(None, None, None)
+
+    def measure(self, kernel: Backend) -> Values:
+        """Speed, memory and shares with one attention kernel."""
+        self.model.attention_backend = kernel
+        begin_s = time.perf_counter()
+        for _ in range(WARM_UP_STEPS):
+            self.step()
+        synchronise(self._device)
+        warm_up_s = time.perf_counter() - begin_s
+        reset_peak(self._device)
+        first = next(self._numbers)
+        seconds = seconds_a_call(self.step, self._device, at_least_s=self._at_least_s)
+        taken = [self._of(number) for number in range(first + 1, next(self._numbers))]
+        tokens, images, flops = (
+            float(np.mean(values))
+            for values in zip(
+                *(
+                    (
+                        sum(self.ring[i].attention.num_tokens for i in step),
+                        sum(self.ring[i].num_targets for i in step),
+                        sum(self._flops[i] for i in step),
+                    )
+                    for step in taken
+                ),
+                strict=True,
+            )
+        )
+        memory, peak = peak_gib(self._device), peak_flops(self._device)
+        shares, unknown = kernels.profiled(self.step, self._device)
+        return {
+            "kernel": kernel,
+            "packs_a_step": self._num_packs,
+            "different_packs": len(self.ring),
+            "step_s": seconds,
+            "tokens_per_s": tokens / seconds,
+            "images_per_s": images / seconds,
+            "tflops_per_s": flops / seconds / 1e12,
+            "mfu": flops / seconds / peak if peak else None,
+            "peak_gib": memory,
+            "shares": shares,
+            "kernels_without_a_class": unknown,
+            "warm_up_s": warm_up_s,
+        }
+
+    def step(self) -> None:
+        """The next packs of the ring."""
+        number = next(self._numbers)
+        self._take([self.ring[i] for i in self._of(number)], number)
+
+    def _of(self, number: int) -> list[int]:
+        return [(number * self._num_packs + i) % len(self.ring) for i in range(self._num_packs)]
+
+
+def random_generator(run: GeneratorRun, latents: tuple[int, int, int], device: torch.device) -> Generator:
+    """Filled on the device: a CPU takes a minute for as many random numbers."""
+    text = SyntheticText(run.generator.backbone.vocab_size)
+    model = Generator.uninitialised(run.generator, untrained_latents(latents, text.fingerprint)).to(device)
+    fill(model)
+    return model
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module) -> None:
+    """Matrices N(0, 0.02^2), norms 1, biases 0: any finite values do for timing."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(0.0, 0.02)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def packs(latents: tuple[int, int, int], num_tokens: int, number: int, max_side: int) -> list[PackedBatch]:
+    """So many packs, each of captions of its own lengths, filled as far as they fit."""
+    return list(itertools.islice(_packs(latents, num_tokens, max_side), number))
+
+
+def _packs(latents: tuple[int, int, int], num_tokens: int, max_side: int) -> Iterator[PackedBatch]:
+    generator = np.random.default_rng(0)
+    image = ImageSplit(torch.randn(latents, generator=torch.Generator().manual_seed(0)), noisy=True)
+    image_tokens = latents[1] * latents[2] + 2
+    length = 0
+    for seed in itertools.count():
+        samples: list[Sequence[TextSplit | ImageSplit]] = []
+        left = num_tokens
+        while True:
+            length = length or int(generator.integers(SHORTEST, LONGEST))
+            if samples and length + image_tokens > left:
+                break
+            samples.append([TextSplit([0] * length), image])
+            left, length = left - length - image_tokens, 0
+        yield build_packed_batch(
+            samples,
+            vision_start_id=1,
+            vision_end_id=2,
+            max_side=max_side,
+            seed=seed,
+            sample_ids=["sample"] * len(samples),
+        )
 
 
 def main() -> None:
-    """One line for each kernel that runs here."""
+    """One JSON line for each kernel."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=49_152, help="of a step")
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--kernels", nargs="+", default=["flash", "varlen", "sdpa"])
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--tokens", type=int, default=12_288, help="of a pack")
+    parser.add_argument("--kernels", nargs="+", help="default: all that run here")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute layers in the backward pass")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="fields of the config to change"
+    )
     arguments = parser.parse_args()
-    print(f"machine: {machine()}\nversions: {versions()}\n{vars(arguments)}")
-    device = torch.device(arguments.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = _model(arguments.layers).to(device, dtype)
-    model.backbone.activation_checkpointing = arguments.checkpointing
-    if arguments.compile:
-        model.compile_layers()
-    batch = _pack(arguments.tokens).to(device)
-    flops = training_flops(PackSize.of(batch), model.config, LATENTS.shape[0])
-    for kernel in arguments.kernels:
-        try:
-            choose_backend(device, dtype, kernel)
-        except UserError as error:
-            print(f"{kernel}: {error}")
-            continue
-        _measure(model, batch, kernel, arguments.steps, flops, arguments.profile)
-
-
-def _measure(
-    model: Generator, batch: PackedBatch, kernel: Backend, num_steps: int, flops: float, profile: bool
-) -> None:
-    model.attention_backend = kernel
-    device = batch.latents.device
-    for _ in range(WARM_UP_STEPS):
-        _step(model, batch)
-    _synchronise(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    begin_s = time.perf_counter()
-    for _ in range(num_steps):
-        _step(model, batch)
-    _synchronise(device)
-    seconds = (time.perf_counter() - begin_s) / num_steps
-    peak = peak_flops(device)
-    mfu = f", MFU {flops / seconds / peak:.1%}" if peak else ""
-    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
-    print(
-        f"{kernel}: {batch.attention.num_tokens / seconds:,.0f} tokens/s, {batch.num_targets / seconds:,.1f} images/s, "
-        f"{flops / seconds / 1e12:.2f} TFLOP/s{mfu}{memory}"
-    )
-    if profile:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=activities) as profiler:
-            _step(model, batch)
-            _synchronise(device)
-        print(profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=20))
-
-
-def _step(model: Generator, batch: PackedBatch) -> None:
-    model.zero_grad(set_to_none=True)
-    times = batch.latents.new_full((len(batch.image_noisy),), 0.5)
-    model(batch, batch.latents, times).square().mean().backward()  # type: ignore[no-untyped-call]
-
-
-def _model(num_layers: int) -> Generator:
-    backbone = dataclasses.replace(QWEN2_5_0_5B, num_layers=num_layers)
-    return Generator.create(GeneratorConfig(backbone, max_side=64), LATENTS, seed=0)
-
-
-def _pack(num_tokens: int) -> PackedBatch:
-    """Captions of 60 to 160 tokens, until the budget is full."""
-    generator = np.random.default_rng(0)
-    image = ImageSplit(torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(0)), noisy=True)
-    samples: list[list[TextSplit | ImageSplit]] = []
-    while True:
-        length = int(generator.integers(60, 160))
-        num_tokens -= length + IMAGE_TOKENS
-        if num_tokens < 0 and samples:
-            break
-        samples.append([TextSplit(generator.integers(0, 150_000, length).tolist()), image])
-    return build_packed_batch(
-        samples,
-        vision_start_id=1,
-        vision_end_id=2,
-        max_side=64,
-        seed=0,
-        sample_ids=["sample"] * len(samples),
-    )
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    print(f"machine: {machine()}\nversions: {versions()}")
+    if not steps.HAS_DEEPSPEED:
+        print(steps.HOW_TO_BRING_DEEPSPEED)
+    ranks = steps.start()
+    shape = Shape(arguments.config, tuple(arguments.overrides))
+    run = shape.run(arguments.tokens, compiled=arguments.compile)
+    with Training(shape, run, ranks) as training:
+        for kernel in arguments.kernels or usable_kernels(ranks.device):
+            print(json.dumps(training.measure(kernel)))
 
 
 if __name__ == "__main__":

@@ -105,6 +105,16 @@ def forward_flops(size: PackSize, config: GeneratorConfig, channels: int) -> flo
     return 2.0 * (layers + ends)
 
 
+def attention_flops(size: PackSize, config: GeneratorConfig) -> float:
+    """The part of `training_flops` that is scores and sums, over the pairs that the mask allows."""
+    mot = config.backbone
+    last = size.attended_area if config.text_output else size.output_area
+    pairs = ((mot.num_layers - 1) * size.attended_area + last) * mot.num_heads * mot.head_dim
+    if config.head is not None:
+        pairs += config.head.num_layers * size.noisy_area * config.head.width
+    return (1.0 + BACKWARD) * 2.0 * 2 * pairs
+
+
 def _head(size: PackSize, head: DdtHeadConfig, backbone_width: int, channels: int) -> int:
     width = head.width
     layer = size.num_noisy * (10 * width * width + 3 * width * head.mlp_width) + 2 * size.noisy_area * width
@@ -200,6 +210,11 @@ def _end_bytes(size: PackSize, config: GeneratorConfig, channels: int, sizes: _S
     if config.head is not None:
         total += size.num_noisy * _head_token_bytes(config.head, channels, sizes)
     return total
+
+
+def head_kept_bytes(head: DdtHeadConfig, channels: int, precision: str) -> int:
+    """What a DDT head keeps of a noisy token. `precision`: EngineConfig's."""
+    return _head_token_bytes(head, channels, _Sizes.of(precision))
 
 
 def _head_token_bytes(head: DdtHeadConfig, channels: int, sizes: _Sizes) -> int:

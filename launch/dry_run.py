@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.config import dump
 from engine.objective import Objective
 from generator.flow import resolve_shift
 from launch.estimate import (
     GIB,
-    MFU,
-    PEAK,
     Plan,
     class_plan,
     generator_plan,
@@ -17,6 +17,7 @@ from launch.estimate import (
 )
 from launch.runs import ClassRun, GeneratorRun, TokenizerRun
 from launch.stage_size import num_parameters
+from launch.step_time import H100
 
 GPU_COUNTS = (1, 8, 32, 256)
 
@@ -70,16 +71,28 @@ def _sizes(plan: Plan) -> list[str]:
 
 
 def _on_gpus(plan: Plan) -> list[str]:
-    """Per number of GPUs; launch/preflight.py has the parts."""
+    """Per number of GPUs; launch/preflight.py has the parts of the memory."""
+    counts = [gpus for gpus in GPU_COUNTS if gpus <= plan.num_streams]
     lines = [
         f"activations of a pack: {plan.activations / GIB:.1f} GiB",
-        f"on N GPUs (ZeRO-{plan.engine.zero_stage}), memory of each; a step's computing at {MFU * PEAK:.3g} FLOP/s and "
-        "exchange; the run:",
+        f"on N GPUs (ZeRO-{plan.engine.zero_stage}), memory of each; a step's packs, and its exchange and optimizer; "
+        "the run:",
     ]
     for gpus in GPU_COUNTS:
-        if gpus > plan.num_streams:
+        if gpus not in counts:
             lines.append(f"  {gpus:3d}: refused, a step has {plan.num_streams} packs (data.num_streams)")
             continue
         step = f"{plan.compute_s(gpus):7.3f} s + {plan.exchange_s(gpus):5.3f} s"
         lines.append(f"  {gpus:3d}: {plan.memory_gib(gpus):6.1f} GiB, {step}, {plan.hours(gpus):9.1f} h")
-    return lines
+    return [*lines, *time_parts(plan, counts)]
+
+
+def time_parts(plan: Plan, gpu_counts: Sequence[int]) -> list[str]:
+    """A line for each part of a step, a column for each number of GPUs."""
+    columns = [plan.step_time(gpus).parts for gpus in gpu_counts]
+    heading = f"a step's ms by arithmetic ({H100.name}s, launch/step_time.py)"
+    return [
+        f"{heading:40s}" + "".join(f"{gpus:10d}" for gpus in gpu_counts),
+        *(f"  {name:38s}" + "".join(f"{1000 * part[name]:10.1f}" for part in columns) for name in columns[0]),
+        f"  {'sum':38s}" + "".join(f"{1000 * sum(part.values()):10.1f}" for part in columns),
+    ]

@@ -11,24 +11,29 @@ from data.shards import LatentInfo, ShardDataset
 from engine.config import UserError
 from engine.engine_config import EngineConfig
 from engine.memory import StateBytes
-from engine.spans import PEAK_FLOPS
 from generator.class_conditional import sizing as class_sizing
 from generator.class_conditional.alignment import AlignedGenerator
 from generator.class_conditional.model import new_generator
 from generator.model import Generator
-from generator.sizing import activation_bytes, training_flops, typical_pack
+from generator.sizing import activation_bytes, attention_flops, training_flops, typical_pack
+from generator.traffic import (
+    END_LAUNCHES,
+    LAYER_LAUNCHES,
+    MOVED_PER_KEPT,
+    ValueBytes,
+    moved_bytes,
+    num_launches,
+)
 from launch.runs import ClassRun, GeneratorRun, TokenizerRun
 from launch.stage_size import PhaseSize, count_parameters, num_parameters, stage_size
+from launch.step_time import H100, StepTime, Work, step_time
 
 TEXT_TOKENS = 102
 """Of a caption of 100 tokens, where nothing has been counted yet."""
 INSTRUCTION_TOKENS = 32
-PEAK = PEAK_FLOPS["H100"]
-MFU = 0.4
-"""Share of the peak that a well-fed run is taken to reach: an assumption, no measurement."""
-NODE_GPUS = 8
-LINK_BYTES_PER_S = {True: 300e9, False: 40e9}
-"""Of one GPU, within a node and beyond: what is reached of NVLink's 450 GB/s and of InfiniBand NDR's 50 GB/s."""
+PEAK = H100.peak_flops
+EXPERTS = 2
+"""Of a mixture's layer; a class-conditional block is like one of them."""
 CONTEXT_GIB = 3.0
 """Of a GPU, for CUDA itself, communication and what the allocator cannot use."""
 LATENT_SHAPES = {
@@ -63,6 +68,8 @@ class Plan:
     """What a training step is like at first, then, and at last."""
     phase_steps: tuple[int, ...]
     """Steps of the run that are like each of them."""
+    works: tuple[Work, ...]
+    """What a pack is to a GPU in each of them."""
     num_tokens: int
     """Of a step over all GPUs; the tokenizer's are places of the token grid."""
     num_images: int
@@ -144,25 +151,35 @@ class Plan:
         """`peak`."""
         return self.peak(num_gpus) / GIB
 
-    def compute_s(self, num_gpus: int, mfu: float = MFU) -> float:
-        """Of a step in the last phase; GPUs with fewer packs than others wait for them."""
-        return self.phases[-1].flops * self.packs(num_gpus) * self.recomputing / (mfu * PEAK)
+    def step_time(self, num_gpus: int, phase: int = -1) -> StepTime:
+        """Of a step in the last phase, or another; GPUs with fewer packs than others wait for them."""
+        return step_time(
+            self.works[phase].times(self.recomputing),
+            self.engine,
+            num_trained=self.num_trained + self.num_adversary,
+            num_packs=self.packs(num_gpus),
+            num_gpus=num_gpus,
+        )
+
+    def compute_s(self, num_gpus: int, mfu: float | None = None) -> float:
+        """Of a step's packs in the last phase. `mfu`: of an H100's peak, in place of the parts."""
+        return self._compute_s(num_gpus, len(self.phases) - 1, mfu)
 
     def exchange_s(self, num_gpus: int) -> float:
-        """Of a step: fp32 gradients to their owners, weights back (nothing overlaps with computing).
+        """Of a step, once: gradients to their owners, the optimizer, weights back."""
+        return self.step_time(num_gpus).exchange_s
 
-        ZeRO-1 exchanges once a step; 2 sends the gradients of every pack, 3 fetches weights twice for each as well.
-        """
-        packs, weight = self.packs(num_gpus), 2 if self.engine.precision == "bf16" else 4
-        gradients, weights = {1: (1, 1), 2: (packs, 1), 3: (packs, 2 * packs)}[self.engine.zero_stage]
-        num_bytes = (4 * gradients + weight * weights) * (self.num_trained + self.num_adversary)
-        return num_bytes * (num_gpus - 1) / num_gpus / LINK_BYTES_PER_S[num_gpus <= NODE_GPUS]
-
-    def hours(self, num_gpus: int, mfu: float = MFU) -> float:
+    def hours(self, num_gpus: int, mfu: float | None = None) -> float:
         """Of the whole run."""
-        packs, rate = self.packs(num_gpus), mfu * PEAK
-        compute_s = self.run_flops / self.num_streams * packs * self.recomputing / rate
+        compute_s = sum(
+            self._compute_s(num_gpus, index, mfu) * steps for index, steps in enumerate(self.phase_steps)
+        )
         return (compute_s + self.exchange_s(num_gpus) * self.engine.steps) / 3600
+
+    def _compute_s(self, num_gpus: int, phase: int, mfu: float | None) -> float:
+        if mfu is None:
+            return self.step_time(num_gpus, phase).compute_s
+        return self.phases[phase].flops * self.packs(num_gpus) * self.recomputing / (mfu * PEAK)
 
     def checkpoint_bytes(self) -> int:
         """Of one checkpoint, all ranks' files: masters, two moments, averages; discriminator. Muon has one moment for
@@ -190,13 +207,18 @@ def generator_plan(run: GeneratorRun, shape: tuple[int, int, int], *, is_edit: b
         num_sources=int(is_edit),
         num_draws=run.packing.draws_per_caption,
     )
+    pack = step.times(1 / streams)
     activations = activation_bytes(
-        step.times(1 / streams),
+        pack,
         run.generator,
         channels,
         precision=run.engine.precision,
         checkpointing=is_checkpointed,
     )
+    flops, attention = training_flops(pack, run.generator, channels), attention_flops(pack, run.generator)
+    values, compiled = ValueBytes.of(run.engine.precision), run.flow.compile
+    moved = moved_bytes(pack, run.generator, channels, values, compiled=compiled)
+    work = Work(flops - attention, attention, moved, num_launches(run.generator, compiled=compiled))
     return Plan(
         trained=trained,
         frozen=frozen,
@@ -204,6 +226,7 @@ def generator_plan(run: GeneratorRun, shape: tuple[int, int, int], *, is_edit: b
         helper_bytes=0,
         phases=(PhaseSize("a step", activations, training_flops(step, run.generator, channels) / streams),),
         phase_steps=(run.engine.steps,),
+        works=(work,),
         num_tokens=num_tokens,
         num_images=step.num_targets,
         pack_units=run.packing.tokens_per_pack,
@@ -214,7 +237,7 @@ def generator_plan(run: GeneratorRun, shape: tuple[int, int, int], *, is_edit: b
 
 
 def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
-    """Of class-conditional generation on latents of `shape`."""
+    """Of class-conditional generation on latents of `shape`; its attention's time is in that of the products."""
     align = run.flow.align
     with torch.device("meta"):
         model = new_generator(run.generator, untrained_latents(shape))
@@ -236,7 +259,18 @@ def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
         num_weights=sum(trained.values()),
         align=align,
     )
+    kept = class_sizing.activation_bytes(
+        run.generator,
+        shape,
+        pack_images,
+        precision=run.engine.precision,
+        checkpointing=False,
+        num_weights=0,  # copies of weights are counted once a pack by themselves
+        align=align,
+    )
     flops = class_sizing.training_flops(run.generator, shape, pack_images, align)
+    compiled, blocks = run.flow.compile, run.generator.num_layers
+    launches = blocks * LAYER_LAUNCHES[compiled] // EXPERTS + END_LAUNCHES
     return Plan(
         trained=trained,
         frozen=frozen,
@@ -244,6 +278,7 @@ def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
         helper_bytes=0,
         phases=(PhaseSize("a step", activations, flops),),
         phase_steps=(run.engine.steps,),
+        works=(Work(flops, 0.0, kept * MOVED_PER_KEPT[compiled], launches),),
         num_tokens=class_sizing.num_tokens(run.generator, shape) * pack_images * streams,
         num_images=pack_images * streams,
         pack_units=pack_images,
@@ -255,7 +290,9 @@ def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
 
 
 def tokenizer_plan(run: TokenizerRun) -> Plan:
-    """Of a stage, by running its code without values (launch/stage_size.py)."""
+    """Of a stage, by running its code without values (launch/stage_size.py); the host is taken to keep up, and the
+    attention's time is in that of the products.
+    """
     size = stage_size(run.stage, run.pixels, run.engine.precision)
     steps, starts = run.engine.steps, [0]
     if len(size.phases) > 1:
@@ -269,6 +306,10 @@ def tokenizer_plan(run: TokenizerRun) -> Plan:
         helper_bytes=size.helper_bytes,
         phases=size.phases,
         phase_steps=tuple(end - start for start, end in zip(starts, [*starts[1:], steps], strict=True)),
+        works=tuple(
+            Work(phase.flops, 0.0, phase.activations * MOVED_PER_KEPT[False], launches=0)
+            for phase in size.phases
+        ),
         num_tokens=images * size.latent_shape[1] * size.latent_shape[2],
         num_images=images,
         pack_units=run.pixels.images_per_pack,

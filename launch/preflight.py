@@ -12,10 +12,10 @@ import sys
 
 from engine.config import ConfigError
 from launch import entry
-from launch.estimate import MFU, NODE_GPUS
 from launch.preflight_report import plan_run, report
 from launch.rehearsal import execute
 from launch.run_kinds import read_run
+from launch.step_time import NODE_GPUS
 
 TITLES = {
     "tokenizer": "a stage of the tokenizer",
@@ -35,7 +35,7 @@ def main() -> None:
     if (
         (arguments.gpus is not None and arguments.gpus < 1)
         or arguments.gpu_memory <= 0
-        or not 0 < arguments.mfu <= 1
+        or (arguments.mfu is not None and not 0 < arguments.mfu <= 1)
     ):
         raise ConfigError("--gpus and --gpu-memory must be above 0, --mfu above 0 and at most 1")
     task, run = read_run(paths[0], [word for word in arguments.words if "=" in word])
@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, help=f"that the run will have (default: at most {NODE_GPUS})")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="of each, in GiB (default 80)")
     parser.add_argument(
-        "--mfu", type=float, default=MFU, help=f"share of an H100's peak to assume (default {MFU})"
+        "--mfu",
+        type=float,
+        help="share of an H100's peak that packs reach, e.g. from a log (default: part by part)",
     )
     parser.add_argument(
         "--execute", action="store_true", help="take one real step of every phase and measure"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from data.shards import ShardDataset
 from engine.config import UserError
+from launch.dry_run import time_parts
 from launch.estimate import (
     CONTEXT_GIB,
     GIB,
@@ -103,7 +104,7 @@ def _changed(run: RunT, section: str, field: str, value: Any) -> RunT:
     return dataclasses.replace(run, **{section: dataclasses.replace(getattr(run, section), **{field: value})})
 
 
-def report(preflight: Preflight, *, num_gpus: int, gpu_gib: float, mfu: float) -> str:
+def report(preflight: Preflight, *, num_gpus: int, gpu_gib: float, mfu: float | None) -> str:
     """All tables. Raises UserError: more GPUs than packs."""
     plan = preflight.plan
     if num_gpus > plan.num_streams:
@@ -249,7 +250,7 @@ def _shards(preflight: Preflight, shards: str) -> str:
     return f"{total / GIB:.2f} GiB, {manifest.num_samples:,} samples"
 
 
-def _time(preflight: Preflight, num_gpus: int, mfu: float) -> Iterator[str]:
+def _time(preflight: Preflight, num_gpus: int, mfu: float | None) -> Iterator[str]:
     plan = preflight.plan
     steps = plan.engine.steps
     yield ""
@@ -264,5 +265,10 @@ def _time(preflight: Preflight, num_gpus: int, mfu: float) -> Iterator[str]:
         f"{plan.run_flops:.3g} FLOP"
     )
     parts = f"{plan.compute_s(num_gpus, mfu):.3f} s computing and {plan.exchange_s(num_gpus):.3f} s exchange a step"
-    yield f"  {plan.hours(num_gpus, mfu):,.1f} hours on {num_gpus} GPUs ({parts}), if the MFU is {mfu:g}"
+    hours = f"  {plan.hours(num_gpus, mfu):,.1f} hours on {num_gpus} GPUs ({parts})"
+    if mfu is None:
+        yield f"{hours}, by arithmetic:"
+        yield from (f"  {line}" for line in time_parts(plan, [num_gpus]))
+        return
+    yield f"{hours}, if the MFU is {mfu:g}"
     yield f"  of an H100's {PEAK / 1e12:.0f} TFLOP/s: an assumption, not a measurement"

@@ -10,9 +10,10 @@ from pathlib import Path
 from engine.config import UserError
 from generator.flow import resolve_shift
 from launch import entry
-from launch.estimate import LATENT_SHAPES, NODE_GPUS, PAPER_LATENTS, generator_plan
+from launch.estimate import LATENT_SHAPES, PAPER_LATENTS, generator_plan
 from launch.run_kinds import read_run
 from launch.runs import GeneratorRun
+from launch.step_time import NODE_GPUS
 
 CLASS = "class"
 """The folder of class-conditional configs, which have no tokens of text."""

@@ -186,7 +186,8 @@ class ClassRun:
         align = self.flow.align
         if align is not None and align.layer > self.generator.num_layers:
             raise ConfigError(
-                f"flow.align.layer is {align.layer}, but generator.num_layers is {self.generator.num_layers}; lower it"
+                f"flow.align.layer {align.layer}: the backbone has {self.generator.num_layers} layers "
+                "(generator.num_layers); lower it"
             )
         _check_decoder(self.evaluation, self.autoencoder)
         _check_compile(self.flow.compile, self.engine)

@@ -3,6 +3,7 @@ is not there, which counts how often the CPU would wait for it.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and what the tests start
 
 aten = torch.ops.aten
 OF_DATA = {  # their result, or its size, is known to the CPU only when the GPU has computed it

@@ -63,7 +63,7 @@ def test_a_training_switches_before_its_ranks_meet(asked, monkeypatch) -> None:
     monkeypatch.setattr(training, "make_deterministic", lambda: switched.append(True))
     monkeypatch.setattr(training.training_scores, "start_of", lambda _run: None)
     monkeypatch.setattr(training, "_start_ranks", meet)
-    run = SimpleNamespace(engine=SimpleNamespace(deterministic=asked), run_dir="nowhere")
+    run = SimpleNamespace(engine=SimpleNamespace(deterministic=asked, wandb="disabled"), run_dir="nowhere")
     with pytest.raises(RanksMeetError):
         training._train(run, None, None, None)
     assert switched == [True] * asked
@@ -71,7 +71,7 @@ def test_a_training_switches_before_its_ranks_meet(asked, monkeypatch) -> None:
 
 def test_a_training_on_pixels_is_refused_on_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    run = PixelRun("nowhere", None, None, SimpleNamespace(deterministic=True))
+    run = PixelRun("nowhere", None, None, SimpleNamespace(deterministic=True, wandb="disabled"))
     with pytest.raises(UserError, match="max pooling and of bicubic resizing"):
         training._train(run, None, None, None)
 

@@ -343,7 +343,7 @@ def test_an_epoch_is_told_in_steps(tmp_path: Path) -> None:
     dataset = ShardDataset.open(write(tmp_path, [[latent_sample(i) for i in range(40)]], LATENT))
     facts = dict(readiness(dataset, Launch(num_streams=4, tokens_per_pack=50)).facts)
     assert facts["length of a sample"] == "25 tokens, mean 25.0"
-    assert facts["samples of a stream"] == "10 to 10"
+    assert facts["samples of a stream"] == "10"
     assert facts["packs of a stream in an epoch, about"] == "5 to 5"
     assert facts["steps of an epoch, about"] == "5"
     assert facts["samples of a step, about"] == "8.0"

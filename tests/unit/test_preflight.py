@@ -12,7 +12,7 @@ from data.shards import Sample, ShardWriter
 from engine.config import UserError, load
 from engine.memory import StateBytes, TensorBytes, asked_for, reset_resident_peak, resident_peak_bytes
 from engine.rehearsal import Meter, OutOfMemoryError
-from launch.estimate import GIB, MFU, PEAK, untrained_latents
+from launch.estimate import GIB, PEAK, untrained_latents
 from launch.preflight_report import Preflight, plan_run, remedies, report
 from launch.run_kinds import read_run
 from launch.runs import GeneratorRun
@@ -29,7 +29,7 @@ def preflight(path: str = T2I, *overrides: str) -> Preflight:
     return plan_run(*read_run(path, overrides))
 
 
-def tables(of: Preflight, *, num_gpus: int = 8, gpu_gib: float = 80, mfu: float = MFU) -> str:
+def tables(of: Preflight, *, num_gpus: int = 8, gpu_gib: float = 80, mfu: float | None = None) -> str:
     return report(of, num_gpus=num_gpus, gpu_gib=gpu_gib, mfu=mfu)
 
 

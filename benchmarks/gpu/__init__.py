@@ -1,0 +1,1 @@
+"""What `make gpu` runs: tests/gpu, then every measurement of the page benchmarks/results/gpu_DEVICE.md."""
