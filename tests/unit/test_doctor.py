@@ -344,7 +344,7 @@ def test_an_epoch_is_told_in_steps(tmp_path: Path) -> None:
     facts = dict(readiness(dataset, Launch(num_streams=4, tokens_per_pack=50)).facts)
     assert facts["length of a sample"] == "25 tokens, mean 25.0"
     assert facts["samples of a stream"] == "10"
-    assert facts["packs of a stream in an epoch, about"] == "5 to 5"
+    assert facts["packs of a stream in an epoch, about"] == "5"
     assert facts["steps of an epoch, about"] == "5"
     assert facts["samples of a step, about"] == "8.0"
 
