@@ -253,6 +253,12 @@ def lost_contact(error: BaseException) -> LostContactError | None:
     peer = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", str(error))
     who = _host_of_address.get(peer[1], peer[1]) if peer else "another rank"
     detail = re.sub(r"^\[[^\]]*\]\s*", "", _first_line(error)).partition(". ")[0]
+    if _is_one_host():
+        remedy = "it was killed (out of memory?) or failed: look for the first error above, and in `dmesg`. "
+        return LostContactError(
+            f"lost contact with another rank of this host: {detail}; {remedy}"
+            "The same command goes on from the last checkpoint"
+        )
     return LostContactError(
         f"lost contact with {who}: {detail}; look for the first error there. The same command goes on from the last "
         "checkpoint once that node is back or replaced in the hostfile"

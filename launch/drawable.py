@@ -31,6 +31,16 @@ def prompt_models(folder: Path) -> tuple[tuple[Path, str, str], SamplingConfig]:
     return (folder / EXPORT, autoencoder, run.text_tokenizer), run.sampling
 
 
+def check_edits(folder: Path) -> None:
+    """Raises UserError: the run in `folder` was trained for text-to-image, so its model has never seen a source."""
+    config = folder / "config.json"
+    if config.is_file() and read_json(config).get("task") == "t2i":
+        raise UserError(
+            f"{folder}: a text-to-image training, which has never seen a source image; give --run of an editing "
+            "training (launch/train_edit.py), or draw with --prompt"
+        )
+
+
 def class_models(folder: Path) -> tuple[tuple[Path, str], ClassSamplingConfig]:
     """Generator and autoencoder of classes, and how they draw. Raises UserError as `prompt_models`."""
     if (folder / SAMPLING).is_file():

@@ -16,7 +16,7 @@ from generator.pipeline import Pipeline
 from generator.prompts import read_prompts
 from generator.sampling import SamplingConfig
 from launch import entry
-from launch.drawable import prompt_models
+from launch.drawable import check_edits, prompt_models
 from launch.sampling_options import add_sampling_options, read_sampling_options
 from launch.team import meet, own_device
 
@@ -33,6 +33,8 @@ def main() -> None:
         raise UserError("give one of --prompt, --prompts, or --image with --instruction")
     if arguments.num_images < 1:
         raise UserError(f"--num-images {arguments.num_images}; give at least 1")
+    if arguments.image is not None:
+        check_edits(Path(arguments.run))
     sampling = read_sampling_options(arguments, base)
     if arguments.prompts is None:
         _draw_one(arguments, models, sampling)
@@ -61,7 +63,9 @@ def _draw_file(
     arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig
 ) -> None:
     prompts = Path(arguments.prompts)
-    read_prompts(prompts)  # before the ranks meet: a mistake is one line, not one from each
+    found = read_prompts(prompts)  # before the ranks meet: a mistake is one line, not one from each
+    if any(prompt.images for prompt in found):
+        check_edits(Path(arguments.run))
     if arguments.out is None:
         raise UserError("give --out, the folder of the image set")
     out = Path(arguments.out)

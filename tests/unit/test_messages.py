@@ -1,5 +1,7 @@
 """Messages name what their reader typed, and a remedy that exists where it stands."""
 
+import contextlib
+import json
 from pathlib import Path
 
 import pytest
@@ -7,10 +9,12 @@ import torch
 
 from data.shards import LatentInfo
 from engine.config import UserError, counted
+from engine.peers import lost_contact
 from evaluation.metrics.lpips import Lpips
 from generator.model import GeneratorConfig
 from generator.mot import MotConfig
 from generator.objective import FlowConfig, build_objective
+from launch.drawable import check_edits
 from tokenizer.perceptual import PerceptualConfig, build_perceptual
 from tokenizer.weights import usable
 
@@ -48,3 +52,23 @@ def test_too_small_a_vocabulary_is_told_by_its_whole_key() -> None:
         UserError, match=r"^generator\.backbone\.vocab_size 50 is less than the text tokenizer's 100"
     ):
         build_objective("t2i", GeneratorConfig(backbone, max_side=4), FlowConfig(), latents, Many(), seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("task", "refuses"), [("t2i", True), ("edit", False)])
+def test_only_an_editing_run_edits(tmp_path: Path, task: str, refuses: bool) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"task": task}))
+    refusal = pytest.raises(UserError, match=r"has never seen a source.*launch/train_edit\.py")
+    with refusal if refuses else contextlib.nullcontext():
+        check_edits(tmp_path)
+
+
+@pytest.mark.parametrize("local", ["2", "1"])
+def test_a_rank_that_vanishes_on_one_host_is_no_fault_of_a_hostfile(
+    monkeypatch: pytest.MonkeyPatch, local: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_SIZE", local)
+    error = RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:29500 gloo")
+    found = lost_contact(error)
+    assert found is not None
+    assert ("hostfile" in str(found)) == (local == "1") and ("dmesg" in str(found)) == (local == "2")
