@@ -22,7 +22,15 @@ from torch import Tensor
 from data.images import image_parts
 from data.latents import TORCH_DTYPES
 from data.progress import ProgressLine
-from data.shards import LatentInfo, OpenShard, Sample, ShardDataset, finished_shard, write_manifest
+from data.shards import (
+    LatentInfo,
+    OpenShard,
+    Sample,
+    ShardDataset,
+    claim_shards,
+    finished_shard,
+    write_manifest,
+)
 from data.storage import StorageConfig
 from data.text import TextTokenizer, load_text_tokenizer
 from engine import files
@@ -91,6 +99,7 @@ def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Calla
     caption nor class; latents that are constant, not finite or too large for the dtype.
     """
     job = _Job(config)
+    claim_shards(job.out, "encode_latents")
     entries = job.dataset.manifest.shards
     first = np.cumsum([0, *(entry.num_samples for entry in entries)])
     todo = [i for i in range(rank, len(entries), world) if not job.is_finished(entries[i].name)]
@@ -121,6 +130,8 @@ class _Job:
     def __init__(self, config: EncodeConfig) -> None:
         self.config = config
         self.out = Path(config.out)
+        if self.out.resolve() == Path(config.shards).resolve():
+            raise UserError(f"out {config.out}: is the input, shards; give another folder")
         self.dataset = ShardDataset.open(config.shards, config.storage)
         if self.dataset.manifest.latent is not None:
             raise UserError(f"{config.shards}: holds latents already; give the pixel shards")
