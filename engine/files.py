@@ -117,7 +117,7 @@ def check_claim(
     if (folder / f"{MADE_BY}{command}").is_file() or not (folder.exists() or folder.is_symlink()):
         return
     if not folder.is_dir():
-        raise UserError(f"{folder}: is not a folder; give another")
+        raise UserError(f"{folder}: no folder to write to (a file is there); choose another")
     there = sorted(entry.name for entry in folder.iterdir())
     taken = [name for name in there if any(fnmatchcase(name, pattern) for pattern in names)]
     if taken and not (is_own is not None and is_own(folder)):
@@ -138,7 +138,7 @@ def claim(
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / f"{MADE_BY}{command}").touch()  # which ranks of one command may do at one time
     except OSError as error:
-        raise UserError(f"{folder}: no folder to write to ({error.strerror}); choose another --out") from None
+        raise UserError(f"{folder}: no folder to write to ({error.strerror}); choose another") from None
 
 
 def check_inputs(folder: str | Path, names: Sequence[str], inputs: Iterable[str | Path]) -> None:
