@@ -21,6 +21,8 @@ from typing import Any
 from engine.config import UserError
 
 HASH_CHUNK_BYTES = 1 << 20
+PAGE_SIGN = "<!-- written by RPiAE -->"
+SIGN_WITHIN_BYTES = 1 << 12
 MADE_BY = ".made-by-"
 """And the command: a file in a folder that the command may write to."""
 
@@ -106,7 +108,7 @@ def check_new(path: str | Path, is_own: Callable[[Path], bool] | None = None) ->
 
 
 def check_claim(
-    folder: str | Path, command: str, names: Sequence[str], is_own: Callable[[Path], bool] | None = None
+    folder: str | Path, command: str, names: Iterable[str], is_own: Callable[[Path], bool] | None = None
 ) -> None:
     """Whether `command` may write files of `names` (patterns) into `folder`; touches nothing.
 
@@ -118,8 +120,11 @@ def check_claim(
         return
     if not folder.is_dir():
         raise UserError(f"{folder}: no folder to write to (a file is there); choose another")
+    exact, patterns = {*names}, [name for name in names if "*" in name]
     there = sorted(entry.name for entry in folder.iterdir())
-    taken = [name for name in there if any(fnmatchcase(name, pattern) for pattern in names)]
+    taken = [
+        name for name in there if name in exact or any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
     if taken and not (is_own is not None and is_own(folder)):
         raise UserError(
             f"{folder}: holds {taken[0]}, which {command} would write and did not; give another folder, or move it away"
@@ -127,7 +132,7 @@ def check_claim(
 
 
 def claim(
-    folder: str | Path, command: str, names: Sequence[str], is_own: Callable[[Path], bool] | None = None
+    folder: str | Path, command: str, names: Iterable[str], is_own: Callable[[Path], bool] | None = None
 ) -> None:
     """Marks `folder` as one that `command` may write `names` to, now and when it is run again.
 
@@ -148,6 +153,27 @@ def check_inputs(folder: str | Path, names: Sequence[str], inputs: Iterable[str 
         where = path.resolve()
         if where.parent == there and any(fnmatchcase(where.name, pattern) for pattern in names):
             raise UserError(f"{path}: is input, and would be overwritten; give a folder other than {folder}")
+
+
+def check_signed(path: str | Path, sign: str) -> None:
+    """Raises UserError: `path` exists, and has no `sign` in its first or last 4 KiB, as our files of this kind have."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            first = file.read(SIGN_WITHIN_BYTES)
+            file.seek(max(path.stat().st_size - SIGN_WITHIN_BYTES, 0))
+            if sign.encode() in first or sign.encode() in file.read():
+                return
+    if path.exists() or path.is_symlink():
+        raise UserError(
+            f"{path}: exists, and no command of this project wrote it; remove it or give another file"
+        )
+
+
+def write_page(path: str | Path, page: str) -> None:
+    """Writes HTML, signed, where there is no file or a signed one. Raises UserError: another file is there."""
+    check_signed(path, PAGE_SIGN)
+    write_bytes(path, f"{page}{PAGE_SIGN}\n".encode(errors="replace"))  # captions may hold halves of letters
 
 
 def fsync_tree(root: str | Path) -> None:

@@ -16,12 +16,13 @@ from typing import Any, Protocol, TypeVar
 from data.progress import ProgressLine
 from engine import files
 from engine.config import UserError, to_dict
-from evaluation.manifest import Item, write_manifest
+from evaluation.manifest import MANIFEST_NAME, Item, write_manifest
 from evaluation.runner import Team
 from generator.drawing import DrawingConfig
 from generator.model import CONFIG_NAME, WEIGHTS_NAME
 from generator.solvers import num_evaluations
 
+COMMAND = "sample"
 SETTINGS_NAME = "sampling.json"
 
 
@@ -60,7 +61,7 @@ def draw_on_ranks(
     blocks = [drawings[first : first + block_images] for first in range(0, len(drawings), block_images)]
     mine = [block for block in blocks[team.rank :: team.world] if not all(one.is_done(out) for one in block)]
     if team.rank == 0:
-        _claim(out, drawn_with)
+        _claim(out, drawn_with, [item(one) for one in drawings])
     most = -(-len(blocks) // team.world) if in_step else len(mine)
     draw = start() if most else None
     team.barrier()  # before this nobody writes into a folder that rank 0 may refuse
@@ -121,9 +122,17 @@ def _draw_blocks(
             writing.result()
 
 
-def _claim(out: Path, drawn_with: Mapping[str, Any]) -> None:
-    """Notes in `out` what its images are drawn with. Raises UserError: they were drawn with something else."""
+def _claim(out: Path, drawn_with: Mapping[str, Any], items: Sequence[Item]) -> None:
+    """Notes in `out` what its images are drawn with.
+
+    Raises UserError: they were drawn with something else, or nothing shows that they were drawn.
+    """
     path, settings = out / SETTINGS_NAME, dict(drawn_with)
+    names = {Path(name).parts[0] for one in items for name in one.images.values()} | {
+        MANIFEST_NAME,
+        SETTINGS_NAME,
+    }
+    files.check_claim(out, COMMAND, names, _is_drawn)
     found: dict[str, Any] = files.read_json(path) if path.is_file() else settings
     for name in sorted({*found, *settings}):
         if found.get(name) != settings.get(name):
@@ -131,7 +140,16 @@ def _claim(out: Path, drawn_with: Mapping[str, Any]) -> None:
                 f"{out}: holds images of other settings ({name}: {_short(found.get(name))} there, "
                 f"{_short(settings.get(name))} here); give another folder, or the same settings to go on"
             )
+    files.claim(out, COMMAND, names, _is_drawn)
     files.write_json(path, settings)
+
+
+def _is_drawn(out: Path) -> bool:
+    """Whether an earlier version, which left no marker, drew there."""
+    try:
+        return isinstance(files.read_json(out / SETTINGS_NAME), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _short(value: object) -> str:

@@ -127,9 +127,10 @@ def evaluate(
     a network's features, and so an FID, would be a GPU's own.
 
     `seed` is the one the images were sampled with, for the record; `manifest` stands in for the folder's own. Raises
-    UserError when images are missing and `allow_partial` is not set; when it is, they are counted in `n_failed` and the
-    scores marked partial.
+    UserError when `output_dir` holds scores of somebody else, and when images are missing and `allow_partial` is not set;
+    when it is, they are counted in `n_failed` and the scores marked partial.
     """
+    output_dir = Path(output_dir)
     images = ImageSet.open(images_dir, manifest)
     missing = images.missing(suite.roles)
     if missing and (not allow_partial or len(missing) == len(images.items)):
@@ -137,6 +138,8 @@ def evaluate(
             f"{images_dir}: {len(missing)} of {len(images.items)} items lack an image (first: "
             f"'{missing[0].key}'); make them, or score the rest with allow_partial"
         )
+    if team.rank == 0:
+        claim_scores(output_dir)
     lost = {item.key for item in missing}
     items = [item for item in images.items if item.key not in lost]
     if isinstance(suite, CollectingSuite):
@@ -147,7 +150,6 @@ def evaluate(
     measurements = suite.measure(images, items)
     assert len(measurements) == len(items)
     set_scores = suite.measure_set(images, items) if isinstance(suite, SetSuite) else {}
-    output_dir = Path(output_dir)
     lines = [
         {
             "key": item.key,
@@ -179,6 +181,19 @@ def evaluate(
     }
     files.write_json(output_dir / SCORES_NAME, scores)
     return scores
+
+
+def claim_scores(output_dir: Path) -> None:
+    """Marks the folder for scores. Raises UserError: it holds a scores.json or per_item.jsonl of somebody else."""
+    files.claim(output_dir, "evaluate", (SCORES_NAME, PER_ITEM_NAME), _has_scores)
+
+
+def _has_scores(folder: Path) -> bool:
+    """Whether an earlier version, which left no marker, scored there."""
+    try:
+        return {"suite", "protocol", "scores"} <= set(files.read_json(folder / SCORES_NAME))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def estimates(measurements: Sequence[Measurement]) -> dict[str, dict[str, Any]]:

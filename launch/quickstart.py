@@ -13,6 +13,8 @@ from launch import chain_folder, entry, quickstart_scores
 from launch.steps import Step, deepspeed, python, run_steps
 
 COMMAND = "quickstart"
+PAGE_SIGN = "Written by `make "
+"""In the pages of further chains."""
 CONFIGS = "configs/quickstart"
 
 
@@ -123,6 +125,7 @@ def run_further(
         raise UserError(
             f"root {root}: the quickstart's results are in {base_root}; give a folder apart from it"
         )
+    files.check_signed(run.out, PAGE_SIGN)
     chain_folder.check(base_root, COMMAND)
     if not arguments.fresh:
         chain_folder.claim(root, command)

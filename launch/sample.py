@@ -9,6 +9,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from PIL import ExifTags, Image
+
 from engine import distributed
 from engine.config import UserError
 from evaluation.sampled_set import SampledSetConfig, draw_set
@@ -20,6 +22,8 @@ from launch.drawable import prompt_models
 from launch.sampling_options import add_sampling_options, read_sampling_options
 from launch.team import meet, own_device
 
+SIGN = "RPiAE launch/sample.py"
+"""EXIF's Software, of the images that the command may replace."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -44,17 +48,36 @@ def _draw_one(arguments: argparse.Namespace, models: tuple[Path, str, str], samp
     out = Path(arguments.out or "sample.png")
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {out}: give an image file, {', '.join(SUFFIXES)}")
-    pipeline = Pipeline.load(*models, device=own_device())
     count = arguments.num_images
+    paths = (
+        [out] if count == 1 else [out.with_name(f"{out.stem}-{index}{out.suffix}") for index in range(count)]
+    )
+    for path in paths:
+        _check_image(path)
+    pipeline = Pipeline.load(*models, device=own_device())
     if arguments.prompt is not None:
         images = pipeline.generate([arguments.prompt] * count, sampling=sampling)
     else:
         images = pipeline.edit([arguments.image] * count, [arguments.instruction] * count, sampling=sampling)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
-        path = out if len(images) == 1 else out.with_name(f"{out.stem}-{index}{out.suffix}")
-        image.save(path)
+    signed = Image.Exif()
+    signed[ExifTags.Base.Software] = SIGN
+    for path, image in zip(paths, images, strict=True):
+        image.save(path, exif=signed)
         print(path)
+
+
+def _check_image(path: Path) -> None:
+    """Raises UserError: there is a file at `path` that this command did not draw."""
+    if not path.exists():
+        return
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.getexif().get(ExifTags.Base.Software) == SIGN:
+                return
+    except OSError:
+        pass
+    raise UserError(f"--out {path}: exists, and this command did not draw it; remove it or give another file")
 
 
 def _draw_file(

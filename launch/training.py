@@ -17,11 +17,11 @@ from data.packing import EditPacker, T2IPacker
 from data.shards import LatentInfo, ShardDataset
 from data.stream import Packer, PackStream
 from data.text import TextTokenizer, load_text_tokenizer
-from engine import distributed, logs, run_lock
+from engine import checkpoint_folder, distributed, files, logs, run_lock
 from engine.config import UserError, to_dict
 from engine.determinism import make_deterministic
 from engine.distributed import Ranks
-from engine.loop import train
+from engine.loop import CHECKPOINTS, EXPORT, train
 from engine.objective import Objective
 from engine.peers import LostContactError
 from engine.redaction import redact
@@ -40,6 +40,22 @@ from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import fingerprint
 from tokenizer.stages import build_stage
 
+COMMAND = "train"
+RUN_FILES = (
+    *(
+        "config.json",
+        "metrics.jsonl",
+        "scores.jsonl",
+        "events.jsonl",
+        "samples",
+        CHECKPOINTS,
+        EXPORT,
+        f"{EXPORT}_*",
+        "evaluation",
+    ),
+    *("hang", "nonfinite", "spikes", run_lock.NAME),
+)
+"""What a training writes to its run_dir, as patterns of names."""
 PACKERS: dict[Task, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
 
 
@@ -158,6 +174,17 @@ def _runs_sdpa(run: GeneratorRun) -> bool:
     )
 
 
+def _is_run(run_dir: Path) -> bool:
+    """Whether a training of an earlier version, which left no marker, wrote there."""
+    for name, fields in (("config.json", {"run_dir", "engine"}), (run_lock.NAME, {"machine", "pid"})):
+        try:
+            if fields <= set(files.read_json(run_dir / name)):
+                return True
+        except (OSError, ValueError, TypeError):
+            pass
+    return any(run_dir.glob(f"{CHECKPOINTS}/*/{checkpoint_folder.STATE}"))
+
+
 def _start_ranks(run_dir: Path) -> Ranks:
     """Two launches of one command on a host ask for one port: the second is told of the training, not of the port."""
     try:
@@ -184,9 +211,12 @@ def _train(
             )
         make_deterministic()
     scores = training_scores.start_of(run)  # before the ranks meet: a mistake is one line, not one from each
+    files.check_claim(run.run_dir, COMMAND, RUN_FILES, _is_run)
     ranks = _start_ranks(Path(run.run_dir))
     resolved = to_dict(run)
     nodes.check_start(ranks, Path(run.run_dir), resolved)
+    if ranks.is_first:
+        files.claim(run.run_dir, COMMAND, RUN_FILES, _is_run)
     evaluation = None if scores is None else scores(ranks, objective)
     source = PackStream(
         mixture,
