@@ -21,7 +21,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # of the archive's entry: equal images give equal
 def write_npz(images: ImageSet, path: str | Path, role: str = "result") -> None:
     """All images in the manifest's order, a few at a time: 50,000 of 256 px are 9.8 GB. Written whole or not at all.
 
-    Raises UserError: another file at `path`; an image that is missing, cannot be read, or differs from the first in size.
+    Raises UserError: another file at `path`; an image that is missing, unreadable, or of another size than the first.
     """
     path = Path(path)
     files.check_signed(path, SIGN)

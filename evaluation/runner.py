@@ -127,8 +127,8 @@ def evaluate(
     a network's features, and so an FID, would be a GPU's own.
 
     `seed` is the one the images were sampled with, for the record; `manifest` stands in for the folder's own. Raises
-    UserError when `output_dir` holds scores of somebody else, and when images are missing and `allow_partial` is not set;
-    when it is, they are counted in `n_failed` and the scores marked partial.
+    UserError when `output_dir` holds scores of somebody else, and when images are missing and `allow_partial` is not
+    set; when it is, they are counted in `n_failed` and the scores marked partial.
     """
     output_dir = Path(output_dir)
     images = ImageSet.open(images_dir, manifest)

@@ -30,6 +30,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 def main() -> None:
     """Draws with what a finished run, or launch/export.py, holds: generator, autoencoder, text tokenizer."""
     arguments = _parser().parse_args()
+    if arguments.prompts is None:
+        _image_paths(arguments)  # cheaper than to find out what draws
     models, base = prompt_models(Path(arguments.run))
     given = (arguments.prompts, arguments.prompt, arguments.image and arguments.instruction)
     edit_is_whole = (arguments.image is None) == (arguments.instruction is None)
@@ -45,26 +47,32 @@ def main() -> None:
 
 
 def _draw_one(arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig) -> None:
-    out = Path(arguments.out or "sample.png")
-    if out.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--out {out}: give an image file, {', '.join(SUFFIXES)}")
-    count = arguments.num_images
-    paths = (
-        [out] if count == 1 else [out.with_name(f"{out.stem}-{index}{out.suffix}") for index in range(count)]
-    )
-    for path in paths:
-        _check_image(path)
+    paths = _image_paths(arguments)
+    count = len(paths)
     pipeline = Pipeline.load(*models, device=own_device())
     if arguments.prompt is not None:
         images = pipeline.generate([arguments.prompt] * count, sampling=sampling)
     else:
         images = pipeline.edit([arguments.image] * count, [arguments.instruction] * count, sampling=sampling)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     signed = Image.Exif()
     signed[ExifTags.Base.Software] = SIGN
     for path, image in zip(paths, images, strict=True):
         image.save(path, exif=signed)
         print(path)
+
+
+def _image_paths(arguments: argparse.Namespace) -> list[Path]:
+    """A file for each image. Raises UserError: no name of an image, files there that this command did not draw."""
+    out, count = Path(arguments.out or "sample.png"), arguments.num_images
+    if out.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out {out}: give an image file, {', '.join(SUFFIXES)}")
+    paths = (
+        [out] if count == 1 else [out.with_name(f"{out.stem}-{index}{out.suffix}") for index in range(count)]
+    )
+    for path in paths:
+        _check_image(path)
+    return paths
 
 
 def _check_image(path: Path) -> None:

@@ -61,12 +61,14 @@ PACKERS: dict[Task, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
 
 def train_on_pixels(run: PixelRun, build: Callable[[], Objective]) -> None:
     """Opens the pixel shards first (the cheapest thing to fail), then builds the objective and trains it."""
+    _check_folder(run)
     mixture = Mixture.open(run.data.sets, run.data.storage)
     _train(run, mixture, PixelPacker(run.pixels), build())
 
 
 def train_generator(run: GeneratorRun) -> None:
     """What launch/train_t2i.py and launch/train_edit.py do, with their task in `run`."""
+    _check_folder(run)
     task = run.task
     assert task is not None
     mixture = Mixture.open(run.data.sets, run.data.storage)
@@ -87,6 +89,7 @@ def train_generator(run: GeneratorRun) -> None:
 
 def train_class(run: ClassRun) -> None:
     """What launch/train_class.py does."""
+    _check_folder(run)
     mixture = Mixture.open(run.data.sets, run.data.storage)
     latents = _latents(mixture)
     packer = ClassPacker(run.packing, latents, run.generator.num_classes)
@@ -174,6 +177,11 @@ def _runs_sdpa(run: GeneratorRun) -> bool:
     )
 
 
+def _check_folder(run: PixelRun | GeneratorRun | ClassRun) -> None:
+    """Raises UserError: in run_dir are files that a training would replace, and none shows that one wrote them."""
+    files.check_claim(run.run_dir, COMMAND, RUN_FILES, _is_run)
+
+
 def _is_run(run_dir: Path) -> bool:
     """Whether a training of an earlier version, which left no marker, wrote there."""
     for name, fields in (("config.json", {"run_dir", "engine"}), (run_lock.NAME, {"machine", "pid"})):
@@ -211,7 +219,6 @@ def _train(
             )
         make_deterministic()
     scores = training_scores.start_of(run)  # before the ranks meet: a mistake is one line, not one from each
-    files.check_claim(run.run_dir, COMMAND, RUN_FILES, _is_run)
     ranks = _start_ranks(Path(run.run_dir))
     resolved = to_dict(run)
     nodes.check_start(ranks, Path(run.run_dir), resolved)
