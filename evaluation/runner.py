@@ -24,6 +24,7 @@ from evaluation.environment import versions
 from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.interval import Estimate, mean, rate
 
+COMMAND = "evaluate"
 SCORES_NAME = "scores.json"
 PER_ITEM_NAME = "per_item.jsonl"
 
@@ -139,7 +140,7 @@ def evaluate(
             f"'{missing[0].key}'); make them, or score the rest with allow_partial"
         )
     if team.rank == 0:
-        claim_scores(output_dir)
+        check_scores(output_dir)
     lost = {item.key for item in missing}
     items = [item for item in images.items if item.key not in lost]
     if isinstance(suite, CollectingSuite):
@@ -159,6 +160,7 @@ def evaluate(
         }
         for item, found in zip(items, measurements, strict=True)
     ]
+    files.claim(output_dir, COMMAND, (SCORES_NAME, PER_ITEM_NAME), _has_scores)
     files.write_text(output_dir / PER_ITEM_NAME, "".join(json.dumps(line) + "\n" for line in lines))
     means = estimates(measurements)
     assert not means.keys() & set_scores.keys(), "a metric is of items or of the set, not both"
@@ -183,9 +185,9 @@ def evaluate(
     return scores
 
 
-def claim_scores(output_dir: Path) -> None:
-    """Marks the folder for scores. Raises UserError: it holds a scores.json or per_item.jsonl of somebody else."""
-    files.claim(output_dir, "evaluate", (SCORES_NAME, PER_ITEM_NAME), _has_scores)
+def check_scores(output_dir: Path) -> None:
+    """Raises UserError: the folder holds a scores.json or per_item.jsonl of somebody else. Touches nothing."""
+    files.check_claim(output_dir, COMMAND, (SCORES_NAME, PER_ITEM_NAME), _has_scores)
 
 
 def _has_scores(folder: Path) -> bool:

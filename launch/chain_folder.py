@@ -53,11 +53,24 @@ def recorded(root: Path, step: str) -> Iterator[None]:
 def remove(root: Path, command: str, steps: Collection[str]) -> None:
     """--fresh: empties `root`. `steps`: names of the chain's.
 
-    Raises UserError, and removes nothing: another chain's folder or none, a file that no step wrote, a training that
-    runs there.
+    Raises UserError, and removes nothing: as check_removable.
     """
-    if not root.exists() or not any(root.iterdir()):
+    check_removable(root, command, steps)
+    for entry in root.iterdir() if root.is_dir() else ():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def check_removable(root: Path, command: str, steps: Collection[str] | None = None) -> None:
+    """Whether `remove` may; None: before it is known which steps the chain has.
+
+    Raises UserError: another chain's folder or none, a file that no step wrote, a training that runs there.
+    """
+    if not root.is_dir() or not any(root.iterdir()):
         return
+    steps = _steps(root) if steps is None else steps
     if not (root / f"{files.MADE_BY}{command}").is_file() and not (_steps(root) and _steps(root) <= {*steps}):
         raise UserError(
             f"{root}: --fresh removes what {command} made, and this is something else; remove it yourself"
@@ -69,11 +82,6 @@ def remove(root: Path, command: str, steps: Collection[str]) -> None:
     for lock in sorted(root.rglob(run_lock.NAME)):
         if reason := run_lock.refusal(lock.parent):
             raise UserError(reason)
-    for entry in sorted(root.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def _strange(root: Path, steps: Collection[str]) -> list[str]:

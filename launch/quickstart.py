@@ -127,7 +127,9 @@ def run_further(
         )
     files.check_signed(run.out, PAGE_SIGN)
     chain_folder.check(base_root, COMMAND)
-    if not arguments.fresh:
+    if arguments.fresh:
+        chain_folder.check_removable(root, command)
+    else:
         chain_folder.claim(root, command)
     steps = build_steps(base, base_root)
     run_steps(base_root, steps[: [step.name for step in steps].index(last) + 1])
