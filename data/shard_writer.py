@@ -42,15 +42,20 @@ def claim_shards(directory: Path, command: str) -> None:
 
     Earlier versions left no marker: there a side file of a shard shows it, or the lock that make_shards takes first.
     """
-    locks = (".node-*.lock", ".captions.sqlite.lock") if command == MAKE_SHARDS else ()
+    files.claim(directory, command, SHARD_FILES, lambda folder: _has_shards_of(folder, command))
 
-    def is_own(folder: Path) -> bool:
-        taken = [lock for pattern in locks for lock in folder.glob(pattern)]
-        return any(lock.is_file() and not lock.stat().st_size for lock in taken) or any(
-            map(_is_side, folder.glob("shard-*.json"))
-        )
 
-    files.claim(directory, command, SHARD_FILES, is_own)
+def check_shards(directory: Path, command: str) -> None:
+    """Raises UserError: `claim_shards` would. Touches nothing."""
+    files.check_claim(directory, command, SHARD_FILES, lambda folder: _has_shards_of(folder, command))
+
+
+def _has_shards_of(directory: Path, command: str) -> bool:
+    patterns = (".node-*.lock", ".captions.sqlite.lock") if command == MAKE_SHARDS else ()
+    locks = [lock for pattern in patterns for lock in directory.glob(pattern)]
+    return any(lock.is_file() and not lock.stat().st_size for lock in locks) or any(
+        map(_is_side, directory.glob("shard-*.json"))
+    )
 
 
 def _is_side(path: Path) -> bool:

@@ -56,12 +56,21 @@ def draw_on_ranks(
     When it returns, the set is whole. Images that an earlier run finished are kept. `drawn_with`: all that decides the
     images. `start` gives what draws a block, and is called where there is one to draw. `in_step`: every rank draws as
     many blocks, some of them for nothing, because the drawing is collective. Raises UserError: `out` was drawn with
-    something else.
+    something else, or holds a stranger's files.
     """
     blocks = [drawings[first : first + block_images] for first in range(0, len(drawings), block_images)]
     mine = [block for block in blocks[team.rank :: team.world] if not all(one.is_done(out) for one in block)]
+    items = [item(one) for one in drawings]
+    names = {Path(name).parts[0] for one in items for name in one.images.values()} | {
+        MANIFEST_NAME,
+        SETTINGS_NAME,
+    }
+    files.check_claim(out, COMMAND, names, _is_drawn)
     if team.rank == 0:
-        _claim(out, drawn_with, [item(one) for one in drawings])
+        _check_settings(out, drawn_with)
+    files.claim(out, COMMAND, names, _is_drawn)
+    if team.rank == 0:
+        files.write_json(out / SETTINGS_NAME, dict(drawn_with))
     most = -(-len(blocks) // team.world) if in_step else len(mine)
     draw = start() if most else None
     team.barrier()  # before this nobody writes into a folder that rank 0 may refuse
@@ -71,7 +80,7 @@ def draw_on_ranks(
             draw(blocks[0])
     team.barrier()
     if team.rank == 0:
-        write_manifest(out, [item(one) for one in drawings])
+        write_manifest(out, items)
     team.barrier()
     return len(drawings)
 
@@ -122,17 +131,9 @@ def _draw_blocks(
             writing.result()
 
 
-def _claim(out: Path, drawn_with: Mapping[str, Any], items: Sequence[Item]) -> None:
-    """Notes in `out` what its images are drawn with.
-
-    Raises UserError: they were drawn with something else, or nothing shows that they were drawn.
-    """
+def _check_settings(out: Path, drawn_with: Mapping[str, Any]) -> None:
+    """Raises UserError: the images in `out` were drawn with something else."""
     path, settings = out / SETTINGS_NAME, dict(drawn_with)
-    names = {Path(name).parts[0] for one in items for name in one.images.values()} | {
-        MANIFEST_NAME,
-        SETTINGS_NAME,
-    }
-    files.check_claim(out, COMMAND, names, _is_drawn)
     found: dict[str, Any] = files.read_json(path) if path.is_file() else settings
     for name in sorted({*found, *settings}):
         if found.get(name) != settings.get(name):
@@ -140,8 +141,6 @@ def _claim(out: Path, drawn_with: Mapping[str, Any], items: Sequence[Item]) -> N
                 f"{out}: holds images of other settings ({name}: {_short(found.get(name))} there, "
                 f"{_short(settings.get(name))} here); give another folder, or the same settings to go on"
             )
-    files.claim(out, COMMAND, names, _is_drawn)
-    files.write_json(path, settings)
 
 
 def _is_drawn(out: Path) -> bool:

@@ -27,6 +27,7 @@ from data.shards import (
     OpenShard,
     Sample,
     ShardDataset,
+    check_shards,
     claim_shards,
     finished_shard,
     write_manifest,
@@ -43,6 +44,7 @@ from tokenizer.views import Views, ahead, read_crops
 from tokenizer.weights import usable
 
 VIEWS_AT_ONCE = 8  # whose moments are taken together: as many in fp64 as stay in the cache
+COMMAND = "encode_latents"
 MOMENTS_DIRECTORY = "moments"  # below the latent shards: one JSON a shard
 
 
@@ -98,8 +100,9 @@ def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Calla
     of an autoencoder without; shards in `out` made from something else; a sample without image, or with neither
     caption nor class; latents that are constant, not finite or too large for the dtype.
     """
+    check_out(config)
     job = _Job(config)
-    claim_shards(job.out, "encode_latents")
+    claim_shards(job.out, COMMAND)
     entries = job.dataset.manifest.shards
     first = np.cumsum([0, *(entry.num_samples for entry in entries)])
     todo = [i for i in range(rank, len(entries), world) if not job.is_finished(entries[i].name)]
@@ -124,14 +127,19 @@ def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Calla
     barrier()
 
 
+def check_out(config: EncodeConfig) -> None:
+    """Raises UserError: `out` is the input, or holds shards of something else. Touches nothing."""
+    if Path(config.out).resolve() == Path(config.shards).resolve():
+        raise UserError(f"out {config.out}: is the input, shards; give another folder")
+    check_shards(Path(config.out), COMMAND)
+
+
 class _Job:
     """The opened inputs of one run."""
 
     def __init__(self, config: EncodeConfig) -> None:
         self.config = config
         self.out = Path(config.out)
-        if self.out.resolve() == Path(config.shards).resolve():
-            raise UserError(f"out {config.out}: is the input, shards; give another folder")
         self.dataset = ShardDataset.open(config.shards, config.storage)
         if self.dataset.manifest.latent is not None:
             raise UserError(f"{config.shards}: holds latents already; give the pixel shards")
