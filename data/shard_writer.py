@@ -61,7 +61,7 @@ def _has_shards_of(directory: Path, command: str) -> bool:
 def _is_side(path: Path) -> bool:
     try:
         parse(ShardProgress, path)
-    except UserError:
+    except (UserError, OSError):
         return False
     return True
 
