@@ -29,6 +29,42 @@ from data.shard_index import (
 from engine import files
 from engine.config import UserError
 
+MAKE_SHARDS = "make_shards"
+SHARD_FILES = (
+    *("shard-*", ".shard-*", MANIFEST_NAME, REJECTED_NAME),
+    *("captions.sqlite", ".captions.sqlite*", ".node-*.lock", ".deduplicating", "moments"),
+)
+"""All that lies in a folder of shards that a command of ours writes, as patterns of names."""
+
+
+def claim_shards(directory: Path, command: str) -> None:
+    """The folder is one that `command` may write shards to, as engine.files.claim. Raises UserError.
+
+    Earlier versions left no marker: there a side file of a shard shows it, or the lock that make_shards takes first.
+    """
+    files.claim(directory, command, SHARD_FILES, lambda folder: _has_shards_of(folder, command))
+
+
+def check_shards(directory: Path, command: str) -> None:
+    """Raises UserError: `claim_shards` would. Touches nothing."""
+    files.check_claim(directory, command, SHARD_FILES, lambda folder: _has_shards_of(folder, command))
+
+
+def _has_shards_of(directory: Path, command: str) -> bool:
+    patterns = (".node-*.lock", ".captions.sqlite.lock") if command == MAKE_SHARDS else ()
+    locks = [lock for pattern in patterns for lock in directory.glob(pattern)]
+    return any(lock.is_file() and not lock.stat().st_size for lock in locks) or any(
+        map(_is_side, directory.glob("shard-*.json"))
+    )
+
+
+def _is_side(path: Path) -> bool:
+    try:
+        parse(ShardProgress, path)
+    except (UserError, OSError):
+        return False
+    return True
+
 
 def shard_name(number: int) -> str:
     """7 -> shard-000007.tar"""
@@ -55,7 +91,7 @@ class ShardWriter:
         self._max_samples_per_shard = max_samples_per_shard
         self._shard: OpenShard | None = None
         self._rejected: list[tuple[str, str]] = []  # since the last finished shard
-        self.directory.mkdir(parents=True, exist_ok=True)
+        claim_shards(self.directory, "shard_writer")
         finished = _finished(self.directory, source)
         for side in _after_gap(self.directory, len(finished)):
             side.unlink()  # this writer goes in source order: what follows a lost shard is written again
@@ -227,4 +263,4 @@ def _finished(directory: Path, source: str) -> list[ShardProgress]:
 def _after_gap(directory: Path, num_finished: int) -> list[Path]:
     """Side files of shards that come after the first unfinished one."""
     gap = progress_name(shard_name(num_finished))
-    return sorted(side for side in directory.glob("shard-*.json") if side.name > gap)
+    return sorted(side for side in directory.glob("shard-*.json") if side.name > gap and _is_side(side))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MODEL_NAME = "text_tokenizer.model"
 CONFIG_NAME = "config.json"
+KIND = "sentencepiece"
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 MIN_VOCAB_SIZE = 320  # 256 bytes, <unk>, 4 special tokens, and room for some letters
 
@@ -118,8 +119,10 @@ def train_text_tokenizer(captions: Iterable[str], directory: Path, vocab_size: i
     """Trains on the distinct captions and writes text_tokenizer.model and config.json, whole or not at all.
 
     The same set of captions gives the same bytes, in any order. `vocab_size` includes 256 byte tokens and the
-    special tokens; few captions may give fewer. Raises UserError: too small a vocabulary, no captions.
+    special tokens; few captions may give fewer. Raises UserError: too small a vocabulary, no captions, a folder of
+    something else.
     """
+    check_folder(directory)
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"text tokenizer: vocab_size {vocab_size} is below {MIN_VOCAB_SIZE}; raise it")
     sentences = sorted({caption.strip() for caption in captions} - {""})
@@ -145,11 +148,25 @@ def train_text_tokenizer(captions: Iterable[str], directory: Path, vocab_size: i
         shuffle_input_sentence=False,
         minloglevel=2,
     )
-    with files.directory(directory) as temporary:
+    with files.directory(directory, _is_text_tokenizer) as temporary:
         files.write_bytes(temporary / MODEL_NAME, model.getvalue())
         files.write_json(temporary / CONFIG_NAME, _config(model.getvalue()))
     return load_text_tokenizer(str(directory))
 
 
+def check_folder(directory: Path) -> None:
+    """Raises UserError: `train_text_tokenizer` would have to replace what is not its own."""
+    files.check_new(directory, _is_text_tokenizer)
+
+
+def _is_text_tokenizer(directory: Path) -> bool:
+    """Whether nothing but a text tokenizer of train_text_tokenizer is there, even a damaged one."""
+    try:
+        kind = files.read_json(directory / CONFIG_NAME)["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return kind == KIND and {path.name for path in directory.iterdir()} <= {MODEL_NAME, CONFIG_NAME}
+
+
 def _config(model: bytes) -> dict[str, str]:
-    return {"kind": "sentencepiece", "sha256": hashlib.sha256(model).hexdigest()}
+    return {"kind": KIND, "sha256": hashlib.sha256(model).hexdigest()}

@@ -50,7 +50,8 @@ class Averages:
         """Writes the average of `decay`; None: the first one."""
         with self._in_place(decay), masters.collected(self._engine, self._ranks.is_first):
             if self._ranks.is_first:
-                with files.directory(directory) as temporary:
+                # In the run's folder, which the training has claimed before it wrote there.
+                with files.directory(directory, lambda _: True) as temporary:
                     self._objective.export(temporary)
             self._ranks.barrier()
 

@@ -1,4 +1,8 @@
-"""Files that are whole or absent: write under a temporary name, fsync, rename."""
+"""Files that are whole or absent: write under a temporary name, fsync, rename. Folders that a command may write to.
+
+A command replaces and removes only what it can show to be its own. It marks the folder it is given (`claim`) before it
+writes there; where the marker is missing, files of the names that it writes are somebody else's.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,19 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from engine.config import UserError
+
 HASH_CHUNK_BYTES = 1 << 20
+PAGE_SIGN = "<!-- written by RPiAE -->"
+SIGN_WITHIN_BYTES = 1 << 12
+MADE_BY = ".made-by-"
+"""And the command: a file in a folder that the command may write to."""
 
 
 def write_bytes(path: str | Path, payload: bytes) -> None:
@@ -65,18 +76,104 @@ def read_json(path: str | Path) -> Any:
 
 
 @contextmanager
-def directory(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary directory beside `path`; on success it is renamed to `path`, replacing what was there."""
+def directory(path: str | Path, is_own: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yields a temporary directory beside `path`; on success it is renamed to `path`.
+
+    What was there is replaced where it is empty or `is_own` says so. Raises UserError: it is neither.
+    """
     path = Path(path)
+    check_new(path, is_own)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    check_new(temporary, lambda left: (left / MADE_BY).is_file() or (is_own is not None and is_own(left)))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    (temporary / MADE_BY).touch()  # a killed command's, which the next one may remove
     yield temporary
+    (temporary / MADE_BY).unlink()
     fsync_tree(temporary)
+    check_new(path, is_own)
     shutil.rmtree(path, ignore_errors=True)
     temporary.replace(path)
     fsync_directory(path.parent)
+
+
+def check_new(path: str | Path, is_own: Callable[[Path], bool] | None = None) -> None:
+    """Raises UserError: `path` is a file, or a folder that is neither empty nor `is_own`."""
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path}: is not a folder; remove it or give another --out")
+    if path.is_dir() and any(path.iterdir()) and not (is_own is not None and is_own(path)):
+        raise UserError(f"{path}: is not an empty folder; remove it or give another --out")
+
+
+def check_claim(
+    folder: str | Path, command: str, names: Iterable[str], is_own: Callable[[Path], bool] | None = None
+) -> None:
+    """Whether `command` may write files of `names` (patterns) into `folder`; touches nothing.
+
+    It may where none of them is there, where its marker is, or where `is_own` knows what an earlier version left, which
+    wrote no marker. Raises UserError: none of that.
+    """
+    folder = Path(folder)
+    if (folder / f"{MADE_BY}{command}").is_file() or not (folder.exists() or folder.is_symlink()):
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no folder to write to (a file is there); choose another")
+    exact, patterns = {*names}, [name for name in names if "*" in name]
+    there = sorted(entry.name for entry in folder.iterdir())
+    taken = [
+        name for name in there if name in exact or any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    if taken and not (is_own is not None and is_own(folder)):
+        raise UserError(
+            f"{folder}: holds {taken[0]}, which {command} would write and did not; give another folder, or move it away"
+        )
+
+
+def claim(
+    folder: str | Path, command: str, names: Iterable[str], is_own: Callable[[Path], bool] | None = None
+) -> None:
+    """Marks `folder` as one that `command` may write `names` to, now and when it is run again.
+
+    Raises UserError: as check_claim; no folder can be made there.
+    """
+    check_claim(folder, command, names, is_own)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{MADE_BY}{command}").touch()  # which ranks of one command may do at one time
+    except OSError as error:
+        raise UserError(f"{folder}: no folder to write to ({error.strerror}); choose another") from None
+
+
+def check_inputs(folder: str | Path, names: Sequence[str], inputs: Iterable[str | Path]) -> None:
+    """Raises UserError: one of the files `inputs` lies in `folder` under one of the `names` that are written there."""
+    there = Path(folder).resolve()
+    for path in map(Path, inputs):
+        where = path.resolve()
+        if where.parent == there and any(fnmatchcase(where.name, pattern) for pattern in names):
+            raise UserError(f"{path}: is input, and would be overwritten; give a folder other than {folder}")
+
+
+def check_signed(path: str | Path, sign: str) -> None:
+    """Raises UserError: `path` exists, and has no `sign` in its first or last 4 KiB, as our files of this kind have."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            first = file.read(SIGN_WITHIN_BYTES)
+            file.seek(max(path.stat().st_size - SIGN_WITHIN_BYTES, 0))
+            if sign.encode() in first or sign.encode() in file.read():
+                return
+    if path.exists() or path.is_symlink():
+        raise UserError(
+            f"{path}: exists, and no command of this project wrote it; remove it or give another file"
+        )
+
+
+def write_page(path: str | Path, page: str) -> None:
+    """Writes HTML, signed, where there is no file or a signed one. Raises UserError: another file is there."""
+    check_signed(path, PAGE_SIGN)
+    write_bytes(path, f"{page}{PAGE_SIGN}\n".encode(errors="replace"))  # captions may hold halves of letters
 
 
 def fsync_tree(root: str | Path) -> None:

@@ -13,15 +13,18 @@ from evaluation.manifest import ImageSet
 
 ARRAY = "arr_0.npy"
 IMAGES_PER_READ = 64
+SIGN = "written by RPiAE"
+"""Comment of the archive, at its end: a file with it may be replaced."""
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of the archive's entry: equal images give equal bytes
 
 
 def write_npz(images: ImageSet, path: str | Path, role: str = "result") -> None:
     """All images in the manifest's order, a few at a time: 50,000 of 256 px are 9.8 GB. Written whole or not at all.
 
-    Raises UserError: an image that is missing, cannot be read, or is of another size than the first.
+    Raises UserError: another file at `path`; an image that is missing, unreadable, or of another size than the first.
     """
     path = Path(path)
+    files.check_signed(path, SIGN)
     path.parent.mkdir(parents=True, exist_ok=True)
     first = images.items[0]
     _, height, width = images.read(first, role).shape
@@ -32,6 +35,7 @@ def write_npz(images: ImageSet, path: str | Path, role: str = "result") -> None:
             zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
             archive.open(zipfile.ZipInfo(ARRAY, EPOCH), "w", force_zip64=True) as array,
         ):
+            archive.comment = SIGN.encode()
             np.lib.format.write_array_header_1_0(array, header)
             for start in range(0, len(images.items), IMAGES_PER_READ):
                 some = images.items[start : start + IMAGES_PER_READ]

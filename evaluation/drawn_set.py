@@ -16,12 +16,13 @@ from typing import Any, Protocol, TypeVar
 from data.progress import ProgressLine
 from engine import files
 from engine.config import UserError, to_dict
-from evaluation.manifest import Item, write_manifest
+from evaluation.manifest import MANIFEST_NAME, Item, write_manifest
 from evaluation.runner import Team
 from generator.drawing import DrawingConfig
 from generator.model import CONFIG_NAME, WEIGHTS_NAME
 from generator.solvers import num_evaluations
 
+COMMAND = "sample"
 SETTINGS_NAME = "sampling.json"
 
 
@@ -55,12 +56,21 @@ def draw_on_ranks(
     When it returns, the set is whole. Images that an earlier run finished are kept. `drawn_with`: all that decides the
     images. `start` gives what draws a block, and is called where there is one to draw. `in_step`: every rank draws as
     many blocks, some of them for nothing, because the drawing is collective. Raises UserError: `out` was drawn with
-    something else.
+    something else, or holds a stranger's files.
     """
     blocks = [drawings[first : first + block_images] for first in range(0, len(drawings), block_images)]
     mine = [block for block in blocks[team.rank :: team.world] if not all(one.is_done(out) for one in block)]
+    items = [item(one) for one in drawings]
+    names = {Path(name).parts[0] for one in items for name in one.images.values()} | {
+        MANIFEST_NAME,
+        SETTINGS_NAME,
+    }
+    files.check_claim(out, COMMAND, names, _is_drawn)
     if team.rank == 0:
-        _claim(out, drawn_with)
+        _check_settings(out, drawn_with)
+    files.claim(out, COMMAND, names, _is_drawn)
+    if team.rank == 0:
+        files.write_json(out / SETTINGS_NAME, dict(drawn_with))
     most = -(-len(blocks) // team.world) if in_step else len(mine)
     draw = start() if most else None
     team.barrier()  # before this nobody writes into a folder that rank 0 may refuse
@@ -70,7 +80,7 @@ def draw_on_ranks(
             draw(blocks[0])
     team.barrier()
     if team.rank == 0:
-        write_manifest(out, [item(one) for one in drawings])
+        write_manifest(out, items)
     team.barrier()
     return len(drawings)
 
@@ -121,8 +131,8 @@ def _draw_blocks(
             writing.result()
 
 
-def _claim(out: Path, drawn_with: Mapping[str, Any]) -> None:
-    """Notes in `out` what its images are drawn with. Raises UserError: they were drawn with something else."""
+def _check_settings(out: Path, drawn_with: Mapping[str, Any]) -> None:
+    """Raises UserError: the images in `out` were drawn with something else."""
     path, settings = out / SETTINGS_NAME, dict(drawn_with)
     found: dict[str, Any] = files.read_json(path) if path.is_file() else settings
     for name in sorted({*found, *settings}):
@@ -131,7 +141,14 @@ def _claim(out: Path, drawn_with: Mapping[str, Any]) -> None:
                 f"{out}: holds images of other settings ({name}: {_short(found.get(name))} there, "
                 f"{_short(settings.get(name))} here); give another folder, or the same settings to go on"
             )
-    files.write_json(path, settings)
+
+
+def _is_drawn(out: Path) -> bool:
+    """Whether an earlier version, which left no marker, drew there."""
+    try:
+        return isinstance(files.read_json(out / SETTINGS_NAME), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _short(value: object) -> str:

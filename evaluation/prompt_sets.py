@@ -21,6 +21,7 @@ from engine.config import UserError
 from evaluation.metrics.dpg import read_graphs
 from generator.prompts import KEY_PATTERN
 
+COMMAND = "prompts"
 PROMPTS_NAME = "prompts.jsonl"
 GEDIT_COLUMNS = ("key", "task_type", "instruction", "instruction_language", "input_image")
 
@@ -36,6 +37,7 @@ def write_gedit(tables: Sequence[Path], out: Path) -> int:
 
     Raises UserError: no parquet files, other columns, an image that cannot be read.
     """
+    files.claim(out, COMMAND, (PROMPTS_NAME, "images"))
     return _write(out, _gedit_rows(tables, out))
 
 
@@ -98,5 +100,6 @@ def _gedit_row(row: Mapping[str, Any], out: Path, where: Path) -> dict[str, Any]
 
 def _write(out: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     lines = [json.dumps(row) + "\n" for row in rows]
+    files.claim(out, COMMAND, (PROMPTS_NAME,))
     files.write_text(out / PROMPTS_NAME, "".join(lines))
     return len(lines)

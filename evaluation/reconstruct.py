@@ -28,7 +28,7 @@ from data.progress import ProgressLine
 from data.sources.folders import images_below
 from engine import files
 from engine.config import UserError
-from evaluation.manifest import ImageSet, Item, write_image, write_manifest
+from evaluation.manifest import MANIFEST_NAME, ImageSet, Item, write_image, write_manifest
 from evaluation.metrics.psnr import psnr_db, to_uint8
 from evaluation.runner import ALONE, Team
 from evaluation.store import share
@@ -146,9 +146,22 @@ def image_names(images: Path) -> dict[str, Path]:
 def _claim(config: ReconstructConfig) -> None:
     """Notes in `out` which autoencoder wrote it."""
     path, made_by = config.out / SOURCE_NAME, {"autoencoder": fingerprint(config.autoencoder)}
+    if config.images.resolve().is_relative_to(config.out.resolve()):
+        raise UserError(f"--out {config.out}: holds the input, {config.images}; give another --out")
+    names = (*ROLES, "latents", MANIFEST_NAME, SOURCE_NAME)
+    files.check_claim(config.out, "reconstruct", names, _is_own)
     if path.is_file() and files.read_json(path) != made_by:
         raise UserError(f"{config.out}: holds reconstructions by another autoencoder; give another --out")
+    files.claim(config.out, "reconstruct", names, _is_own)
     files.write_json(path, made_by)
+
+
+def _is_own(out: Path) -> bool:
+    """Whether an earlier version, which left no marker, wrote there."""
+    try:
+        return set(files.read_json(out / SOURCE_NAME)) == {"autoencoder"}
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _item(config: ReconstructConfig, name: str, path: Path) -> Item:

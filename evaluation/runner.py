@@ -24,6 +24,7 @@ from evaluation.environment import versions
 from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.interval import Estimate, mean, rate
 
+COMMAND = "evaluate"
 SCORES_NAME = "scores.json"
 PER_ITEM_NAME = "per_item.jsonl"
 
@@ -127,9 +128,10 @@ def evaluate(
     a network's features, and so an FID, would be a GPU's own.
 
     `seed` is the one the images were sampled with, for the record; `manifest` stands in for the folder's own. Raises
-    UserError when images are missing and `allow_partial` is not set; when it is, they are counted in `n_failed` and the
-    scores marked partial.
+    UserError when `output_dir` holds scores of somebody else, and when images are missing and `allow_partial` is not
+    set; when it is, they are counted in `n_failed` and the scores marked partial.
     """
+    output_dir = Path(output_dir)
     images = ImageSet.open(images_dir, manifest)
     missing = images.missing(suite.roles)
     if missing and (not allow_partial or len(missing) == len(images.items)):
@@ -137,6 +139,8 @@ def evaluate(
             f"{images_dir}: {len(missing)} of {len(images.items)} items lack an image (first: "
             f"'{missing[0].key}'); make them, or score the rest with allow_partial"
         )
+    if team.rank == 0:
+        check_scores(output_dir)
     lost = {item.key for item in missing}
     items = [item for item in images.items if item.key not in lost]
     if isinstance(suite, CollectingSuite):
@@ -147,7 +151,6 @@ def evaluate(
     measurements = suite.measure(images, items)
     assert len(measurements) == len(items)
     set_scores = suite.measure_set(images, items) if isinstance(suite, SetSuite) else {}
-    output_dir = Path(output_dir)
     lines = [
         {
             "key": item.key,
@@ -157,6 +160,7 @@ def evaluate(
         }
         for item, found in zip(items, measurements, strict=True)
     ]
+    files.claim(output_dir, COMMAND, (SCORES_NAME, PER_ITEM_NAME), _has_scores)
     files.write_text(output_dir / PER_ITEM_NAME, "".join(json.dumps(line) + "\n" for line in lines))
     means = estimates(measurements)
     assert not means.keys() & set_scores.keys(), "a metric is of items or of the set, not both"
@@ -179,6 +183,19 @@ def evaluate(
     }
     files.write_json(output_dir / SCORES_NAME, scores)
     return scores
+
+
+def check_scores(output_dir: Path) -> None:
+    """Raises UserError: the folder holds a scores.json or per_item.jsonl of somebody else. Touches nothing."""
+    files.check_claim(output_dir, COMMAND, (SCORES_NAME, PER_ITEM_NAME), _has_scores)
+
+
+def _has_scores(folder: Path) -> bool:
+    """Whether an earlier version, which left no marker, scored there."""
+    try:
+        return {"suite", "protocol", "scores"} <= set(files.read_json(folder / SCORES_NAME))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def estimates(measurements: Sequence[Measurement]) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ import sys
 from engine import distributed
 from launch import entry
 from launch.runs import EncodeRun
-from tokenizer.encode import encode_shards
+from tokenizer.encode import check_out, encode_shards
 
 
 def main() -> None:
@@ -16,6 +16,8 @@ def main() -> None:
     if arguments.dry_run:
         entry.print_config(run)
         return
+    for config in run.configs():
+        check_out(config)  # before the ranks meet: a mistake is one line, not one from each
     ranks = distributed.start()
     for config in run.configs():
         config = dataclasses.replace(config, device=str(ranks.device))

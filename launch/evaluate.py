@@ -26,7 +26,7 @@ from engine.files import read_json
 from evaluation import calibration
 from evaluation.drawn_set import SETTINGS_NAME
 from evaluation.report.benchmarks import render_benchmarks
-from evaluation.runner import Team, evaluate
+from evaluation.runner import Team, check_scores, evaluate
 from evaluation.sampled_set import SampledSetConfig, draw_set
 from generator.sampling import SamplingConfig
 from launch import entry
@@ -49,6 +49,7 @@ def main() -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
+    check_scores(arguments.out)
     team, device = meet()
     if arguments.run is not None:
         _draw(arguments, team, device)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from data.images import IMAGE_PARTS
+from engine import files
 from engine.config import UserError
 from evaluation import benchmark_files, prompt_sets
 from evaluation.calibration import KNOWN, known_of
@@ -15,7 +16,7 @@ from evaluation.features.inception import AdmInception, InceptionFeatures
 from evaluation.features.interface import FeatureExtractor
 from evaluation.features.representation import RepresentationFeatures
 from evaluation.features.vision_transformers import Kind, VisionFeatures
-from evaluation.image_source import write_npz_set
+from evaluation.image_source import NPZ_NAME, write_npz_set
 from evaluation.judge_instructions import ImgEditInstructions, VieInstructions
 from evaluation.judges.colour import ClipColours
 from evaluation.judges.detector import Mask2FormerDetector
@@ -23,12 +24,12 @@ from evaluation.judges.endpoint import KEY_VARIABLE, EndpointJudge
 from evaluation.judges.interface import EDITSCORE, YES_NO, Decoding, VisionLanguageJudge
 from evaluation.judges.vision_language import TransformersJudge
 from evaluation.linear_head import HEADS, NUM_CLASSES, HeadClassifier, LinearHead
-from evaluation.manifest import write_class_folders
+from evaluation.manifest import MANIFEST_NAME, write_class_folders
 from evaluation.metrics.lpips import Lpips
 from evaluation.metrics.manifold import Distances
 from evaluation.reference import Reference
 from evaluation.report.benchmarks import MAX_FAILED
-from evaluation.runner import Suite, Team
+from evaluation.runner import SCORES_NAME, Suite, Team
 from evaluation.suites.dpg import DpgSuite
 from evaluation.suites.edit_benchmarks import GEditSuite, ImgEditSuite
 from evaluation.suites.generation import GenerationSuite, Spaces
@@ -125,6 +126,14 @@ def prepare_images(arguments: argparse.Namespace, team: Team) -> Path:
     """The folder of the image set: --images, or what is made of it in --out; rank 0 makes it."""
     images: Path = arguments.images
     made = arguments.out / "images"
+    if team.rank == 0 and (arguments.command == "linear" or images.suffix == ".npz"):
+        left = (made / NPZ_NAME, arguments.out / SCORES_NAME)  # by an earlier version, without a marker
+        files.claim(
+            made,
+            "evaluate",
+            ("*.png", MANIFEST_NAME, NPZ_NAME),
+            lambda _: any(path.is_file() for path in left),
+        )
     if arguments.command == "linear":
         if team.rank == 0:
             num_classes = write_class_folders(images, made, IMAGE_PARTS)

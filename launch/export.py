@@ -52,8 +52,7 @@ def main() -> None:
     out: Path = arguments.out
     if arguments.name is not None and not NAME.fullmatch(arguments.name):
         raise UserError(f"--name '{arguments.name}': give OWNER/NAME of letters, digits, '.', '_' and '-'")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: is not an empty folder; remove it or give another --out")
+    files.check_new(out)
     what = write(arguments, out)
     print(f"{out}: {what}, read back and complete")
     if arguments.name is not None:

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 from engine import files
-from engine.config import UserError
 from generator.bagel import export_bagel
 from generator.model import Generator
 from launch import entry
@@ -16,8 +15,7 @@ def main() -> None:
     parser.add_argument("--generator", type=Path, required=True, help="RUN/export of a generator's training")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
-    if arguments.out.exists():
-        raise UserError(f"{arguments.out}: exists; remove it or give another --out")
+    files.check_new(arguments.out)
     model = Generator.load(arguments.generator)
     with files.directory(arguments.out) as temporary:
         export_bagel(model, temporary)

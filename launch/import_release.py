@@ -26,8 +26,8 @@ def main() -> None:
     out: Path | None = arguments.out
     if out is None and not arguments.verify:
         raise UserError("give --out, the folder to write, or --verify to look only")
-    if out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: is not an empty folder; remove it or give another --out")
+    if out is not None:
+        files.check_new(out)
     imported = IMPORTS[arguments.command](arguments)
     if arguments.verify or imported.report.problems:
         print("\n".join(imported.report.lines()), flush=True)

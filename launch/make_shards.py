@@ -13,6 +13,7 @@ from data.readiness import Launch
 from data.shard_indexing import index_shards
 from data.shards import verify
 from data.sources.write import write_sources
+from engine import files
 from engine.config import UserError
 from evaluation.report.doctor import write_page
 from launch import entry, shard_sources
@@ -69,6 +70,8 @@ def _verify(arguments: argparse.Namespace) -> list[str]:
 
 
 def _doctor(arguments: argparse.Namespace) -> list[str]:
+    page = arguments.out or arguments.shards / "doctor.html"
+    files.check_signed(page, files.PAGE_SIGN)
     launch = Launch(
         arguments.ranks,
         arguments.streams,
@@ -80,7 +83,6 @@ def _doctor(arguments: argparse.Namespace) -> list[str]:
     found = diagnose(
         arguments.shards, num_processes=arguments.processes, launch=launch, num_shown=arguments.samples
     )
-    page = arguments.out or arguments.shards / "doctor.html"
     write_page(found, page)
     print(found.text())
     if arguments.quarantine:

@@ -1,6 +1,5 @@
 """The whole pipeline on one small machine: launch/quickstart.py (make quickstart). Running it again continues."""
 
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,11 +7,14 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from engine import files
-from engine.config import load
+from engine.config import UserError, load
 from evaluation.report import render_report
-from launch import entry, quickstart_scores
+from launch import chain_folder, entry, quickstart_scores
 from launch.steps import Step, deepspeed, python, run_steps
 
+COMMAND = "quickstart"
+PAGE_SIGN = "Written by `make "
+"""In the pages of further chains."""
 CONFIGS = "configs/quickstart"
 
 
@@ -40,11 +42,13 @@ def main() -> None:
         entry.print_config(run)
         return
     root = Path(run.root)
+    steps = build_steps(run, root)
     if arguments.fresh:
-        shutil.rmtree(root, ignore_errors=True)
+        chain_folder.remove(root, COMMAND, [step.name for step in steps])
+    chain_folder.claim(root, COMMAND)
     files.write_json(root / "notes.json", quickstart_scores.NOTES)
     try:
-        run_steps(root, build_steps(run, root))
+        run_steps(root, steps)
     finally:
         print(f"report: {render_report(root)}", flush=True)
 
@@ -116,11 +120,24 @@ def run_further(
         return
     base = load(QuickstartRun, f"{CONFIGS}/run.yaml")
     base_root, root = Path(base.root), Path(run.root)
+    command, here, there = Path(config).parent.name, root.resolve(), base_root.resolve()
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise UserError(
+            f"root {root}: the quickstart's results are in {base_root}; give a folder apart from it"
+        )
+    files.check_signed(run.out, PAGE_SIGN)
+    chain_folder.check(base_root, COMMAND)
+    if arguments.fresh:
+        chain_folder.check_removable(root, command)
+    else:
+        chain_folder.claim(root, command)
     steps = build_steps(base, base_root)
     run_steps(base_root, steps[: [step.name for step in steps].index(last) + 1])
+    steps = build(run, root, base_root)
     if arguments.fresh:
-        shutil.rmtree(root, ignore_errors=True)
-    run_steps(root, build(run, root, base_root))
+        chain_folder.remove(root, command, [step.name for step in steps])
+        chain_folder.claim(root, command)
+    run_steps(root, steps)
     print(f"results: {run.out}", flush=True)
 
 

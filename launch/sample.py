@@ -9,6 +9,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from PIL import ExifTags, Image
+
 from engine import distributed
 from engine.config import UserError
 from evaluation.sampled_set import SampledSetConfig, draw_set
@@ -20,12 +22,16 @@ from launch.drawable import check_edits, prompt_models
 from launch.sampling_options import add_sampling_options, read_sampling_options
 from launch.team import meet, own_device
 
+SIGN = "RPiAE launch/sample.py"
+"""EXIF's Software, of the images that the command may replace."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def main() -> None:
     """Draws with what a finished run, or launch/export.py, holds: generator, autoencoder, text tokenizer."""
     arguments = _parser().parse_args()
+    if arguments.prompts is None:
+        _image_paths(arguments)  # cheaper than to find out what draws
     models, base = prompt_models(Path(arguments.run))
     given = (arguments.prompts, arguments.prompt, arguments.image and arguments.instruction)
     edit_is_whole = (arguments.image is None) == (arguments.instruction is None)
@@ -43,20 +49,45 @@ def main() -> None:
 
 
 def _draw_one(arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig) -> None:
-    out = Path(arguments.out or "sample.png")
-    if out.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--out {out}: give an image file, {', '.join(SUFFIXES)}")
+    paths = _image_paths(arguments)
+    count = len(paths)
     pipeline = Pipeline.load(*models, device=own_device())
-    count = arguments.num_images
     if arguments.prompt is not None:
         images = pipeline.generate([arguments.prompt] * count, sampling=sampling)
     else:
         images = pipeline.edit([arguments.image] * count, [arguments.instruction] * count, sampling=sampling)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
-        path = out if len(images) == 1 else out.with_name(f"{out.stem}-{index}{out.suffix}")
-        image.save(path)
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    signed = Image.Exif()
+    signed[ExifTags.Base.Software] = SIGN
+    for path, image in zip(paths, images, strict=True):
+        image.save(path, exif=signed)
         print(path)
+
+
+def _image_paths(arguments: argparse.Namespace) -> list[Path]:
+    """A file for each image. Raises UserError: no name of an image, files there that this command did not draw."""
+    out, count = Path(arguments.out or "sample.png"), arguments.num_images
+    if out.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out {out}: give an image file, {', '.join(SUFFIXES)}")
+    paths = (
+        [out] if count == 1 else [out.with_name(f"{out.stem}-{index}{out.suffix}") for index in range(count)]
+    )
+    for path in paths:
+        _check_image(path)
+    return paths
+
+
+def _check_image(path: Path) -> None:
+    """Raises UserError: there is a file at `path` that this command did not draw."""
+    if not path.exists():
+        return
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.getexif().get(ExifTags.Base.Software) == SIGN:
+                return
+    except OSError:
+        pass
+    raise UserError(f"--out {path}: exists, and this command did not draw it; remove it or give another file")
 
 
 def _draw_file(

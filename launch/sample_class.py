@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from engine import distributed
-from evaluation.adm_npz import write_npz
+from engine.files import check_signed
+from evaluation.adm_npz import SIGN, write_npz
 from evaluation.class_set import ClassSetConfig, draw_class_set
 from evaluation.manifest import ImageSet
 from launch import entry
@@ -24,6 +25,8 @@ def main() -> None:
     arguments = _parser().parse_args()
     (generator, autoencoder), base = class_models(arguments.run)
     sampling = read_sampling_options(arguments, base)
+    if arguments.npz is not None:
+        check_signed(arguments.npz, SIGN)
     config = ClassSetConfig(
         arguments.out, generator, autoencoder, sampling, arguments.images, arguments.guide
     )

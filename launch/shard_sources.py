@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data.shards import MAKE_SHARDS, SHARD_FILES, claim_shards
 from data.sources.base import InUnits, Source
 from data.sources.caption_table import CaptionTable, build_caption_table
 from data.sources.emoji import EmojiConfig, emoji_sources
@@ -19,7 +20,7 @@ from data.sources.shuffled import Shuffled
 from data.sources.tar_samples import find_tars
 from data.sources.webdataset import WebDatasetSource
 from data.sources.write import Workers
-from engine import threads
+from engine import files, threads
 from engine.config import UserError, load
 from launch import entry
 
@@ -147,6 +148,11 @@ def sources(arguments: argparse.Namespace) -> Mapping[Path, Source]:
 
 
 def _source(arguments: argparse.Namespace) -> Source:
+    given = [getattr(arguments, name, None) or [] for name in ("tars", "captions", "labels", "files")]
+    inputs = [
+        Path(path) for one in given for path in (one if isinstance(one, list) else [one]) if path is not True
+    ]
+    files.check_inputs(arguments.out, SHARD_FILES, inputs)
     for path in arguments.tars if arguments.command in ("cc12m", "webdataset") else []:
         if arguments.out.resolve().is_relative_to(path.resolve()):
             raise UserError(
@@ -164,6 +170,7 @@ def _source(arguments: argparse.Namespace) -> Source:
             images = ImageNetSource(arguments.tars, arguments.labels)
             return InUnits(Shuffled(images, arguments.shuffle_seed), arguments.max_samples_per_shard)
         case "cc12m":
+            claim_shards(arguments.out, MAKE_SHARDS)
             table = arguments.out / CAPTION_TABLE
             build_caption_table(arguments.captions, table)
             return WebDatasetSource(

@@ -17,6 +17,7 @@ from engine import files
 from engine.config import UserError, resolve
 from engine.distributed import free_port
 from engine.logs import seconds_text
+from launch import chain_folder
 
 NOISE = re.compile(r"^(\[\d{4}-|\[W\d|\[rank|W\d{4}|\s*$)|Warning|warn")
 """Log lines of libraries: kept in the step's log file, not shown."""
@@ -60,7 +61,8 @@ def run_steps(root: Path, steps: Sequence[Step]) -> None:
         files.write_json(marker, state)
         begin_s = time.monotonic()
         try:
-            _work(step, root / "logs" / f"{step.name}.log")
+            with chain_folder.recorded(root, step.name):
+                _work(step, root / "logs" / f"{step.name}.log")
             state["done"] = True
         finally:
             state["seconds"] += time.monotonic() - begin_s

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.packing import read_captions
 from data.shards import ShardDataset
-from data.text import train_text_tokenizer
+from data.text import check_folder, train_text_tokenizer
 from engine.config import counted
 from launch import entry
 
@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--out", type=Path, required=True, help="folder of the text tokenizer")
     arguments = parser.parse_args()
+    check_folder(arguments.out)
     captions: list[str] = []
     for directory in arguments.shards:
         dataset = ShardDataset.open(directory)

@@ -15,8 +15,12 @@ def main() -> None:
     if arguments.dry_run:
         print(dry_run.tokenizer_run(run))
         return
-    preview = preview_pixels(run.preview_shards, run.num_preview_images, run.pixels)
-    train_on_pixels(run, lambda: build_stage(run.stage, preview))
+    train_on_pixels(
+        run,
+        lambda: build_stage(
+            run.stage, preview_pixels(run.preview_shards, run.num_preview_images, run.pixels)
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from data.packing import EditPacker, T2IPacker
 from data.shards import LatentInfo, ShardDataset
 from data.stream import Packer, PackStream
 from data.text import TextTokenizer, load_text_tokenizer
-from engine import distributed, logs, run_lock
+from engine import checkpoint_folder, distributed, files, logs, run_lock
 from engine.config import UserError, to_dict
 from engine.determinism import make_deterministic
 from engine.distributed import Ranks
-from engine.loop import train
+from engine.loop import CHECKPOINTS, EXPORT, train
 from engine.objective import Objective
 from engine.peers import LostContactError
 from engine.redaction import redact
@@ -40,17 +40,35 @@ from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import fingerprint
 from tokenizer.stages import build_stage
 
+COMMAND = "train"
+RUN_FILES = (
+    *(
+        "config.json",
+        "metrics.jsonl",
+        "scores.jsonl",
+        "events.jsonl",
+        "samples",
+        CHECKPOINTS,
+        EXPORT,
+        f"{EXPORT}_*",
+        "evaluation",
+    ),
+    *("hang", "nonfinite", "spikes", run_lock.NAME),
+)
+"""What a training writes to its run_dir, as patterns of names."""
 PACKERS: dict[Task, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
 
 
 def train_on_pixels(run: PixelRun, build: Callable[[], Objective]) -> None:
     """Opens the pixel shards first (the cheapest thing to fail), then builds the objective and trains it."""
+    _check_folder(run)
     mixture = Mixture.open(run.data.sets, run.data.storage)
     _train(run, mixture, PixelPacker(run.pixels), build())
 
 
 def train_generator(run: GeneratorRun) -> None:
     """What launch/train_t2i.py and launch/train_edit.py do, with their task in `run`."""
+    _check_folder(run)
     task = run.task
     assert task is not None
     mixture = Mixture.open(run.data.sets, run.data.storage)
@@ -71,6 +89,7 @@ def train_generator(run: GeneratorRun) -> None:
 
 def train_class(run: ClassRun) -> None:
     """What launch/train_class.py does."""
+    _check_folder(run)
     mixture = Mixture.open(run.data.sets, run.data.storage)
     latents = _latents(mixture)
     packer = ClassPacker(run.packing, latents, run.generator.num_classes)
@@ -158,6 +177,22 @@ def _runs_sdpa(run: GeneratorRun) -> bool:
     )
 
 
+def _check_folder(run: PixelRun | GeneratorRun | ClassRun) -> None:
+    """Raises UserError: in run_dir are files that a training would replace, and none shows that one wrote them."""
+    files.check_claim(run.run_dir, COMMAND, RUN_FILES, _is_run)
+
+
+def _is_run(run_dir: Path) -> bool:
+    """Whether a training of an earlier version, which left no marker, wrote there."""
+    for name, fields in (("config.json", {"run_dir", "engine"}), (run_lock.NAME, {"machine", "pid"})):
+        try:
+            if fields <= set(files.read_json(run_dir / name)):
+                return True
+        except (OSError, ValueError, TypeError):
+            pass
+    return any(run_dir.glob(f"{CHECKPOINTS}/*/{checkpoint_folder.STATE}"))
+
+
 def _start_ranks(run_dir: Path) -> Ranks:
     """Two launches of one command on a host ask for one port: the second is told of the training, not of the port."""
     try:
@@ -187,6 +222,8 @@ def _train(
     ranks = _start_ranks(Path(run.run_dir))
     resolved = to_dict(run)
     nodes.check_start(ranks, Path(run.run_dir), resolved)
+    if ranks.is_first:
+        files.claim(run.run_dir, COMMAND, RUN_FILES, _is_run)
     evaluation = None if scores is None else scores(ranks, objective)
     source = PackStream(
         mixture,

@@ -36,7 +36,7 @@ def main() -> None:
 def _show(runs: list[Run], arguments: argparse.Namespace) -> None:
     if arguments.html:
         refresh_s = None if arguments.once else arguments.every
-        files.write_text(
+        files.write_page(
             arguments.html, page(runs, now_s=time.time(), over=arguments.over, refresh_s=refresh_s)
         )
         print(arguments.html, flush=True)

@@ -22,7 +22,16 @@ from torch import Tensor
 from data.images import image_parts
 from data.latents import TORCH_DTYPES
 from data.progress import ProgressLine
-from data.shards import LatentInfo, OpenShard, Sample, ShardDataset, finished_shard, write_manifest
+from data.shards import (
+    LatentInfo,
+    OpenShard,
+    Sample,
+    ShardDataset,
+    check_shards,
+    claim_shards,
+    finished_shard,
+    write_manifest,
+)
 from data.storage import StorageConfig
 from data.text import TextTokenizer, load_text_tokenizer
 from engine import files
@@ -35,6 +44,7 @@ from tokenizer.views import Views, ahead, read_crops
 from tokenizer.weights import usable
 
 VIEWS_AT_ONCE = 8  # whose moments are taken together: as many in fp64 as stay in the cache
+COMMAND = "encode_latents"
 MOMENTS_DIRECTORY = "moments"  # below the latent shards: one JSON a shard
 
 
@@ -90,7 +100,9 @@ def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Calla
     of an autoencoder without; shards in `out` made from something else; a sample without image, or with neither
     caption nor class; latents that are constant, not finite or too large for the dtype.
     """
+    check_out(config)
     job = _Job(config)
+    claim_shards(job.out, COMMAND)
     entries = job.dataset.manifest.shards
     first = np.cumsum([0, *(entry.num_samples for entry in entries)])
     todo = [i for i in range(rank, len(entries), world) if not job.is_finished(entries[i].name)]
@@ -113,6 +125,13 @@ def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Calla
     if rank == 0:
         job.finish([entry.name for entry in entries])
     barrier()
+
+
+def check_out(config: EncodeConfig) -> None:
+    """Raises UserError: `out` is the input, or holds shards of something else. Touches nothing."""
+    if Path(config.out).resolve() == Path(config.shards).resolve():
+        raise UserError(f"out {config.out}: is the input, shards; give another folder")
+    check_shards(Path(config.out), COMMAND)
 
 
 class _Job:

@@ -18,7 +18,16 @@ from pathlib import Path
 from data.processes import forked
 from data.progress import REPORT_EVERY_S, ProgressLine
 from data.shard_index import Cut
-from data.shards import OpenShard, Sample, ShardProgress, finished_shard, shard_name, write_manifest
+from data.shards import (
+    MAKE_SHARDS,
+    OpenShard,
+    Sample,
+    ShardProgress,
+    claim_shards,
+    finished_shard,
+    shard_name,
+    write_manifest,
+)
 from data.sources import deduplicate
 from data.sources.base import BadItemError, Source
 from data.sources.deduplicate import remove_duplicates
@@ -104,6 +113,8 @@ def write_sources(
         for directory, source in sources.items()
         for unit in range(len(source.units))
     ]
+    for directory in sources:
+        claim_shards(directory, MAKE_SHARDS)
     with contextlib.ExitStack() as locks:
         for directory in sources:
             locks.enter_context(_only_writer(directory, workers.node))

@@ -51,9 +51,9 @@ def read_run(folder: Path) -> Run:
 def render_benchmarks(folders: Sequence[Path], out: Path, max_failed: int = MAX_FAILED) -> Path:
     """Writes the page, with the images of at most `max_failed` failed items of each suite.
 
-    Raises UserError as read_run.
+    Raises UserError as read_run and engine.files.write_page.
     """
-    files.write_text(out, page([read_run(folder) for folder in folders], max_failed))
+    files.write_page(out, page([read_run(folder) for folder in folders], max_failed))
     return out
 
 

@@ -38,8 +38,8 @@ td { overflow-wrap: anywhere; }
 
 
 def write_page(diagnosis: Diagnosis, path: Path) -> None:
-    """Writes the page."""
-    files.write_bytes(path, page(diagnosis).encode(errors="replace"))  # captions may hold halves of letters
+    """Writes the page. Raises UserError: a file there that is none of our pages."""
+    files.write_page(path, page(diagnosis))
 
 
 def page(diagnosis: Diagnosis) -> str:

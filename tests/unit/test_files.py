@@ -7,11 +7,11 @@ def test_an_interrupted_directory_leaves_the_old_one(tmp_path):
     target = tmp_path / "out"
     with files.directory(target) as new:
         (new / "a").write_text("old")
-    with pytest.raises(RuntimeError), files.directory(target) as new:
+    with pytest.raises(RuntimeError), files.directory(target, lambda _: True) as new:
         (new / "a").write_text("new")
         raise RuntimeError
     assert (target / "a").read_text() == "old"
-    with files.directory(target) as new:
+    with files.directory(target, lambda _: True) as new:
         (new / "b").write_text("new")
     assert sorted(path.name for path in target.iterdir()) == ["b"]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 
+from engine import files
 from engine.config import UserError
 from engine.files import read_json
-from launch import ablation, quickstart, quickstart_class
+from engine.run_lock import RunLock
+from launch import ablation, chain_folder, quickstart, quickstart_class
 from launch.steps import Step, run_steps
 
 
@@ -69,7 +72,9 @@ def test_a_further_chain_does_the_quickstarts_steps_it_needs_and_then_its_own(
     monkeypatch.setattr(quickstart, "run_steps", lambda root, steps: ran.append((root, steps)))
     monkeypatch.setattr(command, "identity_of", lambda base, name: f"{name} of {base}")
     old = tmp_path / "old"
-    old.touch()
+    chain_folder.claim(tmp_path, command.CONFIGS.rpartition("/")[2])
+    with chain_folder.recorded(tmp_path, "scores"):
+        old.touch()
 
     def call(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["command", *arguments, f"root={tmp_path}"])
@@ -87,3 +92,76 @@ def test_a_further_chain_does_the_quickstarts_steps_it_needs_and_then_its_own(
     assert "results: docs/results/" in capsys.readouterr().out
     call("--fresh")
     assert not old.exists()
+
+
+def test_fresh_removes_what_the_chain_wrote_and_no_file_of_another(tmp_path) -> None:
+    root = tmp_path / "root"
+
+    def write(path: str) -> None:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(path)
+
+    def broken() -> None:
+        write("pivot/metrics.jsonl")
+        raise UserError("killed")
+
+    def clear() -> None:
+        chain_folder.remove(root, "quickstart", ["data", "pivot"])
+
+    clear()  # nothing there
+    chain_folder.claim(root, "quickstart")
+    with pytest.raises(UserError, match="killed"):
+        run_steps(root, [Step("data", "", lambda: write("data/a.tar")), Step("pivot", "", broken)])
+    write("data/thesis.txt")
+    before = sorted(root.rglob("*"))
+    with pytest.raises(
+        UserError, match=r"holds data/thesis\.txt, and nothing shows that quickstart wrote it"
+    ):
+        clear()
+    assert sorted(root.rglob("*")) == before
+    (root / "data/thesis.txt").rename(tmp_path / "thesis.txt")
+    clear()
+    assert not any(root.iterdir()) and (tmp_path / "thesis.txt").exists()
+
+
+def test_fresh_knows_the_files_of_a_step_that_was_killed(tmp_path) -> None:
+    (tmp_path / "mine.txt").touch()
+    chain_folder.claim(tmp_path, "quickstart")
+    kill = f"import os, signal, pathlib; pathlib.Path({str(tmp_path / 'half')!r}).touch(); os.kill(os.getppid(), 9)"
+    step = f"Step('data', '', python('-c', {kill!r}))"
+    steps = f"from launch.steps import *; run_steps(Path({str(tmp_path)!r}), [{step}])"
+    assert subprocess.run([sys.executable, "-c", steps]).returncode == -9
+    with pytest.raises(UserError, match=r"holds mine\.txt"):
+        chain_folder.remove(tmp_path, "quickstart", ["data"])
+    (tmp_path / "mine.txt").unlink()
+    chain_folder.remove(tmp_path, "quickstart", ["data"])
+    assert not any(tmp_path.iterdir())
+
+
+def test_fresh_is_refused_where_a_training_runs(tmp_path) -> None:
+    chain_folder.claim(tmp_path, "quickstart")
+    with chain_folder.recorded(tmp_path, "pivot"):
+        lock = RunLock.take(tmp_path / "pivot", print)
+    try:
+        with pytest.raises(UserError, match="another training runs here"):
+            chain_folder.remove(tmp_path, "quickstart", ["pivot"])
+        assert (tmp_path / "pivot" / ".lock").exists()
+    finally:
+        lock.release()
+
+
+@pytest.mark.parametrize("root", ["runs", "runs/quickstart", "runs/quickstart/data"])
+def test_a_further_chain_stays_apart_from_the_quickstarts_folder(root, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "--fresh", f"root={root}"])
+    with pytest.raises(UserError, match="give a folder apart from it"):
+        ablation.main()
+
+
+def test_fresh_knows_a_chain_of_an_earlier_version_by_its_steps(tmp_path) -> None:
+    for folder in ("steps", "logs", "data"):
+        (tmp_path / folder).mkdir()
+    files.write_json(tmp_path / "steps/data.json", {"identity": "a", "seconds": 1.0, "done": True})
+    with pytest.raises(UserError, match="this is something else"):
+        chain_folder.remove(tmp_path, "ablation", ["frozen"])
+    chain_folder.remove(tmp_path, "quickstart", ["data"])
+    assert not any(tmp_path.iterdir())
