@@ -103,9 +103,8 @@ def load_text_tokenizer(name_or_directory: str) -> TextTokenizer:
         return SentencePieceTextTokenizer(model)
     from transformers import AutoTokenizer  # takes seconds to import: only where it is needed
 
-    hub.offline_if_unreachable()
     try:
-        return QwenTextTokenizer(AutoTokenizer.from_pretrained(name_or_directory))
+        return QwenTextTokenizer(hub.from_pretrained(AutoTokenizer, name_or_directory))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(

@@ -14,7 +14,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 
 from engine import hub
 from engine.config import UserError, from_dict
@@ -51,9 +50,8 @@ def load_pretrained(
 def _folder(name_or_folder: str | Path, revision: str | None) -> Path:
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
-    hub.offline_if_unreachable()
     try:
-        return Path(snapshot_download(str(name_or_folder), revision=revision, allow_patterns=PATTERNS))
+        return hub.snapshot(str(name_or_folder), PATTERNS, revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from engine import hub
@@ -103,13 +102,8 @@ def qwen_shape(path: Path) -> MotConfig:
 def _checkpoint_folder(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
-    hub.offline_if_unreachable()
     try:
-        return Path(
-            snapshot_download(
-                source, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]
-            )
-        )
+        return hub.snapshot(source, ["config.json", "*.safetensors", "*.safetensors.index.json"])
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

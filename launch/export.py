@@ -168,8 +168,7 @@ def copy_text_tokenizer(name_or_folder: str, target: Path) -> None:
     load_text_tokenizer(name_or_folder)  # its one-line error, should there be none
     from transformers import AutoTokenizer  # takes seconds to import: only where it is needed
 
-    hub.offline_if_unreachable()
-    AutoTokenizer.from_pretrained(name_or_folder).save_pretrained(target)
+    hub.from_pretrained(AutoTokenizer, name_or_folder).save_pretrained(target)
 
 
 def _commit() -> str | None:

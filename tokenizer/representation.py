@@ -64,6 +64,18 @@ class RepresentationConfig:
             raise ConfigError(f"num_summed_layers is {self.num_summed_layers}; give at least 1")
 
 
+def check_rebuildable(config: RepresentationConfig) -> None:
+    """Raises ConfigError: a name that sends timm to a folder or repository for the model's shape.
+
+    What is exported must be rebuilt from its config.json alone, and a stranger's must not choose what timm reads.
+    """
+    if config.library == "timm" and ":" in config.name:
+        raise ConfigError(
+            f"representation.name '{config.name}': an export is not built from a folder or repository; give timm's "
+            "name of the architecture, and the file in representation.weights"
+        )
+
+
 def without_weights(config: RepresentationConfig) -> RepresentationConfig:
     """The same model, with nothing to download: its weights are left to the caller."""
     return dataclasses.replace(config, weights="random")

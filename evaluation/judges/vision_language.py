@@ -67,10 +67,9 @@ class TransformersJudge:
         `name`: default the model's and the adapter's. bf16 on a GPU, fp32 on a CPU. Raises UserError: cannot be had.
         """
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        hub.offline_if_unreachable()
         try:
-            network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
-            processor = AutoProcessor.from_pretrained(model)
+            network = hub.from_pretrained(AutoModelForImageTextToText, model, dtype=dtype)
+            processor = hub.from_pretrained(AutoProcessor, model)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"judge '{model}' cannot be had ({reason}); give a folder with it") from None

@@ -137,11 +137,8 @@ def _file(source: str, subfolder: str | None, name: str) -> Path:
         if not path.is_file():
             raise UserError(f"{path}: no such file; give the folder of a diffusers VAE, or its --subfolder")
         return path
-    from huggingface_hub import hf_hub_download
-
-    hub.offline_if_unreachable()
     try:
-        return Path(hf_hub_download(source, name, subfolder=subfolder))
+        return hub.file(source, name, subfolder)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
