@@ -36,10 +36,21 @@ class TextTokenizer(Protocol):
     fingerprint: str  # equal fingerprints: equal ids for every text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without special tokens. Never fails: unknown letters become bytes."""
+        """Ids of `text` alone, without special tokens. Unknown letters become bytes. Raises UserError: as `whole`."""
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without special tokens."""
+
+
+def whole(text: str) -> str:
+    """`text`. Raises UserError: it holds half a character (a lone surrogate), which JSON can write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"text {text[:60]!a}: half a character at position {error.start}; write the text again"
+        ) from None
+    return text
 
 
 class SentencePieceTextTokenizer:
@@ -54,7 +65,7 @@ class SentencePieceTextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See TextTokenizer."""
-        ids: list[int] = self._pieces.encode(text)
+        ids: list[int] = self._pieces.encode(whole(text))
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -78,7 +89,9 @@ class QwenTextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See TextTokenizer."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = self._tokenizer.encode(
+            whole(text), add_special_tokens=False, split_special_tokens=True
+        )
         return ids
 
     def decode(self, ids: list[int]) -> str:

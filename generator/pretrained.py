@@ -17,7 +17,7 @@ import torch
 
 from engine import hub
 from engine.config import UserError, from_dict
-from engine.files import read_json
+from engine.files import read_object
 from generator.pipeline import Pipeline
 from generator.sampling import SamplingConfig
 
@@ -44,7 +44,7 @@ def load_pretrained(
     if not sampling.is_file():
         raise UserError(f"{sampling}: no such file; give a folder that launch/export.py wrote, or its name")
     pipeline = Pipeline.load(folder / GENERATOR, folder / AUTOENCODER, folder / TEXT_TOKENIZER, device=device)
-    return pipeline, from_dict(SamplingConfig, read_json(sampling), where=str(sampling))
+    return pipeline, from_dict(SamplingConfig, read_object(sampling), where=str(sampling))
 
 
 def _folder(name_or_folder: str | Path, revision: str | None) -> Path:

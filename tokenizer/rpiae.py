@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from engine.config import ConfigError, UserError, from_dict
+from engine.config import ConfigError, UserError, describing, from_dict
 from tokenizer.bridge import Bridge, BridgeConfig
 from tokenizer.cnn_decoder import CnnDecoder
 from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, fingerprint, read_tree
@@ -131,7 +131,8 @@ class Autoencoder(ImageAutoencoder):
         Raises UserError: nothing there, another format, parameters that are missing, unexpected or
         mis-shaped.
         """
-        model = cls(without_download(read_config(directory)))
+        with describing(Path(directory) / CONFIG_NAME):
+            model = cls(without_download(read_config(directory)))
         weights = Path(directory) / WEIGHTS_NAME
         load_exact(model, read_tensors(weights), str(weights))
         return model.eval()

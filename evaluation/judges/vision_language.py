@@ -6,7 +6,6 @@ no interruption (on one kind of device; other kernels may round differently).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -116,7 +115,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: no such file; give a folder with a LoRA, as peft writes it")
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config = files.read_object(folder / ADAPTER_CONFIG)
     special = [
         name for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(name)
     ]
