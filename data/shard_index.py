@@ -91,7 +91,7 @@ class LatentInfo:
         if self.num_views < 1:
             raise ConfigError(f"latent num_views is {self.num_views}; at least 1")
         with np.errstate(over="ignore"):  # in fp32, as they are used: 1e-60 is 0 there, and 1e60 infinite
-            mean, std = np.float32(self.mean), np.float32(self.std)
+            mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         if not np.isfinite([mean, std]).all() or std.min() <= 0:
             raise ConfigError(
                 "latent statistics: mean and std must be finite and std positive in every channel"

@@ -166,7 +166,7 @@ def _parse(text: str, where: str) -> Any:
         try:
             return loader.get_single_data()
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
@@ -197,8 +197,7 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
         try:
             return TypeAdapter(hint, config=_CONFIG).validate_python(value)
         except (ValidationError, RecursionError) as error:
-            deep = isinstance(error, RecursionError)
-            reason = "nested too deep" if deep else error.errors()[0]["msg"]
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "nested too deep"
             raise ConfigError(
                 f"{where}: {path or 'top level'}: {reason}, not {_shown(path, value)}"
             ) from None

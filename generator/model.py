@@ -246,9 +246,9 @@ class Generator(nn.Module):
         tree = read_object(path)
         if tree.get("kind") != KIND:
             raise UserError(f"{path}: this is not an exported generator (kind {tree.get('kind')!r})")
-        config = from_dict(GeneratorConfig, tree.get("generator"), where=str(path))
+        config = from_dict(GeneratorConfig, tree.get("generator", {}), where=str(path))
         with describing(path):
-            model = cls.uninitialised(config, from_dict(LatentInfo, tree.get("latents"), where=str(path)))
+            model = cls.uninitialised(config, from_dict(LatentInfo, tree.get("latents", {}), where=str(path)))
         load_exact(model, read_tensors(directory / WEIGHTS_NAME), where=str(directory))
         return model
 

@@ -15,8 +15,8 @@ from typing import TypeVar
 from engine import distributed, peers, threads
 from engine.config import ConfigError, StoppedError, UserError, dump, load
 from engine.endings import LOST_CONTACT, End, EndedError
-from engine.logs import say
 from engine.redaction import redact
+from engine.terminal import say
 from engine.tf32 import allow_tf32
 
 PACKAGES = ("data", "tokenizer", "generator", "evaluation", "engine")
@@ -136,4 +136,4 @@ def read_config(cls: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
 
 def print_config(config: object) -> None:
     """The resolved config as YAML, as --dry-run shows it: without secrets."""
-    print(dump(config), end="")
+    say(dump(config).rstrip("\n"))

@@ -19,6 +19,7 @@ from data.text import MODEL_NAME, load_text_tokenizer
 from engine import checkpoint_export, files, hub
 from engine.config import UserError, to_dict
 from engine.loop import CHECKPOINTS, EXPORT
+from engine.terminal import say
 from generator.class_conditional.model import load_generator
 from generator.model_card import Card, Task, model_card
 from generator.pretrained import AUTOENCODER, GENERATOR, SAMPLING, TEXT_TOKENIZER, WEIGHTS, load_pretrained
@@ -55,9 +56,9 @@ def main() -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: is not an empty folder; remove it or give another --out")
     what = write(arguments, out)
-    print(f"{out}: {what}, read back and complete")
+    say(f"{out}: {what}, read back and complete")
     if arguments.name is not None:
-        print(f"to upload it:\nhf upload {arguments.name} {out}")
+        say(f"to upload it:\nhf upload {arguments.name} {out}")
 
 
 def write(arguments: argparse.Namespace, out: Path) -> str:

@@ -14,6 +14,7 @@ from data.shard_indexing import index_shards
 from data.shards import verify
 from data.sources.write import write_sources
 from engine.config import UserError
+from engine.terminal import say
 from evaluation.report.doctor import write_page
 from launch import entry, shard_sources
 
@@ -48,7 +49,7 @@ def main() -> None:
     index.set_defaults(run=_index)
     arguments = parser.parse_args()
     for line in arguments.run(arguments) if "run" in arguments else _write(arguments):
-        print(line)
+        say(line)
 
 
 def _write(arguments: argparse.Namespace) -> list[str]:
@@ -82,10 +83,10 @@ def _doctor(arguments: argparse.Namespace) -> list[str]:
     )
     page = arguments.out or arguments.shards / "doctor.html"
     write_page(found, page)
-    print(found.text())
+    say(found.text())
     if arguments.quarantine:
         add_to_quarantine(arguments.quarantine, *found.lost())
-        print(f"{arguments.quarantine}: give it to the training as data.quarantine")
+        say(f"{arguments.quarantine}: give it to the training as data.quarantine")
     if found.problems:
         raise UserError(f"{arguments.shards}: {found.verdict}; see {page}")
     return [f"{page}: written"]

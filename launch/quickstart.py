@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 
 from engine import files
 from engine.config import load
+from engine.terminal import say
 from evaluation.report import render_report
 from launch import entry, quickstart_scores
 from launch.steps import Step, deepspeed, python, run_steps
@@ -46,7 +47,7 @@ def main() -> None:
     try:
         run_steps(root, build_steps(run, root))
     finally:
-        print(f"report: {render_report(root)}", flush=True)
+        say(f"report: {render_report(root)}")
 
 
 def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
@@ -121,7 +122,7 @@ def run_further(
     if arguments.fresh:
         shutil.rmtree(root, ignore_errors=True)
     run_steps(root, build(run, root, base_root))
-    print(f"results: {run.out}", flush=True)
+    say(f"results: {run.out}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engine import distributed
 from engine.config import UserError
+from engine.terminal import say
 from evaluation.sampled_set import SampledSetConfig, draw_set
 from generator.pipeline import Pipeline
 from generator.prompts import read_prompts
@@ -54,7 +55,7 @@ def _draw_one(arguments: argparse.Namespace, models: tuple[Path, str, str], samp
     for index, image in enumerate(images):
         path = out if len(images) == 1 else out.with_name(f"{out.stem}-{index}{out.suffix}")
         image.save(path)
-        print(path)
+        say(path)
 
 
 def _draw_file(
@@ -69,7 +70,7 @@ def _draw_file(
     team, device = meet()
     count = draw_set(dataclasses.replace(config, device=device), team)
     if team.rank == 0:
-        print(f"{out}: {count} images")
+        say(f"{out}: {count} images")
     distributed.stop()
 
 

@@ -191,9 +191,9 @@ def load_generator(directory: str | Path) -> ClassGenerator:
         raise UserError(
             f"{path}: this is not an exported class-conditional generator (kind {tree.get('kind')!r})"
         )
-    config = from_dict(DitConfig, tree.get("generator"), where=str(path))
+    config = from_dict(DitConfig, tree.get("generator", {}), where=str(path))
     with describing(path):
-        model = uninitialised(config, from_dict(LatentInfo, tree.get("latents"), where=str(path)))
+        model = uninitialised(config, from_dict(LatentInfo, tree.get("latents", {}), where=str(path)))
     load_exact(model, read_tensors(directory / WEIGHTS_NAME), where=str(directory))
     return model
 
