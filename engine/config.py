@@ -39,14 +39,14 @@ class ConfigError(UserError):
 
 @contextlib.contextmanager
 def describing(where: str | Path) -> Iterator[None]:
-    """Around building a model of a file's config: sizes that make none end in one line. Raises ConfigError."""
+    """Around building what a config describes: values that make none end in one line. Raises ConfigError."""
     try:
         yield
     except UserError:
         raise
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(f"{where}: no model can be built of these sizes ({reason})") from error
+        raise ConfigError(f"{where}: nothing can be built of these values ({reason})") from error
 
 
 def counted(count: int, noun: str) -> str:
@@ -193,7 +193,7 @@ def _shown(path: str, value: Any) -> str:
 def _build(hint: Any, value: Any, where: str, path: str) -> Any:
     """One value of type `hint`; dataclasses recurse, everything else is validated by pydantic."""
     section = _dataclass_of(hint)
-    if section is None or value is None:
+    if section is None or (value is None and section is not hint):
         try:
             return TypeAdapter(hint, config=_CONFIG).validate_python(value)
         except (ValidationError, RecursionError) as error:
@@ -217,10 +217,12 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in arguments:
             raise ConfigError(f"{where}: missing key '{_join(path, name)}'")
-    try:
-        return section(**arguments)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {path or 'top level'}: {error}") from None
+    place = f"{where}: {path or 'top level'}"
+    with describing(place):
+        try:
+            return section(**arguments)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
 
 
 def _hint(key: str, section: type[Any], path: str) -> str:
