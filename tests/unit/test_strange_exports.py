@@ -122,7 +122,9 @@ def test_a_config_that_is_no_config_is_refused(
     ):
         (tmp_path / "config.json").write_bytes(content)
         refused = refused_in_one_line(load, tmp_path, content[:20])
-        assert refused or (content == b"{}" and save is diffusers)  # there what is absent has diffusers' default
+        assert refused or (
+            content == b"{}" and save is diffusers
+        )  # there what is absent has diffusers' default
 
 
 @pytest.mark.slow
