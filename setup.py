@@ -49,7 +49,7 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
         "sentencepiece>=0.2.0",
-        "timm>=1.0.11",
+        "timm>=1.0.26",  # from here on it refuses pickles
         "torch>=2.6",
         "torchvision>=0.21",
         "transformers>=5.20",

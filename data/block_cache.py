@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.storage import replace_file
+from engine.terminal import say
 
 # Far below what object stores read at full speed, because the plan reads 64 neighbours here and 64 there: with 33 kB
 # a sample, blocks of 4 MiB would fetch three times the bytes that are used.
@@ -70,11 +71,10 @@ class BlockCache:
                 replace_file(self._path(block), payload)
             except OSError as error:
                 self._is_broken = True
-                print(
+                say(
                     f"{self._root}: cannot cache shards ({error.strerror}); going on without, slower. "
                     "Make room or set storage.cache_dir and storage.cache_gib",
-                    file=sys.stderr,
-                    flush=True,
+                    sys.stderr,
                 )
         return not self._is_broken
 

@@ -80,6 +80,10 @@ class PixelBatch:
         return to_device(self, device)
 
 
+MAX_IMAGES_PER_PACK = 1 << 24
+"""No GPU holds so many; lists of so many fit into memory."""
+
+
 @dataclass(frozen=True)
 class PixelConfig:
     """How image files become batches."""
@@ -92,6 +96,8 @@ class PixelConfig:
     def __post_init__(self) -> None:
         if self.images_per_pack < 1 or self.image_px < 1:
             raise ConfigError("images_per_pack and image_px must be positive")
+        if self.images_per_pack > MAX_IMAGES_PER_PACK:
+            raise ConfigError(f"images_per_pack is {self.images_per_pack}; at most {MAX_IMAGES_PER_PACK}")
         if self.resize_px is not None and self.resize_px < self.image_px:
             raise ConfigError(f"resize_px = {self.resize_px} is smaller than image_px = {self.image_px}")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from engine.terminal import say
+
 REPORT_EVERY_S = 1.0
 
 
@@ -26,8 +28,7 @@ class ProgressLine:
         self._shown_s = now_s
         spent_s = max(now_s - self._start_s, 1e-3)
         left = f"{spent_s * (1 - share) / share:.0f} s" if share > 0 else "unknown"
-        print(
+        say(
             f"{self._what}: {count} {self._unit}, {count / spent_s:.0f}/s, {share:.0%}, ETA {left}",
-            file=sys.stderr,
-            flush=True,
+            sys.stderr,
         )

@@ -90,7 +90,9 @@ class LatentInfo:
             raise ConfigError(f"latent statistics: expected {channels} channels, not {len(self.mean)}")
         if self.num_views < 1:
             raise ConfigError(f"latent num_views is {self.num_views}; at least 1")
-        if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:
+        with np.errstate(over="ignore"):  # in fp32, as they are used: 1e-60 is 0 there, and 1e60 infinite
+            mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        if not np.isfinite([mean, std]).all() or std.min() <= 0:
             raise ConfigError(
                 "latent statistics: mean and std must be finite and std positive in every channel"
             )

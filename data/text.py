@@ -37,10 +37,21 @@ class TextTokenizer(Protocol):
     fingerprint: str  # equal fingerprints: equal ids for every text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without special tokens. Never fails: unknown letters become bytes."""
+        """Ids of `text` alone, without special tokens. Unknown letters become bytes. Raises UserError: as `whole`."""
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without special tokens."""
+
+
+def whole(text: str) -> str:
+    """`text`. Raises UserError: it holds half a character (a lone surrogate), which JSON can write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"text {text[:60]!a}: half a character at position {error.start}; write the text again"
+        ) from None
+    return text
 
 
 class SentencePieceTextTokenizer:
@@ -55,7 +66,7 @@ class SentencePieceTextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See TextTokenizer."""
-        ids: list[int] = self._pieces.encode(text)
+        ids: list[int] = self._pieces.encode(whole(text))
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -79,7 +90,9 @@ class QwenTextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See TextTokenizer."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = self._tokenizer.encode(
+            whole(text), add_special_tokens=False, split_special_tokens=True
+        )
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -104,9 +117,8 @@ def load_text_tokenizer(name_or_directory: str) -> TextTokenizer:
         return SentencePieceTextTokenizer(model)
     from transformers import AutoTokenizer  # takes seconds to import: only where it is needed
 
-    hub.offline_if_unreachable()
     try:
-        return QwenTextTokenizer(AutoTokenizer.from_pretrained(name_or_directory))
+        return QwenTextTokenizer(hub.from_pretrained(AutoTokenizer, name_or_directory))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(

@@ -6,6 +6,7 @@ of the wrong type with the place it stands in, and any field can be overridden o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from engine.redaction import redacted
 
@@ -34,6 +35,18 @@ class StoppedError(UserError):
 
 class ConfigError(UserError):
     """A config that does not fit its dataclass."""
+
+
+@contextlib.contextmanager
+def describing(where: str | Path) -> Iterator[None]:
+    """Around building what a config describes: values that make none end in one line. Raises ConfigError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(f"{where}: nothing can be built of these values ({reason})") from error
 
 
 def counted(count: int, noun: str) -> str:
@@ -91,11 +104,15 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: 'extends' runs in a circle; remove one of them")
     try:
-        tree = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8 text") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read ({reason}); give a YAML file") from None
+    tree = _parse(text, str(path))
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines at the top level")
@@ -123,23 +140,71 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override '{override}': '{section}' is a value, not a section")
         tree = child
+    tree[key] = _parse(text, f"override '{override}'")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only. A key that stands twice is refused: YAML's own loader would take the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        first: dict[str, int] = {}
+        for name, _ in node.value:
+            line = name.start_mark.line + 1
+            if isinstance(name, yaml.ScalarNode) and name.value in first:
+                lines = f"lines {first[name.value]} and {line}"
+                raise yaml.YAMLError(f"key '{name.value}' stands twice, in {lines}; remove one")
+            if isinstance(name, yaml.ScalarNode):
+                first[name.value] = line
+        return node
+
+
+def _parse(text: str, where: str) -> Any:
+    """The values of a YAML text. Raises ConfigError."""
     try:
-        tree[key] = yaml.safe_load(text)
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deep for a config") from None
+    except ValueError as error:  # a date or a number that none is
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+
+
+_CONFIG = ConfigDict(allow_inf_nan=False)
+"""No number that is none: 1e999 is read as infinite."""
+MAX_SHOWN = 200
+"""Characters of a value in a message."""
+
+
+def _shown(path: str, value: Any) -> str:
+    """A value in a message: without secrets, and no page of it."""
+    try:
+        text = repr(next(iter(redacted({path.rpartition(".")[2]: value}).values())))
+    except RecursionError:
+        return "this"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _build(hint: Any, value: Any, where: str, path: str) -> Any:
     """One value of type `hint`; dataclasses recurse, everything else is validated by pydantic."""
     section = _dataclass_of(hint)
-    if section is None or value is None:
+    if section is None or (value is None and section is not hint):
         try:
-            return TypeAdapter(hint).validate_python(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise ConfigError(f"{where}: {path or 'top level'}: {reason}, not {value!r}") from None
+            return TypeAdapter(hint, config=_CONFIG).validate_python(value)
+        except (ValidationError, RecursionError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "nested too deep"
+            raise ConfigError(
+                f"{where}: {path or 'top level'}: {reason}, not {_shown(path, value)}"
+            ) from None
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: {path or 'top level'}: expected a section of keys, not {value!r}")
+        raise ConfigError(
+            f"{where}: {path or 'top level'}: expected a section of keys, not {_shown(path, value)}"
+        )
     fields = {field.name: field for field in dataclasses.fields(section)}
     for key in value:
         if key not in fields:
@@ -152,10 +217,12 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in arguments:
             raise ConfigError(f"{where}: missing key '{_join(path, name)}'")
-    try:
-        return section(**arguments)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {path or 'top level'}: {error}") from None
+    place = f"{where}: {path or 'top level'}"
+    with describing(place):
+        try:
+            return section(**arguments)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
 
 
 def _hint(key: str, section: type[Any], path: str) -> str:

@@ -71,8 +71,21 @@ def read_regular(path: str | Path) -> bytes:
 
 
 def read_json(path: str | Path) -> Any:
-    """Parses a UTF-8 JSON file."""
-    return json.loads(Path(path).read_text())
+    """Parses a UTF-8 JSON file. Raises OSError; UserError: not JSON, not UTF-8, nested too deep."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep for a file of ours; write it again") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); write it again") from None
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """`read_json` of a file that holds an object. Raises OSError, UserError."""
+    tree = read_json(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: no JSON object; write it again")
+    return tree
 
 
 @contextmanager

@@ -1,12 +1,70 @@
-"""The Hugging Face hub: whether it can be reached at all, asked once, so that nothing waits for it in vain."""
+"""Models, processors, configs and tokenizers of others, from a folder or the Hugging Face hub: the only way to them.
+
+No code that comes with them is run, and nobody is asked whether it may. Whether the hub can be reached at all is asked
+once, so that nothing waits for it in vain.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+T = TypeVar("T")
+
+
+def from_pretrained(cls: Any, source: str, **arguments: Any) -> Any:
+    """`cls.from_pretrained(source, **arguments)` for a class of transformers; `source`: a folder, a name of the hub.
+
+    Raises OSError: cannot be had. Raises ValueError: files that transformers cannot read, or that need code of theirs.
+    """
+    offline_if_unreachable()
+    return _in_a_sentence(lambda: cls.from_pretrained(source, trust_remote_code=False, **arguments))
+
+
+def from_config(cls: Any, config: Any, **arguments: Any) -> Any:
+    """A model without weights, by an Auto class of transformers. Raises ValueError: it needs code of theirs."""
+    return cls.from_config(config, trust_remote_code=False, **arguments)
+
+
+def create_timm(name: str, *, pretrained: bool, **arguments: Any) -> Any:
+    """`timm.create_model`. Raises what it raises."""
+    import timm  # takes a second to import: only where it is needed
+
+    if pretrained:
+        offline_if_unreachable()
+    return timm.create_model(name, pretrained=pretrained, **arguments)
+
+
+def snapshot(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """A folder with the files of a repository whose names fit `patterns`. Raises OSError, ValueError: cannot be had."""
+    import huggingface_hub
+
+    offline_if_unreachable()
+    return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
+
+def file(name: str, path: str, subfolder: str | None = None) -> Path:
+    """One file of a repository. Raises OSError, ValueError: cannot be had."""
+    import huggingface_hub
+
+    offline_if_unreachable()
+    return Path(huggingface_hub.hf_hub_download(name, path, subfolder=subfolder))
+
+
+def _in_a_sentence(read: Callable[[], T]) -> T:
+    """What `read` gives. A library's many readers fail on strange files in as many ways: all become ValueErrors."""
+    try:
+        return read()
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 @lru_cache

@@ -7,7 +7,6 @@ import json
 import math
 import netrc
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 from engine import files
 from engine.config import UserError
 from engine.redaction import redact, redacted
+from engine.terminal import say
 
 WandbMode = Literal["disabled", "offline", "online"]
 WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
@@ -52,19 +52,6 @@ def seconds_text(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def say(text: str, stream: TextIO | None = None) -> None:
-    """One line for people, at once (default: to stdout), or nothing where nobody can read it any more.
-
-    A launcher that was stopped closes the pipe while its ranks still save: that must not be what ends them.
-    """
-    stream = sys.stdout if stream is None else stream
-    try:
-        print(text, file=stream, flush=True)
-    except BrokenPipeError:
-        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class RunLog:

@@ -21,7 +21,7 @@ from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
 from engine.guard import Guard, out_of_memory
-from engine.logs import EventKind, RunLog, say, seconds_text
+from engine.logs import EventKind, RunLog, seconds_text
 from engine.objective import Batch, BatchSource, Evaluation, Objective
 from engine.peers import notice_vanished_peers
 from engine.redaction import redact, redacted
@@ -29,6 +29,7 @@ from engine.schedule import learning_rate
 from engine.spans import Spans, peak_flops
 from engine.step import Stepper
 from engine.system import SystemMeter, combine
+from engine.terminal import say
 from engine.tf32 import allow_tf32
 from engine.watchdog import Watchdog
 from engine.window import Window

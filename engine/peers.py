@@ -20,6 +20,7 @@ import torch.distributed as dist
 from engine import endings
 from engine.config import UserError
 from engine.endings import LOST_CONTACT, End, EndedError
+from engine.terminal import say
 
 MEETING_S = 600
 """How long ranks wait for each other at the start: many nodes that import from one file system take minutes."""
@@ -178,7 +179,7 @@ def _call_the_roll(store: dist.TCPStore, world: int, timeout_s: float) -> Verdic
             )
             return Verdict(End(0, LOST_CONTACT, text), num_readers=num_here)
         if now_s - reminded_s > REMINDER_S:
-            print(f"waiting for {who} at {_where()}", flush=True)
+            say(f"waiting for {who} at {_where()}")
             reminded_s = now_s
         time.sleep(0.1)
 

@@ -11,32 +11,53 @@ MASK = "***"
 MIN_SECRET_CHARACTERS = 8
 """Shorter values of the environment are not looked for: they stand in ordinary words."""
 
+_WORDS = (
+    r"pass|pwd|passwd|password|passphrase|secrets?|credentials?|sas|signature|authorization|bearer|cookie"
+)
+_KEYS = r"(?:api|access|account|auth|client|private|secret|session|shared|sas)?_?(?:key|token|secret|pwd|password)"
 _SECRET_NAME = re.compile(
-    r"(^|[_\-.])(password|passwd|passphrase|secret|token|credentials?|key|sas|signature|connection_string)$",
+    rf"(?:^|[_\-.])(?:{_WORDS}|{_KEYS}|(?:api|access|secret)_?keys|passwords|auth|connection_?string)$",
     re.IGNORECASE,
 )
-_USER = re.compile(r"://[^/\s?]*@")
-_QUERY = re.compile(r"(://[^\s'\"?]*)\?[^\s'\"]*?(?=[:;,.)]*(?:[\s'\"]|$))")
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_QUOTED = r"""(?:"[^"\n]*"|'[^'\n]*')"""
+_CHARACTER = r"""(?:(?!://)[^\s'"])"""
+# name:password@, whatever the password holds; or one word before the @.
+_USER = re.compile(rf"://(?:[^\s'\"/:@]*:{_CHARACTER}*@|[^/\s?'\"]*@)")
+_QUERY = re.compile(
+    rf"(://[^\s'\"?#]*)(?:\?|\#(?=[^\s'\"]*=))(?:={_QUOTED}|[^\s'\"])*?(?=[:;,.)]*(?:[\s'\"]|$)(?<!=))"
+)
+_BEARER = re.compile(r"\b(authorization:\s*(?:\w+\s+)?|bearer\s+(?=\S{8}))[^\s'\"]+", re.IGNORECASE)
+_SETTING = re.compile(rf"(?<![\w./?&-])([\w.\-]+)=({_QUOTED}|[^\s'\",;)]+)")
+_ITEM = re.compile(rf"(['\"])([\w.\-]+)\1(\s*:\s*)({_QUOTED}|-?\d[\d.e+\-]*)")
 
 
 def redact(text: str) -> str:
-    """`text` without user, password and query (a signature) of urls, and without secrets of the environment.
+    """`text` without user, password, query and fragment of urls, and without secrets of the environment.
 
-    A secret of the environment is the value of a variable whose name says so: WANDB_API_KEY, HF_TOKEN, ...
+    A secret of the environment is the value of a variable whose name says so: WANDB_API_KEY, HF_TOKEN, ... Settings in
+    the text (`name=value`, `'name': 'value'`) are masked by their names, too.
     """
     for name, value in os.environ.items():
         if len(value) >= MIN_SECRET_CHARACTERS and is_secret(name):
             text = text.replace(value, MASK)
-    return _QUERY.sub(r"\1", _USER.sub("://", text))
+    if "://" in text:
+        text = _QUERY.sub(r"\1", _USER.sub("://", text))
+    text = _BEARER.sub(rf"\1{MASK}", text)
+    text = _SETTING.sub(lambda found: f"{found[1]}={MASK}" if is_secret(found[1]) else found[0], text)
+    return _ITEM.sub(
+        lambda found: (
+            f"{found[1]}{found[2]}{found[1]}{found[3]}'{MASK}'" if is_secret(found[2]) else found[0]
+        ),
+        text,
+    )
 
 
 def redacted(value: Any) -> Any:
     """A copy of a nest of mappings and lists: every text as in `redact`, masked whole where its name says secret."""
     if isinstance(value, Mapping):
         return {
-            redact(str(name)): MASK
-            if isinstance(item, str) and item and is_secret(str(name))
-            else redacted(item)
+            redact(str(name)): _masked(item) if is_secret(str(name)) else redacted(item)
             for name, item in value.items()
         }
     if isinstance(value, (list, tuple)):
@@ -45,5 +66,14 @@ def redacted(value: Any) -> Any:
 
 
 def is_secret(name: str) -> bool:
-    """Whether a setting of this name holds a secret: `password`, `HF_TOKEN`, `account_key`; not `text_tokenizer`."""
-    return _SECRET_NAME.search(name) is not None
+    """Whether a setting of this name holds a secret: `password`, `HF_TOKEN`, `apiKey`; not `text_tokenizer`."""
+    return _SECRET_NAME.search(_HUMP.sub("_", name)) is not None
+
+
+def _masked(value: Any) -> Any:
+    """Every text and number in it; a switch or nothing is no secret."""
+    if isinstance(value, Mapping):
+        return {redact(str(name)): _masked(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_masked(item) for item in value]
+    return value if value is None or value == "" or isinstance(value, bool) else MASK

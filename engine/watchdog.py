@@ -24,8 +24,9 @@ import torch.distributed as dist
 
 from engine.distributed import Ranks
 from engine.endings import LOST_CONTACT
-from engine.logs import say, seconds_text
+from engine.logs import seconds_text
 from engine.spans import Place
+from engine.terminal import say
 
 BEATS_PER_TIMEOUT = 8
 GRACE_S = 5.0  # for the rank that speaks: a launcher ends all ranks when the first one is gone

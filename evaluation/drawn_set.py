@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from data.progress import ProgressLine
 from engine import files
 from engine.config import UserError, to_dict
+from engine.terminal import say
 from evaluation.manifest import MANIFEST_NAME, Item, write_manifest
 from evaluation.runner import Team
 from generator.drawing import DrawingConfig
@@ -89,7 +90,7 @@ def announce(sampling: DrawingConfig) -> None:
     """What an image costs, as one line."""
     evaluations = num_evaluations(sampling.num_steps, sampling.solver)
     line = f"{sampling.num_steps} {sampling.solver} steps, {evaluations} evaluations an image"
-    print(line, file=sys.stderr, flush=True)
+    say(line, sys.stderr)
 
 
 def sampling_settings(sampling: DrawingConfig) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -144,9 +143,8 @@ def _read_norm(path: str) -> tuple[Tensor, Tensor]:
 
 
 def _pretrained_norm(timm_name: str) -> tuple[Tensor, Tensor]:
-    hub.offline_if_unreachable()
     try:
-        norm = timm.create_model(timm_name, pretrained=True, num_classes=0).norm
+        norm: nn.LayerNorm = hub.create_timm(timm_name, pretrained=True, num_classes=0).norm
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(

@@ -28,6 +28,7 @@ from data.progress import ProgressLine
 from data.sources.folders import images_below
 from engine import files
 from engine.config import UserError
+from engine.terminal import say
 from evaluation.manifest import MANIFEST_NAME, ImageSet, Item, write_image, write_manifest
 from evaluation.metrics.psnr import psnr_db, to_uint8
 from evaluation.runner import ALONE, Team
@@ -115,7 +116,7 @@ def _reconstruct_share(config: ReconstructConfig, mine: Sequence[_Block], rank: 
         for name, path in block:
             if name in batch.unreadable and not _is_done(config, name):  # it may be kept of an earlier run
                 unreadable[name] = f"{path}: no readable image ({batch.unreadable[name]})"
-                print(unreadable[name], file=sys.stderr, flush=True)
+                say(unreadable[name], sys.stderr)
         values |= _write(config, model, batch)
         done += len(block)
         progress.show(done, done / num_images)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from data.progress import ProgressLine
 from engine import files
 from engine.config import UserError
+from engine.terminal import say
 
 MAX_NAMED = 3
 Key = tuple[str, int, str]
@@ -104,7 +105,7 @@ class RecordStore:
                 progress.show(count, count / len(todo))
         if refused:
             first = ", ".join(refused[:MAX_NAMED])
-            print(f"{what}: {len(refused)} of {len(todo)} questions were refused: {first}", flush=True)
+            say(f"{what}: {len(refused)} of {len(todo)} questions were refused: {first}")
 
     def _read(self, path: Path) -> None:
         *lines, _torn = path.read_bytes().split(b"\n")

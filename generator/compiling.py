@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 Compiler = str | Callable[..., Any]
@@ -30,8 +31,14 @@ def backend_for(backend: Compiler | None, *tensors: Tensor) -> Compiler | None:
 
 
 def whole(function: FunctionT, backend: Compiler | None) -> FunctionT:
-    """`function` compiled without a graph break, or as it is if `backend` is None."""
-    return function if backend is None else _compiled(function, backend)
+    """`function` compiled without a graph break, or as it is if `backend` is None or operations are being counted."""
+    return function if backend is None or _is_watched() else _compiled(function, backend)
+
+
+def _is_watched() -> bool:
+    """Whether a mode sees every operation (pre-flight counts bytes so on a CPU): the compiler refuses to run there."""
+    mode = _get_current_dispatch_mode()
+    return mode is not None and not mode.is_infra_mode()
 
 
 @cache

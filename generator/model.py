@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from data.packed_batch import PackedBatch
 from data.shards import LatentInfo
-from engine.config import ConfigError, UserError, from_dict, to_dict
-from engine.files import read_json, write_json
+from engine.config import ConfigError, UserError, describing, from_dict, to_dict
+from engine.files import read_object, write_json
 from generator.attention import Backend, JointAttention, attend, choose_backend, planned_attention
 from generator.compiling import Compiler
 from generator.embeddings import MAX_PERIOD, LatentEmbedding
@@ -253,11 +252,12 @@ class Generator(nn.Module):
         path = directory / CONFIG_NAME
         if not path.exists():
             raise UserError(f"{path}: no such file; give the directory of an exported generator")
-        tree: dict[str, Any] = read_json(path)
+        tree = read_object(path)
         if tree.get("kind") != KIND:
             raise UserError(f"{path}: this is not an exported generator (kind {tree.get('kind')!r})")
-        config = from_dict(GeneratorConfig, tree["generator"], where=str(path))
-        model = cls.uninitialised(config, from_dict(LatentInfo, tree["latents"], where=str(path)))
+        config = from_dict(GeneratorConfig, tree.get("generator", {}), where=str(path))
+        with describing(path):
+            model = cls.uninitialised(config, from_dict(LatentInfo, tree.get("latents", {}), where=str(path)))
         load_exact(model, read_tensors(directory / WEIGHTS_NAME), where=str(directory))
         return model
 

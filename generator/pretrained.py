@@ -14,11 +14,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 
 from engine import hub
 from engine.config import UserError, from_dict
-from engine.files import read_json
+from engine.files import read_object
 from generator.pipeline import Pipeline
 from generator.sampling import SamplingConfig
 
@@ -45,15 +44,14 @@ def load_pretrained(
     if not sampling.is_file():
         raise UserError(f"{sampling}: no such file; give a folder that launch/export.py wrote, or its name")
     pipeline = Pipeline.load(folder / GENERATOR, folder / AUTOENCODER, folder / TEXT_TOKENIZER, device=device)
-    return pipeline, from_dict(SamplingConfig, read_json(sampling), where=str(sampling))
+    return pipeline, from_dict(SamplingConfig, read_object(sampling), where=str(sampling))
 
 
 def _folder(name_or_folder: str | Path, revision: str | None) -> Path:
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
-    hub.offline_if_unreachable()
     try:
-        return Path(snapshot_download(str(name_or_folder), revision=revision, allow_patterns=PATTERNS))
+        return hub.snapshot(str(name_or_folder), PATTERNS, revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from engine import hub
-from engine.config import UserError
-from engine.files import read_json
+from engine.config import UserError, from_dict
+from engine.files import read_object
 from generator.mot import Mot, MotConfig
 from tokenizer.weights import load_exact, read_tensors
 
@@ -76,40 +74,43 @@ def qwen_shape(path: Path) -> MotConfig:
     """The shape that a checkpoint's config.json (Bagel: llm_config.json) describes, with Bagel's QK-norm on."""
     if not path.exists():
         raise UserError(f"{path}: no such file; give the folder of a checkpoint that has it")
-    config: dict[str, Any] = read_json(path)
+    config = read_object(path)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(
+            f"{path}: its RoPE is {rope!r}; only plain Qwen2, Qwen2.5 and dense Qwen3 weights fit"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in BIASED or kind != "default" or config.get("use_sliding_window"):
         raise UserError(
             f"{path}: model_type {model_type!r}, RoPE {kind!r}, sliding window "
             f"{bool(config.get('use_sliding_window'))}; only plain Qwen2, Qwen2.5 and dense Qwen3 weights fit"
         )
-    return MotConfig(
-        vocab_size=config["vocab_size"],
-        width=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config["num_key_value_heads"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        mlp_width=config["intermediate_size"],
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        norm_eps=config["rms_norm_eps"],
-        qkv_bias=config.get("attention_bias", BIASED[model_type]),
-        qk_norm=True,
-    )
+    fields = {
+        "vocab_size": config.get("vocab_size"),
+        "width": config.get("hidden_size"),
+        "num_layers": config.get("num_hidden_layers"),
+        "num_heads": config.get("num_attention_heads"),
+        "num_kv_heads": config.get("num_key_value_heads"),
+        "head_dim": config.get("head_dim"),
+        "mlp_width": config.get("intermediate_size"),
+        "rope_theta": rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
+        "norm_eps": config.get("rms_norm_eps"),
+        "qkv_bias": config.get("attention_bias", BIASED[model_type]),
+        "qk_norm": True,
+    }
+    width, heads = fields["width"], fields["num_heads"]
+    if not fields["head_dim"] and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        fields["head_dim"] = width // heads
+    return from_dict(MotConfig, fields, where=str(path))
 
 
 def _checkpoint_folder(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
-    hub.offline_if_unreachable()
     try:
-        return Path(
-            snapshot_download(
-                source, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]
-            )
-        )
+        return hub.snapshot(source, ["config.json", "*.safetensors", "*.safetensors.index.json"])
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -120,7 +121,12 @@ def _checkpoint_folder(source: str) -> Path:
 def _read_checkpoint(folder: Path) -> dict[str, Tensor]:
     """All tensors of `model.safetensors`, or of the files that `model.safetensors.index.json` names."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if index.exists():
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index}: has no weight_map from names to files; fetch it again")
+        names = sorted({Path(name).name for name in weight_map.values()})  # files of this folder
     tensors: dict[str, Tensor] = {}
     for name in names:
         tensors.update(read_tensors(folder / name))

@@ -14,6 +14,7 @@ from data.sources.emoji import EmojiConfig, EmojiSource
 from engine import files
 from engine.config import load
 from engine.loop import EXPORT
+from engine.terminal import say
 from evaluation import emoji_images
 from evaluation.environment import machine
 from evaluation.features.interface import extract
@@ -66,7 +67,7 @@ def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
             run_dir.name, found["psnr_db"]["mean"], found["ssim"]["mean"], found[DISTANCE]["mean"], top1
         )
         rows.append(row)
-        print(f"      {row.text()}", flush=True)
+        say(f"      {row.text()}")
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(
         out,

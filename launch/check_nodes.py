@@ -12,6 +12,7 @@ from pathlib import Path
 from engine import distributed
 from engine.config import UserError, counted, resolve
 from engine.links import Link, all_reduce_s, measure_links
+from engine.terminal import say
 from launch import entry, nodes
 
 MEETING_S = 120
@@ -52,23 +53,23 @@ def main() -> None:
     if ranks.is_first:
         for host, rank in sorted(first_ranks.items(), key=lambda item: item[1]):
             state = conditions[rank]
-            print(
+            say(
                 f"{host}: {hosts.count(host)} ranks, memory free {state.memory_free / GIB:.1f} GiB, "
                 f"disk free at run_dir {state.disk_free / GIB:.1f} GiB"
             )
-        print(f"all-reduce of {MESSAGE_BYTES >> 20} MiB over {ranks.world} ranks: {reduce_s * 1e3:.1f} ms")
+        say(f"all-reduce of {MESSAGE_BYTES >> 20} MiB over {ranks.world} ranks: {reduce_s * 1e3:.1f} ms")
         for link in links:
             speed = f"{link.bytes_per_s / 1e9:.2f} GB/s, {link.latency_s * 1e6:.0f} us"
-            print(f"{hosts[link.sender]} -> {hosts[link.receiver]}: {speed}")
+            say(f"{hosts[link.sender]} -> {hosts[link.receiver]}: {speed}")
         for line in findings:
-            print(f"FOUND {line}", flush=True)
+            say(f"FOUND {line}")
     distributed.stop()
     if findings:  # the same on all ranks; the first one says it (entry.run)
         raise UserError(
             f"{counted(len(findings), 'finding')} on {counted(len(first_ranks), 'node')}, listed above"
         )
     if ranks.is_first:
-        print(f"{counted(len(first_ranks), 'node')}: nothing differs", flush=True)
+        say(f"{counted(len(first_ranks), 'node')}: nothing differs")
 
 
 def number_of_nodes(met: Sequence[str], expected: int | None) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from engine import checkpoint_folder
 from engine.config import UserError, from_dict
-from engine.files import read_json
+from engine.files import read_object
 from engine.loop import CHECKPOINTS, EXPORT
 from generator.class_conditional.sampling import ClassSamplingConfig
 from generator.pretrained import AUTOENCODER, GENERATOR, SAMPLING, TEXT_TOKENIZER
@@ -34,7 +34,7 @@ def prompt_models(folder: Path) -> tuple[tuple[Path, str, str], SamplingConfig]:
 def check_edits(folder: Path) -> None:
     """Raises UserError: the run in `folder` was trained for text-to-image, so its model has never seen a source."""
     config = folder / "config.json"
-    if config.is_file() and read_json(config).get("task") == "t2i":
+    if config.is_file() and read_object(config).get("task") == "t2i":
         raise UserError(
             f"{folder}: a text-to-image training, which has never seen a source image; give --run of an editing "
             "training (launch/train_edit.py), or draw with --prompt"
@@ -56,7 +56,7 @@ SamplingT = TypeVar("SamplingT", SamplingConfig, ClassSamplingConfig)
 
 
 def _exported(folder: Path, cls: type[SamplingT]) -> tuple[tuple[Path, str, str], SamplingT]:
-    sampling = from_dict(cls, read_json(folder / SAMPLING), where=str(folder / SAMPLING))
+    sampling = from_dict(cls, read_object(folder / SAMPLING), where=str(folder / SAMPLING))
     return (folder / GENERATOR, str(folder / AUTOENCODER), str(folder / TEXT_TOKENIZER)), sampling
 
 
@@ -64,7 +64,7 @@ def finished_run(run_dir: Path, cls: type[RunT]) -> tuple[RunT, str]:
     """The config of a finished run, and its autoencoder. Raises UserError."""
     check_finished(run_dir, TRAININGS[cls])
     where = run_dir / "config.json"
-    run = from_dict(cls, read_json(where), where=str(where))
+    run = from_dict(cls, read_object(where), where=str(where))
     return run, autoencoder_of(run, run_dir)
 
 

@@ -15,8 +15,8 @@ from typing import TypeVar
 from engine import distributed, peers, threads
 from engine.config import ConfigError, StoppedError, UserError, dump, load
 from engine.endings import LOST_CONTACT, End, EndedError
-from engine.logs import say
 from engine.redaction import redact
+from engine.terminal import say
 from engine.tf32 import allow_tf32
 
 PACKAGES = ("data", "tokenizer", "generator", "evaluation", "engine")
@@ -45,6 +45,7 @@ def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
         # launch/node.sh ignores it for the launcher's sake; a rank that hangs before training must end by it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     allow_tf32(True)
+    sys.excepthook = _show_bug
     rank = int(os.environ.get("RANK", "0")) if has_ranks else 0
     world = int(os.environ.get("WORLD_SIZE", "1")) if has_ranks else 1
     try:
@@ -68,6 +69,11 @@ def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
     return status
 
 
+def _show_bug(_kind: object, error: BaseException, _trace: object) -> None:
+    """Where a bug is, without secrets: an error of a library may hold the address that it was given."""
+    say(redact("".join(traceback.format_exception(error))), sys.stderr)
+
+
 def _status(error: BaseException) -> int:
     for cls, status in STATUSES.items():
         if isinstance(error, cls):
@@ -84,7 +90,7 @@ def _text(error: BaseException) -> str:
 def _tell(own: End, error: BaseException) -> None:
     """What ended this rank, for people: a line, and for a bug where it is."""
     if own.status == 1:
-        say(redact("".join(traceback.format_exception(error))), sys.stderr)
+        _show_bug(None, error, None)
     what = "" if own.status == INTERRUPTED else "error: "
     where = f"rank {own.rank}: " if distributed.is_started() or own.rank else ""
     say(f"{what}{where}{own.text}", sys.stderr)
@@ -130,4 +136,4 @@ def read_config(cls: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
 
 def print_config(config: object) -> None:
     """The resolved config as YAML, as --dry-run shows it: without secrets."""
-    print(dump(config), end="")
+    say(dump(config).rstrip("\n"))

@@ -23,6 +23,7 @@ from typing import Any
 from engine import distributed
 from engine.config import UserError
 from engine.files import read_json
+from engine.terminal import say
 from evaluation import calibration
 from evaluation.drawn_set import SETTINGS_NAME
 from evaluation.report.benchmarks import render_benchmarks
@@ -70,7 +71,7 @@ def _score(arguments: argparse.Namespace) -> None:
     for name, value in scores.get("scores", {}).items():
         interval = "" if value["low"] is None else f" ({value['low']:.4g} to {value['high']:.4g})"
         mean = "-" if value["mean"] is None else f"{value['mean']:.4g}"
-        print(f"{name}: {mean}{interval}, n = {value['n']} {value.get('note', '')}".rstrip())
+        say(f"{name}: {mean}{interval}, n = {value['n']} {value.get('note', '')}".rstrip())
     distributed.stop()
     if scores and getattr(arguments, "calibrate", None) is not None:
         _compare(arguments.calibrate, scores)
@@ -106,19 +107,19 @@ def _compare(known: str, scores: Mapping[str, Any]) -> None:
     """Raises UserError: numbers differ."""
     of = calibration.known(known)
     verdicts = calibration.compare(of, scores)
-    print(f"{of.what} ({of.source})")
+    say(f"{of.what} ({of.source})")
     for verdict in verdicts:
-        print(verdict.line())
+        say(verdict.line())
     wrong = sum(not verdict.holds for verdict in verdicts)
     if wrong:
         raise UserError(
             f"{wrong} of {len(verdicts)} numbers differ: trust no score of '{of.suite}' before they agree"
         )
-    print(f"calibrated: all {len(verdicts)} numbers agree")
+    say(f"calibrated: all {len(verdicts)} numbers agree")
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    print(render_benchmarks(arguments.runs, arguments.out, arguments.max_failed))
+    say(render_benchmarks(arguments.runs, arguments.out, arguments.max_failed))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import get_args
 from data.images import IMAGE_PARTS
 from engine import files
 from engine.config import UserError
+from engine.terminal import say
 from evaluation import benchmark_files, prompt_sets
 from evaluation.calibration import KNOWN, known_of
 from evaluation.features.inception import AdmInception, InceptionFeatures
@@ -154,7 +155,7 @@ def write_prompts(arguments: argparse.Namespace) -> None:
     """A file of prompts that launch/sample.py draws from."""
     out, given = arguments.out, arguments.file
     if arguments.benchmark in ("geneval", "geneval_rewritten"):
-        print(benchmark_files.obtain(arguments.benchmark, given and given[0], arguments.expect_sha256))
+        say(benchmark_files.obtain(arguments.benchmark, given and given[0], arguments.expect_sha256))
         return
     if arguments.benchmark == "dpg":
         count = prompt_sets.write_dpg(
@@ -169,7 +170,7 @@ def write_prompts(arguments: argparse.Namespace) -> None:
             raise UserError("imgedit: give --images, the folder of ImgEdit-Bench's original images")
         edits = benchmark_files.obtain("imgedit", given and given[0], arguments.expect_sha256)
         count = prompt_sets.write_imgedit(edits, arguments.images, out)
-    print(f"{out / prompt_sets.PROMPTS_NAME}: {count} lines")
+    say(f"{out / prompt_sets.PROMPTS_NAME}: {count} lines")
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:

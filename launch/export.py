@@ -19,6 +19,7 @@ from data.text import MODEL_NAME, load_text_tokenizer
 from engine import checkpoint_export, files, hub
 from engine.config import UserError, to_dict
 from engine.loop import CHECKPOINTS, EXPORT
+from engine.terminal import say
 from generator.class_conditional.model import load_generator
 from generator.model_card import Card, Task, model_card
 from generator.pretrained import AUTOENCODER, GENERATOR, SAMPLING, TEXT_TOKENIZER, WEIGHTS, load_pretrained
@@ -54,9 +55,9 @@ def main() -> None:
         raise UserError(f"--name '{arguments.name}': give OWNER/NAME of letters, digits, '.', '_' and '-'")
     files.check_new(out)
     what = write(arguments, out)
-    print(f"{out}: {what}, read back and complete")
+    say(f"{out}: {what}, read back and complete")
     if arguments.name is not None:
-        print(f"to upload it:\nhf upload {arguments.name} {out}")
+        say(f"to upload it:\nhf upload {arguments.name} {out}")
 
 
 def write(arguments: argparse.Namespace, out: Path) -> str:
@@ -167,8 +168,7 @@ def copy_text_tokenizer(name_or_folder: str, target: Path) -> None:
     load_text_tokenizer(name_or_folder)  # its one-line error, should there be none
     from transformers import AutoTokenizer  # takes seconds to import: only where it is needed
 
-    hub.offline_if_unreachable()
-    AutoTokenizer.from_pretrained(name_or_folder).save_pretrained(target)
+    hub.from_pretrained(AutoTokenizer, name_or_folder).save_pretrained(target)
 
 
 def _commit() -> str | None:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from engine import files
+from engine.terminal import say
 from generator.bagel import export_bagel
 from generator.model import Generator
 from launch import entry
@@ -19,7 +20,7 @@ def main() -> None:
     model = Generator.load(arguments.generator)
     with files.directory(arguments.out) as temporary:
         export_bagel(model, temporary)
-    print(
+    say(
         f"{arguments.out}: for Bagel's code, with latent_patch_size 1 and max_latent_size {model.config.max_side}"
     )
 

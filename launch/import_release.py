@@ -8,6 +8,7 @@ from pathlib import Path
 from data.shards import LatentInfo, ShardDataset
 from engine import files
 from engine.config import UserError, load
+from engine.terminal import say
 from generator.bagel import import_bagel
 from generator.class_conditional.model import ClassGenerator
 from generator.class_conditional.published import import_dit
@@ -30,13 +31,13 @@ def main() -> None:
         files.check_new(out)
     imported = IMPORTS[arguments.command](arguments)
     if arguments.verify or imported.report.problems:
-        print("\n".join(imported.report.lines()), flush=True)
+        say("\n".join(imported.report.lines()))
     if imported.report.problems:
         raise SystemExit(1)
     if out is not None:
         with files.directory(out) as temporary:
             what = imported.write(temporary)
-        print(f"{out}: {what}")
+        say(f"{out}: {what}")
 
 
 def _rpiae(arguments: argparse.Namespace) -> Imported:

@@ -15,6 +15,7 @@ from data.shards import verify
 from data.sources.write import write_sources
 from engine import files
 from engine.config import UserError
+from engine.terminal import say
 from evaluation.report.doctor import write_page
 from launch import entry, shard_sources
 
@@ -49,7 +50,7 @@ def main() -> None:
     index.set_defaults(run=_index)
     arguments = parser.parse_args()
     for line in arguments.run(arguments) if "run" in arguments else _write(arguments):
-        print(line)
+        say(line)
 
 
 def _write(arguments: argparse.Namespace) -> list[str]:
@@ -84,10 +85,10 @@ def _doctor(arguments: argparse.Namespace) -> list[str]:
         arguments.shards, num_processes=arguments.processes, launch=launch, num_shown=arguments.samples
     )
     write_page(found, page)
-    print(found.text())
+    say(found.text())
     if arguments.quarantine:
         add_to_quarantine(arguments.quarantine, *found.lost())
-        print(f"{arguments.quarantine}: give it to the training as data.quarantine")
+        say(f"{arguments.quarantine}: give it to the training as data.quarantine")
     if found.problems:
         raise UserError(f"{arguments.shards}: {found.verdict}; see {page}")
     return [f"{page}: written"]

@@ -11,6 +11,7 @@ import os
 import sys
 
 from engine.config import ConfigError
+from engine.terminal import say
 from launch import entry
 from launch.preflight_report import plan_run, report
 from launch.rehearsal import execute
@@ -42,8 +43,8 @@ def main() -> None:
     preflight = plan_run(task, run)
     gpus = arguments.gpus or min(NODE_GPUS, run.data.num_streams)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{paths[0]}: {TITLES[task]}")
-        print(report(preflight, num_gpus=gpus, gpu_gib=arguments.gpu_memory, mfu=arguments.mfu))
+        say(f"{paths[0]}: {TITLES[task]}")
+        say(report(preflight, num_gpus=gpus, gpu_gib=arguments.gpu_memory, mfu=arguments.mfu))
         sys.stdout.flush()
     if arguments.execute:
         execute(preflight, gpu_gib=arguments.gpu_memory)

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 from engine import files
 from engine.config import UserError, load
+from engine.terminal import say
 from evaluation.report import render_report
 from launch import chain_folder, entry, quickstart_scores
 from launch.steps import Step, deepspeed, python, run_steps
@@ -50,7 +51,7 @@ def main() -> None:
     try:
         run_steps(root, steps)
     finally:
-        print(f"report: {render_report(root)}", flush=True)
+        say(f"report: {render_report(root)}")
 
 
 def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
@@ -138,7 +139,7 @@ def run_further(
         chain_folder.remove(root, command, [step.name for step in steps])
         chain_folder.claim(root, command)
     run_steps(root, steps)
-    print(f"results: {run.out}", flush=True)
+    say(f"results: {run.out}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine import files
 from engine.loop import EXPORT
+from engine.terminal import say
 from evaluation import emoji_images
 from evaluation.class_set import ClassSetConfig, draw_class_set
 from evaluation.environment import machine
@@ -63,7 +64,7 @@ def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
                 ClassSetConfig(images / drawn, export, autoencoder, config.sampling, config.num_images)
             )
             points.append(Point(name, step, trainings[name].seconds_at(step), *scored(drawn)))
-            print(f"      {points[-1].text()}", flush=True)
+            say(f"      {points[-1].text()}")
     paths = {}
     for name, svg in charts(points, references).items():
         paths[name] = f"{out.stem}_{name}.svg"
@@ -75,7 +76,7 @@ def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
     counts = {"num_images": config.num_images, "num_real": len(samples)}
     text = page(points, references, about, paths, network=network, **counts)
     files.write_text(out, text)
-    print("\n".join(at_equal_time(points)), flush=True)
+    say("\n".join(at_equal_time(points)))
 
 
 def _exports(run_dir: Path) -> list[tuple[int, Path]]:

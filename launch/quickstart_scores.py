@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.loop import EXPORT
+from engine.terminal import say
 from evaluation import emoji_images
 from evaluation.features.representation import RepresentationFeatures
 from evaluation.judges.emoji import Judge
@@ -54,7 +55,7 @@ def score(root: Path, config: ScoresConfig) -> None:
         scores = evaluate(suite, images / (images_name or name), root / "evaluation" / name, seed=seed)[
             "scores"
         ]
-        print(
+        say(
             "      "
             + name
             + ": "

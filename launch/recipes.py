@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from engine.config import UserError
+from engine.terminal import say
 from generator.flow import resolve_shift
 from launch import entry
 from launch.estimate import LATENT_SHAPES, PAPER_LATENTS, generator_plan
@@ -27,7 +28,7 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="of generator configs")
-    print(table(parser.parse_args().folder))
+    say(table(parser.parse_args().folder))
 
 
 def table(folder: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from data.sources.folders import images_below
 from engine import distributed
 from engine.config import UserError
+from engine.terminal import say
 from evaluation.reconstruct import ReconstructConfig, image_names, reconstruct
 from launch import entry
 from launch.team import meet
@@ -42,9 +43,9 @@ def main() -> None:
     )
     done = reconstruct(config, team)
     if team.rank == 0:
-        print(f"{config.out}: {done.num_images} images, PSNR {done.psnr_db:.2f} dB")
+        say(f"{config.out}: {done.num_images} images, PSNR {done.psnr_db:.2f} dB")
         if done.unreadable:
-            print(f"{len(done.unreadable)} files could not be read; they are named above", file=sys.stderr)
+            say(f"{len(done.unreadable)} files could not be read; they are named above", sys.stderr)
     distributed.stop()
     if done.unreadable:
         raise SystemExit(1)

@@ -16,6 +16,7 @@ from engine.config import UserError
 from engine.distributed import Ranks
 from engine.objective import Batch, BatchSource, Evaluation, Objective
 from engine.rehearsal import Meter, OutOfMemoryError, rehearse
+from engine.terminal import say
 from generator.class_conditional.objective import ClassPreview, build_class_objective, spread_labels
 from generator.drawing import DrawingConfig
 from generator.model import Generator
@@ -73,7 +74,7 @@ def execute(preflight: Preflight, *, gpu_gib: float) -> None:
             )
             lines = [*filter(None, (note, evaluated)), *table(meter, plan, ranks, packs)]
             lines.append(_compared("a checkpoint", plan.checkpoint_bytes(), checkpoint_bytes))
-            print("\n".join(lines), flush=True)
+            say("\n".join(lines))
     except OutOfMemoryError as error:
         advice = "; ".join(remedies(preflight, ranks.world, gpu_gib))
         raise UserError(f"{error}; to need less: {advice}") from error

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 from engine import distributed
 from engine.config import UserError
+from engine.terminal import say
 from evaluation.sampled_set import SampledSetConfig, draw_set
 from generator.pipeline import Pipeline
 from generator.prompts import read_prompts
@@ -61,7 +62,7 @@ def _draw_one(arguments: argparse.Namespace, models: tuple[Path, str, str], samp
     signed[ExifTags.Base.Software] = SIGN
     for path, image in zip(paths, images, strict=True):
         image.save(path, exif=signed)
-        print(path)
+        say(path)
 
 
 def _image_paths(arguments: argparse.Namespace) -> list[Path]:
@@ -104,7 +105,7 @@ def _draw_file(
     team, device = meet()
     count = draw_set(dataclasses.replace(config, device=device), team)
     if team.rank == 0:
-        print(f"{out}: {count} images")
+        say(f"{out}: {count} images")
     distributed.stop()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engine import distributed
 from engine.files import check_signed
+from engine.terminal import say
 from evaluation.adm_npz import SIGN, write_npz
 from evaluation.class_set import ClassSetConfig, draw_class_set
 from evaluation.manifest import ImageSet
@@ -33,10 +34,10 @@ def main() -> None:
     team, device = meet()
     count = draw_class_set(dataclasses.replace(config, device=device), team)
     if team.rank == 0:
-        print(f"{config.out}: {count} images")
+        say(f"{config.out}: {count} images")
         if arguments.npz is not None:
             write_npz(ImageSet.open(config.out), arguments.npz)
-            print(arguments.npz)
+            say(arguments.npz)
     distributed.stop()
 
 

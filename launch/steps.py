@@ -17,6 +17,7 @@ from engine import files
 from engine.config import UserError, resolve
 from engine.distributed import free_port
 from engine.logs import seconds_text
+from engine.terminal import say
 from launch import chain_folder
 
 NOISE = re.compile(r"^(\[\d{4}-|\[W\d|\[rank|W\d{4}|\s*$)|Warning|warn")
@@ -55,9 +56,9 @@ def run_steps(root: Path, steps: Sequence[Step]) -> None:
                 f"{root}: step '{step.name}' was done with another config or input; use --fresh to start over"
             )
         if state["done"]:
-            print(f"{title} - done ({seconds_text(state['seconds'])})", flush=True)
+            say(f"{title} - done ({seconds_text(state['seconds'])})")
             continue
-        print(title, flush=True)
+        say(title)
         files.write_json(marker, state)
         begin_s = time.monotonic()
         try:
@@ -68,7 +69,7 @@ def run_steps(root: Path, steps: Sequence[Step]) -> None:
             state["seconds"] += time.monotonic() - begin_s
             files.write_json(marker, state)
             write_durations(root, [done.name for done in steps])
-        print(f"      {step.name} took {seconds_text(state['seconds'])}", flush=True)
+        say(f"      {step.name} took {seconds_text(state['seconds'])}")
 
 
 def write_durations(root: Path, names: Sequence[str]) -> None:
@@ -118,9 +119,9 @@ def _work(step: Step, log_path: Path) -> None:
             log.write(line)
             tail.append(line)
             if not NOISE.search(line):
-                print(f"      {line}", end="", flush=True)
+                say(f"      {line}".rstrip("\n"))
     if process.wait() != 0:
-        print("".join(tail), end="", file=sys.stderr)
+        say("".join(tail).rstrip("\n"), sys.stderr)
         raise UserError(f"step '{step.name}' failed (exit {process.returncode}); its log is {log_path}")
 
 

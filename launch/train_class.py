@@ -2,6 +2,7 @@
 
 import sys
 
+from engine.terminal import say
 from launch import dry_run, entry
 from launch.runs import ClassRun
 from launch.training import train_class
@@ -12,7 +13,7 @@ def main() -> None:
     arguments = entry.config_parser(__doc__ or "", "configs/generator/class/rpiae64_80.yaml").parse_args()
     run = entry.read_config(ClassRun, arguments)
     if arguments.dry_run:
-        print(dry_run.class_run(run))
+        say(dry_run.class_run(run))
     else:
         train_class(run)
 

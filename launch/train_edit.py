@@ -2,6 +2,7 @@
 
 import sys
 
+from engine.terminal import say
 from launch import dry_run, entry
 from launch.runs import GeneratorRun
 from launch.training import train_generator
@@ -12,7 +13,7 @@ def main() -> None:
     arguments = entry.config_parser(__doc__ or "", "configs/generator/edit_omniedit.yaml").parse_args()
     run = entry.read_config(GeneratorRun, arguments).learning("edit")
     if arguments.dry_run:
-        print(dry_run.generator_run(run, is_edit=True))
+        say(dry_run.generator_run(run, is_edit=True))
     else:
         train_generator(run)
 

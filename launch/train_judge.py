@@ -3,6 +3,7 @@
 import sys
 
 from data.sources.emoji import BACKGROUND_NAMES, OBJECT_NAMES
+from engine.terminal import say
 from evaluation.judges.emoji import JudgeObjective, SceneClasses
 from launch import dry_run, entry
 from launch.runs import JudgeRun
@@ -15,7 +16,7 @@ def main() -> None:
     run = entry.read_config(JudgeRun, arguments)
     classes = SceneClasses(objects=tuple(OBJECT_NAMES), backgrounds=tuple(BACKGROUND_NAMES))
     if arguments.dry_run:
-        print(dry_run.objective_run(run, JudgeObjective(run.judge, classes)))
+        say(dry_run.objective_run(run, JudgeObjective(run.judge, classes)))
     else:
         train_on_pixels(run, lambda: JudgeObjective(run.judge, classes))
 

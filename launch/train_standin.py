@@ -2,6 +2,7 @@
 
 import sys
 
+from engine.terminal import say
 from launch import dry_run, entry
 from launch.runs import StandInRun
 from launch.training import train_on_pixels
@@ -13,7 +14,7 @@ def main() -> None:
     arguments = entry.config_parser(__doc__ or "", "configs/quickstart/standin.yaml").parse_args()
     run = entry.read_config(StandInRun, arguments)
     if arguments.dry_run:
-        print(dry_run.objective_run(run, IdentityObjective(run.standin)))
+        say(dry_run.objective_run(run, IdentityObjective(run.standin)))
         return
     train_on_pixels(run, lambda: IdentityObjective(run.standin))
 

@@ -7,6 +7,7 @@ from data.packing import read_captions
 from data.shards import ShardDataset
 from data.text import check_folder, train_text_tokenizer
 from engine.config import counted
+from engine.terminal import say
 from launch import entry
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     trained = train_text_tokenizer(captions, arguments.out, arguments.vocab_size)
     few = f" (the captions give no more than that of {arguments.vocab_size:,})"
     fewer = few if trained.vocab_size < arguments.vocab_size else ""
-    print(
+    say(
         f"{arguments.out}: {counted(trained.vocab_size, 'token')} from {counted(len(captions), 'caption')}{fewer}"
     )
 

@@ -2,6 +2,7 @@
 
 import sys
 
+from engine.terminal import say
 from launch import dry_run, entry
 from launch.runs import TokenizerRun
 from launch.training import preview_pixels, train_on_pixels
@@ -13,7 +14,7 @@ def main() -> None:
     arguments = entry.config_parser(__doc__ or "", "configs/tokenizer/pivot.yaml").parse_args()
     run = entry.read_config(TokenizerRun, arguments)
     if arguments.dry_run:
-        print(dry_run.tokenizer_run(run))
+        say(dry_run.tokenizer_run(run))
         return
     train_on_pixels(
         run,

@@ -25,6 +25,7 @@ from engine.loop import CHECKPOINTS, EXPORT, train
 from engine.objective import Objective
 from engine.peers import LostContactError
 from engine.redaction import redact
+from engine.terminal import say
 from generator.attention import choose_backend
 from generator.class_conditional.objective import (
     ClassPreview,
@@ -236,13 +237,13 @@ def _train(
     )
     if ranks.is_first:
         for line in objective.describe():
-            print(f"[{objective.name}] {redact(line)}", flush=True)
+            say(f"[{objective.name}] {redact(line)}")
     engine = run.engine
     if run.data.max_epochs is not None:
         engine = dataclasses.replace(engine, steps=min(engine.steps, source.num_steps(run.data.max_epochs)))
         if ranks.is_first:
             line = f"{engine.steps} steps: at most data.max_epochs = {run.data.max_epochs}"
-            print(f"[{objective.name}] {line}", flush=True)
+            say(f"[{objective.name}] {line}")
     train(
         objective,
         source,

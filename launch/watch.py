@@ -6,12 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-from engine import files
+from engine import files, terminal
 from engine.config import UserError
 from evaluation.watch import Run, page, read_run, screen
 from launch import entry
 
-CLEAR = "\x1b[H\x1b[2J"
 CLOSED = ("finished", "stopped")
 
 
@@ -39,7 +38,7 @@ def _show(runs: list[Run], arguments: argparse.Namespace) -> None:
         files.write_page(
             arguments.html, page(runs, now_s=time.time(), over=arguments.over, refresh_s=refresh_s)
         )
-        print(arguments.html, flush=True)
+        terminal.say(arguments.html)
         return
     is_terminal = sys.stdout.isatty()
     size = shutil.get_terminal_size((100, 40))
@@ -53,7 +52,9 @@ def _show(runs: list[Run], arguments: argparse.Namespace) -> None:
         colours=is_terminal,
         samples=arguments.samples,
     )
-    print((CLEAR if is_terminal and not arguments.once else "") + text, end="", flush=True)
+    if is_terminal and not arguments.once:
+        terminal.clear()
+    terminal.show(text)
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -6,6 +6,7 @@ px.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +21,16 @@ from tokenizer.model_names import FieldValue
 from tokenizer.norms import LayerNorm, replace_norms
 
 Statistics = tuple[float, float, float]
+SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "reg_tokens", "num_reg_tokens")
+FACTORS = ("mlp_ratio", "init_values", "rope_temperature")
+SWITCHES = (
+    "class_token", "dynamic_img_pad", "dynamic_img_size", "no_embed_class", "pre_norm", "proj_bias", "qk_norm",
+    "qkv_bias", "qkv_fused", "rope_rotate_half", "scale_attn_inner", "scale_mlp", "swiglu_mlp", "use_abs_pos_emb",
+    "use_rot_pos_emb",
+)  # fmt: skip
+CHOICES = {"act_layer": ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu"), "pos_embed": ("learn", "none")}
+"""These four: what an override of a timm model may be. timm.create_model takes more, such as a path of weights; and a
+stranger's export brings overrides, too."""
 
 
 @dataclass(frozen=True)
@@ -139,19 +150,18 @@ def build_timm(
     """
     known = model_names.find(name)
     timm_name = name if known is None else known.timm
+    _check_overrides(name, overrides)
     own = {} if known is None else {"img_size": input_px, **known.timm_arguments}
     # global_pool "": no pooling, and SigLIP's attention pooling is not even built.
     arguments: dict[str, Any] = {"num_classes": 0, "global_pool": "", **own, **overrides}
-    if pretrained:
-        hub.offline_if_unreachable()
     try:
-        vit = timm.create_model(timm_name, pretrained=pretrained, **arguments)
+        vit = hub.create_timm(timm_name, pretrained=pretrained, **arguments)
     except OSError as error:
         raise UserError(
             f"weights of '{name}' cannot be downloaded ({' '.join(str(error).split())[:120]}); "
             "set representation.weights to a local safetensors file, or to random"
         ) from None
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         names = [*timm.list_models(), *timm.list_models(pretrained=True)]
         hint = "" if timm_name in names else f"; {model_names.closest(name, names)}"
@@ -162,6 +172,25 @@ def build_timm(
     vit.norm = without_affine(vit.norm)
     replace_norms(vit)
     return TimmBackbone(vit, _timm_traits(vit))
+
+
+def _check_overrides(name: str, overrides: Mapping[str, FieldValue]) -> None:
+    for key, value in overrides.items():
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        least = 0 if key.endswith("_tokens") else 1
+        if key in SIZES:
+            fits, wanted = number >= least and isinstance(value, int), f"an integer of {least} or more"
+        elif key in FACTORS:
+            fits, wanted = 0 < number < math.inf, "a number above 0"
+        elif key in SWITCHES:
+            fits, wanted = isinstance(value, bool), "true or false"
+        elif key in CHOICES:
+            fits, wanted = value in CHOICES[key], f"one of {', '.join(CHOICES[key])}"
+        else:
+            known = ", ".join(sorted((*SIZES, *FACTORS, *SWITCHES, *CHOICES)))
+            raise ConfigError(f"'{name}': overrides.{key} is no field to set; it has {known}")
+        if not fits:
+            raise ConfigError(f"'{name}': overrides.{key} is {value!r}; give {wanted}")
 
 
 def _timm_traits(vit: Any) -> Traits:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from engine.config import ConfigError, UserError, from_dict
+from engine.config import ConfigError, UserError, describing, from_dict
 from tokenizer.cnn_decoder import channels_last_on_gpu
 from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, read_tree
 from tokenizer.weights import load_exact, read_tensors
@@ -91,7 +91,9 @@ class KlAutoencoder(ImageAutoencoder):
         kind, tree = read_tree(directory)
         if kind != cls.kind:
             raise UserError(f"{directory}: holds an RPiAE or an RAE, not a convolutional VAE")
-        model = cls(from_dict(KlConfig, tree, where=str(Path(directory) / CONFIG_NAME)))
+        path = Path(directory) / CONFIG_NAME
+        with describing(path):
+            model = cls(from_dict(KlConfig, tree, where=str(path)))
         weights = Path(directory) / WEIGHTS_NAME
         load_exact(model, read_tensors(weights), str(weights))
         return model.eval()

@@ -44,6 +44,19 @@ class PixelDecoderConfig:
     blocks_per_level: int = 3
     """cnn: residual blocks of a level (LDM counts one less: num_res_blocks 2)."""
 
+    def __post_init__(self) -> None:
+        for name in (
+            "width",
+            "layers",
+            "heads",
+            "mlp_width",
+            "patch_px",
+            "base_channels",
+            "blocks_per_level",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
+
 
 class PixelDecoder(nn.Module):
     """f or f_hat -> pixels_01: Linear, class token, positions, transformer, LayerNorm, Linear, unpatchify.

@@ -7,6 +7,7 @@ input px.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,6 +24,10 @@ from tokenizer.weights import load_exact, read_tensors
 
 SUM_NORM_EPS = 1e-6
 """Of the LayerNorm behind a sum of layers; DINOv2's own."""
+
+
+MIN_STD = 1e-6
+"""Of pixels in [0, 1], which have 256 steps; less would make numbers of no model."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,26 @@ class RepresentationConfig:
                 hint = model_names.closest(self.name, [])
                 raise ConfigError(f"representation '{self.name}' is no short name: give input_px; {hint}")
             object.__setattr__(self, "input_px", known.input_px)
+        if self.input_px < 1:
+            raise ConfigError(f"input_px is {self.input_px}; give at least 1, or 0 for the short name's")
+        if not all(map(math.isfinite, (*(self.mean or ()), *(self.std or ())))):
+            raise ConfigError(f"mean {self.mean} and std {self.std} must be finite")
+        if self.std is not None and min(self.std) < MIN_STD:
+            raise ConfigError(f"std is {self.std}; pixels in [0, 1] need at least {MIN_STD}")
         if self.num_summed_layers < 1:
             raise ConfigError(f"num_summed_layers is {self.num_summed_layers}; give at least 1")
+
+
+def check_rebuildable(config: RepresentationConfig) -> None:
+    """Raises ConfigError: a name that sends timm to a folder or repository for the model's shape.
+
+    What is exported must be rebuilt from its config.json alone, and a stranger's must not choose what timm reads.
+    """
+    if config.library == "timm" and ":" in config.name:
+        raise ConfigError(
+            f"representation.name '{config.name}': an export is not built from a folder or repository; give timm's "
+            "name of the architecture, and the file in representation.weights"
+        )
 
 
 def without_weights(config: RepresentationConfig) -> RepresentationConfig:

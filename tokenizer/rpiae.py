@@ -12,12 +12,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from engine.config import ConfigError, UserError, from_dict
+from engine.config import ConfigError, UserError, describing, from_dict
 from tokenizer.bridge import Bridge, BridgeConfig
 from tokenizer.cnn_decoder import CnnDecoder
 from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, fingerprint, read_tree
 from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig
-from tokenizer.representation import Representation, RepresentationConfig, without_weights
+from tokenizer.representation import (
+    Representation,
+    RepresentationConfig,
+    check_rebuildable,
+    without_weights,
+)
 from tokenizer.weights import load_exact, read_tensors
 
 __all__ = [
@@ -43,6 +48,9 @@ class AutoencoderConfig:
     """Side of the square images, in pixels; decoder.patch_px times the encoder's token grid."""
     bridge: BridgeConfig | None = None
     """The Variational Bridge; None before the bridge stage (D then reads f itself)."""
+
+    def __post_init__(self) -> None:
+        check_rebuildable(self.representation)
 
 
 class Autoencoder(ImageAutoencoder):
@@ -123,7 +131,8 @@ class Autoencoder(ImageAutoencoder):
         Raises UserError: nothing there, another format, parameters that are missing, unexpected or
         mis-shaped.
         """
-        model = cls(without_download(read_config(directory)))
+        with describing(Path(directory) / CONFIG_NAME):
+            model = cls(without_download(read_config(directory)))
         weights = Path(directory) / WEIGHTS_NAME
         load_exact(model, read_tensors(weights), str(weights))
         return model.eval()

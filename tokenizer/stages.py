@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from engine.config import ConfigError, UserError
+from engine.config import ConfigError, UserError, describing
 from tokenizer.objectives import (
     BridgeObjective,
     DecoderObjective,
@@ -75,7 +75,9 @@ def build_untrained(
     config = dataclasses.replace(config, perceptual=perceptual, discriminator=discriminator)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        return OBJECTIVES[config.stage](config, Autoencoder(shapes), validation_pixels)
+        with describing("stage.autoencoder"):
+            autoencoder = Autoencoder(shapes)
+        return OBJECTIVES[config.stage](config, autoencoder, validation_pixels)
 
 
 def autoencoder_config(
@@ -113,7 +115,8 @@ def autoencoder_config(
 def _initial_autoencoder(config: StageConfig) -> Autoencoder:
     autoencoder_config(config)  # its checks, before anything is loaded
     if config.autoencoder is not None:
-        return Autoencoder(config.autoencoder)
+        with describing("stage.autoencoder"):
+            return Autoencoder(config.autoencoder)
     assert config.init_from is not None
     model = Autoencoder.load(config.init_from)
     if config.bridge is not None:

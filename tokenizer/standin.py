@@ -19,7 +19,7 @@ from data.images import PixelBatch
 from engine import files
 from engine.config import ConfigError, UserError, to_dict
 from engine.objective import LossOutput, WithoutAdversary
-from tokenizer.representation import Representation, RepresentationConfig
+from tokenizer.representation import Representation, RepresentationConfig, check_rebuildable
 from tokenizer.rpiae import CONFIG_NAME, WEIGHTS_NAME
 from tokenizer.weights import write_tensors
 
@@ -39,6 +39,7 @@ class StandInConfig:
     """Of the initial weights."""
 
     def __post_init__(self) -> None:
+        check_rebuildable(self.representation)
         if self.representation.weights != "random":
             raise ConfigError("the stand-in is trained from scratch; set representation.weights to 'random'")
         if self.num_classes < 2:

@@ -145,10 +145,10 @@ def build_transformers(
         )
     try:
         if not pretrained:
-            vit = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            vit = hub.from_config(AutoModel, config, dtype=torch.float32, attn_implementation="sdpa")
         else:
-            hub.offline_if_unreachable()
-            vit, report = AutoModel.from_pretrained(
+            vit, report = hub.from_pretrained(
+                AutoModel,
                 source,
                 config=config,
                 dtype=torch.float32,
@@ -162,7 +162,7 @@ def build_transformers(
             f"weights of '{name}' cannot be downloaded ({one_line(error)}); "
             "set representation.weights to a local safetensors file, or to random"
         ) from None
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AssertionError) as error:
         raise ConfigError(
             f"transformers cannot build '{name}' with {dict(overrides)}: {one_line(error)}"
         ) from None

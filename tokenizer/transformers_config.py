@@ -48,7 +48,7 @@ FIXED_FIELDS: dict[str, float | None] = {
 def vision_config(name: str, known: KnownModel | None, overrides: Mapping[str, FieldValue]) -> Any:
     """The transformers config with the overrides in it."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     model_type = overrides.get("model_type")
     if known is not None:
@@ -61,7 +61,14 @@ def vision_config(name: str, known: KnownModel | None, overrides: Mapping[str, F
         except ValueError:
             raise ConfigError(f"'{name}': transformers has no overrides.model_type {model_type!r}") from None
     fields = {field.name for field in dataclasses.fields(config)}
-    settable = fields - FIXED_FIELDS.keys()
+    # The architecture's own: what every config has (names of classes, types of outputs) is none of a user's.
+    settable = {
+        name
+        for name in fields
+        - FIXED_FIELDS.keys()
+        - {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        if not name.startswith("_")
+    }
     for key, value in overrides.items():
         if key == "model_type" and known is None:
             continue
@@ -93,9 +100,8 @@ def _read_config(name: str) -> Any:
         raise ConfigError(
             f"no short name, hub repository or folder of a transformers model: '{name}'; {hint}"
         )
-    hub.offline_if_unreachable()
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = hub.from_pretrained(AutoConfig, name)
     except (OSError, ValueError) as error:
         raise UserError(
             f"transformers cannot read or download the config of '{name}' ({one_line(error)}); offline give a "

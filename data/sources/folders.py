@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from data.images import IMAGE_PARTS
 from engine.config import UserError
+from engine.terminal import say
 
 MAC_FOLDER = "__MACOSX"
 SIDECARS = ("txt", "json")  # beside an image: its caption
@@ -145,7 +146,7 @@ def tell_passed_over(folder: object, names: Sequence[str]) -> None:
         line = (
             f"{folder}: {len(names)} other {'file is' if len(names) == 1 else 'files are'} not read: {named}"
         )
-        print(line, file=sys.stderr, flush=True)
+        say(line, sys.stderr)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

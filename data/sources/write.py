@@ -33,6 +33,7 @@ from data.sources.base import BadItemError, Source
 from data.sources.deduplicate import remove_duplicates
 from data.sources.prepare import CUT_AREA, Preparation
 from engine.config import UserError
+from engine.terminal import say
 
 WAIT_REPORT_EVERY_S = 30.0
 LOCK_WAIT_S = 5.0
@@ -245,7 +246,7 @@ def _wait_for_nodes(tasks: Sequence[_Task]) -> None:
         if time.monotonic() - said_s > WAIT_REPORT_EVERY_S:
             said_s = time.monotonic()
             line = f"waiting for {len(waiting)} shards of other nodes, the first is {waiting[0].path}"
-            print(line, file=sys.stderr, flush=True)
+            say(line, sys.stderr)
         tasks = waiting
         time.sleep(REPORT_EVERY_S)
 

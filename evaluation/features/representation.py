@@ -64,7 +64,7 @@ class RepresentationFeatures:
         path = directory / CONFIG_NAME
         if not path.is_file():
             raise UserError(f"{path}: no such file; give the export of an autoencoder or of a stand-in")
-        tree = files.read_json(path)
+        tree = files.read_object(path)
         if "standin" in tree:
             config = from_dict(StandInConfig, tree["standin"], where=str(path)).representation
             weights = str(directory / WEIGHTS_NAME)

@@ -59,9 +59,8 @@ class VisionFeatures:
         """`name`: `download`, or a folder of transformers. Raises UserError: cannot be had, another input."""
         name = NAMES[kind] if name == "download" else name
         library = AutoModel if kind == "dinov2" else CLIPVisionModelWithProjection
-        hub.offline_if_unreachable()
         try:
-            model = library.from_pretrained(name, dtype=torch.float32)
+            model = hub.from_pretrained(library, name, dtype=torch.float32)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(

@@ -79,10 +79,9 @@ class ClipColours:
     def load(cls, name: str = "download", device: str = "cpu") -> ClipColours:
         """`name`: `download`, or a folder of transformers. Raises UserError: cannot be had, no QuickGELU."""
         name = MODEL if name == "download" else name
-        hub.offline_if_unreachable()
         try:
-            model = CLIPModel.from_pretrained(name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = hub.from_pretrained(CLIPModel, name, dtype=torch.float32)
+            tokenizer = hub.from_pretrained(AutoTokenizer, name)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(

@@ -90,9 +90,8 @@ class Mask2FormerDetector:
     def load(cls, name: str = "download", device: str = "cpu") -> Mask2FormerDetector:
         """`name`: `download`, or a folder of transformers. Raises UserError: cannot be had, other classes."""
         name = MODEL if name == "download" else name
-        hub.offline_if_unreachable()
         try:
-            model = Mask2FormerForUniversalSegmentation.from_pretrained(name, dtype=torch.float32)
+            model = hub.from_pretrained(Mask2FormerForUniversalSegmentation, name, dtype=torch.float32)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"detector '{name}' cannot be had ({reason}); give a folder with it") from None

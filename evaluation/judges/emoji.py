@@ -76,7 +76,7 @@ class Judge:
         path = directory / CONFIG_NAME
         if not path.is_file():
             raise UserError(f"{path}: no such file; train the judge first")
-        export = config.from_dict(JudgeExport, files.read_json(path), where=str(path))
+        export = config.from_dict(JudgeExport, files.read_object(path), where=str(path))
         network = JudgeNetwork(export.judge, export.classes)
         load_exact(network, read_tensors(directory / WEIGHTS_NAME), str(directory / WEIGHTS_NAME))
         return cls(export.classes, network)

@@ -6,7 +6,6 @@ no interruption (on one kind of device; other kernels may round differently).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,10 +66,9 @@ class TransformersJudge:
         `name`: default the model's and the adapter's. bf16 on a GPU, fp32 on a CPU. Raises UserError: cannot be had.
         """
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        hub.offline_if_unreachable()
         try:
-            network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
-            processor = AutoProcessor.from_pretrained(model)
+            network = hub.from_pretrained(AutoModelForImageTextToText, model, dtype=dtype)
+            processor = hub.from_pretrained(AutoProcessor, model)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"judge '{model}' cannot be had ({reason}); give a folder with it") from None
@@ -117,7 +115,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: no such file; give a folder with a LoRA, as peft writes it")
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config = files.read_object(folder / ADAPTER_CONFIG)
     special = [
         name for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(name)
     ]

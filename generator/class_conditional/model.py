@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.shards import LatentInfo
-from engine.config import ConfigError, UserError, from_dict, to_dict
-from engine.files import read_json, write_json
+from engine.config import ConfigError, UserError, describing, from_dict, to_dict
+from engine.files import read_object, write_json
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.layers import (
     Block,
@@ -196,13 +195,14 @@ def load_generator(directory: str | Path) -> ClassGenerator:
         raise UserError(
             f"{path}: no such file; give the directory of an exported class-conditional generator"
         )
-    tree: dict[str, Any] = read_json(path)
+    tree = read_object(path)
     if tree.get("kind") != KIND:
         raise UserError(
             f"{path}: this is not an exported class-conditional generator (kind {tree.get('kind')!r})"
         )
-    config = from_dict(DitConfig, tree["generator"], where=str(path))
-    model = uninitialised(config, from_dict(LatentInfo, tree["latents"], where=str(path)))
+    config = from_dict(DitConfig, tree.get("generator", {}), where=str(path))
+    with describing(path):
+        model = uninitialised(config, from_dict(LatentInfo, tree.get("latents", {}), where=str(path)))
     load_exact(model, read_tensors(directory / WEIGHTS_NAME), where=str(directory))
     return model
 

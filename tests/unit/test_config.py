@@ -84,3 +84,53 @@ def test_extends_names_only_what_differs(tmp_path):
     write(tmp_path / "base.yaml", "extends: child.yaml\nsteps: 3\n")
     with pytest.raises(ConfigError, match="circle"):
         config.load(Outer, child)
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path):
+    path = write(tmp_path / "a.yaml", "steps: 3\ninner:\n  lr: 0.1\n  kind: b\n  lr: 0.2\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: .*key 'lr' stands twice, in lines 3 and 5; remove one"):
+        config.load(Outer, path)
+    path = write(tmp_path / "a.yaml", "steps: 3\n'steps': 4\n")
+    with pytest.raises(ConfigError, match="key 'steps' stands twice, in lines 1 and 2"):
+        config.load(Outer, path)
+    with pytest.raises(ConfigError, match="key 'lr' stands twice"):
+        config.load(Outer, write(tmp_path / "b.yaml", "steps: 3\n"), ["inner={lr: 1, lr: 2}"])
+
+
+def test_a_merged_key_may_be_given_again(tmp_path):
+    """`<<` says what holds unless the section says otherwise: that is no key that stands twice."""
+    text = "inner: &a {lr: 0.1}\noptional: &b {<<: *a, lr: 0.2}\nsteps: 3\n"
+    assert config.load(Outer, write(tmp_path / "a.yaml", text)) == Outer(3, Inner(0.1), Inner(0.2))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"a.yaml: cannot be read \(Is a directory\)"),
+        (b"steps: 3\nname: \xff\xfe", "a.yaml: not UTF-8 at byte 15"),
+        (b"steps: " + b"[" * 100_000, "a.yaml: nested too deep for a config"),
+        (b"steps: 3\nname: \x00", "a.yaml: not valid YAML"),
+        (b"steps: 2026-13-45", "a.yaml: "),
+    ],
+)
+def test_a_config_that_is_no_text_is_one_line(tmp_path, content, message):
+    path = tmp_path / "a.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        config.load(Outer, path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", ["1e999", ".inf", "-.inf", ".nan"])
+def test_a_number_that_is_not_finite_is_refused(tmp_path, number):
+    with pytest.raises(ConfigError, match=r"inner\.lr: Input should be a finite number"):
+        config.load(Outer, write(tmp_path / "a.yaml", "steps: 3\n"), [f"inner.lr={number}"])
+
+
+def test_a_value_is_shown_in_part_and_without_secrets(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        config.from_dict(Outer, {"steps": "x" * 10_000})
+    assert len(str(error.value)) < 400
+    with pytest.raises(ConfigError) as error:
+        config.from_dict(Outer, {"steps": 3, "inner": {"lr": "s3://me:geheim@host/a"}})
+    assert "geheim" not in str(error.value)

@@ -8,6 +8,7 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,6 @@ from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import config
 from engine.config import UserError, to_dict
 from engine.files import write_json
-from generator import pretrained
 from generator.model import Generator
 from generator.model_card import Card, model_card
 from generator.pipeline import Pipeline
@@ -121,7 +121,7 @@ def test_a_name_on_the_hub_is_fetched_without_what_is_not_read(folder, monkeypat
                 shutil.copyfile(path, tmp_path / "cache" / relative)
         return str(tmp_path / "cache")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     load_pretrained("me/apples", revision="v1")
     assert not (tmp_path / "cache" / "generator" / "weights.bin").exists()
 
@@ -130,7 +130,7 @@ def test_a_name_that_cannot_be_had_is_one_line(monkeypatch) -> None:
     def offline(*_: object, **__: object) -> str:
         raise OSError("no\nnetwork")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError, match=r"'me/apples': no such folder, .*\(no network\)"):
         load_pretrained("me/apples")
 

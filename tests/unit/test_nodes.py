@@ -147,7 +147,7 @@ def test_the_exit_status_tells_what_to_do_next(capsys: pytest.CaptureFixture[str
 def test_a_reader_that_is_gone_does_not_end_the_run(tmp_path: Path) -> None:
     import subprocess
 
-    script = "from engine.logs import say\nimport sys\nfor i in range(3): say('x' * 100)\nsys.exit(7)"
+    script = "from engine.terminal import say\nimport sys\nfor i in range(3): say('x' * 100)\nsys.exit(7)"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=entry.REPOSITORY
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from torch import nn
 
 from data.images import PixelBatch
 from engine.config import ConfigError, UserError, from_dict, to_dict
-from tokenizer import rpiae, transformers_config
+from tokenizer import backbones, rpiae, transformers_config
 from tokenizer.discriminator import DiscriminatorConfig, FrozenFeatures
 from tokenizer.model_names import MODELS
 from tokenizer.objectives import PivotObjective
@@ -177,6 +179,75 @@ def test_models_that_cannot_be_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+class Planted:
+    """Unpickling this would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> object:
+        return (Path.touch, (self.path,))
+
+
+def test_a_path_among_the_overrides_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older timm unpickled it, newer timm still opens it: no version gets to see it."""
+    torch.save({"state_dict": Planted(tmp_path / "ran")}, tmp_path / "model.pth")
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
+    with pytest.raises(ConfigError, match=r"overrides\.checkpoint_path is no field to set"):
+        Representation(tiny("dinov2-s", "timm", checkpoint_path=str(tmp_path / "model.pth")))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_argument_of_timm_that_is_no_architecture_is_refused() -> None:
+    """Whatever timm's create_model, builder and models take, but the numbers and switches that were gone through."""
+    taken: set[str] = set()
+    for function in (
+        timm.create_model,
+        timm.models.build_model_with_cfg,
+        timm.models.VisionTransformer.__init__,
+        timm.models.Eva.__init__,
+    ):
+        taken |= set(inspect.signature(function).parameters) - {"self", "kwargs", "model_name"}
+    allowed = {*backbones.SIZES, *backbones.FACTORS, *backbones.SWITCHES, *backbones.CHOICES}
+    assert allowed < taken
+    for name in taken - allowed:
+        with pytest.raises(ConfigError, match=f"overrides.{name} is no field to set"):
+            Representation(tiny("dinov2-s", "timm", **{name: "x"}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"depth": 0}, "overrides.depth is 0; give an integer of 1 or more"),
+        ({"embed_dim": -48}, "overrides.embed_dim is -48"),
+        ({"patch_size": True}, "overrides.patch_size is True; give an integer"),
+        ({"num_heads": 3.0}, "overrides.num_heads is 3.0"),
+        ({"reg_tokens": -1}, "an integer of 0 or more"),
+        ({"mlp_ratio": math.inf}, "overrides.mlp_ratio is inf; give a number above 0"),
+        ({"qkv_bias": 1}, "give true or false"),
+        ({"act_layer": "os.system"}, "overrides.act_layer is 'os.system'; give one of gelu,"),
+    ],
+)
+def test_an_override_of_another_type_or_size_is_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Representation(tiny("dinov2-s", "timm", **overrides))
+
+
+@pytest.mark.parametrize("key", ["architectures", "id2label", "_out_features", "dtype", "auto_map"])
+def test_a_field_that_is_not_the_architectures_own_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"has no field '{key}' to set"):
+        Representation(tiny("dinov2-s", "transformers", **{key: "x"}))
+
+
+@pytest.mark.parametrize("kind", ["local-dir", "hf-hub", "hf_hub"])
+def test_an_export_does_not_send_timm_to_a_folder_or_repository(kind: str, tmp_path: Path) -> None:
+    Autoencoder(autoencoder(tiny("dinov2-s", "timm"))).save(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"dinov2-s"', f'"{kind}:{tmp_path}"'))
+    with pytest.raises(UserError, match="an export is not built from a folder or repository"):
+        Autoencoder.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("representation", "message"),
     [
@@ -209,7 +280,7 @@ def test_hub_that_disagrees_with_the_table_is_refused(monkeypatch: pytest.Monkey
     for epsilon in (1e-6, 1e-5):
         vision = {**known.fields, "layer_norm_eps": epsilon}
         hub = SimpleNamespace(vision_config=transformers.SiglipVisionConfig(**vision))
-        monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, hub=hub: hub)
+        monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, hub=hub, **_: hub)
         if epsilon == 1e-6:
             transformers_config.check_against_hub("siglip2-b", known)
         else:

@@ -3,12 +3,15 @@
 import ast
 import json
 import pickle
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine import config
 from engine.config import UserError, dump
@@ -190,6 +193,85 @@ def test_secrets_are_masked_by_name_and_in_urls() -> None:
             ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_CONNECTION_STRING"),
         )
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "apikey",
+        "apiKey",
+        "pass",
+        "DB_PASS",
+        "pwd",
+        "authorization",
+        "Authorization",
+        "bearer",
+        "storage.auth",
+        "clientSecret",
+    ],
+)
+def test_whatever_stands_under_a_secret_name_is_masked(name: str) -> None:
+    tree = {name: {"a": 12345, "b": ["geheim", 1.5]}, "n": {name: 12345}, "list": [{name: ["geheim", 7]}]}
+    masked = {name: {"a": MASK, "b": [MASK, MASK]}, "n": {name: MASK}, "list": [{name: [MASK, MASK]}]}
+    assert redacted(tree) == masked
+    assert redacted({name: None}) == {name: None} and redacted({name: True}) == {name: True}
+    for text in (f"{name}=geheim, x", f"{{'{name}': 'geheim'}}", f'{{"{name}": 12345}}'):
+        assert "geheim" not in redact(text) and "12345" not in redact(text) and MASK in redact(text)
+
+
+SECRETS = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="'\"\\"), min_size=8)
+"""What may stand in a url or a command without quotes, and is no part of ordinary text by chance."""
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    secret=SECRETS.filter(lambda secret: "://" not in secret and secret.strip(":;,.)") == secret),
+    data=st.data(),
+)
+def test_no_secret_stays_wherever_it_stands(secret: str, data: st.DataObject) -> None:
+    texts = [
+        f"s3://KEY:{secret}@bucket/shards",
+        f"'http://me:{secret}@host:8000/v1': no answer",
+        f"https://host/a.tar?sig={secret}&b=1 was refused",
+        f"https://host/a.tar?b=1&sig='{secret} {secret}'&c=2 was refused",
+        f'https://host/a.tar?sig="{secret} {secret}": refused',
+        f"https://host/a#access_token={secret}",
+        f"Authorization: Bearer {secret}",
+        f"{{'Authorization': 'Bearer {secret}', 'n': 1}}",
+        f"{{'apikey': '{secret}'}}",
+        f"storage.password='{secret}' was given",
+    ]
+    text = data.draw(st.sampled_from(texts))
+    shown = redact(text)
+    assert secret not in shown and secret[:8] not in shown and secret[-8:] not in shown, text
+    assert secret not in str(redacted({"a": [text], "b": {"pwd": secret, "list": [{"secrets": [secret]}]}}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf://datasets/me/pictures@main/a.parquet: no such file",
+        "http://localhost:8000/v1 answers",
+        "https://host/a.tar#readme",
+        "mail me@host, it is a bearer of news; key 'a', tokens_per_pack=160, author=me",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_a_bug_shows_no_password_in_its_traceback() -> None:
+    """One process, no rank: Python itself would print the error as it is."""
+    program = (
+        "import sys\nfrom launch import entry\n"
+        "def fail(): raise RuntimeError('http://me:' + 'GEHEIM' + '@host/v1: bad')\n"
+        "sys.exit(entry.run(fail, has_ranks=False))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "RuntimeError: http://host/v1: bad" in done.stderr
+    assert "me:GEHEIM" not in done.stderr
 
 
 def test_secrets_of_the_environment_are_masked_wherever_they_turn_up(monkeypatch: pytest.MonkeyPatch) -> None:

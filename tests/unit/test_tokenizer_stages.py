@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from data.images import PixelBatch
 from engine.config import ConfigError, UserError, dump, load
 from engine.objective import Objective
+from launch.runs import TokenizerRun
 from tokenizer.adaptive_reference import plain_mean_loss
 from tokenizer.bridge import BridgeConfig
 from tokenizer.discriminator import DiscriminatorConfig
@@ -24,7 +25,7 @@ from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.representation import RepresentationConfig
 from tokenizer.rpiae import Autoencoder, AutoencoderConfig
 from tokenizer.stage_objective import StageObjective
-from tokenizer.stages import StageConfig, build_stage
+from tokenizer.stages import StageConfig, build_stage, build_untrained
 from tokenizer.standin import IdentityObjective, StandInConfig
 from tokenizer.weights import state_hash
 
@@ -384,3 +385,11 @@ def test_stand_in_refuses_a_wrong_label(label: Any) -> None:
 def test_stand_in_starts_from_scratch() -> None:
     with pytest.raises(ConfigError, match="trained from scratch"):
         StandInConfig(dataclasses.replace(VIT, weights="pretrained"), num_classes=3)
+
+
+@pytest.mark.parametrize("change", ["width=0", "heads=0", "heads=-1", "mlp_width=-1"])
+def test_sizes_that_make_no_decoder_are_one_line(change: str) -> None:
+    path = Path(__file__).parents[2] / "configs" / "quickstart" / "pivot.yaml"
+    with pytest.raises(ConfigError, match=r"decoder: .*give at least 1|nothing can be built") as error:
+        build_untrained(load(TokenizerRun, path, [f"stage.autoencoder.decoder.{change}"]).stage)
+    assert "\n" not in str(error.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from engine import files, hub
-from engine.config import UserError
+from engine.config import UserError, describing, from_dict
 from tokenizer.kl import KlAutoencoder, KlConfig
 from tokenizer.releases.checkpoint import Checkpoint, read_checkpoint
 from tokenizer.releases.imported import Imported, shapes
@@ -76,11 +75,7 @@ def import_diffusers(source: str, image_px: int, subfolder: str | None = None) -
     config_path, weights_path = (
         _file(source, subfolder, name) for name in (DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS)
     )
-    try:
-        tree = json.loads(config_path.read_text())
-        assert isinstance(tree, dict)
-    except (ValueError, AssertionError):
-        raise UserError(f"{config_path}: not a diffusers config; fetch it again") from None
+    tree = files.read_object(config_path)
     config = kl_config(tree, image_px, str(config_path))
     checkpoint = read_checkpoint(weights_path)
     return _import(checkpoint, config, DIFFUSERS_RULES, files.sha256(weights_path))
@@ -91,7 +86,8 @@ def kl_config(tree: Mapping[str, Any], image_px: int, where: str) -> KlConfig:
 
     Raises UserError: a field with a value that KlAutoencoder does not build.
     """
-    levels = len(tree.get("block_out_channels", (64,)))
+    channels = tree.get("block_out_channels", (64,))
+    levels = len(channels) if isinstance(channels, (list, tuple)) else 0
     expected: dict[str, Any] = {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
@@ -103,21 +99,22 @@ def kl_config(tree: Mapping[str, Any], image_px: int, where: str) -> KlConfig:
     for key, value in expected.items():
         if tree.get(key, value) != value:
             raise UserError(f"{where}: {key} is {tree[key]!r}; only {value!r} can be imported")
-    return KlConfig(
-        image_px=image_px,
-        latent_channels=tree.get("latent_channels", 4),
-        block_channels=tuple(tree.get("block_out_channels", (64,))),
-        blocks_per_level=tree.get("layers_per_block", 1),
-        norm_groups=tree.get("norm_num_groups", 32),
-        middle_attention=tree.get("mid_block_add_attention", True),
-        quant_conv=tree.get("use_quant_conv", True),
-        post_quant_conv=tree.get("use_post_quant_conv", True),
-    )
+    fields = {
+        "image_px": image_px,
+        "latent_channels": tree.get("latent_channels", 4),
+        "block_channels": channels,
+        "blocks_per_level": tree.get("layers_per_block", 1),
+        "norm_groups": tree.get("norm_num_groups", 32),
+        "middle_attention": tree.get("mid_block_add_attention", True),
+        "quant_conv": tree.get("use_quant_conv", True),
+        "post_quant_conv": tree.get("use_post_quant_conv", True),
+    }
+    return from_dict(KlConfig, fields, where=where)
 
 
 def _import(checkpoint: Checkpoint, config: KlConfig, rules: Sequence[Rule], sha256: str) -> Imported:
     translation = translate(checkpoint.tensors, rules)
-    with torch.device("meta"):
+    with describing(checkpoint.where), torch.device("meta"):
         ours = shapes(KlAutoencoder(config))
     theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
 
@@ -137,11 +134,8 @@ def _file(source: str, subfolder: str | None, name: str) -> Path:
         if not path.is_file():
             raise UserError(f"{path}: no such file; give the folder of a diffusers VAE, or its --subfolder")
         return path
-    from huggingface_hub import hf_hub_download
-
-    hub.offline_if_unreachable()
     try:
-        return Path(hf_hub_download(source, name, subfolder=subfolder))
+        return hub.file(source, name, subfolder)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
