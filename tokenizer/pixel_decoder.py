@@ -45,17 +45,10 @@ class PixelDecoderConfig:
     """cnn: residual blocks of a level (LDM counts one less: num_res_blocks 2)."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "width",
-            "layers",
-            "heads",
-            "mlp_width",
-            "patch_px",
-            "base_channels",
-            "blocks_per_level",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
+        sizes = ("width", "heads", "mlp_width", "patch_px", "base_channels", "blocks_per_level")
+        for name, least in (*((name, 1) for name in sizes), ("layers", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least {least}")
 
 
 class PixelDecoder(nn.Module):

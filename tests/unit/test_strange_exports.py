@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from data.images import PixelConfig
 from data.shards import LatentInfo
 from data.text import load_text_tokenizer, train_text_tokenizer
 from engine.config import ConfigError, UserError
@@ -176,3 +177,10 @@ def test_a_sampling_file_that_is_none_is_one_line(tmp_path: Path, monkeypatch: p
         (tmp_path / "sampling.json").write_bytes(content)
         with pytest.raises(UserError, match=r"sampling\.json: "):
             load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("images", [0, -1, 10**12])
+def test_a_pack_of_no_or_endless_images_is_one_line(images: int) -> None:
+    """A dry run made lists of so many before it looked at the memory."""
+    with pytest.raises(ConfigError, match="images_per_pack"):
+        PixelConfig(images_per_pack=images, image_px=64)
