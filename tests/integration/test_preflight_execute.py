@@ -107,7 +107,7 @@ def test_a_class_conditional_run_takes_every_phase_as_large_as_estimated(tmp_pat
     # A CPU's RMSNorm keeps what it has normed once more: four in a block, one behind; of queries and keys, which come
     # in bf16, an fp32 copy as well.
     norms = 4 * images * 256 * width * (6 * layers + 1) / 2**30
-    assert abs(errors(printed, beside_gib=norms)["a step"]) < 2 and norms < 0.1 * measured["a step"][1]
+    assert abs(errors(printed, beside_gib=norms)["a step"]) < 2 and norms < 0.15 * measured["a step"][1]
     assert abs(errors(printed)["a checkpoint"]) < 10
     assert not list(tmp_path.iterdir())
 
