@@ -20,7 +20,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16_autocast": 4e-2, "bf16": 4e-2}
 """Of a parameter's gradient, beside the sum of the norms of the packs'. fp32: 6e-8 a rounding, of hundreds; bf16: each
 of about ten products in a row rounds by 4e-3."""
 PROBE = {"fp32": 1e-6, "bf16_autocast": 1e-6, "bf16": 4e-3}
-"""Of a gradient that no product rounds: one cast to bf16. ZeRO-2 and 3 divide in bf16, by the ranks: one more rounding."""
+"""Of a gradient that no product rounds: one cast to bf16. ZeRO-2 and 3 divide by the ranks in bf16: one more."""
 WAITS = {
     ("bf16", 1): (1, 1),
     ("bf16", 2): (4, 2),
