@@ -127,7 +127,7 @@ def remedies(preflight: Preflight, num_gpus: int, gpu_gib: float) -> list[str]:
     plan, limit = preflight.plan, (gpu_gib - CONTEXT_GIB) * GIB
     lines = [
         f"{preflight.zero_change(stage)}: {plan.at(stage).peak(num_gpus) / GIB:.1f} GiB"
-        for stage in _allowed_stages(plan)
+        for stage in _allowed_stages(preflight)
         if stage > plan.engine.zero_stage and plan.at(stage).peak(num_gpus) <= limit
     ]
     checkpointed = preflight.with_checkpointing()
@@ -165,9 +165,11 @@ def _smaller_pack(preflight: Preflight, num_gpus: int, limit: float) -> tuple[in
     return None
 
 
-def _allowed_stages(plan: Plan) -> tuple[int, ...]:
-    """A discriminator's weights are read outside its own engine: not under ZeRO-3."""
-    return STAGES[:2] if plan.num_adversary else STAGES
+def _allowed_stages(preflight: Preflight) -> tuple[int, ...]:
+    """Those that the run's config takes (launch/runs.py)."""
+    run = preflight.run
+    weighs_pivot = isinstance(run, TokenizerRun) and run.stage.weighs_pivot
+    return STAGES[:2] if preflight.plan.num_adversary or weighs_pivot else STAGES
 
 
 def _parameters(plan: Plan) -> Iterator[str]:
@@ -180,7 +182,7 @@ def _parameters(plan: Plan) -> Iterator[str]:
 
 def _memory(preflight: Preflight, num_gpus: int, gpu_gib: float) -> Iterator[str]:
     plan, limit = preflight.plan, (gpu_gib - CONTEXT_GIB) * GIB
-    stages = _allowed_stages(plan)
+    stages = _allowed_stages(preflight)
     states = [
         plan.at(stage).model_state(num_gpus) + plan.at(stage).adversary_state(num_gpus) for stage in stages
     ]

@@ -58,15 +58,9 @@ class TokenizerRun(PixelRun):
             raise ConfigError(
                 f"pixels.image_px is {self.pixels.image_px}, image_px of {where} is {found.image_px}; make them equal"
             )
-        recomputes = (
-            stage.activation_checkpointing and stage.adaptive_pivot and stage.stage in ("pivot", "joint")
-        )
-        if (
-            recomputes and self.engine.zero_stage == 3
-        ):  # lambda_pivot differentiates where no weight is gathered
+        if stage.weighs_pivot and self.engine.zero_stage == 3:
             raise ConfigError(
-                "stage.activation_checkpointing, stage.adaptive_pivot and engine.zero_stage 3 do not go together; set "
-                "engine.zero_stage 1"
+                "stage.adaptive_pivot and engine.zero_stage 3 do not go together; set engine.zero_stage 1"
             )
         if stage.gan is None:
             return

@@ -102,6 +102,11 @@ class StageConfig:
         return self.noise_tau
 
     @property
+    def weighs_pivot(self) -> bool:
+        """Whether lambda_piv is found, by gradients inside the forward pass: where ZeRO-3 has no weights at hand."""
+        return self.adaptive_pivot and self.stage in ("pivot", "joint")
+
+    @property
     def gan(self) -> GanConfig | None:
         """The adversarial loss in force; the bridge stage has none."""
         if self.discriminator is None or self.stage == "bridge":

@@ -20,7 +20,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16_autocast": 4e-2, "bf16": 4e-2}
 """Of a parameter's gradient, beside the sum of the norms of the packs'. fp32: 6e-8 a rounding, of hundreds; bf16: each
 of about ten products in a row rounds by 4e-3."""
 PROBE = {"fp32": 1e-6, "bf16_autocast": 1e-6, "bf16": 4e-3}
-"""Of a gradient that no product rounds: it is cast to bf16 once."""
+"""Of a gradient that no product rounds: one cast to bf16. ZeRO-2 and 3 divide by the ranks in bf16: one more."""
 WAITS = {
     ("bf16", 1): (1, 1),
     ("bf16", 2): (4, 2),
@@ -70,7 +70,7 @@ def test_every_precision_stage_and_number_of_packs(check, ranks):
             for zero in (1, 2, 3)
             for streams, bucket in zip(
                 {1: range(1, 6), 2: (2, 3, 6, 8, 9), 3: (3, 4, 8, 10, 15)}[ranks],
-                (30, 1000, 30, 78, 1000),
+                (30, 1000, 78, 1000, 1000),
                 strict=True,
             )
         ],
@@ -90,7 +90,7 @@ def assert_case(case, found, on_cpu=True):
         where = (case, step, row["kind"])
         num_skipped += row["kind"] in ("nonfinite", "spike")
         assert set(row["skipped"].values()) == {num_skipped}, where
-        if step and on_cpu:  # the first one sets things up
+        if step > 1 and on_cpu:  # at first ZeRO-3 compares its trace between ranks
             waits = sum(WAITS["bf16" if precision == "bf16" else "", int(zero)])
             if row["kind"] in ("nonfinite", "spike"):
                 waits = min(waits, 1 + ("adversary" in found["masters"]))
@@ -116,7 +116,8 @@ def assert_case(case, found, on_cpu=True):
                     error,
                 )
                 if parameter == "probe":
-                    torch.testing.assert_close(seen, clipped * gradient, rtol=PROBE[precision], atol=1e-9)
+                    rtol = PROBE[precision] * (1 if zero == "1" else 2)
+                    torch.testing.assert_close(seen, clipped * gradient, rtol=rtol, atol=1e-9)
             replay.step(row["seen"][name])
     for name, replay in replays.items():
         replay.assert_ends_with(found["masters"][name])

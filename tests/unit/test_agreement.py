@@ -22,9 +22,11 @@ PAIRS = {
     "stage.discriminator, engine.adversary_optimizer": (
         TokenizerRun, "tokenizer/pivot.yaml", ["engine.adversary_optimizer=null"],
     ),
-    "stage.discriminator, engine.zero_stage": (TokenizerRun, "tokenizer/pivot.yaml", ["engine.zero_stage=3"]),
-    "stage.activation_checkpointing, engine.zero_stage": (
-        TokenizerRun, "tokenizer/pivot.yaml", ["engine.zero_stage=3", "stage.activation_checkpointing=true"],
+    "stage.discriminator, engine.zero_stage": (
+        TokenizerRun, "tokenizer/pivot.yaml", ["engine.zero_stage=3", "stage.adaptive_pivot=false"],
+    ),
+    "stage.adaptive_pivot, engine.zero_stage": (
+        TokenizerRun, "tokenizer/pivot.yaml", ["engine.zero_stage=3", "stage.discriminator=null"],
     ),
     "gan_loss_start_step, gan_update_start_step": (
         TokenizerRun, "tokenizer/pivot.yaml", ["stage.gan_loss_start_step=15000"],

@@ -23,7 +23,7 @@ from engine.step import Stepper
 from engine.window import Window
 
 WIDTH, PROBES = 7, 16
-CLIP = 16.0
+CLIP = 22.0
 STEPS = ("small", "clipped", "nonfinite", "small", "spike", "small")
 SCALES = {"small": 1.0, "clipped": 6.0, "nonfinite": 1.0, "spike": 1.0}
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, grad_clip=CLIP)
