@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from engine import files
 from engine.checkpoint_writer import Sum
+from engine.config import UserError
 
 FORMAT = 2
 """1 was DeepSpeed's own files, which only the same number of ranks could read."""
@@ -60,7 +60,7 @@ def read_state(directory: Path) -> tuple[dict[str, Any], str]:
         state: dict[str, Any] = files.read_json(directory / STATE)
         content = {name: value for name, value in state.items() if name != "digest"}
         has_digest = state.get("digest") == files.digest(content)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+    except (OSError, UserError, AttributeError) as error:
         return {}, f"{STATE} cannot be read ({type(error).__name__})"
     if has_digest or ("digest" not in state and state.get("format") not in (None, FORMAT)):
         return state, ""

@@ -197,7 +197,14 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
         try:
             return TypeAdapter(hint, config=_CONFIG).validate_python(value)
         except (ValidationError, RecursionError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "nested too deep"
+            first = (
+                error.errors()[0]
+                if isinstance(error, ValidationError)
+                else {"type": "", "msg": "nested too deep"}
+            )
+            if first["type"] == "finite_number":
+                raise ConfigError(f"{where}: {path or 'top level'} is {value}; give a number") from None
+            reason = first["msg"]
             raise ConfigError(
                 f"{where}: {path or 'top level'}: {reason}, not {_shown(path, value)}"
             ) from None
