@@ -87,11 +87,7 @@ class Board:
 
     def linger(self) -> None:
         """Waits until every rank has read the end, LINGER_S at the most; the first rank, until they have parted."""
-        wait_for(self._store, f"{self._key}/read", self._world)
-        with contextlib.suppress(RuntimeError):
-            self._store.add(f"{self._key}/parted", 1)
-        if self._rank == 0:  # torch prints its stack where a store is gone
-            wait_for(self._store, f"{self._key}/parted", self._world, PARTING_S)
+        part(self._store, self._key, self._rank, self._world)
 
     def leave(self) -> None:
         """From here on it is no news that the first rank, and the store with it, is gone."""
@@ -138,7 +134,19 @@ class Board:
         os._exit(end.status)
 
 
-def wait_for(store: dist.Store, counter: str, number: int, within_s: float = LINGER_S) -> None:
+def part(store: dist.Store, key: str, rank: int, num_readers: int, within_s: float = LINGER_S) -> None:
+    """Waits until so many ranks have read what stands there, `within_s` at the most; the first rank, until they go.
+
+    Every rank waits: a launcher that sees one of its ranks gone ends its others, and the first rank holds the store.
+    """
+    _wait_for(store, f"{key}/read", num_readers, within_s)
+    with contextlib.suppress(RuntimeError):
+        store.add(f"{key}/parted", 1)
+    if rank == 0:  # torch prints its stack where a store is gone
+        _wait_for(store, f"{key}/parted", num_readers, PARTING_S)
+
+
+def _wait_for(store: dist.Store, counter: str, number: int, within_s: float) -> None:
     """Until so many ranks have added themselves."""
     deadline_s = time.monotonic() + within_s
     with contextlib.suppress(RuntimeError):  # the first rank is gone: it has waited for all

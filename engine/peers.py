@@ -49,7 +49,7 @@ class Verdict:
     present: tuple[str, ...] = ()
     """What every rank calls itself, in rank order: a rank of another job that comes to this port is not among them."""
     num_readers: int = 0
-    """Ranks that the first one waits for when the job ends here."""
+    """Ranks that wait for each other when the job ends here."""
 
 
 def meet(timeout_s: float) -> None:
@@ -144,16 +144,15 @@ def _announce(store: dist.TCPStore, verdict: Verdict | None, timeout_s: float) -
         return verdict
     store.set_timeout(datetime.timedelta(seconds=timeout_s))
     read = json.loads(store.get(f"{ROLL_CALL}/verdict"))
-    return Verdict(read["end"] and End(**read["end"]), tuple(read["present"]))
+    return Verdict(read["end"] and End(**read["end"]), tuple(read["present"]), read["num_readers"])
 
 
 def _part(store: dist.TCPStore, rank: int, verdict: Verdict) -> None:
-    """The first rank's process holds the store: it stays until the others have read."""
+    """Waits until the others have read how the job ends."""
     store.add(f"{ROLL_CALL}/read", 1)
-    if rank == 0:
-        # Those of other hosts may still build their models; the launcher of this one ends its own.
-        within_s = endings.LINGER_S if _is_one_host() else MEETING_S
-        endings.wait_for(store, f"{ROLL_CALL}/read", verdict.num_readers, within_s)
+    # Those of other hosts may still build their models; the launcher of this one ends its own.
+    within_s = endings.LINGER_S if _is_one_host() else MEETING_S
+    endings.part(store, ROLL_CALL, rank, verdict.num_readers, within_s)
 
 
 def _call_the_roll(store: dist.TCPStore, world: int, timeout_s: float) -> Verdict:

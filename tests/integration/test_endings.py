@@ -88,6 +88,11 @@ def test_a_mistake_of_one_host_before_the_ranks_meet_is_told_to_the_others(job: 
     check(job, "mistake", (2, 2, (1,), ("--before-they-meet",), "collective"))
 
 
+def test_ranks_of_the_first_host_stay_until_a_late_host_has_heard(job: Any) -> None:
+    """Its launcher ends the rank that holds the store as soon as another of its ranks is gone."""
+    check(job, "stop", (4, 2, (0,), ("--before-they-meet", "--late", 2, 3), "collective"))
+
+
 @pytest.mark.slow
 def test_a_mistake_ends_the_job_with_its_status_thirty_times_out_of_thirty(job: Any) -> None:
     for number, case in enumerate(CASES):

@@ -18,17 +18,24 @@ ERRORS = {
     "stop": StoppedError("saved"),
 }
 
+LATE_S = 3
+
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--error", choices=(*ERRORS, "killed"))
     parser.add_argument("--ranks", type=int, nargs="+", help="that fail")
     parser.add_argument("--before-they-meet", action="store_true")
+    parser.add_argument(
+        "--late", type=int, nargs="+", default=[], help="ranks that come LATE_S after the others"
+    )
     parser.add_argument("--others", choices=("collective", "asleep", "apart"), default="collective")
     args = parser.parse_args()
     fails = int(os.environ["RANK"]) in args.ranks
     if fails and args.before_they_meet:
         raise ERRORS[args.error]
+    if int(os.environ["RANK"]) in args.late:
+        time.sleep(LATE_S)
     ranks = distributed.start()
     group = dist.new_group(ranks=[r for r in range(ranks.world) if r not in args.ranks] or None)
     ranks.barrier()
