@@ -20,6 +20,7 @@ import torch.distributed as dist
 from engine import endings
 from engine.config import UserError
 from engine.endings import LOST_CONTACT, End, EndedError
+from engine.listening import is_one_host, open_store
 from engine.terminal import say
 
 MEETING_S = 600
@@ -90,7 +91,7 @@ def end(own: End, world: int, tell: Callable[[], None]) -> int:
             except LostContactError:
                 tell()
                 has_told = True
-                if own.rank == 0 or _is_one_host():  # nobody can come; its launcher ends the others
+                if own.rank == 0 or is_one_host():  # nobody can come; its launcher ends the others
                     return own.status
                 store = _store(MEETING_S)
             store.compare_set(f"{ROLL_CALL}/absent", "", json.dumps(asdict(own)))
@@ -105,27 +106,17 @@ def end(own: End, world: int, tell: Callable[[], None]) -> int:
     return verdict.end.status
 
 
-def _is_one_host() -> bool:
-    """Whether one launcher has started all ranks, as far as it says so."""
-    local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
-    return local is not None and local == os.environ.get("WORLD_SIZE")
-
-
 def _store(timeout_s: float) -> dist.TCPStore:
     """This rank's client of the first rank's store. Raises LostContactError."""
     rank = int(os.environ["RANK"])
     try:
-        # multi_tenant: the process group that follows shares this server (torch's env:// asks for it alike).
-        return dist.TCPStore(
-            os.environ["MASTER_ADDR"],
+        return open_store(
             int(os.environ["MASTER_PORT"]),
-            int(os.environ["WORLD_SIZE"]),
-            is_master=rank == 0,
-            timeout=datetime.timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            multi_tenant=True,
+            serves=rank == 0,
+            timeout_s=timeout_s,
+            world_size=int(os.environ["WORLD_SIZE"]),
         )
-    except dist.DistError as error:
+    except (dist.DistError, OSError) as error:
         what = "cannot listen on" if rank == 0 else "cannot reach the first rank at"
         raise LostContactError(
             f"rank {rank} on {socket.gethostname()} {what} {_where()}: {_first_line(error)}; check "
@@ -151,7 +142,7 @@ def _part(store: dist.TCPStore, rank: int, verdict: Verdict) -> None:
     """Waits until the others have read how the job ends."""
     store.add(f"{ROLL_CALL}/read", 1)
     # Those of other hosts may still build their models; the launcher of this one ends its own.
-    within_s = endings.LINGER_S if _is_one_host() else MEETING_S
+    within_s = endings.LINGER_S if is_one_host() else MEETING_S
     endings.part(store, ROLL_CALL, rank, verdict.num_readers, within_s)
 
 
@@ -253,7 +244,7 @@ def lost_contact(error: BaseException) -> LostContactError | None:
     peer = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", str(error))
     who = _host_of_address.get(peer[1], peer[1]) if peer else "another rank"
     detail = re.sub(r"^\[[^\]]*\]\s*", "", _first_line(error)).partition(". ")[0]
-    if _is_one_host():
+    if is_one_host():
         remedy = "it was killed (out of memory?) or failed: look for the first error above, and in `dmesg`. "
         return LostContactError(
             f"lost contact with another rank of this host: {detail}; {remedy}"

@@ -3,12 +3,14 @@
 A process group's own timeout ends the ranks that wait, and names nobody. Here every rank tells a store how far it is
 (step, part of the step); when one has not moved for too long, the ranks that are behind and do not wait for others are
 named, every rank writes its stacks to RUN/hang/, and all end: a launcher or a scheduler starts the same command again.
+
+The first rank's process holds the store. A call to it has no time limit of its own, so a thread makes it that may be
+lost in it: where no answer comes, the first rank is the silent one, and every rank says so, as none hears another.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import faulthandler
 import json
 import os
@@ -18,12 +20,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from engine.distributed import Ranks
 from engine.endings import LOST_CONTACT
+from engine.listening import open_store
 from engine.logs import seconds_text
 from engine.spans import Place
 from engine.terminal import say
@@ -31,6 +36,18 @@ from engine.terminal import say
 BEATS_PER_TIMEOUT = 8
 GRACE_S = 5.0  # for the rank that speaks: a launcher ends all ranks when the first one is gone
 STORE_TIMEOUT_S = 20.0
+
+AnswerT = TypeVar("AnswerT")
+
+
+def late_s(timeout_s: float) -> float:
+    """When a rank that hangs is named at the latest, counted from when it moved last; GRACE_S later all have ended."""
+    return timeout_s * (1 + 1 / BEATS_PER_TIMEOUT) + 2 * _patience_s(timeout_s)
+
+
+def _patience_s(timeout_s: float) -> float:
+    """How long the store may take to answer."""
+    return min(STORE_TIMEOUT_S, timeout_s / 4)
 
 
 @dataclass(frozen=True)
@@ -56,9 +73,10 @@ class Watchdog:
         self._ranks, self._timeout_s, self._where = ranks, timeout_s, where
         self._folder = run_dir / "hang"
         self._host = socket.gethostname()
-        self._store = self._join_store()
+        self._store, self._first_host = self._join_store()
         self._stop = threading.Event()
         self._is_off = False
+        self._question: threading.Thread | None = None
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -76,19 +94,15 @@ class Watchdog:
         finally:
             self._is_off = False
 
-    def _join_store(self) -> dist.TCPStore:
-        def join(port: int) -> dist.TCPStore:
-            return dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                port,
-                is_master=self._ranks.is_first,
-                wait_for_workers=False,
-                timeout=datetime.timedelta(seconds=STORE_TIMEOUT_S),
-            )
+    def _join_store(self) -> tuple[dist.TCPStore, str]:
+        """The first rank's store, and its host."""
 
-        store = join(0) if self._ranks.is_first else None  # 0: any free port
-        port = self._ranks.gather(store.port if store else 0)[0]
-        return store or join(port)
+        def join(port: int) -> dist.TCPStore:
+            return open_store(port, serves=self._ranks.is_first, timeout_s=STORE_TIMEOUT_S)
+
+        store = join(0) if self._ranks.is_first else None
+        port, host = self._ranks.gather((store.port if store else 0, self._host))[0]
+        return store or join(port), host
 
     def _run(self) -> None:
         seen, since_s = self._where(), time.monotonic()
@@ -97,43 +111,64 @@ class Watchdog:
             if now != seen or self._is_off:
                 seen, since_s = now, time.monotonic()
             still_s = time.monotonic() - since_s
-            try:
-                self._tell(*seen, still_s)
-                if still_s > self._timeout_s:
-                    self._end([self._beat(rank) for rank in range(self._ranks.world)])
-            except (dist.DistError, RuntimeError):  # the first rank's process, which holds the store, is gone
-                if still_s > self._timeout_s:
-                    self._end(None)
+            is_heard = self._ask(partial(self._tell, *seen, still_s))
+            if still_s > self._timeout_s:
+                self._end(self._ask(self._beats) if is_heard else None)
             if self._stop.wait(self._timeout_s / BEATS_PER_TIMEOUT):
                 return
 
-    def _tell(self, step: int, place: Place, still_s: float) -> None:
+    def _ask(self, call: Callable[[], AnswerT]) -> AnswerT | None:
+        """What the store answers; None: it does not, for the first rank's process is stopped or gone."""
+        answers: list[AnswerT] = []
+
+        def ask() -> None:
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                answers.append(call())
+
+        if self._question is None or not self._question.is_alive():
+            self._question = threading.Thread(target=ask, name="watchdog's question", daemon=True)
+            self._question.start()
+        self._question.join(_patience_s(self._timeout_s))
+        return answers[0] if answers else None
+
+    def _tell(self, step: int, place: Place, still_s: float) -> bool:
+        """Returns when the store has it."""
         beat = Beat(self._ranks.rank, self._host, step, place.part, place.num_entered, still_s, time.time())
         self._store.set(str(self._ranks.rank), json.dumps(asdict(beat)))
+        return self._store.check([str(self._ranks.rank)])  # `set` alone waits for no answer
 
-    def _beat(self, rank: int) -> Beat | None:
-        name = str(rank)
-        return Beat(**json.loads(self._store.get(name))) if self._store.check([name]) else None
+    def _beats(self) -> Sequence[Beat | None]:
+        """What every rank told last, in rank order; at once, for all ranks ask at one time."""
+        names = [str(rank) for rank in range(self._ranks.world)]
+        there = names if self._store.check(names) else [name for name in names if self._store.check([name])]
+        told = dict(zip(there, self._store.multi_get(there), strict=True))
+        return [Beat(**json.loads(told[name])) if name in told else None for name in names]
 
     def _end(self, beats: Sequence[Beat | None] | None) -> None:
-        """Tells and ends this process, whatever its main thread is waiting for."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"rank_{self._ranks.rank:05d}.txt"
-        with path.open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        """Tells and ends this process, whatever its main thread is waiting for, and whether or not the disk answers."""
+        ending = threading.Timer(GRACE_S, os._exit, (LOST_CONTACT,))
+        ending.start()
         if beats is None:
-            message, speaker = "the first rank's process does not answer", 1
+            message, speaks = silence([f"rank 0 on {self._first_host}"]), True
         else:
             message, hanging = verdict(beats, self._timeout_s)
-            speaker = next((r for r in range(self._ranks.world) if r not in hanging), 0)
-        if self._ranks.rank == speaker:
+            speaks = self._ranks.rank == next((r for r in range(self._ranks.world) if r not in hanging), 0)
+        if speaks:
             say(
                 f"error: {message}; stacks of the ranks: {self._folder}. "
                 "Run the same command again: it goes on at the last checkpoint",
                 sys.stderr,
             )
-        time.sleep(GRACE_S)
-        os._exit(LOST_CONTACT)
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / f"rank_{self._ranks.rank:05d}.txt").open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        ending.join()
+
+
+def silence(names: Sequence[str]) -> str:
+    """What is said where these ranks tell nothing any more."""
+    return f"no sign of life of {', '.join(names)}; the others wait"
 
 
 def verdict(beats: Sequence[Beat | None], timeout_s: float) -> tuple[str, set[int]]:
@@ -143,11 +178,10 @@ def verdict(beats: Sequence[Beat | None], timeout_s: float) -> tuple[str, set[in
     behind: the others can only be waiting for them.
     """
     now_s = max(beat.told_s for beat in beats if beat is not None)
-    late_s = 3 * timeout_s / BEATS_PER_TIMEOUT
-    silent = {rank for rank, beat in enumerate(beats) if beat is None or now_s - beat.told_s > late_s}
+    limit_s = 3 * timeout_s / BEATS_PER_TIMEOUT
+    silent = {rank for rank, beat in enumerate(beats) if beat is None or now_s - beat.told_s > limit_s}
     if silent:
-        names = ", ".join(_name(rank, beats[rank]) for rank in sorted(silent))
-        return f"no sign of life of {names}; the others wait", silent
+        return silence([_name(rank, beats[rank]) for rank in sorted(silent)]), silent
     heard = [beat for beat in beats if beat is not None]
     behind = min((beat.step, beat.num_entered) for beat in heard)
     guilty = [beat for beat in heard if (beat.step, beat.num_entered) == behind]

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from engine.watchdog import GRACE_S, late_s
+
 HANG_TIMEOUT_S = 6
+STOPPED_HANG_S = 2.0
+PROMISED_S = late_s(STOPPED_HANG_S) + GRACE_S
+BUSY_S = 5.0  # for a machine that does other things, too
 
 
 @pytest.mark.parametrize(
@@ -29,6 +37,39 @@ def test_a_rank_that_hangs_is_named_with_its_step(toy, tmp_path, fault, words) -
     assert "Run the same command again" in printed
     stacks = (tmp_path / "run" / "hang" / "rank_00000.txt").read_text()
     assert "in all_reduce" in stacks, "where the waiting rank stood"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_first_rank_that_is_stopped_is_named_by_every_other_one(start_ranks, tmp_path, world) -> None:
+    """It holds the store through which ranks hear of each other."""
+    run, output = tmp_path / "run", tmp_path / "output"
+    fault = ["--fault", "freeze", "--fault-rank", 0, "--fault-step", 3, "--hang-timeout", STOPPED_HANG_S]
+    arguments = ["--run", run, "--streams", world, *fault]
+    first, *others = start_ranks("toy_train.py", arguments, world, output)
+    try:
+        start_s = time.monotonic()
+        while first.is_alive() and state_of(first.pid) != "T" and time.monotonic() < start_s + 60:
+            time.sleep(0.05)
+        stopped_s = time.monotonic()
+        for process in others:
+            process.join(PROMISED_S + BUSY_S)
+        assert [process.exitcode for process in others] == [76] * len(others), output.read_text()
+        assert time.monotonic() - stopped_s < PROMISED_S + BUSY_S
+    finally:
+        for process in (first, *others):
+            process.kill()
+            process.join()
+    line = (
+        rf"error: no sign of life of rank 0 on {socket.gethostname()}; the others wait; stacks of the ranks:"
+    )
+    assert len(re.findall(line, output.read_text())) == len(others), output.read_text()
+    assert "in all_reduce" in (run / "hang" / f"rank_{world - 1:05d}.txt").read_text()
+
+
+def state_of(pid: int) -> str:
+    """The letter of /proc: T, stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_an_evaluation_is_no_hang_however_long_it_takes(toy, tmp_path) -> None:

@@ -19,6 +19,8 @@ def rank_of_three(monkeypatch: pytest.MonkeyPatch):
             "LOCAL_SIZE": 1,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
+            "GLOO_SOCKET_IFNAME": "lo",  # what the meeting sets where all is on the loopback: taken back afterwards
+            "NCCL_SOCKET_IFNAME": "lo",
         }
         for name, value in values.items():
             monkeypatch.setenv(name, str(value))

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from engine.watchdog import Beat, verdict
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from engine import watchdog
+from engine.spans import Place
+from engine.watchdog import Beat, Watchdog, late_s, verdict
 
 TIMEOUT_S = 80.0
 
@@ -40,3 +49,45 @@ def test_where_all_stand_at_the_same_place_nobody_is_named() -> None:
 def test_a_rank_alone_is_named() -> None:
     message, guilty = verdict([beat(0, part="data")], TIMEOUT_S)
     assert guilty == {0} and message.startswith("rank 0 on host0 has not moved")
+
+
+class StoppedStore:
+    """A client's view of a first rank that was stopped: what is sent goes out, and no answer comes."""
+
+    def set(self, _key: str, _value: str) -> None:
+        pass
+
+    def check(self, _keys: list[str]) -> bool:
+        threading.Event().wait()
+        raise AssertionError
+
+
+class GoneStore(StoppedStore):
+    def check(self, _keys: list[str]) -> bool:
+        raise RuntimeError("Connection reset by peer")
+
+
+@pytest.mark.parametrize("store", [StoppedStore(), GoneStore()])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_every_rank_names_the_first_one_that_does_not_answer(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    store: StoppedStore,
+    rank: int,
+) -> None:
+    statuses, has_ended = [], threading.Event()
+    monkeypatch.setattr(watchdog, "open_store", lambda *_, **__: store)
+    monkeypatch.setattr(watchdog, "GRACE_S", 0.0)
+    monkeypatch.setattr(os, "_exit", lambda status: (statuses.append(status), has_ended.set()))
+    ranks = SimpleNamespace(rank=rank, world=3, is_first=False, gather=lambda own: [(1, "node-a"), own, own])
+    dog = Watchdog(ranks, 0.2, lambda: (7, Place("waiting", 3)), tmp_path)  # type: ignore[arg-type]
+    try:
+        assert has_ended.wait(late_s(0.2) + 2.0)
+    finally:
+        dog.close()
+    line = capsys.readouterr().err.splitlines()[0]
+    assert (
+        line.startswith("error: no sign of life of rank 0 on node-a; the others wait; ") and statuses[0] == 76
+    )
+    assert "test_watchdog" in (tmp_path / "hang" / f"rank_{rank:05d}.txt").read_text()
