@@ -46,14 +46,18 @@ class Averages:
                     grid = self._objective.samples()
         return grid
 
-    def export(self, directory: Path, decay: float | None) -> None:
-        """Writes the average of `decay`; None: the first one."""
+    def export(self, directory: Path, decay: float | None) -> str:
+        """Writes the average of `decay` (None: the first one). On every rank: why it could not, or ''."""
+        problem = ""
         with self._in_place(decay), masters.collected(self._engine, self._ranks.is_first):
             if self._ranks.is_first:
-                # In the run's folder, which the training has claimed before it wrote there.
-                with files.directory(directory, lambda _: True) as temporary:
-                    self._objective.export(temporary)
-            self._ranks.barrier()
+                try:
+                    # In the run's folder, which the training has claimed before it wrote there.
+                    with files.directory(directory, lambda _: True) as temporary:
+                        self._objective.export(temporary)
+                except OSError as error:
+                    problem = f"{directory.name} cannot be written: {files.reason(error)}"
+            return str(self._ranks.gather(problem)[0])
 
     def _in_place(self, decay: float | None = None) -> contextlib.AbstractContextManager[None]:
         if self._ema is None:

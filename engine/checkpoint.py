@@ -81,7 +81,7 @@ class Checkpoints:
                 shutil.rmtree(self._temporary(state["step"]), ignore_errors=True)
                 self._temporary(state["step"]).mkdir(parents=True)
             except OSError as failure:
-                error = checkpoint_folder.reason(failure)
+                error = files.reason(failure)
         if error := self._ranks.gather(error)[0]:
             self._give_up(state["step"], error, required)
             return
@@ -109,7 +109,7 @@ class Checkpoints:
         try:
             total = self._job.result()
         except OSError as failure:
-            error = checkpoint_folder.reason(failure)
+            error = files.reason(failure)
         self._job = None
         results = self._ranks.gather((total, error))
         errors = [text for _, text in results if text]
@@ -117,7 +117,7 @@ class Checkpoints:
             try:
                 self._publish([total for total, _ in results])
             except OSError as failure:
-                errors = [checkpoint_folder.reason(failure)]
+                errors = [files.reason(failure)]
         if errors := self._ranks.gather(errors)[0]:
             self._give_up(self._state["step"], errors[0], required)
         else:

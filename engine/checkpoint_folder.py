@@ -70,8 +70,3 @@ def read_state(directory: Path) -> tuple[dict[str, Any], str]:
 def sums(state: Mapping[str, Any]) -> dict[str, Sum]:
     """What the files beside a state must be, by name."""
     return {name: Sum(entry["bytes"], entry["crc32"]) for name, entry in state["files"].items()}
-
-
-def reason(error: OSError) -> str:
-    """`PATH: No space left on device`."""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)

@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from engine.config import UserError
 HASH_CHUNK_BYTES = 1 << 20
 PAGE_SIGN = "<!-- written by RPiAE -->"
 SIGN_WITHIN_BYTES = 1 << 12
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A disk, a quota or a limit of the shell is full."""
 MADE_BY = ".made-by-"
 """And the command: a file in a folder that the command may write to."""
 
@@ -32,11 +34,16 @@ def write_bytes(path: str | Path, payload: bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:  # a failed write does not say which file; and a part of one fills what is full
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     fsync_directory(path.parent)
 
 
@@ -48,6 +55,18 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """`write_bytes` for JSON, keys sorted, so that equal values give equal files."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def reason(error: OSError) -> str:
+    """`PATH: No space left on device`."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
+def full_disk(error: BaseException) -> UserError | None:
+    """What a failed write means for a person, where there was no room; None: the error is another one."""
+    if not isinstance(error, OSError) or error.errno not in NO_ROOM:
+        return None
+    return UserError(f"{reason(error)}; make room and run the same command again")
 
 
 def open_regular(path: str | Path) -> int:
@@ -102,9 +121,13 @@ def directory(path: str | Path, is_own: Callable[[Path], bool] | None = None) ->
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     (temporary / MADE_BY).touch()  # a killed command's, which the next one may remove
-    yield temporary
-    (temporary / MADE_BY).unlink()
-    fsync_tree(temporary)
+    try:
+        yield temporary
+        (temporary / MADE_BY).unlink()
+        fsync_tree(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     check_new(path, is_own)
     shutil.rmtree(path, ignore_errors=True)
     temporary.replace(path)

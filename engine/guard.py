@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engine import masters
+from engine import files, masters
 from engine.config import UserError
 from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
@@ -20,6 +21,9 @@ from engine.objective import HISTORY_WINDOWS, Batch, Objective
 
 NUM_LOSSES, FEWEST_LOSSES = 100, 20
 """Steps whose losses a spike is compared with, and how many there must be."""
+
+NONFINITE, SPIKES = "nonfinite", "spikes"
+"""Folders of the batches of steps that were not taken."""
 
 MEMORY_ADVICE = {
     "": "lower packing.tokens_per_pack or pixels.images_per_pack, turn on activation_checkpointing, or raise "
@@ -57,16 +61,16 @@ class Guard:
     def nonfinite(self, step: int, batches: Sequence[Batch]) -> None:
         """A step that was not taken: keeps its batch for a post-mortem; ends the run or rolls back after too many."""
         self.nonfinite_steps += 1
-        path = self._keep("nonfinite", step, batches)
-        text = f"step {step}: non-finite loss or gradient, step not taken; batch kept in {path}"
+        kept = self._keep(NONFINITE, step, batches)
+        text = f"step {step}: non-finite loss or gradient, step not taken; {kept}"
         self._say("nonfinite", step, text)
         if self.nonfinite_steps < self._config.max_nonfinite_steps:
             return
         self.alarm = f"{self.nonfinite_steps} steps with a non-finite loss or gradient"
         if self._config.on_alarm != "roll_back":
             raise UserError(
-                f"{self.alarm} (last: {step}); look at {path.parent}, lower engine.optimizer.lr, and run again from "
-                "the last checkpoint"
+                f"{self.alarm} (last: {step}); look at {self._run_dir / NONFINITE}, lower "
+                "engine.optimizer.lr, and run again from the last checkpoint"
             )
 
     def is_spike(self, loss: float) -> bool:
@@ -82,24 +86,29 @@ class Guard:
     def spike(self, step: int, loss: float, batches: Sequence[Batch]) -> None:
         """A step that was not taken because of its loss: keeps its batch; rolls back, or ends the run in the end."""
         self._spikes_in_a_row += 1
-        path = self._keep("spikes", step, batches)
+        kept = self._keep(SPIKES, step, batches)
         reason = f"loss {loss:.4g} at a median of {median(self._losses):.4g}"
-        self._say("spike", step, f"step {step}: {reason}, step not taken; batch kept in {path}")
+        self._say("spike", step, f"step {step}: {reason}, step not taken; {kept}")
         if self._config.on_loss_spike == "roll_back":
             self.alarm = reason
         elif self._spikes_in_a_row >= self._config.max_nonfinite_steps:
             raise UserError(
-                f"{self._spikes_in_a_row} loss spikes in a row (last: step {step}, {reason}); look at {path.parent}, "
-                "lower engine.optimizer.lr or raise engine.loss_spike_factor, and run again from the last checkpoint"
+                f"{self._spikes_in_a_row} loss spikes in a row (last: step {step}, {reason}); look at "
+                f"{self._run_dir / SPIKES}, lower engine.optimizer.lr or raise engine.loss_spike_factor, and run again "
+                "from the last checkpoint"
             )
 
-    def _keep(self, kind: str, step: int, batches: Sequence[Batch]) -> Path:
-        folder = self._run_dir / kind
-        folder.mkdir(parents=True, exist_ok=True)
+    def _keep(self, kind: str, step: int, batches: Sequence[Batch]) -> str:
+        """Writes the batch for a post-mortem, which the training can do without; says where it is, or why not."""
         again = f"_roll_back_{self._roll_backs}" if self._roll_backs else ""  # the same step, other data
-        path = folder / f"step_{step:08d}_rank_{self._ranks.rank:05d}{again}.pt"
-        torch.save([batch.__dict__ for batch in batches], path)
-        return path
+        path = self._run_dir / kind / f"step_{step:08d}_rank_{self._ranks.rank:05d}{again}.pt"
+        content = io.BytesIO()
+        torch.save([batch.__dict__ for batch in batches], content)
+        try:
+            files.write_bytes(path, content.getvalue())
+        except OSError as error:
+            return f"batch not kept: {files.reason(error)}"
+        return f"batch kept in {path}"
 
     def look(self, step: int, values: Mapping[str, float]) -> None:
         """Asks the objective about the window that was just logged."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import netrc
@@ -10,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -19,9 +20,11 @@ from PIL import Image
 
 from engine import files
 from engine.config import UserError
+from engine.log_files import Expendable, JsonLines
 from engine.redaction import redact, redacted
 from engine.terminal import say
 
+METRICS, SCORES, EVENTS, SAMPLES = "metrics.jsonl", "scores.jsonl", "events.jsonl", "samples"
 WandbMode = Literal["disabled", "offline", "online"]
 WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 WANDB_HOST = "api.wandb.ai"
@@ -58,7 +61,7 @@ class RunLog:
     """Writes metrics.jsonl, scores.jsonl, events.jsonl, sample grids and wandb of one run (rank 0 only).
 
     Secrets are taken out. On resume, metrics and scores of steps that are done again are dropped, so that every step
-    stands there once; events all stay.
+    stands there once; events all stay. What cannot be written while the training goes on is told once a file.
     """
 
     def __init__(
@@ -66,11 +69,10 @@ class RunLog:
     ) -> None:
         self.run_dir = run_dir
         self.name = name
-        self._metrics_path = run_dir / "metrics.jsonl"
-        self._scores_path = run_dir / "scores.jsonl"
+        self._spare = Expendable(self.line)
         self._keep_before(start_step)
-        self._metrics: TextIO = self._metrics_path.open("a")
-        self._events = _open_whole_lines(run_dir / "events.jsonl")
+        (run_dir / METRICS).touch()
+        self._files = {name: JsonLines(run_dir / name) for name in (METRICS, SCORES, EVENTS)}
         self._console = Console()
         self._config, self._wandb_mode = redacted(config), wandb_mode
         self._wandb: Any = None
@@ -83,8 +85,7 @@ class RunLog:
     def event(self, kind: EventKind, step: int, text: str) -> None:
         """Something that happened when `step` steps were done: one line of events.jsonl, with the time (unix, s)."""
         row = {"time_s": time.time(), "step": step, "kind": kind, "text": redact(text)}
-        self._events.write(json.dumps(row) + "\n")
-        self._events.flush()
+        self._append(EVENTS, row)
 
     def ended_by(self, error: BaseException, step: int) -> None:
         """What ended the run at `step`: a sentence for a person's mistakes and stops, else the exception."""
@@ -100,47 +101,49 @@ class RunLog:
         Adds `time_s` (unix, s) and `num_steps`, the steps of the whole run.
         """
         row = {**_finite(values), "time_s": time.time(), "num_steps": num_steps}
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
+        self._append(METRICS, row)
         self._tell_wandb(int(values["step"]), lambda: dict(values))
         self.line(self._console.text(values, num_steps, eta_s))
 
     def samples(self, step: int, grid: npt.NDArray[np.uint8]) -> None:
         """`grid` uint8 [H, W, 3] as samples/step_XXXXXXXX.png."""
-        folder = self.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        temporary = folder / ".grid.tmp.png"
-        Image.fromarray(grid).save(temporary)
-        path = folder / f"step_{step:08d}.png"
-        temporary.replace(path)
-        self._tell_wandb(step, lambda: {"samples": _wandb_image(path)})
+        path = self.run_dir / SAMPLES / f"step_{step:08d}.png"
+        with self._spare(SAMPLES):
+            path.parent.mkdir(exist_ok=True)
+            image = io.BytesIO()
+            Image.fromarray(grid).save(image, "png")
+            files.write_bytes(path, image.getvalue())
+            self._tell_wandb(step, lambda: {"samples": _wandb_image(path)})
 
     def scores(self, step: int, values: Mapping[str, float]) -> None:
         """What an evaluation found, as one line of scores.jsonl: `step`, `time_s` (unix, s) and the scores."""
         row = {"step": step, "time_s": time.time(), **_finite(values)}
-        with _open_whole_lines(self._scores_path) as file:
-            file.write(json.dumps(row) + "\n")
+        self._append(SCORES, row)
         self._tell_wandb(step, lambda: {f"evaluation/{name}": value for name, value in values.items()})
 
     def has_scores(self, step: int) -> bool:
         """Whether `scores` was told of that step."""
-        return self._scores_path.exists() and any(
-            json.loads(line)["step"] == step for line in self._scores_path.read_text().splitlines()
+        path = self.run_dir / SCORES
+        return path.exists() and any(
+            json.loads(line)["step"] == step for line in path.read_text().splitlines()
         )
 
     def rewind(self, step: int) -> None:
         """Drops the lines after `step`: its successors are done again (wandb keeps its own)."""
-        self._metrics.close()
-        self._keep_before(step)
-        self._metrics = self._metrics_path.open("a")
+        with self._spare(METRICS):
+            self._keep_before(step)
 
     def close(self) -> None:
-        """Flushes everything."""
-        self._metrics.close()
-        self._events.close()
+        """Nothing is written any more."""
+        for file in self._files.values():
+            file.close()
         if self._wandb is not None:
             with contextlib.suppress(Exception):  # what is not uploaded lies in the run folder
                 self._wandb.finish()
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with self._spare(name):
+            self._files[name].append(row)
 
     def _open_wandb(self, step: int) -> None:
         try:
@@ -172,7 +175,7 @@ class RunLog:
         self._open_wandb(step)
 
     def _keep_before(self, start_step: int) -> None:
-        for path in (self._metrics_path, self._scores_path):
+        for path in (self.run_dir / METRICS, self.run_dir / SCORES):
             if path.exists():
                 files.write_text(path, "".join(_lines_before(path, start_step)))
 
@@ -219,13 +222,6 @@ def _lines_before(path: Path, start_step: int) -> Iterator[str]:
             continue
         if step <= start_step:
             yield line + "\n"
-
-
-def _open_whole_lines(path: Path) -> TextIO:
-    """To append to, without the half line that a killed process may have left at the end."""
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-        files.write_bytes(path, content[: content.rfind(b"\n") + 1])
-    return path.open("a")
 
 
 def check_wandb(mode: WandbMode) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from engine import communication, endings, files, run_lock
 from engine.averages import Averages
 from engine.changes import changes
 from engine.checkpoint import Checkpoints
-from engine.config import StoppedError, counted
+from engine.config import StoppedError, UserError, counted
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
@@ -36,6 +35,7 @@ from engine.window import Window
 
 EXPORT = "export"
 CHECKPOINTS = "checkpoints"
+STDERR = 2
 
 
 def train(
@@ -150,8 +150,10 @@ class _Run:
     def _steps(self) -> Path:
         begin_s = time.monotonic()
         start_s, start_step = begin_s, self.step
-        if self.step:
-            self._evaluate_if_due()  # of a run that ended in the middle of it
+        if self.step:  # of a run that ended in the middle of them
+            if failed := self._export_early(is_redone=False):
+                raise UserError(f"{failed}; make room and run the same command again")
+            self._evaluate_if_due()
         while self.step < self.config.steps:
             self._train_step()
             if self.step % self.config.log_every_steps == 0 or self.step == self.config.steps:
@@ -164,15 +166,17 @@ class _Run:
             if self.config.sample_every_steps and self.step % self.config.sample_every_steps == 0:
                 with self.spans("samples"):
                     self._write_samples()
-            if (
-                self.step in self.config.export_at_steps
-            ):  # before a checkpoint: a resumed run would not come here
-                self._export(f"{EXPORT}_step_{self.step:08d}", None)
+            # Before a checkpoint: a run that is resumed at a later step would not come here.
+            failed = self._export_early()
             stop = self._stop_agreed()
-            last = stop or self.step == self.config.steps
+            last = stop or bool(failed) or self.step == self.config.steps
             if last or self.step % self.config.checkpoint_every_steps == 0:
                 with self.spans("checkpoint"):
                     self._save(last)
+            if failed:
+                raise UserError(
+                    f"{failed}; step {self.step} is saved: make room and run the same command again"
+                )
             if stop and self.step < self.config.steps:
                 why = "interrupted" if self._is_interrupted else "stopped by a signal"
                 raise StoppedError(f"{why} at step {self.step}, saved; run the same command to go on")
@@ -322,10 +326,21 @@ class _Run:
         """The learning rate that this config gives the next step."""
         return learning_rate(self.config.optimizer, self.step, self.config.steps)
 
+    def _export_early(self, *, is_redone: bool = True) -> str:
+        """The export of this step, if it has one. Why it cannot be written, or ''. Collective."""
+        path = self.run_dir / f"{EXPORT}_step_{self.step:08d}"
+        if self.step not in self.config.export_at_steps:
+            return ""
+        if not is_redone and self.ranks.gather(path.exists())[0]:
+            return ""
+        return self.averages.export(path, None)
+
     def _export(self, name: str, decay: float | None) -> Path:
+        """An export of the last weights, whose checkpoint is there. Raises UserError: it cannot be written."""
         if name == EXPORT:
             self._write_samples()
-        self.averages.export(self.run_dir / name, decay)
+        if failed := self.averages.export(self.run_dir / name, decay):
+            raise UserError(f"{failed}; step {self.step} is saved: make room and run the same command again")
         return self.run_dir / name
 
     def _request_stop(self, _signal: int, _frame: object) -> None:
@@ -339,7 +354,7 @@ class _Run:
             text = f"interrupted at step {self.step}: saving after it"
             text += f"; Ctrl-C again ends at once, then the same command goes on at step {self.checkpoints.newest}"
             with contextlib.suppress(OSError):  # not through `print`, which this may have interrupted
-                os.write(sys.stderr.fileno(), f"[{self.objective.name}] {text}\n".encode())
+                os.write(STDERR, f"[{self.objective.name}] {text}\n".encode())
 
     def _stop_agreed(self) -> bool:
         """Launchers signal ranks one after another: save together, at the same step. So with files of a checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +40,8 @@ class SystemMeter:
             "system/resident_gib": self._process.memory_info().rss / GIB,
         }
         if self._run_dir is not None:
-            values["system/disk_free_gib"] = shutil.disk_usage(self._run_dir).free / GIB
+            with contextlib.suppress(OSError):  # somebody has removed the folder
+                values["system/disk_free_gib"] = shutil.disk_usage(self._run_dir).free / GIB
         return values | (_gpu(self._device) if self._device.type == "cuda" else {})
 
 

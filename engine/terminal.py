@@ -1,7 +1,13 @@
-"""What is printed: every line of every command goes through here, so that no name from outside steers a terminal."""
+"""What is printed: every line of every command goes through here, so that no name from outside steers a terminal.
+
+No terminal, pipe or full disk behind stdout ends a command: what cannot be printed is lost, and stderr says so once.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import io
 import os
 import re
 import sys
@@ -35,6 +41,29 @@ def say(text: object, stream: TextIO | None = None) -> None:
     _write(printable(str(text)) + "\n", sys.stdout if stream is None else stream)
 
 
+def hold() -> None:
+    """At the start of a command: what is printed past `say` (by argparse) cannot fail, and 0 to 2 are no file of ours.
+
+    Where a shell has closed stdout (>&-) the next file that is opened would get its number, and what a library prints.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush() -> None:
+    """At the end of a command, in place of the interpreter's own flush, whose failure would be the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            try:
+                stream.flush()
+            except OSError:
+                _to_nowhere(stream)
+
+
 def show(screen: str) -> None:
     """A screen of ours, with its colours, on stdout. What comes from outside went through `printable` before."""
     pieces = _COLOUR.split(screen)
@@ -48,10 +77,28 @@ def clear() -> None:
     _write("\x1b[H\x1b[2J", sys.stdout)
 
 
-def _write(text: str, stream: TextIO) -> None:
+_failed: set[int] = set()
+
+
+def _write(text: str, stream: TextIO | None) -> None:
+    if stream is None or stream.closed:  # somebody has closed it
+        return
     try:
         encoding = getattr(stream, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=stream, flush=True)
     except BrokenPipeError:
-        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), stream.fileno())
+        _to_nowhere(stream)
+    except (
+        OSError
+    ) as error:  # the text stays in a buffer of limited size, for the case that there is room again
+        if id(stream) not in _failed:
+            _failed.add(id(stream))
+            atexit.register(flush)
+            if stream is sys.stdout:
+                say(f"WARNING: stdout: {error.strerror}; what cannot be printed is lost", sys.stderr)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """What is left in its buffer, and all that follows, is dropped."""
+    with contextlib.suppress(io.UnsupportedOperation), open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), stream.fileno())

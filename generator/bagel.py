@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data.shards import LatentInfo
@@ -26,7 +25,7 @@ from generator.model import Generator, GeneratorConfig
 from generator.qwen import qwen_shape
 from tokenizer.releases.imported import shapes
 from tokenizer.releases.renaming import Translation, check
-from tokenizer.weights import read_tensors
+from tokenizer.weights import read_tensors, save
 
 WEIGHTS = ("ema.safetensors", "model.safetensors")
 """In the order they are looked for: averaged weights are what Bagel's authors evaluate."""
@@ -114,7 +113,7 @@ def export_bagel(model: Generator, folder: Path) -> None:
     places = torch.arange(model.config.max_side**2)
     width, period = model.config.backbone.width, model.config.position_max_period
     tensors[POSITIONS] = grid_sinusoids(places, model.config.max_side, width, period)
-    save_file(tensors, str(folder / WEIGHTS[0]), metadata={"format": "pt"})
+    save(tensors, folder / WEIGHTS[0])
     write_json(folder / LLM_CONFIG, _llm_config(model))
 
 

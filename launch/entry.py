@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from engine import distributed, peers, threads
+from engine import distributed, files, peers, terminal, threads
 from engine.config import ConfigError, StoppedError, UserError, dump, load
 from engine.endings import LOST_CONTACT, End, EndedError
 from engine.redaction import redact
@@ -45,6 +45,7 @@ def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
         # launch/node.sh ignores it for the launcher's sake; a rank that hangs before training must end by it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     allow_tf32(True)
+    terminal.hold()
     sys.excepthook = _show_bug
     rank = int(os.environ.get("RANK", "0")) if has_ranks else 0
     world = int(os.environ.get("WORLD_SIZE", "1")) if has_ranks else 1
@@ -56,15 +57,16 @@ def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
     except EndedError as error:
         status = error.end.status
     except (Exception, KeyboardInterrupt) as error:
-        if lost := peers.lost_contact(error):
-            error = lost
+        if explained := peers.lost_contact(error) or files.full_disk(error):
+            error = explained
         if world == 1 and not isinstance(error, (UserError, KeyboardInterrupt)):
             raise
         own = End(rank, _status(error), redact(_text(error)))
         reason = error
         status = peers.end(own, world, lambda: _tell(own, reason))
+    finally:
+        terminal.flush()
     if distributed.is_started():
-        sys.stdout.flush()
         os._exit(status)  # the other ranks may wait in a collective: no clean-up that would wait for them
     return status
 

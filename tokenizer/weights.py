@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -30,9 +32,23 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: str | Path, module: nn.Module) -> None:
-    """The module's parameters and persistent buffers as safetensors (one name per tensor, no pickle)."""
+    """The module's parameters and persistent buffers as safetensors (one name per tensor, no pickle).
+
+    Raises OSError: the disk is full, or fails.
+    """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
-    save_file(tensors, str(path), metadata={"format": "pt"})
+    save(tensors, path)
+
+
+def save(tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Writes contiguous CPU tensors. Raises OSError, which safetensors has in words only."""
+    try:
+        save_file(tensors, str(path), metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def load_exact(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -1,6 +1,7 @@
 """Nothing that is printed steers a terminal, and nothing is printed past the function that sees to it."""
 
 import ast
+import errno
 import io
 import subprocess
 import sys
@@ -106,3 +107,114 @@ def test_a_terminal_that_is_not_utf8_ends_nothing() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, env=environment, check=True
     )
     assert done.stdout == b"\\xe4 \\u6f22 \\ud800\n"
+
+
+def run_with(stdout: str, program: str, *, shell: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs `program` under a shell with stdout directed as `stdout` says; `shell` comes before it."""
+    command = f'{shell}"$0" -c "$1" {stdout}'
+    return subprocess.run(
+        ["bash", "-c", command, sys.executable, program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+FULL = """
+import resource, sys
+from engine.terminal import say
+limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+say("before")
+limit(0)
+for number in range(3000):
+    say(f"{number:05d}" * 20)
+if {has_room_again}:
+    limit(resource.RLIM_INFINITY)
+    say("after")
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("has_room_again", [False, True])
+def test_a_full_disk_behind_stdout_ends_nothing_and_is_said_once(
+    tmp_path: Path, has_room_again: bool
+) -> None:
+    out = tmp_path / "out"
+    program = FULL.replace("{has_room_again}", str(has_room_again))
+    result = run_with(f"> {out}", program)
+    assert result.returncode == 7, result.stderr
+    assert result.stderr == "WARNING: stdout: File too large; what cannot be printed is lost\n"
+    printed = out.read_text().splitlines()
+    assert printed[0] == "before" and (printed[-1] == "after") == has_room_again
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")
+def test_an_output_that_takes_nothing_ends_nothing() -> None:
+    result = run_with(
+        "> /dev/full", "from engine.terminal import say; import sys; say('x'); say('y'); sys.exit(7)"
+    )
+    assert result.returncode == 7
+    assert result.stderr == "WARNING: stdout: No space left on device; what cannot be printed is lost\n"
+
+
+def test_with_a_closed_stdout_no_file_gets_its_number() -> None:
+    """What a library prints would go there."""
+    program = (
+        "import os, sys; from engine import terminal; terminal.hold(); terminal.say('x')\n"
+        "number = os.open('/dev/null', os.O_RDONLY); terminal.flush(); sys.exit(number)"
+    )
+    for closed in (">&-", ">&- 2>&-", "<&- >&-"):
+        result = run_with(closed, program)
+        assert result.returncode > 2 and result.stderr == "", result.stderr
+    assert run_with("", program).returncode == 3, "nothing is held where nothing is closed"
+
+
+COMMAND = """
+import sys
+from launch import entry
+def main():
+    entry.parser("Bücher \u6f22").parse_args(["--help"])
+sys.exit(entry.run(main, has_ranks=False))
+"""
+
+
+@pytest.mark.parametrize(
+    ("stdout", "shell", "printed", "told"),
+    [
+        ("> /dev/full", "", "", False),
+        pytest.param("| head -c 0; exit ${PIPESTATUS[0]}", "", "", False, marks=pytest.mark.slow),
+        pytest.param(">&-", "", "", True, marks=pytest.mark.slow),  # argparse then prints to stderr
+        pytest.param("", "PYTHONIOENCODING=ascii ", "B\\xfccher \\u6f22", False, marks=pytest.mark.slow),
+        pytest.param("", "LC_ALL=C ", "Bücher \u6f22", False, marks=pytest.mark.slow),
+    ],
+)
+def test_help_needs_no_terminal_of_a_kind(stdout: str, shell: str, printed: str, told: bool) -> None:
+    """argparse prints past `say`, into a buffer that the interpreter would flush at its end."""
+    result = run_with(stdout, COMMAND, shell=shell)
+    assert result.returncode == 0 and printed in result.stdout, result
+    assert result.stderr.startswith("usage: ") if told else result.stderr == ""
+
+
+def test_a_command_whose_disk_is_full_ends_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def end(error: Exception) -> int:
+        def main() -> None:
+            raise error
+
+        return entry.run(main, has_ranks=False)
+
+    path = tmp_path / "full"
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as met, path.open("wb", buffering=0) as file:
+        file.write(b"x")
+    assert end(met.value) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: No space left on device; make room and run the same command again\n"
+    )
+    assert end(OSError(errno.EDQUOT, "Disk quota exceeded", "a/b")) == 2
+    assert capsys.readouterr().err.startswith("error: a/b: Disk quota exceeded; make room")
+    with pytest.raises(FileNotFoundError):
+        end(FileNotFoundError(errno.ENOENT, "No such file", "a/b"))

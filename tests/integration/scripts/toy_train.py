@@ -1,9 +1,15 @@
 """A whole training on a linear model with a discriminator, in seconds: run by test_engine.py on one or more ranks."""
 
 import argparse
+import errno
+import functools
+import io
 import json
 import os
+import resource
+import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +134,9 @@ class ToyObjective:
         return np.full((8, 8, 3), int(value.abs().sum()) % 256, dtype=np.uint8)
 
     def export(self, directory):
-        torch.save({k: v.clone() for k, v in self.model.state_dict().items()}, directory / "model.pt")
+        content = io.BytesIO()
+        torch.save({k: v.clone() for k, v in self.model.state_dict().items()}, content)
+        (directory / "model.pt").write_bytes(content.getvalue())
 
     def alarms(self, history):
         if history[-1]["step"] == self.drifts:  # after the update that would have overwritten it
@@ -183,6 +191,12 @@ def main():
     parser.add_argument("--fault-step", type=int, default=-1, help="data step at which --fault happens")
     parser.add_argument("--fault", choices=FAULTS)
     parser.add_argument("--fault-rank", type=int, default=1)
+    parser.add_argument(
+        "--full", type=int, nargs=2, metavar=("FROM", "UNTIL"), help="data steps: no room to write"
+    )
+    parser.add_argument("--fail-export", action="store_true", help="there is no room for an export")
+    parser.add_argument("--sample-every", type=int, default=0)
+    parser.add_argument("--export-at", type=int, nargs="*", default=[])
     parser.add_argument("--hang-timeout", type=float, default=0.0)
     parser.add_argument("--on-loss-spike", default="ignore")
     parser.add_argument("--evaluate-every", type=int, default=0)
@@ -202,6 +216,9 @@ def main():
         happen_at_step(source, args.kill_after, FAULTS["kill"])
     if args.fault and ranks.rank == args.fault_rank:
         happen_at_step(source, args.fault_step, FAULTS[args.fault])
+    if args.full:
+        for step, limit_bytes in zip(args.full, (0, resource.RLIM_INFINITY), strict=True):
+            happen_at_step(source, step, functools.partial(limit_files, limit_bytes))
     config = EngineConfig(
         steps=args.steps,
         optimizer=OptimizerConfig(
@@ -218,6 +235,8 @@ def main():
         log_every_steps=1,
         checkpoint_every_steps=args.checkpoint_every,
         async_checkpoint=args.async_checkpoint,
+        sample_every_steps=args.sample_every,
+        export_at_steps=tuple(args.export_at),
         max_nonfinite_steps=args.max_nonfinite,
         on_alarm=args.on_alarm,
         max_roll_backs=args.max_roll_backs,
@@ -228,6 +247,8 @@ def main():
     objective = ToyObjective(
         args.started_from, not args.no_adversary, args.drift_step, ranks.rank, args.hidden, phases
     )
+    if args.fail_export:
+        objective.export = no_room
     evaluation = None
     if args.evaluate_every:
         evaluation = ToyEvaluation(
@@ -278,11 +299,21 @@ def happen_at_step(source, step, fault):
     source.next_step = wrapped
 
 
+def no_room(directory):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def limit_files(limit_bytes):
+    """From here on every write of this process to a file fails (EFBIG), whoever does it, or none."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+
+
 FAULTS = {
     # From inside: no handler runs, nothing is flushed.
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": lambda: time.sleep(600),
+    "delete": lambda: shutil.rmtree(sys.argv[sys.argv.index("--run") + 1]),
     "exhaust": lambda: torch.empty(1 << 60, dtype=torch.uint8),
 }
 
