@@ -29,6 +29,8 @@ REMEDIES = {
     "version": "install the pinned versions (constraints.txt) there",
     "source": "bring every node to the same commit",
     "config": "start every node with the same config and overrides",
+    "data": "bring the same data to every node",
+    "weights": "bring the same files to every node",
     "hardware": "a run is as slow as its slowest GPU; take that node out or repair it",
 }
 TOKEN = ".nodes-check"
@@ -126,12 +128,13 @@ def not_shared(ranks: Ranks, run_dir: Path, within_s: float = SHARED_WITHIN_S) -
     ]
 
 
-def check_start(ranks: Ranks, run_dir: Path, config: Mapping[str, Any]) -> None:
+def check_start(ranks: Ranks, run_dir: Path, config: Mapping[str, Any], inputs: Facts | None = None) -> None:
     """Refuses a training whose nodes differ, with one line that names one of them. Collective.
 
-    Raises UserError: other versions, source or config; run_dir not shared.
+    `inputs`: what this rank reads (launch/inputs.py). Raises UserError: other versions, source, config, data or
+    weights; run_dir not shared.
     """
-    lines = compare(ranks, facts(config)) + not_shared(ranks, run_dir)
+    lines = compare(ranks, {**facts(config), **(inputs or {})}) + not_shared(ranks, run_dir)
     if lines:
         more = f"; {len(lines) - 1} more, see launch/check_nodes.py" if len(lines) > 1 else ""
         distributed.stop()  # all ranks have found the same: the first one says it (entry.run)

@@ -35,7 +35,7 @@ from generator.class_conditional.objective import (
 from generator.model_card import Task
 from generator.objective import Preview, build_objective
 from generator.sampling import read_conditions
-from launch import nodes, training_scores
+from launch import inputs, nodes, training_scores
 from launch.runs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import fingerprint
@@ -222,7 +222,7 @@ def _train(
     scores = training_scores.start_of(run)  # before the ranks meet: a mistake is one line, not one from each
     ranks = _start_ranks(Path(run.run_dir))
     resolved = to_dict(run)
-    nodes.check_start(ranks, Path(run.run_dir), resolved)
+    nodes.check_start(ranks, Path(run.run_dir), resolved, inputs.facts(resolved, mixture, objective))
     if ranks.is_first:
         files.claim(run.run_dir, COMMAND, RUN_FILES, _is_run)
     evaluation = None if scores is None else scores(ranks, objective)
