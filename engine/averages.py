@@ -56,7 +56,7 @@ class Averages:
                     with files.directory(directory, lambda _: True) as temporary:
                         self._objective.export(temporary)
                 except OSError as error:
-                    problem = f"{directory.name} cannot be written: {files.reason(error)}"
+                    problem = f"{directory} cannot be written: {files.reason(error)}"
             return str(self._ranks.gather(problem)[0])
 
     def _in_place(self, decay: float | None = None) -> contextlib.AbstractContextManager[None]:

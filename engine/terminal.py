@@ -47,7 +47,7 @@ def hold() -> None:
     Where a shell has closed stdout (>&-) the next file that is opened would get its number, and what a library prints.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
+        os.set_inheritable(descriptor, True)  # programs that are started need them as well
     os.close(descriptor)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -85,8 +85,8 @@ def test_a_disk_that_is_full_for_a_while_costs_what_it_could_not_take(train, tmp
 
 
 LAST = "the checkpoint of step 12 could not be saved: "
-EARLY = "export_step_00000006 cannot be written: No space left on device; step 6 is saved: "
-EXPORT = "export cannot be written: No space left on device; step 12 is saved: "
+EARLY = "/export_step_00000006 cannot be written: No space left on device; step 6 is saved: "
+EXPORT = "/export cannot be written: No space left on device; step 12 is saved: "
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_what_must_be_saved_and_cannot_ends_the_training_with_one_line(
     result = train(run, *early, *fault, ranks=ranks)
     assert result.statuses == [2] * ranks and "Traceback" not in result.output, result.output
     (line,) = [line for line in result.output.splitlines() if line.startswith("error: ")]
-    assert line.startswith(f"error: {words}") and "make room and run the same command again" in line
+    assert words in line and "make room and run the same command again" in line
     again = train(run, *early, ranks=ranks)
     assert again.statuses == [0] * ranks and f"resumed at step {goes_on_at}/12" in again.output, again.output
     assert_equal_exports(run, whole)

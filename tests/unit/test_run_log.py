@@ -3,6 +3,8 @@
 import errno
 import json
 import math
+import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import wandb
 
 from engine import system
 from engine.config import UserError
+from engine.log_files import JsonLines
 from engine.logs import WANDB_KEYS, Console, RunLog, check_wandb
 from engine.system import SystemMeter, combine
 
@@ -225,3 +228,27 @@ def test_what_a_gpu_does_not_tell_is_absent(monkeypatch: pytest.MonkeyPatch) -> 
     }
     monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 412_000)
     assert system._gpu(torch.device("cuda", 0))["system/gpu_power_w"] == 412.0
+
+
+def test_a_line_that_does_not_fit_leaves_no_part_of_it(tmp_path: Path) -> None:
+    """The kernel takes ten bytes of it, then nothing; later there is room again, or the folder is another one."""
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    lines = JsonLines(path)
+    lines.append({"step": 1})
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{path}'"):
+            lines.append({"step": 2, "loss": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    lines.append({"step": 3})
+    assert rows(path) == [{"step": 1}, {"step": 3}]
+    shutil.rmtree(path.parent)
+    with pytest.raises(FileNotFoundError):
+        lines.append({"step": 4})
+    path.parent.mkdir()
+    lines.append({"step": 5})
+    lines.close()
+    assert rows(path) == [{"step": 5}]
