@@ -8,8 +8,10 @@ Shapes: N images, H W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -171,7 +173,7 @@ class NpzImages:
     @classmethod
     def open(cls, path: Path) -> NpzImages:
         """Raises UserError: no such file, no such array, another layout."""
-        with _zip(path) as archive:
+        with reading_npz(path), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if f"{ARRAY_NAME}.npy" not in names:
                 raise UserError(f"{path}: has no array '{ARRAY_NAME}' (there are: {', '.join(names)})")
@@ -186,10 +188,10 @@ class NpzImages:
                     else np.lib.format.read_array_header_2_0
                 )
                 shape, fortran, dtype = read_header(file)
-                header_bytes = file.tell()
+                offset = _data_offset(path, entry) + file.tell()
         if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
             raise UserError(f"{path}: '{ARRAY_NAME}' is {dtype} {list(shape)}; expected uint8 [N, H, W, 3]")
-        return cls(path, shape, _data_offset(path, entry) + header_bytes)
+        return cls(path, shape, offset)
 
     @cached_property
     def digest(self) -> str:
@@ -240,13 +242,21 @@ def _size(image: Tensor) -> str:
     return f"{image.shape[-1]} x {image.shape[-2]}"
 
 
-def _zip(path: Path) -> zipfile.ZipFile:
+@contextlib.contextmanager
+def reading_npz(path: Path) -> Iterator[None]:
+    """Around reading an .npz file: one that is none, or damaged, ends in one line. Raises UserError."""
     try:
-        return zipfile.ZipFile(path)
+        yield
+    except UserError:
+        raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give an .npz file with images") from None
-    except (zipfile.BadZipFile, OSError):
-        raise UserError(f"{path}: is no .npz file; fetch it again") from None
+        raise UserError(f"{path}: no such file; give an .npz file") from None
+    except (ArithmeticError, EOFError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: is no .npz file, or a damaged one ({type(error).__name__}); fetch it again"
+        ) from None
+    except (zipfile.BadZipFile, zlib.error):
+        raise UserError(f"{path}: is no .npz file, or a damaged one; fetch it again") from None
 
 
 def _data_offset(path: Path, entry: zipfile.ZipInfo) -> int:

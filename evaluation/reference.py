@@ -6,7 +6,6 @@ of its images for precision and recall. A folder or an image set gives images, a
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,14 @@ import numpy as np
 
 from engine import files
 from engine.config import UserError
-from evaluation.image_source import ARRAY_NAME, FileImages, ImageSource, NpzImages
+from evaluation.image_source import ARRAY_NAME, FileImages, ImageSource, NpzImages, reading_npz
 from evaluation.manifest import MANIFEST_NAME, ImageSet
 from evaluation.metrics.frechet import F64
 
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+MAX_STATISTICS_BYTES = 1 << 30
+"""Of a mean and its covariance: 2048 features take 34 MB."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +62,23 @@ class Reference:
 
 
 def _open_npz(path: Path) -> Reference:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            names = set(stored.files)
-            found = {}
-            for kind, (mean, covariance) in STATISTICS.items():
-                if mean in names and covariance in names:
-                    found[kind] = Gaussian(
-                        stored[mean].astype(np.float64), stored[covariance].astype(np.float64)
+    with reading_npz(path), np.load(path, allow_pickle=False) as stored:
+        names = set(stored.files)
+        found = {}
+        for kind, wanted in STATISTICS.items():
+            if names.issuperset(wanted):
+                sizes = [stored.zip.getinfo(f"{name}.npy").file_size for name in wanted]
+                if sum(sizes) > MAX_STATISTICS_BYTES:
+                    raise UserError(
+                        f"{path}: {' and '.join(wanted)} unfold to {sum(sizes):,} bytes, allowed are "
+                        f"{MAX_STATISTICS_BYTES:,}; give ADM's reference"
                     )
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give ADM's reference, or a folder of images") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{path}: is no readable .npz file; fetch it again") from None
+                mean, covariance = (stored[name].astype(np.float64) for name in wanted)
+                found[kind] = Gaussian(mean, covariance)
     if not found and ARRAY_NAME not in names:
-        wanted = ", ".join(name for pair in STATISTICS.values() for name in pair)
+        listed = ", ".join(name for pair in STATISTICS.values() for name in pair)
         raise UserError(
-            f"{path}: holds neither {ARRAY_NAME} nor {wanted} (there are: {', '.join(sorted(names))})"
+            f"{path}: holds neither {ARRAY_NAME} nor {listed} (there are: {', '.join(sorted(names))})"
         )
     for one in found.values():
         if one.mean.ndim != 1 or one.covariance.shape != (len(one.mean), len(one.mean)):

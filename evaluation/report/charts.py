@@ -93,8 +93,8 @@ def curve_chart(
     curves = [dataclasses.replace(curve, points=thinned(curve.points)) for curve in curves]
     levels = [curve.level for curve in curves if curve.level is not None]
     axis = axis or Axis.of([*levels, *(value for curve in curves for _, value in curve.points)])
-    first = min(curve.points[0][0] for curve in curves)
-    last = max(curve.points[-1][0] for curve in curves)
+    steps = [x for curve in curves for x, _ in curve.points]
+    first, last = min(steps), max(steps)
     span = (last - first) or 1.0
 
     def x(step: float) -> float:
