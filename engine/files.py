@@ -227,7 +227,7 @@ def digest(value: Any) -> str:
 
 
 def checked(kind: TypeAdapter[Any], tree: Any, where: object) -> Any:
-    """`tree`, as read from the file `where`, if it is what `kind` describes. Raises UserError: the place that is not."""
+    """`tree`, read from the file `where`, if it is what `kind` describes. Raises UserError: the place that is not."""
     try:
         kind.validate_python(tree, strict=True)
     except ValidationError as error:
