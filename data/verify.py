@@ -90,7 +90,7 @@ def check_rejected(directory: Path, manifest: Manifest) -> Iterator[Problem]:
     path = directory / REJECTED_NAME
     num_lines = 0
     if path.is_file():
-        with path.open("rb") as lines:
+        with path.open() as lines:
             num_lines = sum(1 for _ in lines)
     if num_lines != manifest.num_rejected:
         text = f"{REJECTED_NAME}: has {num_lines} lines, {MANIFEST_NAME} says {manifest.num_rejected}"

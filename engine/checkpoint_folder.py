@@ -29,6 +29,7 @@ class _Engine(TypedDict):
 
 
 class _State(TypedDict):
+    format: int
     step: int
     num_ranks: Annotated[int, Field(ge=1)]
     ema_decays: list[float]
@@ -87,12 +88,12 @@ def read_state(directory: Path) -> tuple[dict[str, Any], str]:
         has_digest = state.get("digest") == files.digest(content)
     except (OSError, UserError, AttributeError) as error:
         return {}, f"{STATE} cannot be read ({type(error).__name__})"
-    if "digest" not in state and state.get("format") not in (None, FORMAT):
+    if state.get("format") not in (None, FORMAT) and (has_digest or "digest" not in state):
         return state, ""
     if not has_digest:
         return {}, f"{STATE} has a wrong checksum"
     try:
-        return (files.checked(_STATE, state, STATE) if state.get("format") == FORMAT else state), ""
+        return files.checked(_STATE, state, STATE), ""
     except UserError as error:
         return {}, str(error)
 

@@ -226,6 +226,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; what a list of somebody's names need be no name: too long, with a zero byte."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def checked(kind: TypeAdapter[Any], tree: Any, where: object) -> Any:
     """`tree`, read from the file `where`, if it is what `kind` describes. Raises UserError: the place that is not."""
     try:

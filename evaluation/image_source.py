@@ -29,6 +29,7 @@ from evaluation.manifest import ImageSet, Item, write_image, write_manifest
 
 ARRAY_NAME = "arr_0"
 NPZ_NAME = "npz.json"
+DAMAGED = (zipfile.BadZipFile, zlib.error)
 
 
 BlockT_co = TypeVar("BlockT_co", covariant=True)
@@ -173,7 +174,7 @@ class NpzImages:
     @classmethod
     def open(cls, path: Path) -> NpzImages:
         """Raises UserError: no such file, no such array, another layout."""
-        with reading_npz(path), zipfile.ZipFile(path) as archive:
+        with reading_npz(path), _zip(path) as archive:
             names = archive.namelist()
             if f"{ARRAY_NAME}.npy" not in names:
                 raise UserError(f"{path}: has no array '{ARRAY_NAME}' (there are: {', '.join(names)})")
@@ -249,14 +250,28 @@ def reading_npz(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give an .npz file") from None
-    except (ArithmeticError, EOFError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        EOFError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        *DAMAGED,
+    ) as error:
         raise UserError(
             f"{path}: is no .npz file, or a damaged one ({type(error).__name__}); fetch it again"
         ) from None
-    except (zipfile.BadZipFile, zlib.error):
-        raise UserError(f"{path}: is no .npz file, or a damaged one; fetch it again") from None
+
+
+def _zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give an .npz file with images") from None
+    except (zipfile.BadZipFile, OSError):
+        raise UserError(f"{path}: is no .npz file; fetch it again") from None
 
 
 def _data_offset(path: Path, entry: zipfile.ZipInfo) -> int:

@@ -67,28 +67,20 @@ def write_imgedit(edits: Path, images: Path, out: Path) -> int:
 def _gedit_rows(tables: Sequence[Path], out: Path) -> Iterable[dict[str, Any]]:
     seen: set[str] = set()
     for path in tables:
-        for row in _table_rows(path):
-            if row["instruction_language"] == "en":
-                if str(row["key"]) in seen:
-                    raise UserError(f"{path}: key '{row['key']}' stands there twice; keys must be unique")
-                seen.add(str(row["key"]))
-                yield _gedit_row(row, out, path)
-
-
-def _table_rows(path: Path) -> Iterable[dict[str, Any]]:
-    try:
-        table = pq.ParquetFile(path)
-        absent = [name for name in GEDIT_COLUMNS if table.schema_arrow.names.count(name) != 1]
+        try:
+            table = pq.ParquetFile(path)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path}: is no readable parquet file ({type(error).__name__})") from None
+        absent = [name for name in GEDIT_COLUMNS if name not in table.schema_arrow.names]
         if absent:
-            raise UserError(
-                f"{path}: has no {', '.join(absent)}, or has it twice; give the files of stepfun-ai/GEdit-Bench"
-            )
+            raise UserError(f"{path}: has no {', '.join(absent)}; give the files of stepfun-ai/GEdit-Bench")
         for batch in table.iter_batches(batch_size=16, columns=list(GEDIT_COLUMNS)):
-            yield from batch.to_pylist()
-    except (OSError, ArithmeticError, UnicodeError, pa.ArrowException) as error:
-        raise UserError(
-            f"{path}: is no readable parquet file ({type(error).__name__}); fetch it again"
-        ) from None
+            for row in batch.to_pylist():
+                if row["instruction_language"] == "en":
+                    if str(row["key"]) in seen:
+                        raise UserError(f"{path}: key '{row['key']}' stands there twice; keys must be unique")
+                    seen.add(str(row["key"]))
+                    yield _gedit_row(row, out, path)
 
 
 def _gedit_row(row: Mapping[str, Any], out: Path, where: Path) -> dict[str, Any]:

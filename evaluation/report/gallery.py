@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from data.images import read_rgb_file
+from engine import files
 from evaluation.manifest import Item
 from evaluation.report.inputs import Evaluation
 from evaluation.report.markup import Html, fill, together
@@ -137,7 +138,7 @@ def _card(
 def _image(evaluation: Evaluation, item: Item, role: str) -> Html:
     assert evaluation.images is not None
     path = evaluation.images.path(item, role)
-    if not path.is_file():
+    if not files.is_file(path):
         return fill('<span class="absent">image is gone</span>')
     return inlined(read_rgb_file(path), f"{role} of {item.key}", MAX_SMALL_PX, MAX_PX)
 

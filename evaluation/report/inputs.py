@@ -186,15 +186,8 @@ def read_evaluation(path: Path) -> Evaluation:
         name=path.parent.name,
         scores=scores,
         per_item={line["key"]: line for line in files.checked(_LINES, lines, path.with_name(PER_ITEM_NAME))},
-        images=ImageSet.open(images_dir, manifest) if _is_file(manifest) else None,
+        images=ImageSet.open(images_dir, manifest) if files.is_file(manifest) else None,
     )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that can be none
-        return False
 
 
 def _read(path: Path, kind: TypeAdapter[Any]) -> Any:

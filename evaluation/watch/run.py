@@ -129,7 +129,9 @@ class Run:
         """Parts of the wall time by name, over the last lines; a part that a line does not name took none there."""
         rows = self.training.rows[-RECENT_LINES:]
         names = {name for row in rows for name in row if name.endswith("_share")}
-        means = {name: sum(row.get(name) or 0.0 for row in rows) / len(rows) for name in names}
+        means = {
+            name: sum(min(max(row.get(name) or 0.0, 0.0), 1.0) for row in rows) / len(rows) for name in names
+        }
         order = sorted(means, key=lambda name: -means[name])
         return {name.removesuffix("_share"): means[name] for name in order if means[name] >= 0.0005}
 

@@ -386,7 +386,11 @@ def read_answers(folder: Path) -> None:
 
     def serve() -> None:
         while True:
-            with contextlib.suppress(OSError), server.accept()[0] as peer:
+            try:
+                peer = server.accept()[0]
+            except OSError:  # shut down
+                return
+            with contextlib.suppress(OSError, IndexError, ValueError), peer:
                 peer.settimeout(1)
                 asked = b""
                 while b"\r\n\r\n" not in asked:
@@ -396,11 +400,18 @@ def read_answers(folder: Path) -> None:
                     asked += peer.recv(1 << 16)
                 peer.sendall(reply)
 
-    threading.Thread(target=serve, daemon=True).start()
-    judge = EndpointJudge(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", sleep=lambda _: None)
-    said = judge([torch.zeros(3, 4, 4, dtype=torch.uint8)], "what?", 0)
-    said.encode()
-    read_scores(said, 10), read_three_ratings(said), answer(said)
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        judge = EndpointJudge(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "m", sleep=lambda _: None)
+        said = judge([torch.zeros(3, 4, 4, dtype=torch.uint8)], "what?", 0)
+        said.encode()
+        for read in (lambda text: read_scores(text, 10), read_three_ratings, answer):
+            read(said)
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+        thread.join()
 
 
 def read_verdicts(folder: Path) -> None:
