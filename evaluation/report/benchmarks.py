@@ -13,7 +13,7 @@ from evaluation.manifest import Item
 from evaluation.report.comparison import paired
 from evaluation.report.gallery import grid, strip
 from evaluation.report.inputs import Evaluation, read_evaluation
-from evaluation.report.markup import Html, document, fill, together
+from evaluation.report.markup import Html, absent, document, facts, fill, section, together
 from evaluation.report.paper_tables import TABLES, Column, PaperTable
 from evaluation.report.style import CSS
 from evaluation.runner import SCORES_NAME
@@ -34,8 +34,6 @@ _HEAD = """\
 <header><h1>Scores</h1><p class="lead">{{ names }}</p><p class="soft">95 % confidence intervals in grey. \
 The paper's rows: RPiAE, Tables 3, 4, 5, 8 and 9. Numbers compare only where protocol, judge and reference are the \
 same; both stand at the end.</p></header>"""
-_SECTION = "<section><h2>{{ title }}</h2>{{ body }}</section>\n"
-_ABSENT = '<p class="absent">{{ text }}</p>'
 _PAPER = """\
 <h3>{{ table.title }}</h3><div class="scroll"><table><thead><tr><th></th>
 {% for column in table.columns %}
@@ -85,7 +83,6 @@ _CARD = """\
 <figure>{{ strip }}<figcaption>{{ text }}<span class="marks">{{ values }}</span>
 {%- for reason in reasons %}<span class="answer">{{ reason }}</span>{% endfor -%}
 </figcaption></figure>"""
-_FACTS = "<dl>{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>"
 
 
 @dataclass(frozen=True)
@@ -119,11 +116,11 @@ def page(runs: Sequence[Run], max_failed: int = MAX_FAILED) -> str:
     tables = [text for table in TABLES for text in [_paper_table(table, runs)] if text]
     body = [
         fill(_HEAD, names=names),
-        _section("Beside the paper", together(tables) if tables else _absent("No score of its tables yet.")),
-        _section("Every score", _all_scores(runs)),
-        *([_section("Item by item", _item_by_item(runs))] if len(runs) > 1 else []),
-        *(_section(f"Failed: {run.name}", _failed(run, max_failed)) for run in runs),
-        _section("Protocols", together(_protocol(run, one) for run in runs for one in run.evaluations)),
+        section("Beside the paper", together(tables) if tables else absent("No score of its tables yet.")),
+        section("Every score", _all_scores(runs)),
+        *([section("Item by item", _item_by_item(runs))] if len(runs) > 1 else []),
+        *(section(f"Failed: {run.name}", _failed(run, max_failed)) for run in runs),
+        section("Protocols", together(_protocol(run, one) for run in runs for one in run.evaluations)),
     ]
     return document(f"Scores: {names}", CSS + STYLE, together(body))
 
@@ -183,7 +180,7 @@ def _item_by_item(runs: Sequence[Run]) -> Html:
     """The first run against each other one, on the items that both were scored on."""
     rows = [(run.name, one) for run in runs[1:] for one in paired(runs[0].evaluations, run.evaluations)]
     if not rows:
-        return _absent("No items that two runs were scored on.")
+        return absent("No items that two runs were scored on.")
     return fill(_PAIRED, first=runs[0].name, rows=rows)
 
 
@@ -215,7 +212,7 @@ def _failed(run: Run, max_failed: int) -> Html:
         shown = f", the first {len(cards)} shown" if len(cards) < len(items) else ""
         title = f"{evaluation.scores['suite']}: {len(items)} of {evaluation.scores['n']} items{shown}"
         parts.append(fill(_FOLDED, title=title, body=grid(cards, 284)))
-    return together(parts) if parts else _absent("Nothing failed, or the images are gone.")
+    return together(parts) if parts else absent("Nothing failed, or the images are gone.")
 
 
 def _card(evaluation: Evaluation, item: Item) -> Html:
@@ -236,14 +233,14 @@ def _card(evaluation: Evaluation, item: Item) -> Html:
 
 def _protocol(run: Run, evaluation: Evaluation) -> Html:
     scores = evaluation.scores
-    facts = {
+    found = {
         **_flat(scores.get("protocol", {})),
         **{f"hash of {k}": v[:16] for k, v in scores.get("fingerprints", {}).items()},
     }
-    facts["images"] = f"{scores['n']}, {scores['n_failed']} missing; seed {scores.get('seed', '–')}"
-    facts["versions"] = ", ".join(f"{name} {found}" for name, found in scores.get("versions", {}).items())
+    found["images"] = f"{scores['n']}, {scores['n_failed']} missing; seed {scores.get('seed', '–')}"
+    found["versions"] = ", ".join(f"{name} {number}" for name, number in scores.get("versions", {}).items())
     title = f"{run.name}: {scores['suite']}"
-    return fill(_FOLDED, title=title, body=fill(_FACTS, facts=facts))
+    return fill(_FOLDED, title=title, body=facts(found.items()))
 
 
 def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -285,11 +282,3 @@ def _short(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _section(title: str, body: Html) -> Html:
-    return fill(_SECTION, title=title, body=body)
-
-
-def _absent(text: str) -> Html:
-    return fill(_ABSENT, text=text)

@@ -19,7 +19,7 @@ from engine import files
 from engine.config import UserError
 from evaluation.report.charts import bar_chart
 from evaluation.report.gallery import grid, inlined
-from evaluation.report.markup import Html, document, fill, together
+from evaluation.report.markup import Html, document, facts, fill, section, together
 from evaluation.report.style import CSS
 
 MAX_PX = 192  # long side of an image on the page
@@ -35,10 +35,8 @@ table, svg.bars { max-width: 800px; }
 ol.problems { padding-left: 28px; font-size: 14px; overflow-wrap: anywhere; }
 td { overflow-wrap: anywhere; }
 """
-_SECTION = "<section><h2>{{ title }}</h2>{{ body }}</section>\n"
 _HEAD = """\
-<header><h1>{{ name }}</h1><p class="lead"><span class="{{ kind }}">{{ verdict }}</span></p></header>
-<dl>{% for name, value in facts %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>"""
+<header><h1>{{ name }}</h1><p class="lead"><span class="{{ kind }}">{{ verdict }}</span></p></header>{{ facts }}"""
 _PROBLEMS = """\
 <ol class="problems">{% for problem in listed %}<li>{{ problem.text }}</li>{% endfor %}</ol>
 {% if more %}<p>and {{ more }} more</p>{% endif %}"""
@@ -74,21 +72,20 @@ def page(diagnosis: Diagnosis) -> str:
     name = Path(diagnosis.directory).resolve().name
     sections = [_head(diagnosis, name), _problems(diagnosis)]
     sections += [
-        _section(table.title, fill(_TABLE, header=table.header, rows=table.rows))
-        for table in diagnosis.tables
+        section(table.title, fill(_TABLE, header=table.header, rows=table.rows)) for table in diagnosis.tables
     ]
-    sections += [_section(histogram.title, _bars(histogram)) for histogram in diagnosis.histograms]
+    sections += [section(histogram.title, _bars(histogram)) for histogram in diagnosis.histograms]
     if bad:
-        sections.append(_section("Samples with problems", _cards(bad, diagnosis.latent)))
+        sections.append(section("Samples with problems", _cards(bad, diagnosis.latent)))
     if good:
-        sections.append(_section("Samples", fill(LEAD, cards=_cards(good, diagnosis.latent))))
+        sections.append(section("Samples", fill(LEAD, cards=_cards(good, diagnosis.latent))))
     return document(f"{name}: diagnosis", CSS + STYLE, together(sections))
 
 
 def _head(diagnosis: Diagnosis, name: str) -> Html:
     kind = "bad" if diagnosis.num_problems else "good"
-    facts = [("folder", diagnosis.directory), *diagnosis.facts]
-    return fill(_HEAD, name=name, kind=kind, verdict=diagnosis.verdict, facts=facts)
+    told = facts([("folder", diagnosis.directory), *diagnosis.facts])
+    return fill(_HEAD, name=name, kind=kind, verdict=diagnosis.verdict, facts=told)
 
 
 def _problems(diagnosis: Diagnosis) -> Html:
@@ -97,14 +94,10 @@ def _problems(diagnosis: Diagnosis) -> Html:
     if diagnosis.num_problems:
         listed = diagnosis.problems[:MAX_PROBLEMS]
         more = diagnosis.num_problems - len(listed)
-        parts.append(_section("Problems", fill(_PROBLEMS, listed=listed, more=f"{more:,}" if more else "")))
+        parts.append(section("Problems", fill(_PROBLEMS, listed=listed, more=f"{more:,}" if more else "")))
     if diagnosis.notes:
-        parts.append(_section("Notes", fill(_NOTES, notes=diagnosis.notes)))
+        parts.append(section("Notes", fill(_NOTES, notes=diagnosis.notes)))
     return together(parts)
-
-
-def _section(title: str, body: Html) -> Html:
-    return fill(_SECTION, title=title, body=body)
 
 
 def _bars(histogram: Histogram) -> Html:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup as Html
 
-__all__ = ["Html", "document", "fill", "together"]
+__all__ = ["Html", "absent", "document", "facts", "fill", "section", "together"]
 
 _TEMPLATES = Environment(
     autoescape=True,
@@ -28,6 +28,10 @@ _DOCUMENT = """\
 <title>{{ title }}</title><style>{{ style }}</style></head>
 <body>{{ body }}</body></html>
 """
+_SECTION = """\
+<section><h2>{{ title }}</h2>{% if lead %}<p class="soft">{{ lead }}</p>{% endif %}{{ body }}</section>
+"""
+_FACTS = "<dl>{% for name, value in pairs %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>"
 
 
 def fill(template: str, **values: object) -> Html:
@@ -38,6 +42,21 @@ def fill(template: str, **values: object) -> Html:
 def together(parts: Iterable[object]) -> Html:
     """One after the other, each escaped unless it was made here."""
     return Html("").join(parts)  # type: ignore[arg-type]  # it escapes whatever has a text
+
+
+def section(title: str, body: Html, lead: str = "") -> Html:
+    """A heading, a sentence about what follows, and that."""
+    return fill(_SECTION, title=title, body=body, lead=lead)
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> Html:
+    """Names and values below each other."""
+    return fill(_FACTS, pairs=list(pairs))
+
+
+def absent(text: str) -> Html:
+    """Stands where there is nothing to show."""
+    return fill('<p class="absent">{{ text }}</p>', text=text)
 
 
 def document(title: str, style: str, body: Html, refresh_s: float | None = None) -> str:

@@ -11,7 +11,7 @@ from engine import files
 from evaluation.report.charts import bar_chart, line_chart, short
 from evaluation.report.gallery import edits, grid, reconstructions, text_to_image
 from evaluation.report.inputs import Evaluation, ReportInput, Training, read_report_input
-from evaluation.report.markup import Html, document, fill, together
+from evaluation.report.markup import Html, absent, document, facts, fill, section, together
 from evaluation.report.style import CSS
 from evaluation.report.verdicts import TARGETS, Outcome, outcomes
 
@@ -22,9 +22,6 @@ BOOKKEEPING = {"step", "loss", "lr", "nonfinite_steps", "epoch", "time_s", "num_
 ATTRIBUTION = """\
 <p>Emoji graphics: Twemoji, copyright Twitter, Inc and other contributors, licensed under \
 <a href="https://creativecommons.org/licenses/by/4.0/">CC-BY 4.0</a>; scaled and composed into scenes.</p>"""
-_SECTION = """\
-<section><h2>{{ title }}</h2>{% if lead %}<p class="soft">{{ lead }}</p>{% endif %}{{ body }}</section>
-"""
 _HEAD = """\
 <header><h1>RPiAE, from images to editing</h1>
 <p class="lead">Images → tokenizer → latents → text-to-image → editing: one run, what it made and how good that is.</p>
@@ -56,8 +53,6 @@ _SCORES = """\
 _TRAINING = """\
 <figure class="chart"><b>{{ name }}</b>{{ chart }}\
 <figcaption><span class="marks">{{ numbers }}</span></figcaption></figure>"""
-_FACTS = "<dl>{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>"
-_ABSENT = '<p class="absent">{{ text }}</p>'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,24 +113,16 @@ def page(report: ReportInput, found: Sequence[Outcome]) -> str:
     for gallery in GALLERIES:
         evaluation = report.evaluations.get(gallery.evaluation)
         shown = evaluation is not None and evaluation.images is not None
-        body = gallery.render(evaluation) if evaluation and shown else _absent("No images yet.")
-        sections.append(_section(gallery.title, body, gallery.lead))
+        body = gallery.render(evaluation) if evaluation and shown else absent("No images yet.")
+        sections.append(section(gallery.title, body, gallery.lead))
     sections += [
-        _section("Scores by category", _scores(report)),
-        _section("Training", _trainings(report.trainings), "Loss over steps, as logged."),
-        _section("Time", _durations(report)),
-        _section("Environment", fill(_FACTS, facts={**report.machine, **report.versions})),
-        _section("Attribution", fill(ATTRIBUTION)),
+        section("Scores by category", _scores(report)),
+        section("Training", _trainings(report.trainings), "Loss over steps, as logged."),
+        section("Time", _durations(report)),
+        section("Environment", facts({**report.machine, **report.versions}.items())),
+        section("Attribution", fill(ATTRIBUTION)),
     ]
     return document("RPiAE: a run from images to editing", CSS, together(sections))
-
-
-def _section(title: str, body: Html, lead: str = "") -> Html:
-    return fill(_SECTION, title=title, body=body, lead=lead)
-
-
-def _absent(text: str) -> Html:
-    return fill(_ABSENT, text=text)
 
 
 def _targets(report: ReportInput, found: Sequence[Outcome]) -> Html:
@@ -157,7 +144,7 @@ def _number(value: float, unit: str = "") -> str:
 
 def _scores(report: ReportInput) -> Html:
     if not report.evaluations:
-        return _absent("Nothing was judged yet.")
+        return absent("Nothing was judged yet.")
     order = [target.evaluation for target in TARGETS]
     names = sorted(report.evaluations, key=lambda n: order.index(n) if n in order else len(order))
     return together(_score_table(report.evaluations[name]) for name in names)
@@ -196,19 +183,19 @@ def _trainings(trainings: Sequence[Training]) -> Html:
     cards = []
     for training in trainings:
         points = training.series("loss")
-        chart = line_chart(points, f"loss of {training.name}") if points else _absent("nothing logged yet")
+        chart = line_chart(points, f"loss of {training.name}") if points else absent("nothing logged yet")
         numbers = ", ".join(
             f"{name.replace('_', ' ')} {short(value)}"
             for name, value in training.last().items()
             if name not in BOOKKEEPING and not name.startswith("system/") and value is not None
         )
         cards.append(fill(_TRAINING, name=training.name, chart=chart, numbers=numbers))
-    return grid(cards, 300) if cards else _absent("No training has logged anything yet.")
+    return grid(cards, 300) if cards else absent("No training has logged anything yet.")
 
 
 def _durations(report: ReportInput) -> Html:
     if not report.durations:
-        return _absent("No step has finished yet.")
+        return absent("No step has finished yet.")
     bars = [(name, seconds, _duration(seconds)) for name, seconds in report.durations]
     total = _duration(sum(seconds for _, seconds in report.durations))
     chart = bar_chart(bars, "seconds a step")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from evaluation.report.charts import NUM_COLOURS, Curve, curve_chart, short, smoothed
 from evaluation.report.gallery import grid
-from evaluation.report.markup import Html, fill, together
+from evaluation.report.markup import Html, absent, fill, together
 from evaluation.watch.run import SECONDS, TROUBLE, Run, Unit
 
 WIDE = (1180, 300)
@@ -43,7 +43,7 @@ def wide_chart(runs: Sequence[Run], metric: str, unit: Unit) -> Html:
     if not curves:
         has_rows = any(run.training.rows for run in runs)
         reason = "No times were logged: draw it over steps." if has_rows else "Nothing logged yet."
-        return fill('<p class="absent">{{ reason }}</p>', reason=reason)
+        return absent(reason)
     marks = list(_marks(runs, unit)) if len(runs) == 1 else []
     chart = curve_chart(curves, metric, size=WIDE, unit=unit, marks=marks)
     return fill('<figure class="wide">{{ chart }}</figure>', chart=chart)

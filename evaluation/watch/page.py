@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from evaluation.report.charts import NUM_COLOURS, bar_chart, stacked_bar
-from evaluation.report.markup import Html, document, fill, together
+from evaluation.report.markup import Html, document, fill, section, together
 from evaluation.report.style import CSS
 from evaluation.watch.curves import SMOOTH_FROM, charts, groups, wide_chart
 from evaluation.watch.records import configs, events_table, samples
@@ -24,9 +24,6 @@ td.text { overflow-wrap: anywhere; } td.config { font-size: 13px; overflow-wrap:
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
 .time { margin: 10px 0 18px; } .time b { font-size: 14px; }
 figure.grid img { image-rendering: auto; width: 100%; height: auto; }
-"""
-_SECTION = """\
-<section><h2>{{ title }}</h2>{% if lead %}<p class="soft">{{ lead }}</p>{% endif %}{{ body }}</section>
 """
 _HEAD = """\
 <header><h1>{{ title }}</h1><p class="lead">
@@ -74,7 +71,7 @@ def page(runs: Sequence[Run], *, now_s: float, over: Over = "step", refresh_s: f
 
 def _section(title: str, body: Html, lead: str = "") -> Html:
     """Nothing, if there is nothing to show."""
-    return fill(_SECTION, title=title, lead=lead, body=body) if body else body
+    return section(title, body, lead) if body else body
 
 
 def _head(title: str, runs: Sequence[Run], now_s: float) -> Html:

@@ -11,7 +11,7 @@ from PIL import Image
 from data.images import DECODE_ERRORS
 from evaluation.report.charts import NUM_COLOURS
 from evaluation.report.gallery import grid, inlined
-from evaluation.report.markup import Html, fill, together
+from evaluation.report.markup import Html, facts, fill, together
 from evaluation.watch.run import TROUBLE, Run
 
 MAX_GRIDS = 9  # of a run; the first, the last, and some between
@@ -39,8 +39,7 @@ _DIFFERING = """\
 {% endfor %}
 </tbody></table></div>"""
 _EQUAL = """\
-<details{{ " open" if is_open }}><summary>{{ title }}</summary>
-<dl>{% for name, value in settings %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></details>"""
+<details{{ " open" if is_open }}><summary>{{ title }}</summary>{{ settings }}</details>"""
 
 
 def samples(runs: Sequence[Run]) -> Html:
@@ -100,7 +99,7 @@ def configs(runs: Sequence[Run]) -> Html:
     equal = [(name, settings[0][name]) for name in names if name not in differing]
     is_one = len(runs) == 1
     title = f"{len(equal)} settings" if is_one else f"{len(equal)} settings are equal"
-    listed = fill(_EQUAL, title=title, settings=equal, is_open=is_one)
+    listed = fill(_EQUAL, title=title, settings=facts(equal), is_open=is_one)
     if not rows:
         return listed
     heads = {"names": [run.name for run in runs], "num_colours": NUM_COLOURS}
