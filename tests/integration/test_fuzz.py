@@ -39,8 +39,12 @@ def script(name: str) -> ModuleType:
     return module
 
 
-mutate, cases = script("mutate"), script("fuzz_cases")
-CASES: dict[str, Any] = cases.CASES
+mutate, _ = script("mutate"), script("fuzz_inputs")
+CASES: dict[str, Any] = {
+    **script("fuzz_models").CASES,
+    **script("fuzz_data").CASES,
+    **script("fuzz_scores").CASES,
+}
 LEFT = {
     **dict.fromkeys(("parquet", "parquet of classes", "omniedit"), "two columns of one name"),
     **dict.fromkeys(("doctor", "verify"), "a rejected.jsonl that is no UTF-8"),
