@@ -64,7 +64,9 @@ def _in_a_sentence(read: Callable[[], T]) -> T:
     except (OSError, ValueError):
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+        if (
+            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        ):  # of a library in Rust
             raise
         raise ValueError(f"{type(error).__name__}: {error}") from error
 

@@ -45,19 +45,14 @@ CASES: dict[str, Any] = {
     **script("fuzz_data").CASES,
     **script("fuzz_scores").CASES,
 }
-LEFT = {
-    **dict.fromkeys(("parquet", "parquet of classes", "omniedit"), "two columns of one name"),
-    **dict.fromkeys(("doctor", "verify"), "a rejected.jsonl that is no UTF-8"),
-    "gedit": "a damaged page, texts that are bytes",
-    "caption tables": "a time beyond all dates",
-    "torch file": "an archive that spans disks, strange opcodes",
-    "judge's export": "channels by the million",
-}
-"""Cases that are known to fail, and why."""
-NAMES = [
-    pytest.param(name, marks=pytest.mark.xfail(reason=LEFT[name], strict=False) if name in LEFT else ())
-    for name in CASES
-]
+LEFT = (
+    "data/verify.py:94: UnicodeDecodeError",
+    "evaluation/prompt_sets.py",
+    "data/sources/caption_files.py:41: ValueError",
+    "tokenizer/releases/checkpoint.py:60",
+    "evaluation/judges/emoji_network.py:151: RuntimeError",
+)
+"""Places of failures that are known and not mended yet."""
 
 
 class TooLongError(BaseException):
@@ -126,6 +121,10 @@ def run(case: Any, seeds: Sequence[int], folder: Path) -> list[str]:
     return failures
 
 
+def new(failures: Sequence[str]) -> list[str]:
+    return [failure for failure in failures if not any(f" {place}" in failure for place in LEFT)]
+
+
 def _limit() -> None:
     """More memory than MAX_BYTES is refused; a reader that hangs is stopped, and killed where that is not enough."""
 
@@ -141,15 +140,15 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (taken + MAX_BYTES, taken + MAX_BYTES))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_nearly_right_inputs_are_read_or_refused_in_one_line(name: str, tmp_path: Path) -> None:
-    assert run(CASES[name], range(NUM_DEFAULT), tmp_path) == []
+    assert new(run(CASES[name], range(NUM_DEFAULT), tmp_path)) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_three_thousand_nearly_right_inputs_are_read_or_refused_in_one_line(
     name: str, tmp_path: Path
 ) -> None:
     assert len(CASES) * NUM_SLOW >= 3000
-    assert run(CASES[name], range(NUM_DEFAULT, NUM_DEFAULT + NUM_SLOW), tmp_path) == []
+    assert new(run(CASES[name], range(NUM_DEFAULT, NUM_DEFAULT + NUM_SLOW), tmp_path)) == []
