@@ -41,6 +41,7 @@ setup(
         "isal>=1.5",  # CRC-32 of every byte that is read
         "jinja2>=3.1",  # pages; torch needs it, too
         "lpips>=0.1.4",
+        "markupsafe>=2.1",  # what jinja2 escapes with
         "numpy>=1.26",
         "nvidia-ml-py>=12.535",  # a GPU's utilisation, power and temperature in the logs
         "pillow>=10.1",

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluation.report.markup import Html, fill
+from evaluation.report.markup import Html, fill, whole
 from evaluation.report.style import chart_file_style
 
 WIDTH, HEIGHT = 320, 180  # user units; the page scales them
@@ -184,7 +184,7 @@ def curve_chart(
     )
 
 
-def chart_file(curves: Sequence[Curve], title: str, axis: Axis | None = None) -> Html:
+def chart_file(curves: Sequence[Curve], title: str, axis: Axis | None = None) -> str:
     """The chart as an SVG file that stands alone: styles, white ground (for dark pages too), title and legend inside.
 
     `title` says what is drawn over what. Curves without a name are not in the legend.
@@ -197,7 +197,7 @@ def chart_file(curves: Sequence[Curve], title: str, axis: Axis | None = None) ->
             left += 60 + CHARACTER_WIDTH * len(curve.name)
     chart = curve_chart(curves, title, size=FILE_SIZE, axis=axis, is_detailed=True)
     size = {"width": width, "height": height, "head": FILE_HEAD, "margin": LEFT}
-    return fill(_FILE, **size, title=title, legend=legend, chart=chart, style=chart_file_style())
+    return whole(fill(_FILE, **size, title=title, legend=legend, chart=chart, style=chart_file_style()))
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

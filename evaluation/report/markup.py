@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup as Html
 
-__all__ = ["Html", "absent", "document", "facts", "fill", "section", "together"]
+__all__ = ["Html", "absent", "document", "facts", "fill", "section", "together", "whole"]
 
 _TEMPLATES = Environment(
     autoescape=True,
@@ -61,7 +61,13 @@ def absent(text: str) -> Html:
 
 def document(title: str, style: str, body: Html, refresh_s: float | None = None) -> str:
     """A whole page. `style`: CSS of ours, a constant; `refresh_s`: a browser loads it again after so many seconds."""
-    return fill(_DOCUMENT, title=title, style=Html(style), body=body, refresh_s=refresh_s)  # noqa: S704  # CSS of ours
+    css = Html(style)  # noqa: S704  # a constant
+    return whole(fill(_DOCUMENT, title=title, style=css, body=body, refresh_s=refresh_s))
+
+
+def whole(made: Html) -> str:
+    """As a file holds it: plain text, question marks for halves of characters, which UTF-8 has no bytes for."""
+    return str(made).encode("utf-8", "replace").decode()
 
 
 @functools.lru_cache(maxsize=256)
