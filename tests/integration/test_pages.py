@@ -23,6 +23,9 @@ from data.findings import Problem
 from engine.config import UserError
 from evaluation.report import benchmarks, doctor, render_report
 from evaluation.report.charts import Curve, chart_file, stacked_bar
+from evaluation.report.inputs import read_report_input
+from evaluation.report.page import page as report_page
+from evaluation.report.verdicts import outcomes
 from evaluation.watch import page as watch_page
 from evaluation.watch import read_run
 
@@ -184,6 +187,27 @@ def test_no_text_of_a_diagnosis_becomes_an_element(tmp_path: Path) -> None:
     assert Harmless(page).text.count("alert(1)") > 30
 
 
+def test_no_name_of_a_run_or_a_machine_becomes_an_element(tmp_path: Path) -> None:
+    cases.scores(tmp_path)
+    cases.run_folder(tmp_path)
+    scored = dataclasses.replace(benchmarks.read_run(tmp_path), name=EVIL)
+    assert Harmless(benchmarks.page([scored, benchmarks.read_run(tmp_path)])).text.count("alert(1)") > 5
+    logged = dataclasses.replace(read_run(tmp_path, EVIL), path=Path(EVIL))
+    for runs in ([logged], [logged, read_run(tmp_path)]):
+        assert "alert(1)" in Harmless(watch_page(runs, now_s=1e9)).text
+    report = read_report_input(tmp_path)
+    evil = dataclasses.replace(
+        report,
+        machine={EVIL: EVIL},
+        versions={EVIL: EVIL},
+        trainings=tuple(dataclasses.replace(one, name=EVIL) for one in report.trainings),
+        evaluations={
+            f"{EVIL}{name}": dataclasses.replace(one, name=EVIL) for name, one in report.evaluations.items()
+        },
+    )
+    assert Harmless(report_page(evil, outcomes(evil))).text.count("alert(1)") > 4
+
+
 def test_no_name_of_a_chart_becomes_an_element() -> None:
     curves = [Curve("a", [(1.0, 2.0), (2.0, 3.0)]), Curve("b", [(1.0, 2.0)], 1, level=0.5)]
     evil = [dataclasses.replace(curve, name=EVIL) for curve in curves]
@@ -217,8 +241,10 @@ def test_html_is_made_in_one_place_from_constants() -> None:
                 assert not {"html", "markupsafe", "jinja2", "xml"} & {
                     module.split(".")[0] for module in modules
                 }, name
-            if isinstance(node, ast.JoinedStr | ast.BinOp):
-                texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            if isinstance(
+                node, ast.JoinedStr | ast.BinOp | ast.Attribute
+            ):  # f"", + and %, "".format and join
+                texts = [getattr(part, "value", "") for part in ast.iter_child_nodes(node)]
                 found = [text for text in texts if isinstance(text, str) and TAG.search(text)]
                 assert not found, f"{name}:{node.lineno}: {found}"
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "fill":
