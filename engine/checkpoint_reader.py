@@ -11,6 +11,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
+from engine.config import UserError
 from engine.layout import Segment
 
 
@@ -27,13 +28,20 @@ class Saved:
 
     def __enter__(self) -> Saved:
         for path in self._paths:
-            file = self._stack.enter_context(safetensors.safe_open(path, "pt"))
-            for name in file.keys():  # noqa: SIM118  # it is no dict
-                place, _, start = name.rpartition(":")
-                engine, kind, parameter = place.split("/", 2)
-                (length,) = file.get_slice(name).get_shape()
-                piece = (int(start), int(start) + length, file, name)
-                self._pieces[f"{engine}/{kind}", parameter].append(piece)
+            try:
+                file = self._stack.enter_context(safetensors.safe_open(path, "pt"))
+                for name in file.keys():  # noqa: SIM118  # it is no dict
+                    place, _, start = name.rpartition(":")
+                    engine, kind, parameter = place.split("/", 2)
+                    (length,) = file.get_slice(name).get_shape()
+                    piece = (int(start), int(start) + length, file, name)
+                    self._pieces[f"{engine}/{kind}", parameter].append(piece)
+            except (OSError, ValueError, safetensors.SafetensorError) as error:
+                self._stack.close()
+                reason = " ".join(str(error).split())[:100]
+                raise UserError(
+                    f"{path}: is no file of a checkpoint ({reason}); take an earlier one"
+                ) from None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,7 +57,10 @@ class Saved:
         }
 
     def fill(self, kind: str, segments: Sequence[Segment], flat: Tensor) -> None:
-        """Writes the segments' values of ENGINE/KIND into a flat tensor; its padding stays as it is."""
+        """Writes the segments' values of ENGINE/KIND into a flat tensor; its padding stays as it is.
+
+        Raises UserError: a value that is in no file.
+        """
         for segment in segments:
             position, end = segment.start, segment.start + segment.length
             pieces = self._pieces[kind, segment.parameter]
@@ -57,9 +68,11 @@ class Saved:
                 first, last, file, name = next(
                     (piece for piece in pieces if piece[0] <= position < piece[1]), (0, 0, None, "")
                 )
-                assert file is not None, (
-                    f"{self._directory}: {kind}/{segment.parameter} lacks value {position}"
-                )
+                if file is None:
+                    where = f"{kind}/{segment.parameter}"
+                    raise UserError(
+                        f"{self._directory}: {where} lacks value {position}; take an earlier checkpoint"
+                    )
                 stop = min(end, last)
                 place = segment.offset + position - segment.start
                 values = file.get_slice(name)[position - first : stop - first]

@@ -18,6 +18,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from engine.config import UserError
 
 HASH_CHUNK_BYTES = 1 << 20
@@ -245,3 +247,24 @@ def sha256(path: str | Path) -> str:
 def digest(value: Any) -> str:
     """Hex SHA-256 of a JSON-able value, independent of key order: the fingerprint of configs and manifests."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; what a list of somebody's names need be no name: too long, with a zero byte."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def checked(kind: TypeAdapter[Any], tree: Any, where: object) -> Any:
+    """`tree`, read from the file `where`, if it is what `kind` describes. Raises UserError: the place that is not."""
+    try:
+        kind.validate_python(tree, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))[:200] or "the whole"
+        raise UserError(
+            f"{where}: {place}: {first['msg']}; write it again with the command that made it"
+        ) from None
+    return tree

@@ -63,7 +63,11 @@ def _in_a_sentence(read: Callable[[], T]) -> T:
         return read()
     except (OSError, ValueError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if (
+            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        ):  # of a library in Rust
+            raise
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 

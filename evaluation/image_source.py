@@ -8,8 +8,10 @@ Shapes: N images, H W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +29,7 @@ from evaluation.manifest import ImageSet, Item, write_image, write_manifest
 
 ARRAY_NAME = "arr_0"
 NPZ_NAME = "npz.json"
+DAMAGED = (zipfile.BadZipFile, zlib.error)
 
 
 BlockT_co = TypeVar("BlockT_co", covariant=True)
@@ -171,7 +174,7 @@ class NpzImages:
     @classmethod
     def open(cls, path: Path) -> NpzImages:
         """Raises UserError: no such file, no such array, another layout."""
-        with _zip(path) as archive:
+        with reading_npz(path), _zip(path) as archive:
             names = archive.namelist()
             if f"{ARRAY_NAME}.npy" not in names:
                 raise UserError(f"{path}: has no array '{ARRAY_NAME}' (there are: {', '.join(names)})")
@@ -186,10 +189,10 @@ class NpzImages:
                     else np.lib.format.read_array_header_2_0
                 )
                 shape, fortran, dtype = read_header(file)
-                header_bytes = file.tell()
+                offset = _data_offset(path, entry) + file.tell()
         if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
             raise UserError(f"{path}: '{ARRAY_NAME}' is {dtype} {list(shape)}; expected uint8 [N, H, W, 3]")
-        return cls(path, shape, _data_offset(path, entry) + header_bytes)
+        return cls(path, shape, offset)
 
     @cached_property
     def digest(self) -> str:
@@ -238,6 +241,28 @@ def _state(path: Path) -> tuple[int, int]:
 def _size(image: Tensor) -> str:
     """Of [..., H, W], as people say it."""
     return f"{image.shape[-1]} x {image.shape[-2]}"
+
+
+@contextlib.contextmanager
+def reading_npz(path: Path) -> Iterator[None]:
+    """Around reading an .npz file: one that is none, or damaged, ends in one line. Raises UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        ArithmeticError,
+        EOFError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        *DAMAGED,
+    ) as error:
+        raise UserError(
+            f"{path}: is no .npz file, or a damaged one ({type(error).__name__}); fetch it again"
+        ) from None
 
 
 def _zip(path: Path) -> zipfile.ZipFile:

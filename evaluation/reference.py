@@ -14,7 +14,7 @@ import numpy as np
 
 from engine import files
 from engine.config import UserError
-from evaluation.image_source import ARRAY_NAME, FileImages, ImageSource, NpzImages
+from evaluation.image_source import ARRAY_NAME, FileImages, ImageSource, NpzImages, reading_npz
 from evaluation.manifest import MANIFEST_NAME, ImageSet
 from evaluation.metrics.frechet import F64
 
@@ -49,7 +49,8 @@ class Reference:
         Raises UserError: none of these, an incomplete file, no images.
         """
         if path.suffix == ".npz":
-            return _open_npz(path)
+            with reading_npz(path):
+                return _open_npz(path)
         if (path / MANIFEST_NAME).is_file():
             images = ImageSet.open(path)
             role = "original" if "original" in images.items[0].images else "result"

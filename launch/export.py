@@ -175,7 +175,7 @@ def _commit() -> str | None:
     """Of this code; None outside a git checkout."""
     command = ["git", "-C", str(entry.REPOSITORY), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603  # git's own name
     except (OSError, subprocess.CalledProcessError):
         return None
 

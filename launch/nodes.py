@@ -33,7 +33,7 @@ REMEDIES = {
     "weights": "bring the same files to every node",
     "hardware": "a run is as slow as its slowest GPU; take that node out or repair it",
 }
-TOKEN = ".nodes-check"
+TOKEN = ".nodes-check"  # noqa: S105  # a file's name
 SHARED_WITHIN_S = 15.0
 """Network file systems show a new file after their attribute cache has expired."""
 

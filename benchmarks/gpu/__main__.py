@@ -101,7 +101,7 @@ def _run_groups(arguments: argparse.Namespace, lines: Path, begin_s: float) -> N
         command += ["--lines", str(lines), "--budget", str(left_s), *(["--small"] if arguments.small else [])]
         print(f"{group}: {left_s:.0f} s", flush=True)
         try:
-            status = subprocess.run(command, cwd=REPOSITORY, timeout=max(left_s, 1)).returncode
+            status = subprocess.run(command, cwd=REPOSITORY, timeout=max(left_s, 1)).returncode  # noqa: S603  # our own command
             trouble = f"its process ended with status {status}" if status else ""
         except subprocess.TimeoutExpired:
             trouble = f"stopped after {left_s:.0f} s"
@@ -113,7 +113,7 @@ def _tests(left_s: float) -> dict[str, Any]:
     """pytest's exit status (5: it collected none) and its counts."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603  # our own command
             command, cwd=REPOSITORY, timeout=max(left_s, 1), capture_output=True, text=True, errors="replace"
         )
     except subprocess.TimeoutExpired as error:

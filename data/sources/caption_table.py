@@ -59,7 +59,7 @@ class CaptionTable:
         wanted = _key_hash(key) if self._join == "key" else _url_hash(url)
         row = (
             self._connected()
-            .execute(f"SELECT * FROM captions WHERE {self._join} = ? ORDER BY rowid LIMIT 1", (wanted,))
+            .execute(f"SELECT * FROM captions WHERE {self._join} = ? ORDER BY rowid LIMIT 1", (wanted,))  # noqa: S608  # a column of ours
             .fetchone()
         )
         if row is None:
@@ -150,7 +150,7 @@ def _fill(
 ) -> None:
     texts = ", ".join(f"text{number} TEXT" for number in range(len(columns)))
     connection.execute(f"CREATE TABLE captions (key INTEGER, url INTEGER, {texts})")
-    insert = f"INSERT INTO captions VALUES ({', '.join('?' * (len(columns) + 2))})"
+    insert = f"INSERT INTO captions VALUES ({', '.join('?' * (len(columns) + 2))})"  # noqa: S608  # question marks alone
     names = [key_column, url_column, *columns]
     filled = dict.fromkeys(names, 0)
     progress, count = ProgressLine("caption table", "rows"), 0

@@ -19,6 +19,7 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
+MAX_SHOWN = 200  # characters of a clause in a message
 MAX_OBJECTS = 16  # of a class
 POSITION_SLACK = 0.1  # of the sum of both sizes
 POSITION_THRESHOLD = 0.5  # of the normalised offset
@@ -56,6 +57,30 @@ def threshold_of(tag: str) -> float:
     return COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
 
 
+def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
+    """Raises UserError naming `where`: no tag of GenEval, clauses that are none."""
+    tag = metadata.get("tag")
+    threshold_of(tag if isinstance(tag, str) else repr(tag))
+    for kind in ("include", "exclude"):
+        clauses = metadata.get(kind) or []
+        if not isinstance(clauses, list):
+            raise UserError(
+                f"{where}: {kind} is no list of clauses; take the metadata of GenEval's prompt file"
+            )
+        for place, clause in enumerate(clauses):
+            if not isinstance(clause, Mapping) or not {"class", "count"} <= clause.keys():
+                raise UserError(f"{where}: clause {str(clause)[:MAX_SHOWN]} has no class and count")
+            position = clause.get("position", ["", 0])
+            is_good = type(clause["count"]) is int and isinstance(clause["class"], str)
+            is_good &= isinstance(clause.get("color", ""), str)
+            is_good &= isinstance(position, list) and list(map(type, position)) == [str, int]
+            if not is_good or ("position" in clause and not 0 <= position[1] < place):
+                raise UserError(
+                    f"{where}: clause {str(clause)[:MAX_SHOWN]} has another class, count, color or position than "
+                    "GenEval's; take the metadata of its prompt file"
+                )
+
+
 def kept(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]]:
     """Objects that count, by class, the surest first."""
     least = np.float32(threshold_of(tag))
@@ -67,17 +92,17 @@ def kept(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]
 
 
 def verdict(metadata: Mapping[str, Any], detections: Sequence[Detection]) -> tuple[bool, list[str]]:
-    """Whether the image is right, and why it is not."""
+    """Whether the image is right, and why it is not. `metadata`: checked (`check_metadata`)."""
     objects = kept(detections, str(metadata["tag"]))
     reasons: list[str] = []
     matched: list[list[Detection] | None] = []  # by clause; None: not fulfilled
-    for clause in metadata.get("include", []):
+    for clause in metadata.get("include") or []:
         name, count = clause["class"], clause["count"]
         found = objects.get(name, [])[:count]
         problems = _problems(clause, found, matched)
         reasons += problems
         matched.append(None if problems else found)
-    for clause in metadata.get("exclude", []):
+    for clause in metadata.get("exclude") or []:
         name, count = clause["class"], clause["count"]
         if len(objects.get(name, [])) >= count:
             reasons.append(f"expected fewer than {count} {name}, found {len(objects[name])}")
@@ -136,7 +161,7 @@ def coloured(metadata: Mapping[str, Any], detections: Sequence[Detection]) -> li
     objects = kept(detections, str(metadata["tag"]))
     return [
         one
-        for clause in metadata.get("include", [])
+        for clause in metadata.get("include") or []
         if "color" in clause
         for one in objects.get(clause["class"], [])[: clause["count"]]
     ]

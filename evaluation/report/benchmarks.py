@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from evaluation.manifest import Item
 from evaluation.report.comparison import paired
 from evaluation.report.gallery import grid, strip
 from evaluation.report.inputs import Evaluation, read_evaluation
+from evaluation.report.markup import Html, absent, document, facts, fill, section, together
 from evaluation.report.paper_tables import TABLES, Column, PaperTable
 from evaluation.report.style import CSS
 from evaluation.runner import SCORES_NAME
@@ -30,6 +30,59 @@ figcaption .answer { display: block; font-size: 13px; color: var(--soft); overfl
 details summary { cursor: pointer; color: var(--accent); margin: 10px 0; }
 .range { white-space: nowrap; }
 """
+_HEAD = """\
+<header><h1>Scores</h1><p class="lead">{{ names }}</p><p class="soft">95 % confidence intervals in grey. \
+The paper's rows: RPiAE, Tables 3, 4, 5, 8 and 9. Numbers compare only where protocol, judge and reference are the \
+same; both stand at the end.</p></header>"""
+_PAPER = """\
+<h3>{{ table.title }}</h3><div class="scroll"><table><thead><tr><th></th>
+{% for column in table.columns %}
+<th class="number">{{ column.label }} {{ "↓" if column.less_is_better else "↑" }}</th>
+{% endfor %}
+</tr></thead><tbody>
+{% for name, values in rows %}
+<tr><td>{{ name }}</td>{% for value in values %}<td class="number">{{ value }}</td>{% endfor %}</tr>
+{% endfor %}
+{% for name, cells in ours %}
+<tr class="ours"><td class="ours">{{ name }}</td>
+{% for value, interval in cells %}
+<td class="number ours">{{ value }}{% if interval %}<br><span class="range">{{ interval }}</span>{% endif %}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>{% for note in notes %}<p class="soft">{{ note }}</p>{% endfor %}"""
+_ALL = """\
+<div class="scroll"><table><thead><tr><th>Suite</th><th>Metric</th><th>Group</th>
+{% for name in names %}<th class="number">{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for labels, cells in rows %}
+<tr>{% for label in labels %}<td>{{ label }}</td>{% endfor %}
+
+{% for value, interval, n in cells %}
+<td class="number ours">{{ value }}{% if interval %} <span class="range">{{ interval }}</span>{% endif %}
+{% if n is not none %} <small>n = {{ n }}</small>{% endif %}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>"""
+_PAIRED = """\
+<div class="scroll"><table><thead><tr><th>{{ first }} against</th><th>Suite</th><th>Metric</th>
+{% for name in ("both right", "only " ~ first, "only the other", "neither", "p, if they were equal") %}
+<th class="number">{{ name }}</th>
+{% endfor %}
+</tr></thead><tbody>
+{% for name, one in rows %}
+<tr><td>{{ name }}</td><td>{{ one.suite }}</td><td>{{ one.metric }}</td>
+{% for n in (one.both, one.only_first, one.only_second, one.neither, "%.2g" | format(one.p_value)) %}
+<td class="number">{{ n }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>"""
+_FOLDED = "<details><summary>{{ title }}</summary>{{ body }}</details>"
+_CARD = """\
+<figure>{{ strip }}<figcaption>{{ text }}<span class="marks">{{ values }}</span>
+{%- for reason in reasons %}<span class="answer">{{ reason }}</span>{% endfor -%}
+</figcaption></figure>"""
 
 
 @dataclass(frozen=True)
@@ -62,21 +115,14 @@ def page(runs: Sequence[Run], max_failed: int = MAX_FAILED) -> str:
     names = ", ".join(run.name for run in runs)
     tables = [text for table in TABLES for text in [_paper_table(table, runs)] if text]
     body = [
-        f'<header><h1>Scores</h1><p class="lead">{escape(names)}</p>'
-        '<p class="soft">95 % confidence intervals in grey. The paper\'s rows: RPiAE, Tables 3, 4, 5, 8 and 9. Numbers '
-        "compare only where protocol, judge and reference are the same; both stand at the end.</p></header>",
-        _section("Beside the paper", "".join(tables) or '<p class="absent">No score of its tables yet.</p>'),
-        _section("Every score", _all_scores(runs)),
-        _section("Item by item", _item_by_item(runs)) if len(runs) > 1 else "",
-        *(_section(f"Failed: {escape(run.name)}", _failed(run, max_failed)) for run in runs),
-        _section("Protocols", "".join(_protocol(run, one) for run in runs for one in run.evaluations)),
+        fill(_HEAD, names=names),
+        section("Beside the paper", together(tables) if tables else absent("No score of its tables yet.")),
+        section("Every score", _all_scores(runs)),
+        *([section("Item by item", _item_by_item(runs))] if len(runs) > 1 else []),
+        *(section(f"Failed: {run.name}", _failed(run, max_failed)) for run in runs),
+        section("Protocols", together(_protocol(run, one) for run in runs for one in run.evaluations)),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Scores: {escape(names)}</title><style>{CSS}{STYLE}</style></head>\n"
-        f"<body>{''.join(body)}</body></html>\n"
-    )
+    return document(f"Scores: {names}", CSS + STYLE, together(body))
 
 
 def find(run: Run, column: Column) -> Mapping[str, Any] | None:
@@ -96,40 +142,25 @@ def find(run: Run, column: Column) -> Mapping[str, Any] | None:
     return None
 
 
-def _paper_table(table: PaperTable, runs: Sequence[Run]) -> str:
-    """ "" when no run has a number of its columns."""
+def _paper_table(table: PaperTable, runs: Sequence[Run]) -> Html | None:
+    """None when no run has a number of its columns."""
     ours = [(run, [find(run, column) for column in table.columns]) for run in runs]
     ours = [(run, cells) for run, cells in ours if any(cells)]
     if not ours:
-        return ""
-    head = "".join(
-        f'<th class="number">{escape(column.label)} {"↓" if column.less_is_better else "↑"}</th>'
-        for column in table.columns
-    )
-    rows = [
-        f"<tr><td>{escape(name)}</td>{''.join(map(_plain, values, table.columns))}</tr>"
-        for name, values in table.rows
-    ]
+        return None
+    rows = [(name, list(map(_plain, values, table.columns))) for name, values in table.rows]
     notes = [table.note] if table.note else []
     for run, cells in ours:
-        texts = [_beside(cell, column) for cell, column in zip(cells, table.columns, strict=True)]
-        rows.append(f'<tr class="ours"><td class="ours">{escape(run.name)}</td>{"".join(texts)}</tr>')
         for column, cell in zip(table.columns, cells, strict=True):
             if cell is not None and (cell.get("note") or cell["partial"] or cell["metric"] != column.metric):
                 partial = "partial; " if cell["partial"] else ""
-                notes.append(
-                    f"{run.name}, {column.label} is {cell['metric']}: {partial}{cell.get('note', '')}".rstrip(
-                        ": "
-                    )
-                )
-    lines = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes)
-    return (
-        f'<h3>{escape(table.title)}</h3><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>{lines}"
-    )
+                note = f"{run.name}, {column.label} is {cell['metric']}: {partial}{cell.get('note', '')}"
+                notes.append(note.rstrip(": "))
+    texts = [(run.name, list(map(_beside, cells, table.columns))) for run, cells in ours]
+    return fill(_PAPER, table=table, rows=rows, ours=texts, notes=notes)
 
 
-def _all_scores(runs: Sequence[Run]) -> str:
+def _all_scores(runs: Sequence[Run]) -> Html:
     """A row for every suite, metric and group; a column a run."""
     rows: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
     for run in runs:
@@ -138,39 +169,19 @@ def _all_scores(runs: Sequence[Run]) -> str:
             for group, table in [("", scores["scores"]), *scores["groups"].items()]:
                 for metric, found in table.items():
                     rows.setdefault((scores["suite"], metric, group), {}).setdefault(run.name, found)
-    head = "".join(f'<th class="number">{escape(run.name)}</th>' for run in runs)
-    lines = [
-        f"<tr><td>{escape(suite)}</td><td>{escape(metric)}</td><td>{escape(group)}</td>"
-        + "".join(_measured(found.get(run.name)) for run in runs)
-        + "</tr>"
-        for (suite, metric, group), found in sorted(rows.items())
+    names = [run.name for run in runs]
+    cells = [
+        (labels, [_measured(found.get(name)) for name in names]) for labels, found in sorted(rows.items())
     ]
-    return (
-        '<div class="scroll"><table><thead><tr><th>Suite</th><th>Metric</th><th>Group</th>'
-        f"{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    return fill(_ALL, names=names, rows=cells)
 
 
-def _item_by_item(runs: Sequence[Run]) -> str:
+def _item_by_item(runs: Sequence[Run]) -> Html:
     """The first run against each other one, on the items that both were scored on."""
-    rows = [
-        f"<tr><td>{escape(run.name)}</td><td>{escape(one.suite)}</td><td>{escape(one.metric)}</td>"
-        + "".join(
-            f'<td class="number">{n}</td>' for n in (one.both, one.only_first, one.only_second, one.neither)
-        )
-        + f'<td class="number">{one.p_value:.2g}</td></tr>'
-        for run in runs[1:]
-        for one in paired(runs[0].evaluations, run.evaluations)
-    ]
+    rows = [(run.name, one) for run in runs[1:] for one in paired(runs[0].evaluations, run.evaluations)]
     if not rows:
-        return '<p class="absent">No items that two runs were scored on.</p>'
-    first = escape(runs[0].name)
-    numbers = ("both right", f"only {first}", "only the other", "neither", "p, if they were equal")
-    head = "".join(f'<th class="number">{name}</th>' for name in numbers)
-    return (
-        f'<div class="scroll"><table><thead><tr><th>{first} against</th><th>Suite</th><th>Metric</th>{head}'
-        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+        return absent("No items that two runs were scored on.")
+    return fill(_PAIRED, first=runs[0].name, rows=rows)
 
 
 def failed_items(evaluation: Evaluation) -> list[Item]:
@@ -191,7 +202,7 @@ def _is_failure(name: str, value: Any) -> bool:
     return name in FAILED_BELOW and value is not None and value < FAILED_BELOW[name]
 
 
-def _failed(run: Run, max_failed: int) -> str:
+def _failed(run: Run, max_failed: int) -> Html:
     parts = []
     for evaluation in run.evaluations:
         items = failed_items(evaluation)
@@ -199,40 +210,37 @@ def _failed(run: Run, max_failed: int) -> str:
             continue
         cards = [_card(evaluation, item) for item in items[:max_failed]]
         shown = f", the first {len(cards)} shown" if len(cards) < len(items) else ""
-        suite, n = escape(str(evaluation.scores["suite"])), evaluation.scores["n"]
-        title = f"{suite}: {len(items)} of {n} items{shown}"
-        parts.append(f"<details><summary>{title}</summary>{grid(cards, 284)}</details>")
-    return "".join(parts) or '<p class="absent">Nothing failed, or the images are gone.</p>'
+        title = f"{evaluation.scores['suite']}: {len(items)} of {evaluation.scores['n']} items{shown}"
+        parts.append(fill(_FOLDED, title=title, body=grid(cards, 284)))
+    return together(parts) if parts else absent("Nothing failed, or the images are gone.")
 
 
-def _card(evaluation: Evaluation, item: Item) -> str:
+def _card(evaluation: Evaluation, item: Item) -> Html:
     line = evaluation.per_item[item.key]
     text = str(
         item.meta.get("prompt") or item.meta.get("instruction") or item.meta.get("item_id") or item.key
     )
-    values = ", ".join(f"{name} {_short(value)}" for name, value in line["values"].items())
     detail = line["detail"]
     reasons = [*detail.get("reasons", ()), *detail.get("failed", ()), *detail.get("answers", ())]
-    said = "".join(
-        f'<span class="answer">{escape(str(reason)[:MAX_ANSWER_CHARACTERS])}</span>' for reason in reasons
-    )
-    roles = [(role, role) for role in ROLES if role in item.images]
-    return (
-        f"<figure>{strip(evaluation, item, roles)}<figcaption>{escape(text[:MAX_ANSWER_CHARACTERS])}"
-        f'<span class="marks">{escape(values)}</span>{said}</figcaption></figure>'
+    return fill(
+        _CARD,
+        strip=strip(evaluation, item, [(role, role) for role in ROLES if role in item.images]),
+        text=text[:MAX_ANSWER_CHARACTERS],
+        values=", ".join(f"{name} {_short(value)}" for name, value in line["values"].items()),
+        reasons=[str(reason)[:MAX_ANSWER_CHARACTERS] for reason in reasons],
     )
 
 
-def _protocol(run: Run, evaluation: Evaluation) -> str:
+def _protocol(run: Run, evaluation: Evaluation) -> Html:
     scores = evaluation.scores
-    facts = {
-        **_flat(scores["protocol"]),
-        **{f"hash of {k}": v[:16] for k, v in scores["fingerprints"].items()},
+    found = {
+        **_flat(scores.get("protocol", {})),
+        **{f"hash of {k}": v[:16] for k, v in scores.get("fingerprints", {}).items()},
     }
-    facts["images"] = f"{scores['n']}, {scores['n_failed']} missing; seed {scores['seed']}"
-    facts["versions"] = ", ".join(f"{name} {version}" for name, version in scores["versions"].items())
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
-    return f"<details><summary>{escape(run.name)}: {escape(str(scores['suite']))}</summary><dl>{listed}</dl></details>"
+    found["images"] = f"{scores['n']}, {scores['n_failed']} missing; seed {scores.get('seed', '–')}"
+    found["versions"] = ", ".join(f"{name} {number}" for name, number in scores.get("versions", {}).items())
+    title = f"{run.name}: {scores['suite']}"
+    return fill(_FOLDED, title=title, body=facts(found.items()))
 
 
 def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -245,27 +253,27 @@ def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _plain(value: float | None, column: Column) -> str:
-    return f'<td class="number">{"–" if value is None else f"{value:.{column.digits}f}"}</td>'
+    return "–" if value is None else f"{value:.{column.digits}f}"
 
 
-def _beside(cell: Mapping[str, Any] | None, column: Column) -> str:
-    """A run's number in the paper's digits, its interval below."""
+def _beside(cell: Mapping[str, Any] | None, column: Column) -> tuple[str, str]:
+    """A run's number in the paper's digits, and its interval."""
     if cell is None:
-        return '<td class="number ours">–</td>'
+        return "–", ""
     mean, low, high = (
         None if cell[name] is None else f"{column.scale * cell[name]:.{column.digits}f}"
         for name in ("mean", "low", "high")
     )
-    interval = "" if low is None else f'<br><span class="range">{low} – {high}</span>'
-    return f'<td class="number ours">{mean}{interval}</td>'
+    return str(mean), "" if low is None else f"{low} – {high}"
 
 
-def _measured(cell: Mapping[str, Any] | None) -> str:
+def _measured(cell: Mapping[str, Any] | None) -> tuple[str, str, int | None]:
+    """Value, interval and number of items."""
     if cell is None or cell["mean"] is None:
-        return '<td class="number ours">–</td>'
+        return "–", "", None
     low, high = cell["low"], cell["high"]
-    interval = "" if low is None else f' <span class="range">{low:.3g} – {high:.3g}</span>'
-    return f'<td class="number ours">{cell["mean"]:.4g}{interval} <small>n = {cell["n"]}</small></td>'
+    interval = "" if low is None or high is None else f"{low:.3g} – {high:.3g}"
+    return f"{cell['mean']:.4g}", interval, cell["n"]
 
 
 def _short(value: Any) -> str:
@@ -274,7 +282,3 @@ def _short(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>\n"

@@ -7,8 +7,8 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
+from evaluation.report.markup import Html, fill, whole
 from evaluation.report.style import chart_file_style
 
 WIDTH, HEIGHT = 320, 180  # user units; the page scales them
@@ -19,6 +19,60 @@ CHARACTER_WIDTH = 7  # at most, of the legend
 MAX_POINTS = 400
 BAR_HEIGHT = 24
 NUM_COLOURS = 8  # in the style sheet
+
+_CURVES = """\
+<svg viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ label }}">
+{% for place, text in ticks %}
+<line class="grid" x1="{{ left }}" x2="{{ right }}" y1="{{ place }}" y2="{{ place }}"/>\
+<text x="{{ left - 6 }}" y="{{ place }}" dy="3.5" text-anchor="end">{{ text }}</text>
+{% endfor %}
+{% for place, event in marks %}
+<line class="mark" x1="{{ place }}" x2="{{ place }}" y1="{{ top }}" y2="{{ bottom }}"><title>{{ event }}</title></line>
+{% endfor %}
+{% for curve, places, level in curves %}
+<polyline class="{{ curve.classes }}" \
+points="{% for x, y in places %}{{ ' ' if not loop.first }}{{ x }},{{ y }}{% endfor %}"/>
+{% if is_detailed %}
+{% for x, y in places %}<circle class="{{ curve.classes }}" cx="{{ x }}" cy="{{ y }}" r="2.5"/>{% endfor %}
+
+{% endif %}
+{% if level %}
+<line class="{{ curve.classes }} level" x1="{{ left }}" x2="{{ right }}" y1="{{ level }}" y2="{{ level }}"/>
+{% endif %}
+{% endfor %}
+{% for x, text, anchor in labels %}
+<text x="{{ x }}" y="{{ height - 5 }}" text-anchor="{{ anchor }}">{{ text }}</text>
+{% endfor %}
+</svg>"""
+_FILE = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {{ width }} {{ height + head }}" width="{{ width }}" \
+height="{{ height + head }}" role="img" aria-label="{{ title }}">
+<style>
+{{ style }}svg text { font-size: 12px; }
+</style>
+<rect width="100%" height="100%" fill="white"/><text x="{{ margin }}" y="20">{{ title }}</text>
+{% for curve, x in legend %}
+<line class="{{ curve.classes }}" x1="{{ x }}" x2="{{ x + 20 }}" y1="38" y2="38"/>\
+<text x="{{ x + 26 }}" y="42">{{ curve.name }}</text>
+{% endfor %}
+<svg y="{{ head }}" width="{{ width }}" height="{{ height }}">{{ chart }}</svg></svg>
+"""
+_STACKED = """\
+<svg class="bars" viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ label }}">\
+<rect class="rest" width="{{ width }}" height="{{ height }}"/>
+{% for number, left, extent, name, share in parts %}
+<rect class="p{{ number }}" x="{{ left }}" y="0" width="{{ extent }}" height="{{ height }}">\
+<title>{{ name }} {{ share }}</title></rect>
+{% endfor %}
+</svg>"""
+_BARS = """\
+<svg class="bars" viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ label }}">
+{% for name, text, top, extent, end in bars %}
+<text x="{{ left - 10 }}" y="{{ top + 16 }}" text-anchor="end">{{ name }}</text>\
+<rect class="bar" x="{{ left }}" y="{{ top + 4 }}" width="{{ extent }}" height="16" rx="2"/>\
+<text x="{{ end }}" y="{{ top + 16 }}">{{ text }}</text>
+{% endfor %}
+</svg>"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +123,7 @@ class Curve:
         return "curve" + (f" c{self.colour}" if self.colour else "") + (" faint" if self.is_faint else "")
 
 
-def line_chart(points: Sequence[tuple[float, float]], label: str) -> str:
+def line_chart(points: Sequence[tuple[float, float]], label: str) -> Html:
     """A curve over steps. `points`: (step, value), steps ascending, at least one."""
     return curve_chart([Curve("", points)], label)
 
@@ -83,7 +137,7 @@ def curve_chart(
     marks: Sequence[tuple[float, str]] = (),
     axis: Axis | None = None,
     is_detailed: bool = False,
-) -> str:
+) -> Html:
     """Curves on the same axes, at least one. `unit`: of x; `marks`: (x, what happened there), dashed lines.
 
     `axis`: of the values (default: one that holds them all). `is_detailed`: with rings at the points and round numbers
@@ -93,8 +147,8 @@ def curve_chart(
     curves = [dataclasses.replace(curve, points=thinned(curve.points)) for curve in curves]
     levels = [curve.level for curve in curves if curve.level is not None]
     axis = axis or Axis.of([*levels, *(value for curve in curves for _, value in curve.points)])
-    first = min(curve.points[0][0] for curve in curves)
-    last = max(curve.points[-1][0] for curve in curves)
+    steps = [x for curve in curves for x, _ in curve.points]
+    first, last = min(steps), max(steps)
     span = (last - first) or 1.0
 
     def x(step: float) -> float:
@@ -103,33 +157,30 @@ def curve_chart(
     def y(value: float) -> float:
         return TOP + (1 - axis.place(value)) * (height - TOP - BOTTOM)
 
-    parts = []
-    for value, text in axis.ticks():
-        place = f"{y(value):.1f}"
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{place}" y2="{place}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{place}" dy="3.5" text-anchor="end">{text}</text>')
-    for step, event in marks:
-        if first <= step <= last:
-            place = f"{x(step):.1f}"
-            line = f'<line class="mark" x1="{place}" x2="{place}" y1="{TOP}" y2="{height - BOTTOM}">'
-            parts.append(f"{line}<title>{escape(event)}</title></line>")
-    for curve in sorted(curves, key=lambda curve: not curve.is_faint):
-        places = [(f"{x(step):.1f}", f"{y(value):.1f}") for step, value in curve.points]
-        parts.append(f'<polyline class="{curve.classes}" points="{" ".join(map(",".join, places))}"/>')
-        if is_detailed:
-            parts += [
-                f'<circle class="{curve.classes}" cx="{left}" cy="{top}" r="2.5"/>' for left, top in places
-            ]
-        if curve.level is not None:
-            place = f'x1="{LEFT}" x2="{width - RIGHT}" y1="{y(curve.level):.1f}" y2="{y(curve.level):.1f}"'
-            parts.append(f'<line class="{curve.classes} level" {place}/>')
     labels = [(float(LEFT), f"{unit} {short(first)}", "start"), (float(width - RIGHT), short(last), "end")]
     if is_detailed and last > first:
         labels = [(x(step), text, "middle") for step, text in Axis(first, last, False).ticks()]
-    for left, text, anchor in labels:
-        parts.append(f'<text x="{left:.1f}" y="{height - 5}" text-anchor="{anchor}">{text}</text>')
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    return fill(
+        _CURVES,
+        width=width,
+        height=height,
+        label=label,
+        left=LEFT,
+        right=width - RIGHT,
+        top=TOP,
+        bottom=height - BOTTOM,
+        ticks=[(f"{y(value):.1f}", text) for value, text in axis.ticks()],
+        marks=[(f"{x(step):.1f}", event) for step, event in marks if first <= step <= last],
+        curves=[
+            (
+                curve,
+                [(f"{x(step):.1f}", f"{y(value):.1f}") for step, value in curve.points],
+                "" if curve.level is None else f"{y(curve.level):.1f}",
+            )
+            for curve in sorted(curves, key=lambda curve: not curve.is_faint)
+        ],
+        labels=[(f"{left:.1f}", text, anchor) for left, text, anchor in labels],
+        is_detailed=is_detailed,
     )
 
 
@@ -142,17 +193,11 @@ def chart_file(curves: Sequence[Curve], title: str, axis: Axis | None = None) ->
     legend, left = [], float(LEFT)
     for curve in curves:
         if curve.name:
-            key = f'<line class="{curve.classes}" x1="{left}" x2="{left + 20}" y1="38" y2="38"/>'
-            legend.append(f'{key}<text x="{left + 26}" y="42">{escape(curve.name)}</text>')
+            legend.append((curve, left))
             left += 60 + CHARACTER_WIDTH * len(curve.name)
     chart = curve_chart(curves, title, size=FILE_SIZE, axis=axis, is_detailed=True)
-    size = f'viewBox="0 0 {width} {height + FILE_HEAD}" width="{width}" height="{height + FILE_HEAD}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(title)}">\n'
-        f"<style>\n{chart_file_style()}svg text {{ font-size: 12px; }}\n</style>\n"
-        f'<rect width="100%" height="100%" fill="white"/><text x="{LEFT}" y="20">{escape(title)}</text>\n'
-        f'{"".join(legend)}\n<svg y="{FILE_HEAD}" width="{width}" height="{height}">{chart}</svg></svg>\n'
-    )
+    size = {"width": width, "height": height, "head": FILE_HEAD, "margin": LEFT}
+    return whole(fill(_FILE, **size, title=title, legend=legend, chart=chart, style=chart_file_style()))
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -178,39 +223,25 @@ def smoothed(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[fl
     return result
 
 
-def stacked_bar(parts: Sequence[tuple[str, float]], label: str) -> str:
+def stacked_bar(parts: Sequence[tuple[str, float]], label: str) -> Html:
     """One bar of shares that add up to 1 at most; colours in order, names in the tooltip."""
-    width, height, left = 720, 18, 0.0
-    rects = []
+    width, left, shown = 720, 0.0, []
     for number, (name, share) in enumerate(parts):
         extent = share * width
-        title = f"<title>{escape(name)} {share:.1%}</title>"
-        place = f'x="{left:.1f}" y="0" width="{extent:.1f}" height="{height}"'
-        rects.append(f'<rect class="p{number % NUM_COLOURS}" {place}>{title}</rect>')
+        shown.append((number % NUM_COLOURS, f"{left:.1f}", f"{extent:.1f}", name, f"{share:.1%}"))
         left += extent
-    return (
-        f'<svg class="bars" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
-        f'<rect class="rest" width="{width}" height="{height}"/>{"".join(rects)}</svg>'
-    )
+    return fill(_STACKED, width=width, height=18, label=label, parts=shown)
 
 
-def bar_chart(bars: Sequence[tuple[str, float, str]], label: str) -> str:
+def bar_chart(bars: Sequence[tuple[str, float, str]], label: str) -> Html:
     """Horizontal bars: (name, length >= 0, text beside the bar), at least one."""
     longest = max(length for _, length, _ in bars) or 1.0
     left, right, width = 150, 70, 720
-    rows = []
+    shown = []
     for place, (name, length, text) in enumerate(bars):
-        top = place * BAR_HEIGHT
         extent = length / longest * (width - left - right)
-        rows.append(f'<text x="{left - 10}" y="{top + 16}" text-anchor="end">{escape(name)}</text>')
-        rows.append(
-            f'<rect class="bar" x="{left}" y="{top + 4}" width="{max(extent, 1):.1f}" height="16" rx="2"/>'
-        )
-        rows.append(f'<text x="{left + extent + 8:.1f}" y="{top + 16}">{escape(text)}</text>')
-    return (
-        f'<svg class="bars" viewBox="0 0 {width} {len(bars) * BAR_HEIGHT}" role="img" '
-        f'aria-label="{escape(label)}">{"".join(rows)}</svg>'
-    )
+        shown.append((name, text, place * BAR_HEIGHT, f"{max(extent, 1):.1f}", f"{left + extent + 8:.1f}"))
+    return fill(_BARS, width=width, height=len(bars) * BAR_HEIGHT, left=left, label=label, bars=shown)
 
 
 def short(value: float) -> str:

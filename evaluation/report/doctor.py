@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,15 @@ from PIL import Image
 
 from data.captions import TEXT_FIELDS
 from data.doctor import Diagnosis, Shown
-from data.findings import Histogram, Table
+from data.findings import Histogram
 from data.images import IMAGE_PARTS, decode_image
 from data.inspection import normalised, stored_values
 from data.shards import LatentInfo, Sample
 from engine import files
 from engine.config import UserError
 from evaluation.report.charts import bar_chart
-from evaluation.report.gallery import inlined
+from evaluation.report.gallery import grid, inlined
+from evaluation.report.markup import Html, document, facts, fill, section, together
 from evaluation.report.style import CSS
 
 MAX_PX = 192  # long side of an image on the page
@@ -35,6 +35,29 @@ table, svg.bars { max-width: 800px; }
 ol.problems { padding-left: 28px; font-size: 14px; overflow-wrap: anywhere; }
 td { overflow-wrap: anywhere; }
 """
+_HEAD = """\
+<header><h1>{{ name }}</h1><p class="lead"><span class="{{ kind }}">{{ verdict }}</span></p></header>{{ facts }}"""
+_PROBLEMS = """\
+<ol class="problems">{% for problem in listed %}<li>{{ problem.text }}</li>{% endfor %}</ol>
+{% if more %}<p>and {{ more }} more</p>{% endif %}"""
+_NOTES = '<ul class="notes">{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>'
+_TABLE = """\
+<div class="scroll"><table>
+{% if header | select | list %}
+<thead><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+{% endif %}
+<tbody>
+{% for row in rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>"""
+_CARD = """\
+<figure><div class="strip">{% for picture in pictures %}<div>{{ picture }}</div>{% endfor %}</div><figcaption>
+{%- for text in texts %}<div>{{ text }}</div>{% endfor -%}
+<span class="marks">{{ key }}</span>
+{%- for text in problems %}<div class="problem">{{ text }}</div>{% endfor -%}
+</figcaption></figure>"""
+LEAD = '<p class="soft">Those with the smallest hash of their key: a random choice, always the same.</p>{{ cards }}'
 
 
 def write_page(diagnosis: Diagnosis, path: Path) -> None:
@@ -46,80 +69,55 @@ def page(diagnosis: Diagnosis) -> str:
     """The whole HTML document."""
     bad = [shown for shown in diagnosis.shown if shown.problems]
     good = [shown for shown in diagnosis.shown if not shown.problems]
-    name = escape(Path(diagnosis.directory).resolve().name)
+    name = Path(diagnosis.directory).resolve().name
     sections = [_head(diagnosis, name), _problems(diagnosis)]
-    sections += [_section(table.title, _table(table)) for table in diagnosis.tables]
-    sections += [_section(histogram.title, _bars(histogram)) for histogram in diagnosis.histograms]
-    sections.append(_section("Samples with problems", _cards(bad, diagnosis.latent)) if bad else "")
-    lead = '<p class="soft">Those with the smallest hash of their key: a random choice, always the same.</p>'
-    sections.append(_section("Samples", lead + _cards(good, diagnosis.latent)) if good else "")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}: diagnosis</title><style>{CSS}{STYLE}</style></head>\n"
-        f"<body>{''.join(sections)}</body></html>\n"
-    )
+    sections += [
+        section(table.title, fill(_TABLE, header=table.header, rows=table.rows)) for table in diagnosis.tables
+    ]
+    sections += [section(histogram.title, _bars(histogram)) for histogram in diagnosis.histograms]
+    if bad:
+        sections.append(section("Samples with problems", _cards(bad, diagnosis.latent)))
+    if good:
+        sections.append(section("Samples", fill(LEAD, cards=_cards(good, diagnosis.latent))))
+    return document(f"{name}: diagnosis", CSS + STYLE, together(sections))
 
 
-def _head(diagnosis: Diagnosis, name: str) -> str:
+def _head(diagnosis: Diagnosis, name: str) -> Html:
     kind = "bad" if diagnosis.num_problems else "good"
-    facts = [("folder", diagnosis.directory), *diagnosis.facts]
-    return (
-        f'<header><h1>{name}</h1><p class="lead"><span class="{kind}">'
-        f"{escape(diagnosis.verdict)}</span></p></header>"
-        f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(v)}</dd>' for k, v in facts)}</dl>"
-    )
+    told = facts([("folder", diagnosis.directory), *diagnosis.facts])
+    return fill(_HEAD, name=name, kind=kind, verdict=diagnosis.verdict, facts=told)
 
 
-def _problems(diagnosis: Diagnosis) -> str:
+def _problems(diagnosis: Diagnosis) -> Html:
     """Problems and notes; nothing if there are none."""
-    body = ""
+    parts = []
     if diagnosis.num_problems:
         listed = diagnosis.problems[:MAX_PROBLEMS]
-        items = "".join(f"<li>{escape(problem.text)}</li>" for problem in listed)
         more = diagnosis.num_problems - len(listed)
-        body += _section(
-            "Problems", f'<ol class="problems">{items}</ol>' + (f"<p>and {more:,} more</p>" * bool(more))
-        )
+        parts.append(section("Problems", fill(_PROBLEMS, listed=listed, more=f"{more:,}" if more else "")))
     if diagnosis.notes:
-        items = "".join(f"<li>{escape(note)}</li>" for note in diagnosis.notes)
-        body += _section("Notes", f'<ul class="notes">{items}</ul>')
-    return body
+        parts.append(section("Notes", fill(_NOTES, notes=diagnosis.notes)))
+    return together(parts)
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>\n"
-
-
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
-    head = f"<thead><tr>{head}</tr></thead>" if any(table.header) else ""
-    return f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
-
-
-def _bars(histogram: Histogram) -> str:
+def _bars(histogram: Histogram) -> Html:
     """One bar says nothing that the summary does not."""
     bars = [(name, count, f"{count:,}") for name, count in histogram.bars]
     chart = bar_chart(bars, histogram.title) if len(bars) > 1 else ""
-    return f"<p>{escape(histogram.summary)}</p>{chart}"
+    return fill("<p>{{ summary }}</p>{{ chart }}", summary=histogram.summary, chart=chart)
 
 
-def _cards(shown: Sequence[Shown], latent: LatentInfo | None) -> str:
-    cards = "".join(_card(one, latent) for one in shown)
-    return f'<div class="grid-cards" style="--cell: {MAX_PX + 30}px">{cards}</div>'
+def _cards(shown: Sequence[Shown], latent: LatentInfo | None) -> Html:
+    return grid([_card(one, latent) for one in shown], MAX_PX + 30)
 
 
-def _card(shown: Shown, latent: LatentInfo | None) -> str:
+def _card(shown: Shown, latent: LatentInfo | None) -> Html:
     sample = shown.sample
-    strip = "".join(f"<div>{picture}</div>" for picture in _pictures(sample, latent))
-    texts = "".join(f"<div>{escape(text)}</div>" for text in _texts(sample))
-    problems = "".join(f'<div class="problem">{escape(text)}</div>' for text in shown.problems)
-    key = f'<span class="marks">{escape(sample.key)}</span>'
-    return f'<figure><div class="strip">{strip}</div><figcaption>{texts}{key}{problems}</figcaption></figure>'
+    pictures = list(_pictures(sample, latent))
+    return fill(_CARD, pictures=pictures, texts=_texts(sample), key=sample.key, problems=shown.problems)
 
 
-def _pictures(sample: Sample, latent: LatentInfo | None) -> Iterator[str]:
+def _pictures(sample: Sample, latent: LatentInfo | None) -> Iterator[Html]:
     for part in sorted(sample.parts):
         suffix = part.split(".")[-1]
         try:
@@ -128,7 +126,7 @@ def _pictures(sample: Sample, latent: LatentInfo | None) -> Iterator[str]:
             elif suffix == "latent" and latent is not None:
                 yield _img(_latent_image(sample.parts[part], latent), part)
         except (UserError, ValueError):
-            yield f'<span class="absent">{escape(part)} cannot be shown</span>'
+            yield fill('<span class="absent">{{ part }} cannot be shown</span>', part=part)
 
 
 def _latent_image(payload: bytes, latent: LatentInfo) -> Image.Image:
@@ -141,8 +139,9 @@ def _latent_image(payload: bytes, latent: LatentInfo) -> Image.Image:
     return Image.fromarray(np.stack(channels, -1))
 
 
-def _img(image: Image.Image, part: str) -> str:
-    return f'{inlined(image, part, MIN_PX, MAX_PX)}<span class="role">{escape(part)}</span>'
+def _img(image: Image.Image, part: str) -> Html:
+    shown = inlined(image, part, MIN_PX, MAX_PX)
+    return fill('{{ shown }}<span class="role">{{ part }}</span>', shown=shown, part=part)
 
 
 def _texts(sample: Sample) -> list[str]:

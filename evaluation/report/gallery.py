@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
 
 from data.images import read_rgb_file
+from engine import files
 from evaluation.manifest import Item
 from evaluation.report.inputs import Evaluation
+from evaluation.report.markup import Html, fill, together
 
 MAX_SMALL_PX = 128  # images up to this side are shown larger, pixel by pixel
 MAX_PX = 256  # larger ones are shown smaller
@@ -21,57 +22,68 @@ MAX_SAMPLES = 18  # of each group
 MAX_EDITS = 8  # of each group
 
 
-def reconstructions(evaluation: Evaluation) -> str:
+_IMAGE = """\
+<img src="data:image/{{ kind }};base64,{{ payload }}" width="{{ width }}" height="{{ height }}" alt="{{ alt }}">"""
+_GRID = """\
+<div class="grid-cards" style="--cell: {{ cell_px }}px">{% for card in cards %}{{ card }}{% endfor %}</div>"""
+_STRIP = """\
+<div class="strip">
+{%- for image, label in shown -%}
+<div>{{ image }}{% if label %}<span class="role">{{ label }}</span>{% endif %}</div>
+{%- endfor -%}
+</div>"""
+_CARD = """\
+<figure>{{ strip }}<figcaption>{{ text }}<span class="marks">
+{%- for right, word in marks -%}
+{{ " " if not loop.first }}<span
+{%- if right is not none %} class="{{ "good" if right else "bad" }}"{% endif -%}
+>{{ {true: "✓ ", false: "✗ "}.get(right, "") }}{{ word }}</span>
+{%- endfor -%}
+{% if seen %}<br>judge sees: {{ seen }}{% endif %}</span></figcaption></figure>"""
+
+Mark = tuple[bool | None, str]
+"""Right or wrong (None: neither), and of what."""
+
+
+def reconstructions(evaluation: Evaluation) -> Html:
     """Originals beside what the autoencoder makes of them."""
     cards = []
     items = [item for group in evaluation.groups().values() for item in group]
     for item in items[:MAX_RECONSTRUCTIONS]:
-        psnr_db = evaluation.per_item[item.key]["values"]["psnr_db"]
-        roles = [("original", "original"), ("result", f"decoded, {psnr_db:.1f} dB")]
-        cards.append(f"<figure>{strip(evaluation, item, roles)}</figure>")
+        psnr_db = _value(evaluation, item, "psnr_db")
+        label = "decoded" if psnr_db is None else f"decoded, {psnr_db:.1f} dB"
+        roles = [("original", "original"), ("result", label)]
+        cards.append(fill("<figure>{{ strip }}</figure>", strip=strip(evaluation, item, roles)))
     return grid(cards, 284)
 
 
-def text_to_image(evaluation: Evaluation) -> str:
+def text_to_image(evaluation: Evaluation) -> Html:
     """Samples with their captions and what the judge says."""
-    sections = []
-    for group, items in evaluation.groups().items():
-        cards = []
-        for item in items[:MAX_SAMPLES]:
-            line = evaluation.per_item[item.key]
-            marks = [_mark("objects", line["values"]["object_right"])]
-            marks.append(_mark("background", line["values"]["background_right"]))
-            if line["values"]["relation_right"] is not None:
-                marks.append(_mark("order", line["values"]["relation_right"]))
-            cards.append(
-                f"<figure>{strip(evaluation, item, [('result', '')])}"
-                f"<figcaption>{escape(_text(item, 'caption'))}{_judged(marks, line)}</figcaption></figure>"
-            )
-        sections.append(_group(group, len(items), len(cards)) + grid(cards, 168))
-    return "".join(sections)
+
+    def card(item: Item) -> Html:
+        words = {"objects": "object_right", "background": "background_right", "order": "relation_right"}
+        found = {word: _value(evaluation, item, name) for word, name in words.items()}
+        marks = [(bool(right), word) for word, right in found.items() if right is not None or word != "order"]
+        return _card(evaluation, item, [("result", "")], _text(item, "caption"), marks)
+
+    return _groups(evaluation, card, MAX_SAMPLES, 168)
 
 
-def edits(evaluation: Evaluation) -> str:
+def edits(evaluation: Evaluation) -> Html:
     """Triples: source, instruction, result."""
-    sections = []
-    for group, items in evaluation.groups().items():
-        cards = []
-        for item in items[:MAX_EDITS]:
-            line = evaluation.per_item[item.key]
-            marks = [_mark("change", line["values"]["change_done"])]
-            outside_db = line["values"]["psnr_outside_db"]
-            if outside_db is not None:
-                marks.append(f"<span>{outside_db:.1f} dB outside</span>")
-            pair = strip(evaluation, item, [("source", "source"), ("result", "result")])
-            instruction = escape(_text(item, "instruction"))
-            cards.append(
-                f"<figure>{pair}<figcaption>“{instruction}”{_judged(marks, line)}</figcaption></figure>"
-            )
-        sections.append(_group(group, len(items), len(cards)) + grid(cards, 284))
-    return "".join(sections)
+
+    def card(item: Item) -> Html:
+        marks: list[Mark] = [(bool(_value(evaluation, item, "change_done")), "change")]
+        outside_db = _value(evaluation, item, "psnr_outside_db")
+        if outside_db is not None:
+            marks.append((None, f"{outside_db:.1f} dB outside"))
+        roles = [("source", "source"), ("result", "result")]
+        return _card(evaluation, item, roles, f"“{_text(item, 'instruction')}”", marks)
+
+    return _groups(evaluation, card, MAX_EDITS, 284)
 
 
-def inlined(image: Image.Image, alt: str, min_px: int, max_px: int) -> str:
+def inlined(image: Image.Image, alt: str, min_px: int, max_px: int) -> Html:
     """An <img> that holds its bytes: at most `max_px` a side; up to `min_px` enlarged, pixel by pixel.
 
     Small images as PNG, others as JPEG, which is a tenth of it.
@@ -81,55 +93,64 @@ def inlined(image: Image.Image, alt: str, min_px: int, max_px: int) -> str:
     scale = max(1, min_px // max(image.size))
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG" if is_small else "JPEG", quality=88)
-    payload = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img src="data:image/{"png" if is_small else "jpeg"};base64,{payload}" width="{image.width * scale}" '
-        f'height="{image.height * scale}" alt="{escape(alt)}">'
+    return fill(
+        _IMAGE,
+        kind="png" if is_small else "jpeg",
+        payload=base64.b64encode(buffer.getvalue()).decode(),
+        width=image.width * scale,
+        height=image.height * scale,
+        alt=alt,
     )
 
 
-def _group(name: str, num_items: int, num_shown: int) -> str:
-    shown = f"the first {num_shown} of {num_items}" if num_shown < num_items else f"all {num_items}"
-    return f"<h3>{escape(name.replace('_', ' ').capitalize() or 'All')} · {shown}</h3>"
-
-
-def grid(cards: Sequence[str], cell_px: int) -> str:
+def grid(cards: Sequence[Html], cell_px: int) -> Html:
     """Figures side by side, each at least that wide."""
-    return f'<div class="grid-cards" style="--cell: {cell_px}px">{"".join(cards)}</div>'
+    return fill(_GRID, cards=cards, cell_px=cell_px)
 
 
-def strip(evaluation: Evaluation, item: Item, roles: Sequence[tuple[str, str]]) -> str:
+def strip(evaluation: Evaluation, item: Item, roles: Sequence[tuple[str, str]]) -> Html:
     """An item's images, each with its label."""
-    parts = []
-    for role, label in roles:
-        note = f'<span class="role">{label}</span>' if label else ""
-        parts.append(f"<div>{_image(evaluation, item, role)}{note}</div>")
-    return f'<div class="strip">{"".join(parts)}</div>'
+    return fill(_STRIP, shown=[(_image(evaluation, item, role), label) for role, label in roles])
 
 
-def _image(evaluation: Evaluation, item: Item, role: str) -> str:
+def _groups(evaluation: Evaluation, card: Callable[[Item], Html], max_shown: int, cell_px: int) -> Html:
+    """The first items of every group, under its name."""
+    sections = []
+    for group, items in evaluation.groups().items():
+        cards = [card(item) for item in items[:max_shown]]
+        shown = f"the first {len(cards)} of {len(items)}" if len(cards) < len(items) else f"all {len(items)}"
+        title = f"{group.replace('_', ' ').capitalize() or 'All'} · {shown}"
+        sections += [fill("<h3>{{ title }}</h3>", title=title), grid(cards, cell_px)]
+    return together(sections)
+
+
+def _card(
+    evaluation: Evaluation, item: Item, roles: Sequence[tuple[str, str]], text: str, marks: Sequence[Mark]
+) -> Html:
+    """Images, the text that was asked for, the marks and, where one of them is a cross, what the judge saw instead."""
+    seen = ""
+    if any(right is False for right, _ in marks):
+        detail = evaluation.per_item[item.key]["detail"]
+        seen = f"{', '.join(detail.get('seen', ())) or 'nothing'} on {detail.get('background', '–')}"
+    return fill(_CARD, strip=strip(evaluation, item, roles), text=text, marks=marks, seen=seen)
+
+
+def _image(evaluation: Evaluation, item: Item, role: str) -> Html:
     assert evaluation.images is not None
     path = evaluation.images.path(item, role)
-    if not path.is_file():
-        return '<span class="absent">image is gone</span>'
+    if not files.is_file(path):
+        return fill('<span class="absent">image is gone</span>')
     return inlined(read_rgb_file(path), f"{role} of {item.key}", MAX_SMALL_PX, MAX_PX)
+
+
+def _value(evaluation: Evaluation, item: Item, name: str) -> Any:
+    """A number or a yes of an item; None: it has none of this name."""
+    value = evaluation.per_item[item.key]["values"].get(name)
+    return None if isinstance(value, list) else value
 
 
 def _text(item: Item, field: str) -> str:
     """The caption or instruction that was used: `field`, or the first of its plural."""
-    several = item.meta.get(f"{field}s") or [""]
-    return str(item.meta.get(field) or several[0])
-
-
-def _mark(label: str, right: bool) -> str:
-    sign, kind = ("✓", "good") if right else ("✗", "bad")
-    return f'<span class="{kind}">{sign} {label}</span>'
-
-
-def _judged(marks: Sequence[str], line: Mapping[str, Any]) -> str:
-    """The marks and, where one of them is a cross, what the judge saw instead."""
-    text = " ".join(marks)
-    if "✗" in text:
-        seen = ", ".join(line["detail"]["seen"]) or "nothing"
-        text += f"<br>judge sees: {escape(seen)} on {escape(line['detail']['background'])}"
-    return f'<span class="marks">{text}</span>'
+    several = item.meta.get(f"{field}s")
+    first = several[0] if isinstance(several, list) and several else ""
+    return str(item.meta.get(field) or first)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from engine import files
 from evaluation.report.charts import bar_chart, line_chart, short
-from evaluation.report.gallery import edits, reconstructions, text_to_image
+from evaluation.report.gallery import edits, grid, reconstructions, text_to_image
 from evaluation.report.inputs import Evaluation, ReportInput, Training, read_report_input
+from evaluation.report.markup import Html, absent, document, facts, fill, section, together
 from evaluation.report.style import CSS
 from evaluation.report.verdicts import TARGETS, Outcome, outcomes
 
@@ -19,10 +19,40 @@ REPORT_NAME = "report.html"
 SUMMARY_NAME = "report.json"
 # Logged, but no result of a training; nor is what stands under "system/".
 BOOKKEEPING = {"step", "loss", "lr", "nonfinite_steps", "epoch", "time_s", "num_steps"}
-ATTRIBUTION = (
-    "Emoji graphics: Twemoji, copyright Twitter, Inc and other contributors, licensed under "
-    '<a href="https://creativecommons.org/licenses/by/4.0/">CC-BY 4.0</a>; scaled and composed into scenes.'
-)
+ATTRIBUTION = """\
+<p>Emoji graphics: Twemoji, copyright Twitter, Inc and other contributors, licensed under \
+<a href="https://creativecommons.org/licenses/by/4.0/">CC-BY 4.0</a>; scaled and composed into scenes.</p>"""
+_HEAD = """\
+<header><h1>RPiAE, from images to editing</h1>
+<p class="lead">Images → tokenizer → latents → text-to-image → editing: one run, what it made and how good that is.</p>
+<ul class="notes">{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul></header>
+<div class="scroll"><table><thead><tr><th>Target</th><th class="number">Measured</th>
+<th class="number">Asked</th><th>Outcome</th></tr></thead><tbody>
+{% for one, sign, kind, interval, value, asked in targets %}
+<tr><td>{{ one.label }}</td><td class="number">
+{%- if interval %}<span class="range">{{ interval }} &nbsp;</span>{% endif -%}
+{% if value %}<b>{{ value }}</b>{% else %}–{% endif %}</td>
+<td class="number">{{ "≤" if one.at_most else "≥" }} {{ asked }}</td><td class="badge {{ kind }}">{{ sign }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+<p class="soft">Rates come from a small classifier trained apart on real renders; its own accuracy \
+is the first row. In grey: 95 % confidence interval and number of images.</p>"""
+_SCORES = """\
+<h3>{{ title }}</h3>
+<div class="scroll"><table><thead><tr><th></th>
+{% for metric in metrics %}<th class="number">{{ metric }}</th>{% endfor %}</tr></thead><tbody>
+{% for name, cells in rows %}
+<tr><td>{{ name }}</td>
+{% for value, n in cells %}
+<td class="number">{% if value %}{{ value }} <small>n = {{ n }}</small>{% else %}–{% endif %}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+{% for note in notes %}<p class="soft">{{ note }}</p>{% endfor %}"""
+_TRAINING = """\
+<figure class="chart"><b>{{ name }}</b>{{ chart }}\
+<figcaption><span class="marks">{{ numbers }}</span></figcaption></figure>"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +62,7 @@ class Gallery:
     evaluation: str
     title: str
     lead: str
-    render: Callable[[Evaluation], str]
+    render: Callable[[Evaluation], Html]
 
 
 GALLERIES = (
@@ -83,145 +113,94 @@ def page(report: ReportInput, found: Sequence[Outcome]) -> str:
     for gallery in GALLERIES:
         evaluation = report.evaluations.get(gallery.evaluation)
         shown = evaluation is not None and evaluation.images is not None
-        body = gallery.render(evaluation) if evaluation and shown else _absent("No images yet.")
-        sections.append(_section(gallery.title, body, gallery.lead))
+        body = gallery.render(evaluation) if evaluation and shown else absent("No images yet.")
+        sections.append(section(gallery.title, body, gallery.lead))
     sections += [
-        _section("Scores by category", _scores(report)),
-        _section("Training", _trainings(report.trainings), "Loss over steps, as logged."),
-        _section("Time", _durations(report)),
-        _section("Environment", _environment(report)),
-        _section("Attribution", f"<p>{ATTRIBUTION}</p>"),
+        section("Scores by category", _scores(report)),
+        section("Training", _trainings(report.trainings), "Loss over steps, as logged."),
+        section("Time", _durations(report)),
+        section("Environment", facts({**report.machine, **report.versions}.items())),
+        section("Attribution", fill(ATTRIBUTION)),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>RPiAE: a run from images to editing</title><style>{CSS}</style></head>\n"
-        f"<body>{''.join(sections)}</body></html>\n"
-    )
+    return document("RPiAE: a run from images to editing", CSS, together(sections))
 
 
-def _section(title: str, body: str, lead: str = "") -> str:
-    introduction = f'<p class="soft">{lead}</p>' if lead else ""
-    return f"<section><h2>{title}</h2>{introduction}{body}</section>\n"
-
-
-def _absent(text: str) -> str:
-    return f'<p class="absent">{text}</p>'
-
-
-def _targets(report: ReportInput, found: Sequence[Outcome]) -> str:
+def _targets(report: ReportInput, found: Sequence[Outcome]) -> Html:
     """Title, what to know first, and the table of targets."""
-    rows = []
-    for outcome in found:
-        sign, kind = {
-            True: ("✓ reached", "good"),
-            False: ("✗ falls short", "bad"),
-            None: ("not yet", "none"),
-        }[outcome.passed]
-        relation = "≤" if outcome.at_most else "≥"
-        rows.append(
-            f'<tr><td>{escape(outcome.label)}</td><td class="number">{_measured(outcome)}</td>'
-            f'<td class="number">{relation} {_number(outcome.asked, outcome.unit)}</td>'
-            f'<td class="badge {kind}">{sign}</td></tr>'
-        )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
-    return (
-        "<header><h1>RPiAE, from images to editing</h1>"
-        '<p class="lead">Images → tokenizer → latents → text-to-image → editing: '
-        "one run, what it made and how good that is.</p>"
-        f'<ul class="notes">{notes}</ul></header>'
-        '<div class="scroll"><table><thead><tr><th>Target</th><th class="number">Measured</th>'
-        '<th class="number">Asked</th><th>Outcome</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-        '<p class="soft">Rates come from a small classifier trained apart on real renders; its own accuracy '
-        "is the first row. In grey: 95 % confidence interval and number of images.</p>"
-    )
-
-
-def _measured(outcome: Outcome) -> str:
-    if outcome.value is None:
-        return "–"
-    text = f"<b>{_number(outcome.value, outcome.unit)}</b>"
-    if outcome.low is None or outcome.high is None:
-        return text
-    low, high = (_number(bound, outcome.unit) for bound in (outcome.low, outcome.high))
-    return f'<span class="range">{low} – {high}, n = {outcome.n} &nbsp;</span>{text}'
+    signs = {True: ("✓ reached", "good"), False: ("✗ falls short", "bad"), None: ("not yet", "none")}
+    targets = []
+    for one in found:
+        value = "" if one.value is None else _number(one.value, one.unit)
+        interval = ""
+        if value and one.low is not None and one.high is not None:
+            interval = f"{_number(one.low, one.unit)} – {_number(one.high, one.unit)}, n = {one.n}"
+        targets.append((one, *signs[one.passed], interval, value, _number(one.asked, one.unit)))
+    return fill(_HEAD, notes=report.notes, targets=targets)
 
 
 def _number(value: float, unit: str = "") -> str:
     return f"{value:.1f} {unit}" if unit else f"{value:.3f}"
 
 
-def _scores(report: ReportInput) -> str:
+def _scores(report: ReportInput) -> Html:
     if not report.evaluations:
-        return _absent("Nothing was judged yet.")
+        return absent("Nothing was judged yet.")
     order = [target.evaluation for target in TARGETS]
     names = sorted(report.evaluations, key=lambda n: order.index(n) if n in order else len(order))
-    return "".join(_score_table(report.evaluations[name]) for name in names)
+    return together(_score_table(report.evaluations[name]) for name in names)
 
 
-def _score_table(evaluation: Evaluation) -> str:
+def _score_table(evaluation: Evaluation) -> Html:
     """One table an evaluation: a row for everything and for each group, a column a metric."""
     scores = evaluation.scores
     metrics = list(scores["scores"])
-    head = "".join(f'<th class="number">{escape(metric.replace("_", " "))}</th>' for metric in metrics)
-    rows = []
-    for name, estimates in [("all", scores["scores"]), *scores["groups"].items()]:
-        cells = "".join(_cell(estimates.get(metric)) for metric in metrics)
-        rows.append(f"<tr><td>{escape(name.replace('_', ' '))}</td>{cells}</tr>")
-    notes = [f"{metric}: {found['note']}" for metric, found in scores["scores"].items() if "note" in found]
-    footnotes = "".join(f'<p class="soft">{escape(note.replace("_", " "))}</p>' for note in notes)
     partial = f", partial: {scores['n_failed']} images missing" if scores["partial"] else ""
-    return (
-        f"<h3>{escape(evaluation.name)} ({scores['n']} images{partial})</h3>"
-        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
-        f"</table></div>{footnotes}"
+    return fill(
+        _SCORES,
+        title=f"{evaluation.name} ({scores['n']} images{partial})",
+        metrics=[metric.replace("_", " ") for metric in metrics],
+        rows=[
+            (name.replace("_", " "), [_cell(estimates.get(metric)) for metric in metrics])
+            for name, estimates in [("all", scores["scores"]), *scores["groups"].items()]
+        ],
+        notes=[
+            f"{metric}: {found['note']}".replace("_", " ")
+            for metric, found in scores["scores"].items()
+            if "note" in found
+        ],
     )
 
 
-def _cell(estimate: Mapping[str, Any] | None) -> str:
+def _cell(estimate: Mapping[str, Any] | None) -> tuple[str, int]:
+    """Value ("" where there is none) and number of items."""
     if estimate is None or estimate["mean"] is None:
-        return '<td class="number">–</td>'
+        return "", 0
     value = estimate["mean"]
-    text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-    return f'<td class="number">{text} <small>n = {estimate["n"]}</small></td>'
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}", estimate["n"]
 
 
-def _trainings(trainings: Sequence[Training]) -> str:
+def _trainings(trainings: Sequence[Training]) -> Html:
     cards = []
     for training in trainings:
         points = training.series("loss")
-        chart = line_chart(points, f"loss of {training.name}") if points else _absent("nothing logged yet")
-        last = {
-            name: value
-            for name, value in training.last().items()
-            if name not in BOOKKEEPING and not name.startswith("system/")
-        }
+        chart = line_chart(points, f"loss of {training.name}") if points else absent("nothing logged yet")
         numbers = ", ".join(
-            f"{escape(name.replace('_', ' '))} {short(value)}"
-            for name, value in last.items()
-            if value is not None
+            f"{name.replace('_', ' ')} {short(value)}"
+            for name, value in training.last().items()
+            if name not in BOOKKEEPING and not name.startswith("system/") and value is not None
         )
-        title = f"<b>{escape(training.name)}</b>"
-        caption = f'<figcaption><span class="marks">{numbers}</span></figcaption>'
-        cards.append(f'<figure class="chart">{title}{chart}{caption}</figure>')
-    if not cards:
-        return _absent("No training has logged anything yet.")
-    return f'<div class="grid-cards" style="--cell: 300px">{"".join(cards)}</div>'
+        cards.append(fill(_TRAINING, name=training.name, chart=chart, numbers=numbers))
+    return grid(cards, 300) if cards else absent("No training has logged anything yet.")
 
 
-def _durations(report: ReportInput) -> str:
+def _durations(report: ReportInput) -> Html:
     if not report.durations:
-        return _absent("No step has finished yet.")
+        return absent("No step has finished yet.")
     bars = [(name, seconds, _duration(seconds)) for name, seconds in report.durations]
     total = _duration(sum(seconds for _, seconds in report.durations))
-    return f"<p>{total} in all.</p>{bar_chart(bars, 'seconds a step')}"
+    chart = bar_chart(bars, "seconds a step")
+    return fill("<p>{{ total }} in all.</p>{{ chart }}", total=total, chart=chart)
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
-
-
-def _environment(report: ReportInput) -> str:
-    facts = {**report.machine, **report.versions}
-    return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(v)}</dd>' for k, v in facts.items())}</dl>"

@@ -95,4 +95,4 @@ def chart_file_style() -> str:
     """The charts' rules for an image of its own: always light, and without variables, which not every viewer knows."""
     colours = dict(re.findall(r"--(\w+): (#\w+);", _LIGHT))
     rules = re.sub(r"var\(--(\w+)\)", lambda found: colours[found[1]], _CHARTS)
-    return f"svg {{ font-family: system-ui, 'Segoe UI', sans-serif; }}\n{rules}"
+    return f"svg {{ font-family: system-ui, Segoe UI, sans-serif; }}\n{rules}"

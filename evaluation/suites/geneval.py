@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from engine import files
-from engine.config import UserError
 from evaluation.judges.colour import ColourNamer
 from evaluation.judges.detector import Detector, FoundObject
 from evaluation.manifest import ImageSet, Item
@@ -22,8 +21,8 @@ from evaluation.metrics.geneval import (
     TAGS,
     THRESHOLD,
     Detection,
+    check_metadata,
     coloured,
-    threshold_of,
     verdict,
 )
 from evaluation.metrics.interval import mean_of_means
@@ -106,10 +105,8 @@ class GenEvalSuite:
         }
 
     def _question(self, images: ImageSet, item: Item) -> Question:
-        threshold_of(item.field("tag"))  # a bad tag is found before hours of detection
-        for clause in (*item.meta.get("include", ()), *item.meta.get("exclude", ())):
-            if not {"class", "count"} <= clause.keys():
-                raise UserError(f"item '{item.key}': clause {dict(clause)} has no class and count")
+        item.field("tag")
+        check_metadata(item.meta, f"item '{item.key}'")  # found before hours of detection
         metadata = {name: item.meta.get(name) for name in ("tag", "include", "exclude")}
         config = config_hash(dict(self.fingerprints), metadata, files.sha256(images.path(item, "result")))
         return Question(item.key, 0, config, lambda: self._detect(images, item))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from html import escape
 
 from evaluation.report.charts import NUM_COLOURS, Curve, curve_chart, short, smoothed
+from evaluation.report.gallery import grid
+from evaluation.report.markup import Html, absent, fill, together
 from evaluation.watch.run import SECONDS, TROUBLE, Run, Unit
 
 WIDE = (1180, 300)
@@ -15,6 +16,8 @@ UNITS = {"_gib": ", GiB", "_s": ", s", "_w": ", W", "_c": ", °C"}
 HEADINGS = ("Scores", "Losses and quality", "Optimisation", "Speed", "Machine")
 ELSEWHERE = {"step", "time_s", "num_steps", "loss", "samples", "tokens", "samples_seen", "samples_pending"}
 ELSEWHERE |= {"epoch", "fill"}
+_CARD = """\
+<figure class="chart"><b>{{ title }}</b> <small class="soft">{{ last }}</small>{{ chart }}</figure>"""
 
 
 def _curves(runs: Sequence[Run], metric: str, unit: Unit) -> list[Curve]:
@@ -34,16 +37,16 @@ def gentle(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return smoothed(points, len(points) // SMOOTH_PART) if len(points) > SMOOTH_FROM else points
 
 
-def wide_chart(runs: Sequence[Run], metric: str, unit: Unit) -> str:
+def wide_chart(runs: Sequence[Run], metric: str, unit: Unit) -> Html:
     """One metric over the whole width, with dashed lines where something happened to the only run."""
     curves = _curves(runs, metric, unit)
     if not curves:
         has_rows = any(run.training.rows for run in runs)
         reason = "No times were logged: draw it over steps." if has_rows else "Nothing logged yet."
-        return f'<p class="absent">{reason}</p>'
+        return absent(reason)
     marks = list(_marks(runs, unit)) if len(runs) == 1 else []
     chart = curve_chart(curves, metric, size=WIDE, unit=unit, marks=marks)
-    return f'<figure class="wide">{chart}</figure>'
+    return fill('<figure class="wide">{{ chart }}</figure>', chart=chart)
 
 
 def _marks(runs: Sequence[Run], unit: Unit) -> Iterator[tuple[float, str]]:
@@ -75,7 +78,7 @@ def _heading(name: str) -> str:
     return "Optimisation" if name in ("lr", "grad_norm", "nonfinite_steps") else "Losses and quality"
 
 
-def charts(runs: Sequence[Run], metrics: Sequence[str], unit: Unit) -> str:
+def charts(runs: Sequence[Run], metrics: Sequence[str], unit: Unit) -> Html:
     """A card a metric; one that was 0 throughout is left out."""
     cards = []
     for metric in metrics:
@@ -85,9 +88,8 @@ def charts(runs: Sequence[Run], metrics: Sequence[str], unit: Unit) -> str:
             continue
         last = ", ".join(short(curve.points[-1][1]) for curve in curves if not curve.is_faint)
         chart = curve_chart(curves, metric, unit=unit)
-        title = f'<b>{escape(_title(metric))}</b> <small class="soft">{last}</small>'
-        cards.append(f'<figure class="chart">{title}{chart}</figure>')
-    return f'<div class="grid-cards" style="--cell: 280px">{"".join(cards)}</div>' if cards else ""
+        cards.append(fill(_CARD, title=_title(metric), last=last, chart=chart))
+    return grid(cards, 280) if cards else together([])
 
 
 def _title(metric: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from html import escape
 
-from evaluation.report.charts import bar_chart, stacked_bar
+from evaluation.report.charts import NUM_COLOURS, bar_chart, stacked_bar
+from evaluation.report.markup import Html, document, fill, section, together
 from evaluation.report.style import CSS
 from evaluation.watch.curves import SMOOTH_FROM, charts, groups, wide_chart
-from evaluation.watch.records import configs, events_table, key, samples, table
+from evaluation.watch.records import configs, events_table, samples
 from evaluation.watch.run import TROUBLE, Over, Run, unit_of
 from evaluation.watch.status import facts, state_text
 
@@ -25,16 +25,38 @@ details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
 .time { margin: 10px 0 18px; } .time b { font-size: 14px; }
 figure.grid img { image-rendering: auto; width: 100%; height: auto; }
 """
+_HEAD = """\
+<header><h1>{{ title }}</h1><p class="lead">
+{%- if run %}<span class="{{ kind }}">{{ state }}</span> · {{ run.path }} · as of {{ when }}
+{%- else %}{{ num_runs }} runs compared, as of {{ when }}{% endif %}</p></header>"""
+_TILES = """\
+<div class="tiles">{% for name, value in facts %}<div><small>{{ name }}</small>{{ value }}</div>{% endfor %}</div>"""
+_STATUS = """\
+<div class="scroll"><table class="status"><thead><tr><th>run</th><th>state</th>
+{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for name, kind, state, found in rows %}
+<tr><td><i class="key k{{ loop.index0 % num_colours }}"></i>{{ name }}</td><td class="{{ kind }}">{{ state }}</td>
+{% for name in names %}<td>{{ found.get(name, "–") }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>"""
+_LEGEND = """\
+<p class="legend">{% for name in names %}<span><i class="key k{{ loop.index0 % num_colours }}"></i>{{ name }}</span>\
+{% endfor %}</p>"""
+_SHARES = '<div class="time">{% if name %}<b>{{ name }}</b>{% endif %}{{ bar }}{{ legend }}</div>'
+_DATA = "<p>{% if name %}<b>{{ name }}</b> {% endif %}{{ text }}</p>{{ chart }}"
 
 
 def page(runs: Sequence[Run], *, now_s: float, over: Over = "step", refresh_s: float | None = None) -> str:
     """The whole HTML document. `refresh_s`: a browser loads it again after so many seconds."""
     title = " · ".join(run.name for run in runs)
     unit = unit_of(runs, over)
-    loss = wide_chart(runs, "loss", unit)
+    loss = together(
+        [_legend([run.name for run in runs] if len(runs) > 1 else []), wide_chart(runs, "loss", unit)]
+    )
     sections = [
-        f'<header><h1>{escape(title)}</h1><p class="lead">{_lead(runs, now_s)}</p></header>{_status(runs, now_s)}',
-        _section("Loss", _legend(runs) + loss, _reading(runs)),
+        _head(title, runs, now_s),
+        _status(runs, now_s),
+        _section("Loss", loss, _reading(runs)),
         *(_section(name, charts(runs, metrics, unit)) for name, metrics in groups(runs)),
         _section(
             "Where the time goes", _shares(runs), "Of the wall time of late. In grey: none of these parts."
@@ -44,55 +66,37 @@ def page(runs: Sequence[Run], *, now_s: float, over: Over = "step", refresh_s: f
         _section("Events", events_table(runs)),
         _section("Config" if len(runs) == 1 else "Configs: what differs", configs(runs)),
     ]
-    refresh = f'<meta http-equiv="refresh" content="{refresh_s:g}">' if refresh_s else ""
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{refresh}'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}{STYLE}</style></head>\n<body>{''.join(sections)}</body></html>\n"
-    )
+    return document(title, CSS + STYLE, together(sections), refresh_s)
 
 
-def _section(title: str, body: str, lead: str = "") -> str:
+def _section(title: str, body: Html, lead: str = "") -> Html:
     """Nothing, if there is nothing to show."""
-    introduction = f'<p class="soft">{lead}</p>' if lead else ""
-    return f"<section><h2>{title}</h2>{introduction}{body}</section>\n" if body else ""
+    return section(title, body, lead) if body else body
 
 
-def _lead(runs: Sequence[Run], now_s: float) -> str:
+def _head(title: str, runs: Sequence[Run], now_s: float) -> Html:
     when = time.strftime("%d %B %Y, %H:%M", time.localtime(now_s))
-    if len(runs) == 1:
-        run = runs[0]
-        return (
-            f'<span class="{STATE_KIND[run.state(now_s)]}">{escape(state_text(run, now_s).capitalize())}</span> '
-            f"· {escape(str(run.path))} · as of {when}"
-        )
-    return f"{len(runs)} runs compared, as of {when}"
+    run = runs[0] if len(runs) == 1 else None
+    state = state_text(run, now_s).capitalize() if run else ""
+    kind = STATE_KIND[run.state(now_s)] if run else ""
+    return fill(_HEAD, title=title, run=run, kind=kind, state=state, num_runs=len(runs), when=when)
 
 
-def _status(runs: Sequence[Run], now_s: float) -> str:
+def _status(runs: Sequence[Run], now_s: float) -> Html:
     """One run: its facts side by side; several: a table with a row a run."""
     if len(runs) == 1:
-        tiles = [
-            f"<div><small>{escape(name)}</small>{escape(value)}</div>"
-            for name, value in facts(runs[0], now_s)
-        ]
-        return f'<div class="tiles">{"".join(tiles)}</div>'
+        return fill(_TILES, facts=facts(runs[0], now_s))
     known = [dict(facts(run, now_s)) for run in runs]
+    rows = [
+        (run.name, STATE_KIND[run.state(now_s)], state_text(run, now_s), found)
+        for run, found in zip(runs, known, strict=True)
+    ]
     names = list(dict.fromkeys(name for found in known for name in found))
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    rows = []
-    for number, (run, found) in enumerate(zip(runs, known, strict=True)):
-        cells = "".join(f"<td>{escape(found.get(name, '–'))}</td>" for name in names)
-        state = f'<td class="{STATE_KIND[run.state(now_s)]}">{escape(state_text(run, now_s))}</td>'
-        rows.append(f"<tr><td>{key(number)}{escape(run.name)}</td>{state}{cells}</tr>")
-    return f'<div class="scroll">{table(f"<th>run</th><th>state</th>{head}", rows, "status")}</div>'
+    return fill(_STATUS, names=names, rows=rows, num_colours=NUM_COLOURS)
 
 
-def _legend(runs: Sequence[Run]) -> str:
-    if len(runs) == 1:
-        return ""
-    names = "".join(f"<span>{key(number)}{escape(run.name)}</span>" for number, run in enumerate(runs))
-    return f'<p class="legend">{names}</p>'
+def _legend(names: Sequence[str]) -> Html:
+    return fill(_LEGEND, names=names, num_colours=NUM_COLOURS) if names else together([])
 
 
 def _reading(runs: Sequence[Run]) -> str:
@@ -105,21 +109,17 @@ def _reading(runs: Sequence[Run]) -> str:
     return " ".join(parts)
 
 
-def _shares(runs: Sequence[Run]) -> str:
+def _shares(runs: Sequence[Run]) -> Html:
     bars = []
     for run in runs:
         if shares := run.shares():
-            title = f"<b>{escape(run.name)}</b>" if len(runs) > 1 else ""
-            names = "".join(
-                f"<span>{key(number)}{escape(name)} {share:.1%}</span>"
-                for number, (name, share) in enumerate(shares.items())
-            )
+            legend = _legend([f"{name} {share:.1%}" for name, share in shares.items()])
             bar = stacked_bar(list(shares.items()), f"time of {run.name}")
-            bars.append(f'<div class="time">{title}{bar}<p class="legend">{names}</p></div>')
-    return "".join(bars)
+            bars.append(fill(_SHARES, name=run.name if len(runs) > 1 else "", bar=bar, legend=legend))
+    return together(bars)
 
 
-def _data(runs: Sequence[Run]) -> str:
+def _data(runs: Sequence[Run]) -> Html:
     """What was read, and how much of it from each set of a mixture."""
     parts = []
     for run in runs:
@@ -137,7 +137,7 @@ def _data(runs: Sequence[Run]) -> str:
         counts = {name.partition("/")[2]: sum(v for _, v in run.training.series(name)) for name in names}
         total = sum(counts.values()) or 1.0
         bars = [(name, count, f"{count / total:.1%}, {count:,.0f} samples") for name, count in counts.items()]
-        title = f"<b>{escape(run.name)}</b> " if len(runs) > 1 else ""
         if text or bars:
-            parts.append(f"<p>{title}{text}</p>{bar_chart(bars, 'samples by set') if bars else ''}")
-    return "".join(parts)
+            chart = bar_chart(bars, "samples by set") if bars else ""
+            parts.append(fill(_DATA, name=run.name if len(runs) > 1 else "", text=text, chart=chart))
+    return together(parts)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from PIL import Image
 
 from data.images import DECODE_ERRORS
 from evaluation.report.charts import NUM_COLOURS
-from evaluation.report.gallery import inlined
+from evaluation.report.gallery import grid, inlined
+from evaluation.report.markup import Html, facts, fill, together
 from evaluation.watch.run import TROUBLE, Run
 
 MAX_GRIDS = 9  # of a run; the first, the last, and some between
@@ -20,17 +20,29 @@ GRID_PX = 2 * GRID_CELL_PX
 MAX_EVENTS = 60  # of a run; checkpoints give way first
 
 
-def table(head: str, rows: Sequence[str], kind: str = "") -> str:
-    """A table of <th> and <tr>."""
-    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+_GRID = '<figure class="grid">{{ shown }}<figcaption>step {{ step }}</figcaption></figure>'
+_EVENTS = """\
+<div class="scroll"><table class=""><thead><tr>{% if has_names %}<th>run</th>{% endif %}<th>time</th>\
+<th class="number">step</th><th>what</th><th></th></tr></thead><tbody>
+{% for number, name, kind, when, step, what, text in rows %}
+<tr>{% if has_names %}<td><i class="key k{{ number }}"></i>{{ name }}</td>{% endif %}<td class="soft">{{ when }}</td>\
+<td class="number">{{ step }}</td><td class="badge {{ kind }}">{{ what }}</td><td class="text">{{ text }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% if left_out %}<p class="soft">{{ left_out }} older ones are in events.jsonl.</p>{% endif %}"""
+_DIFFERING = """\
+<div class="scroll"><table class=""><thead><tr><th></th>
+{% for name in names %}<th><i class="key k{{ loop.index0 % num_colours }}"></i>{{ name }}</th>{% endfor %}
+</tr></thead><tbody>
+{% for name, values in rows %}
+<tr><td>{{ name }}</td>{% for value in values %}<td class="config">{{ value }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>"""
+_EQUAL = """\
+<details{{ " open" if is_open }}><summary>{{ title }}</summary>{{ settings }}</details>"""
 
 
-def key(number: int) -> str:
-    """The little square in the colour of run `number`."""
-    return f'<i class="key k{number % NUM_COLOURS}"></i>'
-
-
-def samples(runs: Sequence[Run]) -> str:
+def samples(runs: Sequence[Run]) -> Html:
     """Some grids of each run."""
     strips = []
     for run in runs:
@@ -44,16 +56,16 @@ def samples(runs: Sequence[Run]) -> str:
                 with Image.open(path, formats=["PNG"]) as image:
                     shown = inlined(image.convert("RGB"), f"samples of {run.name} at step {step}", 1, GRID_PX)
             except DECODE_ERRORS:  # half copied
-                shown = '<span class="absent">cannot be read</span>'
-            figures.append(f'<figure class="grid">{shown}<figcaption>step {step:,}</figcaption></figure>')
+                shown = fill('<span class="absent">cannot be read</span>')
+            figures.append(fill(_GRID, shown=shown, step=f"{step:,}"))
+        if figures and len(runs) > 1:
+            strips.append(fill("<h3>{{ name }}</h3>", name=run.name))
         if figures:
-            title = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
-            cell = f"--cell: {GRID_CELL_PX}px"
-            strips.append(f'{title}<div class="grid-cards" style="{cell}">{"".join(figures)}</div>')
-    return "".join(strips)
+            strips.append(grid(figures, GRID_CELL_PX))
+    return together(strips)
 
 
-def events_table(runs: Sequence[Run]) -> str:
+def events_table(runs: Sequence[Run]) -> Html:
     """What happened, oldest first; "" where nothing is known."""
     rows, left_out = [], 0
     for number, run in enumerate(runs):
@@ -67,42 +79,31 @@ def events_table(runs: Sequence[Run]) -> str:
         for event in events:
             kind = "bad" if event.kind in (*TROUBLE, "stop") else "good" if event.kind == "finish" else "soft"
             when = time.strftime("%d %b %H:%M:%S", time.localtime(event.time_s))
-            name = f"<td>{key(number)}{escape(run.name)}</td>" if len(runs) > 1 else ""
-            rows.append(
-                (event.time_s, f'<tr>{name}<td class="soft">{when}</td><td class="number">{event.step:,}</td>'
-                f'<td class="badge {kind}">{escape(event.kind.replace("_", "-"))}</td>'
-                f'<td class="text">{escape(event.text)}</td></tr>')
-            )  # fmt: skip
+            what = event.kind.replace("_", "-")
+            row = (number % NUM_COLOURS, run.name, kind, when, f"{event.step:,}", what, event.text)
+            rows.append((event.time_s, row))
     if not rows:
-        return ""
-    run_head = "<th>run</th>" if len(runs) > 1 else ""
-    head = f'{run_head}<th>time</th><th class="number">step</th><th>what</th><th></th>'
-    more = f'<p class="soft">{left_out} older ones are in events.jsonl.</p>' if left_out else ""
-    return f'<div class="scroll">{table(head, [row for _, row in sorted(rows)])}</div>{more}'
+        return together([])
+    ordered = [row for _, row in sorted(rows, key=lambda timed: timed[0])]
+    return fill(_EVENTS, rows=ordered, has_names=len(runs) > 1, left_out=left_out)
 
 
-def configs(runs: Sequence[Run]) -> str:
+def configs(runs: Sequence[Run]) -> Html:
     """Of one run all settings; of several those that differ, and the others to unfold."""
     settings = [dict(_flat(run.config)) for run in runs]
     names = list(dict.fromkeys(name for known in settings for name in known))
     if not names:
-        return ""
+        return together([])
     differing = [name for name in names if len({known.get(name, "–") for known in settings}) > 1]
-    equal = [name for name in names if name not in differing]
-    heads = "".join(f"<th>{key(number)}{escape(run.name)}</th>" for number, run in enumerate(runs))
-    rows = [
-        f"<tr><td>{escape(name)}</td>"
-        + "".join(f'<td class="config">{escape(known.get(name, "–"))}</td>' for known in settings)
-        + "</tr>"
-        for name in differing
-    ]
-    differences = f'<div class="scroll">{table(f"<th></th>{heads}", rows)}</div>' if rows else ""
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(settings[0][name])}</dd>" for name in equal)
-    if len(runs) == 1:
-        return f"<details open><summary>{len(equal)} settings</summary><dl>{listed}</dl></details>"
-    return (
-        f"{differences}<details><summary>{len(equal)} settings are equal</summary><dl>{listed}</dl></details>"
-    )
+    rows = [(name, [known.get(name, "–") for known in settings]) for name in differing]
+    equal = [(name, settings[0][name]) for name in names if name not in differing]
+    is_one = len(runs) == 1
+    title = f"{len(equal)} settings" if is_one else f"{len(equal)} settings are equal"
+    listed = fill(_EQUAL, title=title, settings=facts(equal), is_open=is_one)
+    if not rows:
+        return listed
+    heads = {"names": [run.name for run in runs], "num_colours": NUM_COLOURS}
+    return together([fill(_DIFFERING, **heads, rows=rows), listed])
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from engine import files
 from engine.config import UserError
-from evaluation.report.inputs import METRICS_NAME, Training, read_lines
+from evaluation.report.inputs import METRICS_NAME, Training, logged, read_lines
 
 METRICS, SCORES, EVENTS, CONFIG = METRICS_NAME, "scores.jsonl", "events.jsonl", "config.json"
 RECENT_LINES = 20
@@ -20,6 +20,7 @@ RECENT_LINES = 20
 MIN_SILENCE_S = 60.0
 SILENT_LINES = 6
 """A run that logged nothing for so many times its usual interval (and MIN_SILENCE_S) is taken for dead."""
+MAX_TIME_S = 2.0**36  # the year 4147
 TROUBLE = ("warning", "alarm", "nonfinite", "spike", "roll_back", "error")
 
 Over = Literal["step", "time"]
@@ -61,8 +62,8 @@ class Run:
         """Of the whole run; None: the folder does not say."""
         engine = self.config.get("engine")
         planned = engine.get("steps") if isinstance(engine, Mapping) else None
-        logged = self.training.last().get("num_steps") or planned
-        return int(logged) if logged else None
+        steps = self.training.last().get("num_steps") or planned
+        return int(steps) if isinstance(steps, int | float) and math.isfinite(steps) and steps > 0 else None
 
     @property
     def last_line_s(self) -> float:
@@ -128,7 +129,9 @@ class Run:
         """Parts of the wall time by name, over the last lines; a part that a line does not name took none there."""
         rows = self.training.rows[-RECENT_LINES:]
         names = {name for row in rows for name in row if name.endswith("_share")}
-        means = {name: sum(row.get(name) or 0.0 for row in rows) / len(rows) for name in names}
+        means = {
+            name: sum(min(max(row.get(name) or 0.0, 0.0), 1.0) for row in rows) / len(rows) for name in names
+        }
         order = sorted(means, key=lambda name: -means[name])
         return {name.removesuffix("_share"): means[name] for name in order if means[name] >= 0.0005}
 
@@ -170,7 +173,6 @@ def read_run(path: Path, name: str = "") -> Run:
         hint = f"runs inside it: {', '.join(inside)}" if inside else "give the run_dir of a training"
         raise UserError(f"{path}: no run has logged anything here yet; {hint}")
     name = name or path.resolve().name
-    config = _parse(path / CONFIG, files.read_json, {})
     grids = [
         (int(grid.stem[5:]), grid)
         for grid in (path / "samples").glob("step_*.png")
@@ -180,42 +182,29 @@ def read_run(path: Path, name: str = "") -> Run:
     return Run(
         path=path,
         name=name,
-        training=_training(name, path / METRICS),
-        scores=_training(name, path / SCORES),
-        config=config,
-        events=tuple(_parse(path / EVENTS, _read_events, [])),
+        training=logged(name, path / METRICS),
+        scores=logged(name, path / SCORES),
+        config=_config(path / CONFIG),
+        events=tuple(_event(row, path / EVENTS) for row in read_lines(path / EVENTS)),
         grids=tuple(sorted(grids)),
         changed_s=max(times),
     )
 
 
-def _training(name: str, path: Path) -> Training:
-    rows = [row for row in _parse(path, read_lines, []) if "step" in row]
-    return Training(name, tuple({key: _number(value) for key, value in row.items()} for row in rows))
-
-
-def _parse(path: Path, read: Callable[[Path], Any], absent: Any) -> Any:
-    """What `read` makes of a file. Raises UserError: it is not what a run writes."""
-    if not path.is_file():
-        return absent
+def _config(path: Path) -> dict[str, Any]:
     try:
-        found = read(path)
-        if any(not isinstance(row, dict | Event) for row in (found if path.suffix == ".jsonl" else [found])):
-            raise TypeError("no objects")
-        return found
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{path}: is not what a training writes ({reason}); is this a run folder?") from None
+        return files.read_object(path) if path.is_file() else {}
+    except UserError as error:
+        raise UserError(f"{path}: is not what a training writes; is this a run folder? ({error})") from None
 
 
-def _read_events(path: Path) -> list[Event]:
-    return [
-        Event(float(row["time_s"]), int(row["step"]), str(row["kind"]), str(row["text"]))
-        for row in read_lines(path)
-    ]
-
-
-def _number(value: object) -> float | None:
-    """A finite number, or None: a run writes null for what is not finite."""
-    is_number = isinstance(value, (int, float)) and math.isfinite(value)
-    return float(value) if is_number else None  # type: ignore[arg-type]
+def _event(row: Mapping[str, Any], path: Path) -> Event:
+    try:
+        event = Event(float(row["time_s"]), int(row["step"]), str(row["kind"]), str(row["text"]))
+        if not 0 <= event.time_s < MAX_TIME_S:
+            raise ValueError("time_s")
+        return event
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise UserError(
+            f"{path}: is not what a training writes ({str(row)[:100]}); is this a run folder?"
+        ) from None

@@ -88,7 +88,8 @@ def _chart(runs: Sequence[Run], metric: str, unit: Unit, width: int, height: int
     if not shown:
         return [f"{metric}: not logged"]
     axis = Axis.of([value for points in shown for _, value in points])
-    first, last = min(points[0][0] for points in shown), max(points[-1][0] for points in shown)
+    places = [x for points in shown for x, _ in points]
+    first, last = min(places), max(places)
     columns = width - LABEL_WIDTH - 2
     cells = [[0] * columns for _ in range(height)]
     owners = [[0] * columns for _ in range(height)]

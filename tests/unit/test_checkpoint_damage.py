@@ -8,10 +8,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from engine import checkpoint_folder, checkpoint_writer, files
+from engine import checkpoint_folder, checkpoint_reader, checkpoint_writer, files
 from engine.checkpoint import Checkpoints
 from engine.config import UserError
+from engine.layout import Segment
 
 WORLD = 3
 
@@ -195,3 +197,26 @@ def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     checkpoint_folder.clean(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000003"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("format", None), ("num_ranks", "3"), ("num_ranks", 0), ("files", {"a": 3}), ("engines", [])],
+)
+def test_a_state_of_another_shape_is_damage_whatever_its_checksum_says(name, value, tmp_path, capsys):
+    save(tmp_path, 3, 6)
+    directory = tmp_path / "step_00000006"
+    state, _ = checkpoint_folder.read_state(directory)
+    checkpoint_folder.write_state(directory, {**state, name: value})
+    assert loaded_steps(tmp_path) == [3] * WORLD
+    assert f"state.json: {name}" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_safetensors_is_named_whatever_its_checksum_says(tmp_path):
+    for content in (b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}"):
+        (tmp_path / "rank_00000.safetensors").write_bytes(content)
+        with (
+            pytest.raises(UserError, match=r"rank_00000.safetensors: is no file|lacks value 0"),
+            checkpoint_reader.Saved(tmp_path, ["rank_00000.safetensors"], 0) as saved,
+        ):
+            saved.fill("main/master", [Segment("weight", 0, 4, 0)], torch.empty(4))

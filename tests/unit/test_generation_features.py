@@ -17,6 +17,7 @@ from evaluation.features.feature_files import FeatureFiles, FeatureRows, ScoreFi
 from evaluation.features.inception import AdmInception
 from evaluation.features.vision_transformers import VisionFeatures
 from evaluation.image_source import FileImages, NpzImages
+from evaluation.reference import Reference
 
 
 class Colours:
@@ -75,6 +76,30 @@ def test_other_npz_files_are_one_clear_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             NpzImages.open(tmp_path / f"{name}.npz")
+
+
+@pytest.mark.parametrize("array", ["arr_0", "mu"])
+def test_a_damaged_npz_is_one_clear_line_wherever_it_is_damaged(array: str, tmp_path: Path) -> None:
+    """A cut, or another byte, at any place of the archive; a header that asks for terabytes."""
+    path = tmp_path / "a.npz"
+    arrays = {"mu": np.zeros(2), "sigma": np.eye(2)}
+    if array == "arr_0":
+        arrays = {"arr_0": np.zeros((2, 4, 4, 3), np.uint8)}
+    np.savez(path, **arrays)
+    whole = path.read_bytes()
+    Reference.open(path)
+    damaged = [whole[:at] for at in range(0, len(whole), 23)]
+    damaged += [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in range(0, len(whole), 7)]
+    damaged.append(whole.replace(b"(2,), }" + b" " * 12, b"(1099511627776,), }"))
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            Reference.open(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 30
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:

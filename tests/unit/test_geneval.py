@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.config import UserError
 from evaluation.judges.detector import NAMES, FoundObject
 from evaluation.manifest import Item, write_image, write_manifest
-from evaluation.metrics.geneval import Detection, relations, verdict
+from evaluation.metrics.geneval import Detection, check_metadata, relations, verdict
 from evaluation.metrics.interval import mean_of_means
 from evaluation.runner import Team, evaluate
 from evaluation.suites.geneval import GenEvalSuite
@@ -233,3 +233,24 @@ def test_names_are_cocos_eighty() -> None:
         "computer mouse",
         "toothbrush",
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tag": None},
+        {"tag": ["counting"]},
+        {"include": 3},
+        {"include": ["dog"]},
+        {"include": [{"class": "dog", "count": "2"}]},
+        {"include": [{"class": ["dog"], "count": 1}]},
+        {"include": [{"class": "dog", "count": 1, "position": ["left of", 7]}]},
+        {"include": [{"class": "dog", "count": 1, "position": "left"}]},
+        {"exclude": [{"class": "dog"}]},
+    ],
+)
+def test_metadata_of_another_shape_is_refused_before_anything_is_detected(change: dict[str, Any]) -> None:
+    good = {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": None}
+    check_metadata(good, "item 'a'")
+    with pytest.raises(UserError, match=r"item 'a': |tag "):
+        check_metadata({**good, **change}, "item 'a'")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from huggingface_hub import constants
 
 from data.text import load_text_tokenizer
@@ -156,4 +157,17 @@ def test_a_config_nested_without_end_is_one_line(
         (tmp_path / f"{name}.json").write_text('{"a": ' * 100_000 + "1" + "}" * 100_000)
     with pytest.raises(UserError, match="RecursionError") as error:
         loader(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_whose_library_panics_is_one_line(tmp_path: Path) -> None:
+    """What a library in Rust raises then is no Exception: merges shorter than the prefix that each shall have."""
+    vocabulary = {piece: number for number, piece in enumerate(("a", "b", "ab"))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    tree = json.loads(tokenizer.to_str())
+    tree["model"]["continuing_subword_prefix"] = "##longer##"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(UserError, match="PanicException") as error:
+        load_text_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)

@@ -347,3 +347,11 @@ print(kib("VmHWM") - before)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 120_000  # KiB: measured 85,000, and 179,000 where columns are read whole
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    image, other = pa.array([b"x"]), pa.array(["y"])
+    table = pa.Table.from_arrays([image, other, other], names=["image", "text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: has two columns 'text'"):
+        ParquetSource([str(tmp_path)], ParquetColumns(image="image", captions=("text",)), 2)

@@ -3,6 +3,7 @@
 import ast
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -304,3 +305,25 @@ def test_a_dry_run_and_an_error_show_no_secrets(capsys: pytest.CaptureFixture[st
 
     assert entry.run(fail) == 2
     assert capsys.readouterr().err == "error: https://host/a: no such file\n"
+
+
+def test_every_test_that_the_page_names_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text()))
+    there = {
+        found
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for found in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert len(named) > 15 and named <= there, named - there
+
+
+def test_every_exception_from_the_security_rules_says_why() -> None:
+    lines = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for folder in (*FOLDERS, "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"# noqa: [A-Z0-9, ]*S\d{3}", line)
+    ]
+    assert len(lines) > 10
+    assert [line for line in lines if not re.search(r"# noqa: [A-Z0-9, ]+ +# \w", line)] == []

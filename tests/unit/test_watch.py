@@ -270,3 +270,18 @@ def test_a_strangers_run_folder_cannot_steer_the_terminal_or_break_the_page(tmp_
     assert "\x1b" not in text and "\x07" not in text and "cannot be read" in text
     html = page([run], now_s=time.time())
     assert "<img src=x" not in html and "cannot be read" in html
+
+
+def test_shares_steps_and_plans_of_a_stranger_are_drawn_within_the_screen(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "t2i")
+    rows = [
+        {"step": step, "loss": 1.0, "a_share": 1e12, "b_share": -3.0, "time_s": 1e9} for step in (9, 2, 30, 1)
+    ]
+    files.write_text(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    for steps in ([9], "/dev/zero", float("inf"), -5, {"a": 1}):
+        files.write_json(run_dir / "config.json", {"engine": {"steps": steps}})
+        run = read_run(run_dir)
+        assert run.num_steps is None and run.shares() == {"a": 1.0}
+        shown = screen([run], ["loss"], width=80, height=30, now_s=1e9)
+        assert max(len(line) for line in shown.splitlines() if "samples" not in line) <= 80
+        page([run], now_s=1e9)

@@ -104,7 +104,7 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights() -> None:
     batch = pack([[TextSplit([1, 5, 2]), image(0, noisy=True)]])
     model.compile_layers(LISTENED)
     before = train(model, batch)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  # its own
         with torch.no_grad():
             for layer in twin.backbone.layers:
                 layer.generation.mlp.down_proj.weight.mul_(3)

@@ -37,7 +37,7 @@ ENCODER = "encoder.vit."
 """Where Representation keeps the library's module."""
 POSITIONS = "decoder.positions"
 """A table that theirs store and ours compute: it is compared, not loaded."""
-CLASS_TOKEN = "decoder.class_token"
+CLASS_TOKEN = "decoder.class_token"  # noqa: S105  # a tensor's name
 POSITIONS_TOLERANCE = 4e-3
 """Half a unit of bf16 at 1; a table in another order is off by 1."""
 

@@ -1,0 +1,75 @@
+"""The one place where HTML and SVG are made: templates whose values are escaped, all but what was made here.
+
+A template is a constant of the module that uses it (Jinja2's language). Attributes stand in double quotes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup as Html
+
+__all__ = ["Html", "absent", "document", "facts", "fill", "section", "together", "whole"]
+
+_TEMPLATES = Environment(
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_DOCUMENT = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+{%- if refresh_s %}<meta http-equiv="refresh" content="{{ '%g' | format(refresh_s) }}">{% endif %}
+<meta name="viewport" content="width=device-width, initial-scale=1">\
+<title>{{ title }}</title><style>{{ style }}</style></head>
+<body>{{ body }}</body></html>
+"""
+_SECTION = """\
+<section><h2>{{ title }}</h2>{% if lead %}<p class="soft">{{ lead }}</p>{% endif %}{{ body }}</section>
+"""
+_FACTS = "<dl>{% for name, value in pairs %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>"
+
+
+def fill(template: str, **values: object) -> Html:
+    """`template`, a constant, with `values` escaped; what `fill` has made stays as it is."""
+    return Html(_compiled(template).render(values))  # noqa: S704  # autoescape is on
+
+
+def together(parts: Iterable[object]) -> Html:
+    """One after the other, each escaped unless it was made here."""
+    return Html("").join(parts)  # type: ignore[arg-type]  # it escapes whatever has a text
+
+
+def section(title: str, body: Html, lead: str = "") -> Html:
+    """A heading, a sentence about what follows, and that."""
+    return fill(_SECTION, title=title, body=body, lead=lead)
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> Html:
+    """Names and values below each other."""
+    return fill(_FACTS, pairs=list(pairs))
+
+
+def absent(text: str) -> Html:
+    """Stands where there is nothing to show."""
+    return fill('<p class="absent">{{ text }}</p>', text=text)
+
+
+def document(title: str, style: str, body: Html, refresh_s: float | None = None) -> str:
+    """A whole page. `style`: CSS of ours, a constant; `refresh_s`: a browser loads it again after so many seconds."""
+    css = Html(style)  # noqa: S704  # a constant
+    return whole(fill(_DOCUMENT, title=title, style=css, body=body, refresh_s=refresh_s))
+
+
+def whole(made: Html) -> str:
+    """As a file holds it: plain text, question marks for halves of characters, which UTF-8 has no bytes for."""
+    return str(made).encode("utf-8", "replace").decode()
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(template: str) -> Template:
+    return _TEMPLATES.from_string(template)
