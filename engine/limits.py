@@ -11,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from gzip import GzipFile
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -34,6 +35,10 @@ IMAGE_BYTES = 544 * MIB
 """An image file: MAX_PIXELS of data/images.py, four channels of 16 bits without compression, and its notes."""
 VOCABULARY_BYTES = 64 * MIB
 """A sentencepiece model: 256,000 pieces have 5 MiB."""
+UNFOLD_FREE_BYTES, UNFOLD_RATIO = 256 * MIB, 200
+"""What is packed may unfold to this much, or to so many times its size: text shrinks to a tenth, images not at all."""
+BATCH_BYTES = GIB
+"""Rows of a table that are unfolded at once."""
 CHUNK_BYTES = MIB
 """What is read at once of a file of any size."""
 
@@ -51,7 +56,7 @@ def open_regular(path: str | Path, limit_bytes: int | None = None) -> int:
     os.close(descriptor)
     if stat.S_ISREG(status.st_mode):
         assert limit_bytes is not None
-        raise _too_large(path, f"{status.st_size:,} bytes", limit_bytes)
+        raise too_large(path, f"{status.st_size:,} bytes", limit_bytes)
     is_folder = stat.S_ISDIR(status.st_mode)
     number = errno.EISDIR if is_folder else errno.EINVAL
     raise OSError(number, os.strerror(number) if is_folder else "a pipe or device, not a file", str(path))
@@ -79,18 +84,29 @@ def read_all(file: IO[bytes], limit_bytes: int, where: object, expected_bytes: i
     while more := file.read(CHUNK_BYTES):
         content += more
         if len(content) > limit_bytes:
-            raise _too_large(where, "more", limit_bytes)
+            raise too_large(where, "more", limit_bytes)
     return content
 
 
-def lines(file: IO[bytes], where: object, limit_bytes: int = LINE_BYTES) -> Iterator[bytes]:
-    """The lines of a stream, with their ends. Raises OSError: one of more than `limit_bytes`."""
-    number = 0
-    while line := file.readline(limit_bytes + 1):
-        number += 1
-        if len(line) > limit_bytes:
-            raise _too_large(where, f"line {number} has more", limit_bytes)
+def lines(file: IO[bytes] | GzipFile, where: object, *, packed_bytes: int | None = None) -> Iterator[bytes]:
+    """The lines of a stream, with their ends; `packed_bytes`: the size of what it is unpacked from.
+
+    Raises OSError: a line of more than LINE_BYTES; what was packed unfolds to too much.
+    """
+    number, num_bytes = 0, 0
+    most = None if packed_bytes is None else unfolded(packed_bytes)
+    while line := file.readline(LINE_BYTES + 1):
+        number, num_bytes = number + 1, num_bytes + len(line)
+        if len(line) > LINE_BYTES:
+            raise too_large(where, f"line {number} has more", LINE_BYTES)
+        if most is not None and num_bytes > most:
+            raise too_large(where, f"it unfolds to more by line {number}", most)
         yield line
+
+
+def unfolded(packed_bytes: int) -> int:
+    """The limit of what so many bytes may unfold to."""
+    return max(UNFOLD_FREE_BYTES, UNFOLD_RATIO * packed_bytes)
 
 
 def read_text(path: str | Path, limit_bytes: int = DOCUMENT_BYTES) -> str:
@@ -116,7 +132,8 @@ def read_json(path: str | Path, what: str = "a file of ours", limit_bytes: int =
         raise UserError(f"{path}: not valid JSON ({error}); write it again") from None
 
 
-def _too_large(where: object, found: str, limit_bytes: int) -> OSError:
+def too_large(where: object, found: str, limit_bytes: int) -> OSError:
+    """The error of what is over a limit; `found`: its size, in words."""
     return OSError(errno.EFBIG, f"{found}, over the limit of {_size(limit_bytes)}", str(where))
 
 

@@ -14,7 +14,8 @@ from data.images import image_suffix, part_name
 from data.shard_index import KEY_PATTERN
 from data.shards import Sample
 from data.sources.base import BadItemError, Unit
-from data.sources.parquet_files import Footer, Row, find_parquet, in_units
+from data.sources.parquet_files import Footer, find_parquet, in_units
+from data.sources.parquet_rows import Row
 from data.sources.prepare import select_texts
 from data.sources.table_values import whole_number_in
 from engine import files

@@ -80,8 +80,10 @@ class TarReader:
             offset, num_bytes = offset + len(piece), num_bytes - len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def payload(self, member: Member) -> bytes:
-        """The bytes of a file."""
+    def payload(self, member: Member, limit_bytes: int = limits.IMAGE_BYTES) -> bytes:
+        """The bytes of a file. Raises OSError: more than the limit; a sparse archive holds them without taking room."""
+        if member.num_bytes > limit_bytes:
+            raise limits.too_large(self.path, f"'{member.name}' has {member.num_bytes:,} bytes", limit_bytes)
         return self.read(member.data_offset, member.num_bytes)
 
     def members(self, inside: Member | None = None) -> Iterator[Member]:
