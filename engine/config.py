@@ -18,6 +18,7 @@ from typing import Any, TypeVar, Union
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from engine import limits
 from engine.errors import StoppedError as StoppedError
 from engine.errors import UserError as UserError
 from engine.redaction import redacted
@@ -98,7 +99,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: 'extends' runs in a circle; remove one of them")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = limits.read_text(path, limits.CONFIG_BYTES)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from engine import limits
 from engine.config import UserError
 from engine.limits import read_json as read_json
 
@@ -141,7 +142,7 @@ def check_signed(path: str | Path, sign: str) -> None:
     """Raises UserError: `path` exists, and has no `sign` in its first or last 4 KiB, as our files of this kind have."""
     path = Path(path)
     if path.is_file():
-        with path.open("rb") as file:
+        with limits.open_file(path) as file:
             first = file.read(SIGN_WITHIN_BYTES)
             file.seek(max(path.stat().st_size - SIGN_WITHIN_BYTES, 0))
             if sign.encode() in first or sign.encode() in file.read():
@@ -180,9 +181,9 @@ def fsync_directory(path: str | Path) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's content."""
+    """Hex SHA-256 of a file's content. Raises OSError: as limits.open_file."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with limits.open_file(path) as file:
         while chunk := file.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -10,10 +10,11 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from gzip import GzipFile
 from pathlib import Path
 from typing import IO, Any, BinaryIO
+from zipfile import ZipFile
 
 from engine.errors import UserError
 
@@ -39,6 +40,8 @@ UNFOLD_FREE_BYTES, UNFOLD_RATIO = 256 * MIB, 200
 """What is packed may unfold to this much, or to so many times its size: text shrinks to a tenth, images not at all."""
 BATCH_BYTES = GIB
 """Rows of a table that are unfolded at once."""
+ARRAY_BYTES = GIB
+"""An array of statistics in an .npz file: a covariance of 8192 features has half of it."""
 CHUNK_BYTES = MIB
 """What is read at once of a file of any size."""
 
@@ -102,6 +105,15 @@ def lines(file: IO[bytes] | GzipFile, where: object, *, packed_bytes: int | None
         if most is not None and num_bytes > most:
             raise too_large(where, f"it unfolds to more by line {number}", most)
         yield line
+
+
+def check_members(archive: ZipFile, names: Sequence[str]) -> None:
+    """Raises OSError: one of the members `names` unfolds to more than ARRAY_BYTES."""
+    for entry in archive.infolist():
+        if entry.filename in names and entry.file_size > ARRAY_BYTES:
+            raise too_large(
+                archive.filename, f"'{entry.filename}' unfolds to {entry.file_size:,} bytes", ARRAY_BYTES
+            )
 
 
 def unfolded(packed_bytes: int) -> int:

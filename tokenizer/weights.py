@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine import limits
 from engine.config import UserError
 
 MAX_NAMES_IN_MESSAGE = 4
@@ -19,14 +20,16 @@ MAX_NAMES_IN_MESSAGE = 4
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU. Raises UserError: missing or damaged file."""
     try:
+        limits.check_regular(path)
         tensors: dict[str, Tensor] = load_file(str(path))
         return tensors
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such weights file; check the path or run the stage that writes it"
         ) from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); write it again") from None
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: not a readable safetensors file ({reason}); write it again") from None
 
 
 def write_tensors(path: str | Path, module: nn.Module) -> None:

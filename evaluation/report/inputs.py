@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import files
+from engine import files, limits
 from evaluation.environment import machine, versions
 from evaluation.manifest import MANIFEST_NAME, ImageSet, Item
 from evaluation.runner import PER_ITEM_NAME, SCORES_NAME
@@ -128,7 +128,7 @@ def _read_json(path: Path, default: Any) -> Any:
 
 def read_lines(path: Path) -> tuple[Any, ...]:
     """JSON lines; the last one may be torn while a training is still writing it. Raises JSONDecodeError."""
-    *whole, last = path.read_text().split("\n")
+    *whole, last = limits.read_text(path, limits.DOCUMENT_BYTES).split("\n")
     rows = [json.loads(line) for line in whole if line]
     try:
         return (*rows, json.loads(last)) if last else tuple(rows)
