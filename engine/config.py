@@ -21,6 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from engine import limits
 from engine.errors import StoppedError as StoppedError
 from engine.errors import UserError as UserError
+from engine.model_sizes import check_sizes
 from engine.redaction import redacted
 
 T = TypeVar("T")
@@ -220,6 +221,8 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
         if required and name not in arguments:
             raise ConfigError(f"{where}: missing key '{_join(path, name)}'")
     place = f"{where}: {path or 'top level'}"
+    for name, value in arguments.items():
+        check_sizes({name: value}, place)
     with describing(place):
         try:
             return section(**arguments)
