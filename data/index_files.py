@@ -71,13 +71,17 @@ class IndexFiles:
         return descriptor, _data_offset(os.pread(descriptor.number, PREFIX_BYTES, 0))
 
 
+def read_index(path: Path, num_samples: int) -> bytes:
+    """The bytes of an index of so many samples. Raises UserError: it cannot be read, it has more."""
+    try:
+        return limits.read_bytes(path, MAX_HEAD_BYTES + num_samples * RECORD.itemsize)
+    except OSError as error:
+        raise UserError(f"{path}: index cannot be read ({error.strerror}); {CONTINUE}") from None
+
+
 def load_index(file: Path | bytes, num_samples: int, where: object) -> Records:
     """One index, in memory. Raises UserError, naming `where`: not an index of that many samples."""
-    num_bytes = MAX_HEAD_BYTES + num_samples * RECORD.itemsize
-    try:
-        content = limits.read_bytes(file, num_bytes) if isinstance(file, Path) else file
-    except OSError as error:
-        raise UserError(f"{where}: index cannot be read ({error.strerror}); {CONTINUE}") from None
+    content = read_index(file, num_samples) if isinstance(file, Path) else file
     offset = _data_offset(content)
     header = content[PREFIX_BYTES:offset].decode("latin-1").strip()
     expected = f"{{'descr': {RECORD.descr!r}, 'fortran_order': False, 'shape': ({num_samples},), }}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.block_cache import BlockCache, Descriptor
-from data.index_files import CONTINUE, READ_ATTEMPTS, RETRY_WAIT_S, IndexFiles, load_index
+from data.index_files import CONTINUE, READ_ATTEMPTS, RETRY_WAIT_S, IndexFiles, load_index, read_index
 from data.remote_folder import RemoteFolder, check_sizes, fetch_indices, read_manifest
 from data.remote_shards import RemoteShards
 from data.shard_index import (
@@ -30,7 +31,6 @@ from data.shard_index import (
     members_crc32,
 )
 from data.storage import GIB, Range, ShardBytes, StorageConfig, in_threads, is_remote, retrying
-from engine import files
 from engine.config import UserError
 
 MAX_OPEN_SHARDS = 128
@@ -219,9 +219,10 @@ def open_shard(directory: Path, entry: ShardEntry) -> Records:
         )
     if not index_path.is_file():
         raise UserError(f"{index_path}: index is missing; {CONTINUE}")
-    if files.sha256(index_path) != entry.index_sha256:
+    content = read_index(index_path, entry.num_samples)
+    if hashlib.sha256(content).hexdigest() != entry.index_sha256:
         raise UserError(f"{index_path}: is not the index of {entry.name} in {MANIFEST_NAME}; {CONTINUE}")
-    return load_index(index_path, entry.num_samples, index_path)
+    return load_index(content, entry.num_samples, index_path)
 
 
 def _open_remote(url: str, storage: StorageConfig, leave_out: Collection[str]) -> ShardDataset:

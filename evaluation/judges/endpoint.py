@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from typing import Any
 
 import httpx
@@ -120,13 +120,13 @@ class EndpointJudge:
 
         Raises ValueError: too long a body; TimeoutError: all of it takes too long, which httpx asks of each read only.
         """
-        pool = ThreadPoolExecutor(1)
+        pool = futures.ThreadPoolExecutor(1)
         try:
             return pool.submit(self._stream, payload, headers).result(TIMEOUT_S)
-        except TimeoutError:
+        except futures.TimeoutError:  # another class in Python 3.10
             self._client.close()  # and with its connection ends the thread
             self._client = _client()
-            raise
+            raise TimeoutError from None
         finally:
             pool.shutdown(wait=False)
 
