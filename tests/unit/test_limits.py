@@ -61,7 +61,9 @@ def reads(path: Path) -> Iterator[tuple[str, str, bool]]:
 def is_read(call: ast.Call) -> bool:
     name = ast.unparse(call.func)
     owner, _, method = name.rpartition(".")
-    modes = [node.value for node in call.args if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    modes = [
+        node.value for node in call.args if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
     if any(mode[:1] in "wax" and len(mode) <= 3 for mode in modes):
         return False
     if name in OPENERS or (method in ("read_text", "read_bytes") and owner not in ("", "limits", "files")):
@@ -154,7 +156,11 @@ def test_what_is_no_file_is_refused_behind_a_link_too(kind: str, tmp_path: Path)
 
 def test_json_says_what_is_wrong_and_where(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    for content, reason in ((b"[" * 100_000, "nested too deep for a list"), (b"\xff", "not valid JSON"), (b"{", "not")):
+    for content, reason in (
+        (b"[" * 100_000, "nested too deep for a list"),
+        (b"\xff", "not valid JSON"),
+        (b"{", "not"),
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"a\.json: .*{reason}"):
             limits.read_json(path, "a list")
@@ -167,7 +173,12 @@ def test_json_says_what_is_wrong_and_where(tmp_path: Path) -> None:
 
 def test_sizes_of_published_models_are_far_below_the_limits() -> None:
     """Llama 3.1 405B, Gemma 3's vocabulary, Wan's VAE; and what nobody builds is above."""
-    published = {"num_hidden_layers": 126, "hidden_size": 16384, "intermediate_size": 53248, "vocab_size": 262_208}
+    published = {
+        "num_hidden_layers": 126,
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "vocab_size": 262_208,
+    }
     model_sizes.check_sizes({**published, "block_out_channels": [96, 192, 384], "image_size": 1024}, "a")
     for name in published:
         with pytest.raises(UserError, match=rf"a: {name} is 1,000,000,000; no model with more than"):
