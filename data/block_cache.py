@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.storage import replace_file
+from engine import limits
 from engine.terminal import say
 
 # Far below what object stores read at full speed, because the plan reads 64 neighbours here and 64 there: with 33 kB
@@ -113,7 +114,7 @@ class Descriptor:
     """An open file, closed when the last reader lets go of it; eviction cannot close it under a reader."""
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = limits.open_regular(path)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.shard_index import KEY_PATTERN
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 
 SHARD_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
@@ -51,7 +51,7 @@ def add_to_quarantine(path: str | Path, keys: Mapping[str, str], shards: Mapping
 def _read(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Reasons by key and by shard."""
     try:
-        lines = path.read_text().splitlines()
+        lines = limits.read_text(path, limits.TEXT_BYTES).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no readable quarantine file ({error})") from None
     keys: dict[str, str] = {}

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import fsspec
+import fsspec.asyn
+from fsspec.implementations.http import HTTPFileSystem
 
-from data.index_files import load_index
-from data.shard_index import MANIFEST_NAME, Manifest, Records, ShardEntry
+from data.index_files import MAX_HEAD_BYTES, load_index
+from data.shard_index import MANIFEST_NAME, RECORD, Manifest, Records, ShardEntry
 from data.storage import MissingFileError, StorageConfig, in_threads, replace_file, retrying
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 from engine.redaction import redact
 
@@ -41,11 +43,19 @@ class RemoteFolder:
         self._root = root.rstrip("/")
         self._options = {"timeout": config.timeout_s} if getattr(self._files, "async_impl", False) else {}
 
-    def content(self, name: str, is_right: Callable[[bytes], bool] = lambda _: True) -> bytes:
-        """A whole file; one that `is_right` refuses was damaged on the way and is fetched again."""
+    def content(
+        self, name: str, limit_bytes: int, is_right: Callable[[bytes], bool] = lambda _: True
+    ) -> bytes:
+        """A whole file; one that `is_right` refuses was damaged on the way and is fetched again.
+
+        Raises UserError: more than `limit_bytes`, or without an end.
+        """
 
         def action() -> bytes:
-            content: bytes = self._files.cat_file(self._path(name), **self._options)
+            content = self._cat(name, None, limit_bytes + 1)
+            if len(content) > limit_bytes:
+                found = limits.too_large(self.url, "more", limit_bytes).strerror
+                raise UserError(f"{self.url}/{name}: cannot be read ({found}); {UPLOAD}")
             if not is_right(content):
                 raise OSError(f"SHA-256 is not the one in {MANIFEST_NAME}")
             return content
@@ -56,8 +66,7 @@ class RemoteFolder:
         """`num_bytes` bytes from `start` of a file. Raises UserError: the server ignores ranges."""
 
         def action() -> bytes:
-            path, end = self._path(name), start + num_bytes
-            content: bytes = self._files.cat_file(path, start=start, end=end, **self._options)
+            content = self._cat(name, start, start + num_bytes)
             if len(content) > num_bytes:
                 raise UserError(
                     f"{self.url}/{name}: the server sends whole files instead of the range that was asked for; "
@@ -79,6 +88,27 @@ class RemoteFolder:
             )
         return int(info["size"])
 
+    def _cat(self, name: str, start: int | None, end: int) -> bytes:
+        """Bytes from `start` (None: the first) to `end`; some more of a server that ignores ranges, never all."""
+        if isinstance(self._files, HTTPFileSystem):
+            return bytes(fsspec.asyn.sync(self._files.loop, self._stream, self._path(name), start, end))
+        return bytes(self._files.cat_file(self._path(name), start=start, end=end, **self._options))
+
+    async def _stream(self, path: str, start: int | None, end: int) -> bytearray:
+        """As HTTPFileSystem.cat_file, which waits for the end of a body that may have none."""
+        session = await self._files.set_session()
+        options = {**self._files.kwargs, **self._options}
+        if start is not None:
+            options["headers"] = {**options.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
+        content = bytearray()
+        async with session.get(self._files.encode_url(path), **options) as reply:
+            self._files._raise_not_found_for_status(reply, path)
+            async for chunk in reply.content.iter_chunked(limits.CHUNK_BYTES):
+                content += chunk
+                if len(content) > end - (start or 0):
+                    break
+        return content
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}{self._query}"
 
@@ -89,7 +119,7 @@ class RemoteFolder:
 def read_manifest(folder: RemoteFolder) -> Manifest:
     """Raises UserError: as Manifest.read, with the url; a server that ignores ranges."""
     try:
-        content = folder.content(MANIFEST_NAME)
+        content = folder.content(MANIFEST_NAME, limits.DOCUMENT_BYTES)
     except MissingFileError:
         raise UserError(
             f"{folder.url}/{MANIFEST_NAME}: no such data set; upload it, or check the url and the credentials"
@@ -130,7 +160,9 @@ def fetch_indices(folder: RemoteFolder, shards: Sequence[ShardEntry], cache: Pat
                 load_index(path, entry.num_samples, where)
                 return path
         content = folder.content(
-            entry.index_name, lambda found: hashlib.sha256(found).hexdigest() == entry.index_sha256
+            entry.index_name,
+            MAX_HEAD_BYTES + entry.num_samples * RECORD.itemsize,
+            lambda found: hashlib.sha256(found).hexdigest() == entry.index_sha256,
         )
         records = load_index(content, entry.num_samples, where)
         try:

@@ -15,7 +15,6 @@ from data.shard_file import write_index, write_progress
 from data.shard_index import (
     FORMAT_VERSION,
     KEY_PATTERN,
-    MAX_PART_BYTES,
     MAX_PARTS,
     PART_PATTERN,
     RECORD,
@@ -28,6 +27,7 @@ from data.shard_writer import finished_shard, write_manifest
 from data.sources.base import BadItemError
 from data.sources.tar_file import TarReader
 from data.sources.tar_samples import Group, groups
+from engine import limits
 from engine.config import UserError
 
 MAX_HEADER_BLOCKS = 255  # a byte of the record
@@ -76,8 +76,8 @@ def _record(tar: TarReader, group: Group | BadItemError) -> Record:
     for part, member in group.parts.items():
         if not PART_PATTERN.fullmatch(part) or member.name != f"{key}.{part}" or member.is_renamed:
             raise _unfit(tar, f"'{member.name}' is no KEY.part in small letters that fits a plain header")
-        if not 1 <= member.num_bytes <= MAX_PART_BYTES:
-            raise _unfit(tar, f"'{member.name}' has {member.num_bytes} bytes")
+        if not 1 <= member.num_bytes <= limits.IMAGE_BYTES:
+            raise _unfit(tar, f"'{member.name}' has {member.num_bytes} bytes, not 1 to {limits.IMAGE_BYTES}")
         if member.offset != position or member.header_blocks > MAX_HEADER_BLOCKS:
             raise _unfit(tar, f"something lies before '{member.name}', inside its sample")
         position = member.end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import os
 from collections.abc import Collection, Iterator, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.block_cache import BlockCache, Descriptor
-from data.index_files import CONTINUE, IndexFiles, load_index
+from data.index_files import CONTINUE, READ_ATTEMPTS, RETRY_WAIT_S, IndexFiles, load_index, read_index
 from data.remote_folder import RemoteFolder, check_sizes, fetch_indices, read_manifest
 from data.remote_shards import RemoteShards
 from data.shard_index import (
@@ -30,13 +31,10 @@ from data.shard_index import (
     members_crc32,
 )
 from data.storage import GIB, Range, ShardBytes, StorageConfig, in_threads, is_remote, retrying
-from engine import files
 from engine.config import UserError
 
 MAX_OPEN_SHARDS = 128
 OPEN_THREADS = 8
-READ_ATTEMPTS = 3  # of local files; network file systems repeat by themselves
-RETRY_WAIT_S = 0.5
 REPAIR = "delete this shard and run the writer again"
 NAME_BYTES = 100  # of a USTAR header; our names always fit
 
@@ -52,13 +50,13 @@ class ShardDataset:
         self,
         directory: str | Path,
         manifest: Manifest,
-        indices: Sequence[Records],
+        indices: Sequence[Path | Records],
         payloads: ShardBytes | None = None,
     ) -> None:
-        """`directory` is for messages; `payloads` are by default the files in it."""
+        """`directory` is for messages; `indices`: checked files or their records; `payloads`: by default its files."""
         self.directory = directory
         self.manifest = manifest
-        self._indices = indices
+        self._indices = IndexFiles(indices, [entry.num_samples for entry in manifest.shards])
         self._paths = [f"{directory}/{entry.name}" for entry in manifest.shards]
         self._payloads = LocalShards(self._paths) if payloads is None else payloads
         self._first = np.cumsum([0, *(entry.num_samples for entry in manifest.shards)])  # then the total
@@ -77,8 +75,7 @@ class ShardDataset:
         directory = Path(str(location).removeprefix("file://"))
         manifest = _without(Manifest.read(directory), leave_out, directory)
         in_threads(lambda entry: len(open_shard(directory, entry)), manifest.shards, OPEN_THREADS)
-        indices = IndexFiles([directory / entry.index_name for entry in manifest.shards])
-        return ShardDataset(directory, manifest, indices)
+        return ShardDataset(directory, manifest, [directory / entry.index_name for entry in manifest.shards])
 
     @property
     def fingerprint(self) -> str:
@@ -145,7 +142,7 @@ class ShardDataset:
         shards = np.searchsorted(self._first, ordered, side="right") - 1
         changes = np.flatnonzero(np.diff(shards)) + 1
         pieces = [
-            self._indices[shard][ordered[a:b] - self._first[shard]]
+            self._indices.take(shard, ordered[a:b] - self._first[shard])
             for a, b in itertools.pairwise([0, *changes.tolist(), len(ordered)])
             for shard in [int(shards[a])]
         ]
@@ -211,7 +208,7 @@ class LocalShards:
 
 
 def open_shard(directory: Path, entry: ShardEntry) -> Records:
-    """The memory-mapped index of one shard, after checking that tar and index are the manifest's."""
+    """The index of one shard, after checking that tar and index are the manifest's."""
     path, index_path = directory / entry.name, directory / entry.index_name
     if not path.is_file():
         raise UserError(f"{path}: shard is missing; {CONTINUE}")
@@ -222,18 +219,17 @@ def open_shard(directory: Path, entry: ShardEntry) -> Records:
         )
     if not index_path.is_file():
         raise UserError(f"{index_path}: index is missing; {CONTINUE}")
-    if files.sha256(index_path) != entry.index_sha256:
+    content = read_index(index_path, entry.num_samples)
+    if hashlib.sha256(content).hexdigest() != entry.index_sha256:
         raise UserError(f"{index_path}: is not the index of {entry.name} in {MANIFEST_NAME}; {CONTINUE}")
-    return load_index(index_path, entry.num_samples, index_path)
+    return load_index(content, entry.num_samples, index_path)
 
 
 def _open_remote(url: str, storage: StorageConfig, leave_out: Collection[str]) -> ShardDataset:
     folder = RemoteFolder(url, storage)
     manifest = _without(read_manifest(folder), leave_out, folder.url)
     check_sizes(folder, manifest.shards)
-    indices = IndexFiles(
-        fetch_indices(folder, manifest.shards, storage.cache / "indices" / manifest.fingerprint[:32])
-    )
+    indices = fetch_indices(folder, manifest.shards, storage.cache / "indices" / manifest.fingerprint[:32])
     cache = BlockCache(storage.cache, manifest.fingerprint, int(storage.cache_gib * GIB))
     payloads = RemoteShards(folder, manifest.shards, cache, storage.parallel_reads)
     return ShardDataset(folder.url, manifest, indices, payloads)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import sentencepiece
 
-from engine import files, hub
+from engine import files, hub, limits
 from engine.config import UserError
 
 if TYPE_CHECKING:
@@ -109,7 +109,12 @@ def load_text_tokenizer(name_or_directory: str) -> TextTokenizer:
     directory = Path(name_or_directory)
     path = directory / MODEL_NAME
     if path.is_file():
-        model = path.read_bytes()
+        try:
+            model = limits.read_bytes(path, limits.VOCABULARY_BYTES)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}); train the text tokenizer again"
+            ) from None
         if not (directory / CONFIG_NAME).is_file() or files.read_json(directory / CONFIG_NAME) != _config(
             model
         ):

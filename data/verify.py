@@ -28,7 +28,7 @@ from data.shard_index import (
     key_hash,
 )
 from data.shard_reader import NAME_BYTES, REPAIR, ShardDataset, open_shard
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 
 CHUNK_BYTES = 8 << 20  # read at once
@@ -90,8 +90,8 @@ def check_rejected(directory: Path, manifest: Manifest) -> Iterator[Problem]:
     path = directory / REJECTED_NAME
     num_lines = 0
     if path.is_file():
-        with path.open() as lines:
-            num_lines = sum(1 for _ in lines)
+        with limits.open_file(path) as file:
+            num_lines = sum(1 for _ in limits.lines(file, path))
     if num_lines != manifest.num_rejected:
         text = f"{REJECTED_NAME}: has {num_lines} lines, {MANIFEST_NAME} says {manifest.num_rejected}"
         yield Problem("rejected", text)
@@ -217,7 +217,7 @@ def _members(path: Path, record: Any) -> Iterator[_Member]:
     """The parts of a sample as a stock reader finds them, at the places that the index gives."""
     begin = int(record["offset"])
     sizes = zip(record["part_bytes"].tolist(), record["header_blocks"].tolist(), strict=True)
-    with path.open("rb") as file:
+    with limits.open_file(path) as file:
         for number, (num_bytes, num_headers) in enumerate(sizes):
             if num_bytes == 0:
                 return

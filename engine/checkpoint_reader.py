@@ -11,6 +11,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
+from engine import limits
 from engine.config import UserError
 from engine.layout import Segment
 
@@ -29,6 +30,7 @@ class Saved:
     def __enter__(self) -> Saved:
         for path in self._paths:
             try:
+                limits.check_regular(path)
                 file = self._stack.enter_context(safetensors.safe_open(path, "pt"))
                 for name in file.keys():  # noqa: SIM118  # it is no dict
                     place, _, start = name.rpartition(":")

@@ -18,6 +18,7 @@ import torch
 from isal import isal_zlib
 from torch import Tensor
 
+from engine import limits
 from engine.layout import Segment
 
 CHUNK_BYTES = 16 << 20
@@ -93,7 +94,7 @@ def write(path: Path, flats: Sequence[Flat]) -> Sum:
 def checked(path: Path, expected: Sum) -> str:
     """What is wrong with a file, empty if nothing is: it is read once, whole."""
     try:
-        with path.open("rb") as file:
+        with limits.open_file(path) as file:
             if (num_bytes := os.fstat(file.fileno()).st_size) != expected.num_bytes:
                 return f"{path.name} has {num_bytes} bytes instead of {expected.num_bytes}"
             crc = 0

@@ -18,19 +18,15 @@ from typing import Any, TypeVar, Union
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from engine import limits
+from engine.errors import StoppedError as StoppedError
+from engine.errors import UserError as UserError
+from engine.model_sizes import check_sizes
 from engine.redaction import redacted
 
 T = TypeVar("T")
 SURE, PERHAPS = 0.75, 0.4
 """How alike a mistyped key and the valid one that is offered must be (difflib's ratio)."""
-
-
-class UserError(ValueError):
-    """Bad input from a person: shown as one line (what, where, what to do), without a traceback."""
-
-
-class StoppedError(UserError):
-    """Ended because it was asked to, with everything saved: the same command goes on."""
 
 
 class ConfigError(UserError):
@@ -104,7 +100,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: 'extends' runs in a circle; remove one of them")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = limits.read_text(path, limits.CONFIG_BYTES)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except UnicodeDecodeError as error:
@@ -225,6 +221,8 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
         if required and name not in arguments:
             raise ConfigError(f"{where}: missing key '{_join(path, name)}'")
     place = f"{where}: {path or 'top level'}"
+    for name, value in arguments.items():
+        check_sizes({name: value}, place)
     with describing(place):
         try:
             return section(**arguments)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -20,7 +19,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from engine import limits
 from engine.config import UserError
+from engine.limits import read_json as read_json
 
 HASH_CHUNK_BYTES = 1 << 20
 PAGE_SIGN = "<!-- written by RPiAE -->"
@@ -71,38 +72,8 @@ def full_disk(error: BaseException) -> UserError | None:
     return UserError(f"{reason(error)}; make room and run the same command again")
 
 
-def open_regular(path: str | Path) -> int:
-    """A descriptor of the file at `path`, to be read and closed by the caller.
-
-    Raises OSError: as open(), and for what is no regular file: a pipe that nobody writes to would be waited for.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-    os.close(descriptor)
-    number = errno.EISDIR if is_folder else errno.EINVAL
-    raise OSError(number, os.strerror(number) if is_folder else "a pipe or device, not a file", str(path))
-
-
-def read_regular(path: str | Path) -> bytes:
-    """The bytes of the file at `path`. Raises OSError: as open_regular."""
-    with os.fdopen(open_regular(path), "rb") as file:
-        return file.read()
-
-
-def read_json(path: str | Path) -> Any:
-    """Parses a UTF-8 JSON file. Raises OSError; UserError: not JSON, not UTF-8, nested too deep."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except RecursionError:
-        raise UserError(f"{path}: nested too deep for a file of ours; write it again") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); write it again") from None
-
-
 def read_object(path: str | Path) -> dict[str, Any]:
-    """`read_json` of a file that holds an object. Raises OSError, UserError."""
+    """`limits.read_json` of a file that holds an object. Raises OSError, UserError."""
     tree = read_json(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: no JSON object; write it again")
@@ -197,7 +168,7 @@ def check_signed(path: str | Path, sign: str) -> None:
     """Raises UserError: `path` exists, and has no `sign` in its first or last 4 KiB, as our files of this kind have."""
     path = Path(path)
     if path.is_file():
-        with path.open("rb") as file:
+        with limits.open_file(path) as file:
             first = file.read(SIGN_WITHIN_BYTES)
             file.seek(max(path.stat().st_size - SIGN_WITHIN_BYTES, 0))
             if sign.encode() in first or sign.encode() in file.read():
@@ -236,9 +207,9 @@ def fsync_directory(path: str | Path) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's content."""
+    """Hex SHA-256 of a file's content. Raises OSError: as limits.open_file."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with limits.open_file(path) as file:
         while chunk := file.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

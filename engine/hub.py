@@ -6,6 +6,7 @@ once, so that nothing waits for it in vain.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+
+from engine import limits
+from engine.errors import UserError
+from engine.model_sizes import check_sizes
 
 T = TypeVar("T")
 
@@ -24,11 +29,14 @@ def from_pretrained(cls: Any, source: str, **arguments: Any) -> Any:
     Raises OSError: cannot be had. Raises ValueError: files that transformers cannot read, or that need code of theirs.
     """
     offline_if_unreachable()
+    if Path(source).is_dir():
+        _check_folder(Path(source))
     return _in_a_sentence(lambda: cls.from_pretrained(source, trust_remote_code=False, **arguments))
 
 
 def from_config(cls: Any, config: Any, **arguments: Any) -> Any:
     """A model without weights, by an Auto class of transformers. Raises ValueError: it needs code of theirs."""
+    check_sizes(config.to_dict(), type(config).__name__)
     return cls.from_config(config, trust_remote_code=False, **arguments)
 
 
@@ -55,6 +63,18 @@ def file(name: str, path: str, subfolder: str | None = None) -> Path:
 
     offline_if_unreachable()
     return Path(huggingface_hub.hf_hub_download(name, path, subfolder=subfolder))
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises OSError: a pipe or device, JSON beyond the limit; UserError: a config with sizes that no model has."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            limits.check_regular(path, limits.DOCUMENT_BYTES if path.suffix == ".json" else None)
+    tree: Any = None
+    with contextlib.suppress(UserError, FileNotFoundError):  # transformers says what is wrong with it
+        tree = limits.read_json(folder / "config.json", "a config")
+    if isinstance(tree, dict):
+        check_sizes(tree, str(folder / "config.json"))
 
 
 def _in_a_sentence(read: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 from evaluation.downloads import fetch
 
@@ -91,7 +91,7 @@ def obtain(name: str, given: Path | None = None, expect_sha256: str | None = Non
 
 def git_blob_hash(path: Path) -> str:
     """Hash under which git keeps a file's content."""
-    payload = path.read_bytes()
+    payload = limits.read_bytes(path, limits.DOCUMENT_BYTES)
     return hashlib.sha1(b"blob %d\0" % len(payload) + payload, usedforsecurity=False).hexdigest()
 
 

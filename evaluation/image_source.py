@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.images import IMAGE_PARTS, read_rgb_file
 from data.sources.folders import images_below
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 from evaluation.manifest import ImageSet, Item, write_image, write_manifest
 
@@ -205,7 +205,7 @@ class NpzImages:
     def read(self, start: int, stop: int) -> Tensor:
         """Reads the images' bytes alone."""
         image_bytes = int(np.prod(self.shape[1:]))
-        with self.path.open("rb") as file:
+        with limits.open_file(self.path) as file:
             file.seek(self.offset + start * image_bytes)
             payload = file.read((stop - start) * image_bytes)
         if len(payload) != (stop - start) * image_bytes:
@@ -267,6 +267,7 @@ def reading_npz(path: Path) -> Iterator[None]:
 
 def _zip(path: Path) -> zipfile.ZipFile:
     try:
+        limits.check_regular(path)
         return zipfile.ZipFile(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give an .npz file with images") from None
@@ -276,7 +277,7 @@ def _zip(path: Path) -> zipfile.ZipFile:
 
 def _data_offset(path: Path, entry: zipfile.ZipInfo) -> int:
     """Where a stored entry's bytes begin: after its local header, whose own lengths count."""
-    with path.open("rb") as file:
+    with limits.open_file(path) as file:
         return _local_header_end(file, entry.header_offset)
 
 

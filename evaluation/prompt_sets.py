@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from data.images import read_rgb
+from data.sources.parquet_files import READ_ERRORS, ROWS_AT_ONCE
+from data.sources.parquet_rows import Row, open_table, row_batches
 from engine import files
 from engine.config import UserError
 from evaluation.metrics.dpg import read_graphs
@@ -68,19 +67,29 @@ def _gedit_rows(tables: Sequence[Path], out: Path) -> Iterable[dict[str, Any]]:
     seen: set[str] = set()
     for path in tables:
         try:
-            table = pq.ParquetFile(path)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path}: is no readable parquet file ({type(error).__name__})") from None
+            table = open_table(str(path))
+        except READ_ERRORS as error:
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise UserError(f"{path}: is no readable parquet file ({reason})") from None
         absent = [name for name in GEDIT_COLUMNS if name not in table.schema_arrow.names]
         if absent:
             raise UserError(f"{path}: has no {', '.join(absent)}; give the files of stepfun-ai/GEdit-Bench")
-        for batch in table.iter_batches(batch_size=16, columns=list(GEDIT_COLUMNS)):
-            for row in batch.to_pylist():
-                if row["instruction_language"] == "en":
-                    if str(row["key"]) in seen:
-                        raise UserError(f"{path}: key '{row['key']}' stands there twice; keys must be unique")
-                    seen.add(str(row["key"]))
-                    yield _gedit_row(row, out, path)
+        for row in _table_rows(table, path):
+            if row["instruction_language"] == "en":
+                if str(row["key"]) in seen:
+                    raise UserError(f"{path}: key '{row['key']}' stands there twice; keys must be unique")
+                seen.add(str(row["key"]))
+                yield _gedit_row(row, out, path)
+
+
+def _table_rows(table: Any, path: Path) -> Iterator[Row]:
+    try:
+        for group in range(table.num_row_groups):
+            for batch in row_batches(table, group, GEDIT_COLUMNS, ROWS_AT_ONCE):
+                yield from batch
+    except READ_ERRORS as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read as parquet ({reason}); download it again") from None
 
 
 def _gedit_row(row: Mapping[str, Any], out: Path, where: Path) -> dict[str, Any]:

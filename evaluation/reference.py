@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 from evaluation.image_source import ARRAY_NAME, FileImages, ImageSource, NpzImages, reading_npz
 from evaluation.manifest import MANIFEST_NAME, ImageSet
@@ -62,7 +62,9 @@ class Reference:
 
 def _open_npz(path: Path) -> Reference:
     try:
+        limits.check_regular(path)
         with np.load(path, allow_pickle=False) as stored:
+            limits.check_members(stored.zip, [f"{name}.npy" for pair in STATISTICS.values() for name in pair])
             names = set(stored.files)
             found = {}
             for kind, (mean, covariance) in STATISTICS.items():
@@ -72,8 +74,9 @@ def _open_npz(path: Path) -> Reference:
                     )
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give ADM's reference, or a folder of images") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{path}: is no readable .npz file; fetch it again") from None
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path}: is no readable .npz file ({reason}); fetch it again") from None
     if not found and ARRAY_NAME not in names:
         wanted = ", ".join(name for pair in STATISTICS.values() for name in pair)
         raise UserError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.progress import ProgressLine
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 from engine.terminal import say
 
@@ -108,7 +108,7 @@ class RecordStore:
             say(f"{what}: {len(refused)} of {len(todo)} questions were refused: {first}")
 
     def _read(self, path: Path) -> None:
-        *lines, _torn = path.read_bytes().split(b"\n")
+        *lines, _torn = limits.read_bytes(path, limits.DOCUMENT_BYTES).split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
                 record: Mapping[str, Any] = json.loads(line)

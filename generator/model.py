@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.packed_batch import PackedBatch
 from data.shards import LatentInfo
-from engine.config import ConfigError, UserError, describing, from_dict, to_dict
+from engine.config import ConfigError, UserError, from_dict, to_dict
 from engine.files import read_object, write_json
 from generator.attention import Backend, JointAttention, attend, choose_backend, planned_attention
 from generator.compiling import Compiler
@@ -23,7 +23,7 @@ from generator.embeddings import MAX_PERIOD, LatentEmbedding
 from generator.heads import DdtHead, DdtHeadConfig
 from generator.mot import Mot, MotConfig, init_mimetic, init_weights
 from generator.qwen import load_qwen
-from tokenizer.weights import load_exact, read_tensors, write_tensors
+from tokenizer.weights import load_model, read_tensors, write_tensors
 
 QWEN_PREFIX = "qwen:"
 WEIGHTS_NAME = "model.safetensors"
@@ -256,10 +256,9 @@ class Generator(nn.Module):
         if tree.get("kind") != KIND:
             raise UserError(f"{path}: this is not an exported generator (kind {tree.get('kind')!r})")
         config = from_dict(GeneratorConfig, tree.get("generator", {}), where=str(path))
-        with describing(path):
-            model = cls.uninitialised(config, from_dict(LatentInfo, tree.get("latents", {}), where=str(path)))
-        load_exact(model, read_tensors(directory / WEIGHTS_NAME), where=str(directory))
-        return model
+        latents = from_dict(LatentInfo, tree.get("latents", {}), where=str(path))
+        tensors = read_tensors(directory / WEIGHTS_NAME)
+        return load_model(lambda: cls.uninitialised(config, latents), tensors, str(directory), path)
 
     @classmethod
     def uninitialised(cls, config: GeneratorConfig, latents: LatentInfo) -> Generator:

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from engine.config import ConfigError, UserError, describing, from_dict
+from engine.config import ConfigError, UserError, from_dict
 from tokenizer.cnn_decoder import channels_last_on_gpu
 from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, read_tree
-from tokenizer.weights import load_exact, read_tensors
+from tokenizer.weights import load_model, read_tensors
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,8 @@ class KlAutoencoder(ImageAutoencoder):
         if kind != cls.kind:
             raise UserError(f"{directory}: holds an RPiAE or an RAE, not a convolutional VAE")
         path = Path(directory) / CONFIG_NAME
-        with describing(path):
-            model = cls(from_dict(KlConfig, tree, where=str(path)))
-        weights = Path(directory) / WEIGHTS_NAME
-        load_exact(model, read_tensors(weights), str(weights))
-        return model.eval()
+        config, weights = from_dict(KlConfig, tree, where=str(path)), Path(directory) / WEIGHTS_NAME
+        return load_model(lambda: cls(config), read_tensors(weights), str(weights), path).eval()
 
     @staticmethod
     def _factor(config: KlConfig) -> int:

@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine import limits
 from engine.config import ConfigError, UserError
 from tokenizer import half_distance
 from tokenizer.representation import Representation, RepresentationConfig
@@ -117,6 +118,7 @@ class LpipsVgg16(Perceptual):
                 entry = torchvision.models.VGG16_Weights.IMAGENET1K_V1
                 state = entry.get_state_dict(progress=False, check_hash=True)
             else:
+                limits.check_regular(weights)
                 state = torch.load(weights, map_location="cpu", weights_only=True)
         except OSError as error:
             raise UserError(

@@ -20,7 +20,7 @@ from engine.config import ConfigError
 from tokenizer import model_names
 from tokenizer.backbones import Backbone, build_timm, output_weight
 from tokenizer.transformers_backbone import build_transformers
-from tokenizer.weights import load_exact, read_tensors
+from tokenizer.weights import check_fits, load_exact, read_tensors
 
 SUM_NORM_EPS = 1e-6
 """Of the LayerNorm behind a sum of layers; DINOv2's own."""
@@ -105,6 +105,9 @@ class Representation(nn.Module):
     def __init__(self, config: RepresentationConfig) -> None:
         super().__init__()
         self.config = config
+        tensors = None if config.weights in ("pretrained", "random") else read_tensors(config.weights)
+        if tensors is not None:
+            check_fits(lambda: _build(config).vit, tensors, config.weights)
         self._backbone = _build(config)
         self.vit = self._backbone.vit
         traits = self._backbone.traits
@@ -123,8 +126,8 @@ class Representation(nn.Module):
         self.mean, self.std = config.mean or traits.mean, config.std or traits.std
         self.register_buffer("pixel_mean", torch.tensor(self.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(self.std).view(3, 1, 1), persistent=False)
-        if config.weights not in ("pretrained", "random"):
-            load_exact(self.vit, read_tensors(config.weights), config.weights)
+        if tensors is not None:
+            load_exact(self.vit, tensors, config.weights)
 
     @property
     def last_mlp_weight(self) -> nn.Parameter:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from engine.config import ConfigError, UserError, describing, from_dict
+from engine.config import ConfigError, UserError, from_dict
 from tokenizer.bridge import Bridge, BridgeConfig
 from tokenizer.cnn_decoder import CnnDecoder
 from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, fingerprint, read_tree
@@ -23,7 +23,7 @@ from tokenizer.representation import (
     check_rebuildable,
     without_weights,
 )
-from tokenizer.weights import load_exact, read_tensors
+from tokenizer.weights import load_model, read_tensors
 
 __all__ = [
     "CONFIG_NAME",
@@ -131,11 +131,9 @@ class Autoencoder(ImageAutoencoder):
         Raises UserError: nothing there, another format, parameters that are missing, unexpected or
         mis-shaped.
         """
-        with describing(Path(directory) / CONFIG_NAME):
-            model = cls(without_download(read_config(directory)))
-        weights = Path(directory) / WEIGHTS_NAME
-        load_exact(model, read_tensors(weights), str(weights))
-        return model.eval()
+        config, weights = without_download(read_config(directory)), Path(directory) / WEIGHTS_NAME
+        tensors = read_tensors(weights)
+        return load_model(lambda: cls(config), tensors, str(weights), Path(directory) / CONFIG_NAME).eval()
 
 
 def read_config(directory: str | Path) -> AutoencoderConfig:

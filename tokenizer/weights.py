@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from engine.config import UserError
+from engine import limits
+from engine.config import UserError, describing
 
 MAX_NAMES_IN_MESSAGE = 4
+MOST_UNSAVED = 4
+"""Times the saved values that a model may register while it is built: norms are replaced, heads dropped."""
+M = TypeVar("M", bound=nn.Module)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU. Raises UserError: missing or damaged file."""
     try:
+        limits.check_regular(path)
         tensors: dict[str, Tensor] = load_file(str(path))
         return tensors
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such weights file; check the path or run the stage that writes it"
         ) from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); write it again") from None
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: not a readable safetensors file ({reason}); write it again") from None
 
 
 def write_tensors(path: str | Path, module: nn.Module) -> None:
@@ -68,6 +78,47 @@ def load_exact(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> 
         listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{where}: does not fit the configured model ({listed})")
     module.load_state_dict(dict(tensors))
+
+
+def load_model(build: Callable[[], M], tensors: Mapping[str, Tensor], where: str, config: str | Path) -> M:
+    """What `build` makes of a `config`, with `tensors` in it.
+
+    Raises UserError: it has more parameters than `tensors` can fill, or does
+    not fit them; nothing can be built of the config.
+    """
+    with describing(config):
+        check_fits(build, tensors, where)
+        model = build()
+    load_exact(model, tensors, where)
+    return model
+
+
+def check_fits(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises UserError: what `build` makes has more parameters than `tensors` can fill. Takes no memory for them."""
+    with torch.device("meta"), _at_most(MOST_UNSAVED * sum(map(Tensor.numel, tensors.values())), where):
+        build()
+
+
+@contextlib.contextmanager
+def _at_most(num_values: int, where: str) -> Iterator[None]:
+    """Around building a model in this thread. Raises UserError: parameters with more than `num_values` values."""
+    builder, found = threading.get_ident(), 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal found
+        if parameter is not None and threading.get_ident() == builder:
+            found += parameter.numel()
+            if found > num_values:
+                raise UserError(
+                    f"{where}: its config describes a model of more values than the weights hold, over the limit of "
+                    f"{num_values:,}; they do not belong together"
+                )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def state_hash(*modules: nn.Module) -> str:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 
 from data.captions import read_object
+from data.sources.parquet_rows import Row, open_table, row_batches
 from data.sources.text_files import without_mark
+from engine import limits
 from engine.config import UserError
 
 BATCH_ROWS = 10_000
-Row = Mapping[str, Any]
 
 
 def batches(file: Path, columns: Sequence[str]) -> Iterator[tuple[Sequence[Row], float]]:
@@ -34,31 +33,32 @@ def batches(file: Path, columns: Sequence[str]) -> Iterator[tuple[Sequence[Row],
 
 def _parquet_batches(file: Path, columns: Sequence[str]) -> Iterator[tuple[Sequence[Row], float]]:
     try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            there = [name for name in columns if name in parquet.schema_arrow.names]
-            for group in range(parquet.num_row_groups):
-                for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=there):
-                    yield batch.to_pylist(), (group + 1) / parquet.num_row_groups
+        table = open_table(str(file))
+        there = [name for name in columns if name in table.schema_arrow.names]
+        for group in range(table.num_row_groups):
+            for batch in row_batches(table, group, there, BATCH_ROWS):
+                yield batch, (group + 1) / table.num_row_groups
     except (OSError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{file}: damaged parquet file ({reason}); download it again") from None
 
 
 def _jsonl_batches(file: Path) -> Iterator[tuple[Sequence[Row], float]]:
-    rows: list[Row] = []
-    number, num_bytes = 0, max(1, file.stat().st_size)  # number: of the line
+    found: list[Row] = []
+    number, num_bytes = 0, max(1, file.stat().st_size)  # number: of the line that was read last
     try:
-        with file.open("rb") as raw, gzip.open(raw) if file.suffix == ".gz" else raw as stream:
-            for line in without_mark(stream):
+        with limits.open_file(file) as raw, gzip.open(raw) if file.suffix == ".gz" else raw as stream:
+            for line in without_mark(limits.lines(stream, file, packed_bytes=num_bytes)):
                 number += 1
                 if not line.strip():
                     continue
-                rows.append(read_object(line))
-                if len(rows) == BATCH_ROWS:
-                    yield rows, raw.tell() / num_bytes
-                    rows = []
+                found.append(read_object(line))
+                if len(found) == BATCH_ROWS:
+                    yield found, raw.tell() / num_bytes
+                    found = []
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: damaged after line {number} ({error}); download it again") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file}: damaged after line {number} ({reason}); download it again") from None
     except ValueError as error:
         raise UserError(f"{file}: line {number} is no JSON object ({error}); download it again") from None
-    yield rows, 1.0
+    yield found, 1.0

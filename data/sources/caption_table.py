@@ -22,7 +22,7 @@ from data.progress import ProgressLine
 from data.shard_index import key_hash
 from data.sources.base import BadItemError
 from data.sources.caption_files import batches
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 
 LAYOUT = 1  # raise it when the same files would give another table
@@ -186,7 +186,7 @@ def _text(file: Path, column: str, value: object) -> str:
 
 def _cleaned(text: str) -> str:
     """As everywhere; half a surrogate pair could be written in JSON, but not be stored or hashed."""
-    text = clean_text(text)
+    text = clean_text(text) if len(text) <= limits.CAPTION_BYTES else ""
     return "" if "\0" in text else text
 
 

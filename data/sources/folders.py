@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ from engine.terminal import say
 MAC_FOLDER = "__MACOSX"
 SIDECARS = ("txt", "json")  # beside an image: its caption
 MAX_NAMED = 3  # files that a note names
+MAX_WAYS = 16  # to one folder, by links: links that double at each level would make more than can be listed
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def is_hidden(name: str) -> bool:
 def below(folder: Path, *, without: Path | None = None) -> Below:
     """Everything below `folder` but what is hidden, and what lies in the folder `without`.
 
-    Raises UserError: a folder that cannot be read, a circle of links.
+    Raises UserError: a folder that cannot be read, a circle of links, one reached in more than MAX_WAYS ways.
     """
     skipped = _identity(without) if without is not None and without.is_dir() else None
     root = folder.resolve()
@@ -88,6 +90,7 @@ def below(folder: Path, *, without: Path | None = None) -> Below:
     others: list[tuple[str, str]] = []
     folders: list[str] = []
     todo = [("", above)]  # a folder, and those that lead to it
+    ways = Counter[tuple[int, int]]()
     while todo:
         prefix, way = todo.pop()
         for entry in _entries(folder / prefix):
@@ -108,6 +111,12 @@ def below(folder: Path, *, without: Path | None = None) -> Below:
             if identity is None:
                 (files.append(name) if is_file else others.append((name, "a pipe or device")))
             elif identity != skipped:
+                ways[identity] += 1
+                if ways[identity] > MAX_WAYS:
+                    raise UserError(
+                        f"{folder / name}: links lead to {(folder / name).resolve()} in more than {MAX_WAYS} ways; "
+                        "remove some"
+                    )
                 todo.append((f"{name}/", way | {identity}))
                 folders += [] if prefix else [name]
     return Below(tuple(sorted(files)), tuple(sorted(others)), tuple(sorted(folders)))

@@ -26,7 +26,7 @@ from data.sources.base import BadItemError
 from data.sources.folders import is_hidden, tell_passed_over
 from data.sources.tar_file import Member, TarReader
 from data.sources.text_files import read_text
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 
 NUM_CLASSES = 1000
@@ -106,6 +106,10 @@ class ImageNetSource:
         offset, num_bytes = self._places[index].tolist()
         if num_bytes == 0:
             raise BadItemError(key, f"no image: file '{name}' is empty")
+        if num_bytes > limits.IMAGE_BYTES:
+            raise BadItemError(
+                key, f"too large: file '{name}' has {num_bytes} bytes, over {limits.IMAGE_BYTES}"
+            )
         with TarReader(self._paths[self._archive[index]]) as tar:
             payload = tar.read(offset, num_bytes)
         meta: dict[str, int | str] = {"label": label, "file": name}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data.sources.parquet import ParquetColumns, ParquetSource
-from data.sources.parquet_files import Row
+from data.sources.parquet_rows import Row
 from data.sources.table_values import number_in
 from engine.config import UserError
 

@@ -14,10 +14,11 @@ from data.images import image_suffix, part_name
 from data.shard_index import KEY_PATTERN
 from data.shards import Sample
 from data.sources.base import BadItemError, Unit
-from data.sources.parquet_files import Footer, Row, find_parquet, in_units
+from data.sources.parquet_files import Footer, find_parquet, in_units
+from data.sources.parquet_rows import Row
 from data.sources.prepare import select_texts
 from data.sources.table_values import whole_number_in
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 
 FOOTERS_AT_ONCE = 16
@@ -153,6 +154,10 @@ class ParquetSource:
 
     def _texts(self, key: str, row: Row) -> dict[str, Any]:
         columns = self._columns
+        for name in filter(None, (columns.instruction, *columns.captions)):
+            if isinstance(row[name], str) and len(row[name]) > limits.CAPTION_BYTES:
+                found = f"no caption: column '{name}' holds {len(row[name]):,} letters"
+                raise BadItemError(key, f"{found}, over the limit of {limits.CAPTION_BYTES:,}")
         if columns.instruction is not None:
             texts = select_texts(row[columns.instruction])
             if texts is None:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data.sources.folders import below, is_hidden, tell_passed_over
+from data.sources.parquet_rows import Row, open_table, row_batches
+from engine import limits
 from engine.config import UserError
 from engine.redaction import redact
 
 ROWS_AT_ONCE = 16  # in memory, with their images
-PAGE_BUFFER_BYTES = 1 << 20  # read ahead in each column
 READ_ERRORS = (OSError, ValueError, pa.ArrowException)
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,13 +33,16 @@ class Footer:
     def read(file: str) -> Footer:
         """`file`: a path or an fsspec url. Raises UserError: damaged, not there."""
         try:
+            check_local(file)
             with fsspec.open(file, "rb") as stream:
-                opened = pq.ParquetFile(stream, pre_buffer=False)
+                opened = open_table(stream)
                 groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
         except READ_ERRORS as error:
             raise _damaged(file, error) from None
         return Footer(
-            file, opened.schema_arrow, tuple((group.num_rows, group.total_byte_size) for group in groups)
+            file,
+            opened.schema.to_arrow_schema(),
+            tuple((group.num_rows, group.total_byte_size) for group in groups),
         )
 
     def check(self, columns: Sequence[str], images: Sequence[str], label: str | None = None) -> None:
@@ -101,21 +101,23 @@ class RowGroups:
         """
         num_rows = 0
         try:
+            check_local(self.file)
             with fsspec.open(self.file, "rb") as stream:
-                opened = pq.ParquetFile(
-                    stream, buffer_size=PAGE_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
-                )
-                for group in self.groups:  # without threads: this runs in forked processes
-                    batches = opened.iter_batches(
-                        ROWS_AT_ONCE, row_groups=[group], columns=list(columns), use_threads=False
-                    )
-                    for batch in batches:
+                opened = open_table(stream, checksums=True)
+                for group in self.groups:
+                    for batch in row_batches(opened, group, columns, ROWS_AT_ONCE):
                         num_rows += len(batch)
-                        yield from batch.to_pylist()
+                        yield from batch
         except READ_ERRORS as error:
             raise _damaged(self.name, error) from None
         if num_rows != self.num_rows:
             raise _damaged(self.name, f"{num_rows} of {self.num_rows} rows")
+
+
+def check_local(file: str) -> None:
+    """Raises OSError: a path on this machine of what is no regular file."""
+    if "://" not in file.removeprefix("file://"):
+        limits.check_regular(file.removeprefix("file://"))
 
 
 def find_parquet(paths: Sequence[str]) -> list[str]:
@@ -188,5 +190,5 @@ def _may_be_numbers(kind: pa.DataType) -> bool:
 
 
 def _damaged(what: str, error: object) -> UserError:
-    reason = " ".join(str(error).split())
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     return UserError(f"{what}: cannot be read as parquet ({reason}); download it again or take it out")

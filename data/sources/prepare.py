@@ -26,6 +26,7 @@ from data.layouts import is_interleaved, of_kind
 from data.shard_index import Cut
 from data.shards import Sample
 from data.sources.base import BadItemError
+from engine import limits
 from engine.config import UserError
 
 JPEG_QUALITY = 95
@@ -175,7 +176,7 @@ class Preparation:
 def select_texts(value: object, keep: Callable[[str], bool] = bool) -> Texts | None:
     """What `keep` takes of a caption field (a text, a list, or kind -> text), cleaned; empty texts never.
 
-    Nor those with zero bytes, which are no text. None: nothing is left.
+    Nor those with zero bytes, which are no text, or beyond limits.CAPTION_BYTES. None: nothing is left.
     """
     if isinstance(value, list):
         return [text for item in value if (text := _select_text(item, keep))] or None
@@ -197,7 +198,7 @@ def clean_splits(splits: object) -> object:
 
 
 def _select_text(value: object, keep: Callable[[str], bool]) -> str | None:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > limits.CAPTION_BYTES:
         return None
     text = clean_text(value)
     return text if text and "\0" not in text and keep(text) else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.shard_index import TAR_BLOCK_BYTES
-from engine import files
+from engine import limits
 from engine.config import UserError
 
 AGAIN = "download or copy it again"
@@ -55,7 +55,7 @@ class TarReader:
         """Raises UserError: no such file."""
         self.path = path
         try:
-            self._descriptor = files.open_regular(path)
+            self._descriptor = limits.open_regular(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be opened ({error.strerror}); check the path") from None
         self.num_bytes = os.fstat(self._descriptor).st_size
@@ -80,8 +80,10 @@ class TarReader:
             offset, num_bytes = offset + len(piece), num_bytes - len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def payload(self, member: Member) -> bytes:
-        """The bytes of a file."""
+    def payload(self, member: Member, limit_bytes: int = limits.IMAGE_BYTES) -> bytes:
+        """The bytes of a file. Raises OSError: more than the limit; a sparse archive holds them without taking room."""
+        if member.num_bytes > limit_bytes:
+            raise limits.too_large(self.path, f"'{member.name}' has {member.num_bytes:,} bytes", limit_bytes)
         return self.read(member.data_offset, member.num_bytes)
 
     def members(self, inside: Member | None = None) -> Iterator[Member]:

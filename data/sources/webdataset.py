@@ -24,10 +24,10 @@ from data.sources.base import BadItemError, Unit
 from data.sources.caption_table import CaptionTable
 from data.sources.prepare import Texts, clean_splits, select_texts
 from data.sources.table_values import shown, whole_number_in
-from data.sources.tar_file import TarReader
+from data.sources.tar_file import Member, TarReader
 from data.sources.tar_samples import Group, groups
 from data.sources.text_files import decode_text
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 
 MAX_KEY_LETTERS = 64
@@ -92,7 +92,11 @@ class WebDatasetSource:
 
     def _sample(self, key: str, group: Group, tar: TarReader) -> Sample:
         images = _image_parts(key, group)
-        payloads = {part: tar.payload(group.parts[part]) for part in TEXT_PARTS if part in group.parts}
+        payloads = {
+            part: _payload(key, tar, group.parts[part], limits.CAPTION_BYTES)
+            for part in TEXT_PARTS
+            if part in group.parts
+        }
         tree = _tree(key, payloads.get("json", b"{}"))
         if "cls" in payloads:
             tree["label"] = _label(key, "cls", _decoded(key, "cls", payloads["cls"]))
@@ -118,7 +122,7 @@ class WebDatasetSource:
         parts = {"json": meta.encode()}
         for role, part in images.items():
             suffix = part.rpartition(".")[2].replace("jpeg", "jpg")
-            parts[part_name(role, suffix)] = tar.payload(group.parts[part])
+            parts[part_name(role, suffix)] = _payload(key, tar, group.parts[part], limits.IMAGE_BYTES)
         return Sample(key, parts)
 
     def _captions(self, key: str, source_key: str, tree: Mapping[str, Any], txt: str) -> dict[str, Texts]:
@@ -163,6 +167,13 @@ def _splits(key: str, tree: Mapping[str, Any], images: Mapping[str, str]) -> obj
     except ValueError as error:
         raise BadItemError(key, f"bad splits: {error}") from None
     return splits
+
+
+def _payload(key: str, tar: TarReader, member: Member, limit_bytes: int) -> bytes:
+    try:
+        return tar.payload(member, limit_bytes)
+    except OSError as error:
+        raise BadItemError(key, f"too large: {error.strerror}") from None
 
 
 def _tree(key: str, payload: bytes) -> dict[str, Any]:

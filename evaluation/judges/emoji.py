@@ -6,6 +6,7 @@ light augmentation keeps it from judging by a decoder's softness instead of by w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from evaluation.judges.emoji_network import (
     object_evidence,
     scene_targets,
 )
-from tokenizer.weights import load_exact, read_tensors, state_hash, write_tensors
+from tokenizer.weights import load_model, read_tensors, state_hash, write_tensors
 
 __all__ = ["Judge", "JudgeConfig", "JudgeObjective", "SceneClasses", "Verdict"]
 
@@ -77,8 +78,9 @@ class Judge:
         if not path.is_file():
             raise UserError(f"{path}: no such file; train the judge first")
         export = config.from_dict(JudgeExport, files.read_object(path), where=str(path))
-        network = JudgeNetwork(export.judge, export.classes)
-        load_exact(network, read_tensors(directory / WEIGHTS_NAME), str(directory / WEIGHTS_NAME))
+        weights = directory / WEIGHTS_NAME
+        build = functools.partial(JudgeNetwork, export.judge, export.classes)
+        network = load_model(build, read_tensors(weights), str(weights), path)
         return cls(export.classes, network)
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import httpx
@@ -60,9 +61,7 @@ class EndpointJudge:
             "weights": "behind an endpoint: they cannot be known and may change",
         }
         self.fingerprint = files.digest(["endpoint", model, vars(decoding)])
-        self._client = httpx.Client(
-            timeout=TIMEOUT_S, follow_redirects=False
-        )  # the key is for this address alone
+        self._client = _client()
         self._num_refused: int | None = 0  # None: something was answered
 
     def __call__(self, images: Sequence[Tensor], text: str, seed: int, text_first: bool = False) -> str:
@@ -91,7 +90,7 @@ class EndpointJudge:
 
     def _post(self, payload: bytes) -> Any:
         """The parsed answer. What passes is tried again, after the server's own waiting time if it names one."""
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         key = os.environ.get(self._key_variable)
         if key:
             headers["Authorization"] = f"Bearer {key}"
@@ -117,15 +116,28 @@ class EndpointJudge:
         )
 
     def _send(self, payload: bytes, headers: Mapping[str, str]) -> tuple[int, float, bytes]:
-        """Status, seconds that the server asks to wait (0: none) and body. Raises ValueError: too long a body."""
+        """Status, seconds that the server asks to wait (0: none) and body.
+
+        Raises ValueError: too long a body; TimeoutError: all of it takes too long, which httpx asks of each read only.
+        """
+        pool = futures.ThreadPoolExecutor(1)
+        try:
+            return pool.submit(self._stream, payload, headers).result(TIMEOUT_S)
+        except futures.TimeoutError:  # another class in Python 3.10
+            self._client.close()  # and with its connection ends the thread
+            self._client = _client()
+            raise TimeoutError from None
+        finally:
+            pool.shutdown(wait=False)
+
+    def _stream(self, payload: bytes, headers: Mapping[str, str]) -> tuple[int, float, bytes]:
         content = bytearray()
-        deadline_s = time.monotonic() + TIMEOUT_S
         with self._client.stream(
             "POST", f"{self._url}/chat/completions", content=payload, headers=headers
         ) as reply:
-            for chunk in reply.iter_bytes():
+            for chunk in reply.iter_raw():  # not unpacked: 64 KiB could stand for much
                 content += chunk
-                if len(content) > MAX_ANSWER_BYTES or time.monotonic() > deadline_s:
+                if len(content) > MAX_ANSWER_BYTES:
                     raise ValueError("an answer without an end")
             asked = reply.headers.get("Retry-After", "")
             wait_s = min(float(asked), MAX_WAIT_S) if asked.isdecimal() else 0.0
@@ -141,6 +153,10 @@ class EndpointJudge:
                     "at what it takes, then run again to go on"
                 )
         raise RefusedError(reason)
+
+
+def _client() -> httpx.Client:
+    return httpx.Client(timeout=TIMEOUT_S, follow_redirects=False)  # the key is for this address alone
 
 
 def _said(content: bytes) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 
 F64 = npt.NDArray[np.float64]
@@ -84,6 +84,7 @@ class FeatureStatistics:
     def load(cls, path: str | Path) -> FeatureStatistics:
         """Reads what `save` wrote. Raises UserError: no such file, or another one."""
         try:
+            limits.check_regular(path)
             with np.load(path, allow_pickle=False) as stored:
                 found = {name: stored[name] for name in ("features", "count", "mean", "scatter")}
         except FileNotFoundError:

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict  # the library's cannot be checked before Python 3.12
 
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 from evaluation.environment import machine, versions
 from evaluation.manifest import MANIFEST_NAME, ImageSet, Item
@@ -201,7 +201,7 @@ def read_lines(path: Path, writer: str = "a training") -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    *whole, last = path.read_bytes().split(b"\n")
+    *whole, last = limits.read_bytes(path, limits.DOCUMENT_BYTES).split(b"\n")
     rows = []
     for number, line in enumerate([*whole, last], start=1):
         try:

@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from PIL import Image
-
-from data.images import DECODE_ERRORS
+from data.images import read_rgb_file
+from engine.config import UserError
 from evaluation.report.charts import NUM_COLOURS
 from evaluation.report.gallery import grid, inlined
 from evaluation.report.markup import Html, facts, fill, together
@@ -53,9 +52,8 @@ def samples(runs: Sequence[Run]) -> Html:
         figures = []
         for step, path in grids:
             try:
-                with Image.open(path, formats=["PNG"]) as image:
-                    shown = inlined(image.convert("RGB"), f"samples of {run.name} at step {step}", 1, GRID_PX)
-            except DECODE_ERRORS:  # half copied
+                shown = inlined(read_rgb_file(path), f"samples of {run.name} at step {step}", 1, GRID_PX)
+            except UserError:  # half copied
                 shown = fill('<span class="absent">cannot be read</span>')
             figures.append(fill(_GRID, shown=shown, step=f"{step:,}"))
         if figures and len(runs) > 1:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.shards import LatentInfo
-from engine.config import ConfigError, UserError, describing, from_dict, to_dict
+from engine.config import ConfigError, UserError, from_dict, to_dict
 from engine.files import read_object, write_json
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.layers import (
@@ -38,7 +38,7 @@ from generator.class_conditional.layers import (
     unpatchify,
 )
 from generator.compiling import Compiler, backend_for, whole
-from tokenizer.weights import load_exact, read_tensors, write_tensors
+from tokenizer.weights import load_model, read_tensors, write_tensors
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -201,10 +201,9 @@ def load_generator(directory: str | Path) -> ClassGenerator:
             f"{path}: this is not an exported class-conditional generator (kind {tree.get('kind')!r})"
         )
     config = from_dict(DitConfig, tree.get("generator", {}), where=str(path))
-    with describing(path):
-        model = uninitialised(config, from_dict(LatentInfo, tree.get("latents", {}), where=str(path)))
-    load_exact(model, read_tensors(directory / WEIGHTS_NAME), where=str(directory))
-    return model
+    latents = from_dict(LatentInfo, tree.get("latents", {}), where=str(path))
+    tensors = read_tensors(directory / WEIGHTS_NAME)
+    return load_model(lambda: uninitialised(config, latents), tensors, str(directory), path)
 
 
 def uninitialised(config: DitConfig, latents: LatentInfo) -> ClassGenerator:

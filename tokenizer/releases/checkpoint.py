@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine import limits
 from engine.config import UserError
 from tokenizer.weights import read_tensors
 
 # Where a training checkpoint keeps the weights; averaged weights are what its authors evaluate.
 WEIGHT_KEYS = ("ema", "model", "state_dict")
+MAX_DEPTH = 8  # of such entries in each other
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
@@ -39,10 +41,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if path.suffix == ".safetensors":
         return Checkpoint(str(path), read_tensors(path))
     tree, where = _load(path), str(path)
-    while isinstance(tree, Mapping):
-        key = next((key for key in WEIGHT_KEYS if isinstance(tree.get(key), Mapping)), None)
+    for _ in range(MAX_DEPTH):  # one may hold itself
+        key = next(
+            (key for key in WEIGHT_KEYS if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping)),
+            None,
+        )
         if key is None:
             break
+        assert isinstance(tree, Mapping)
         tree, where = tree[key], f"{where}, entry '{key}'"
     if not isinstance(tree, Mapping) or not tree:
         raise UserError(f"{where}: holds no weights by name; give a state dict")
@@ -56,19 +62,22 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 def _load(path: Path) -> object:
     try:
+        limits.check_regular(path)
         # Mapped, not read: a checkpoint with optimizer states is larger than the weights that are wanted.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file; check the path") from None
     except pickle.UnpicklingError:
-        if not zipfile.is_zipfile(path) and path.read_bytes()[:1] != pickle.PROTO:
+        with limits.open_file(path) as file:
+            is_pickle = file.read(1) == pickle.PROTO
+        if not zipfile.is_zipfile(path) and not is_pickle:
             raise UserError(f"{path}: not a readable weights file (a web page?); fetch it again") from None
         raise UserError(
             f"{path}: holds more than tensors, and reading it would run code of its authors; "
             "save its state dict as safetensors first"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
         raise UserError(f"{path}: not a readable weights file ({reason}); fetch it again") from None
 
 
