@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.bounds import Amount
 from engine.config import ConfigError, UserError
 from tokenizer import half_distance
 from tokenizer.representation import Representation, RepresentationConfig
@@ -42,7 +43,7 @@ class PerceptualConfig:
     (to measure memory and time only)."""
     representation: RepresentationConfig | None = None
     """For representation: the frozen model."""
-    depths: tuple[int, ...] = ()
+    depths: tuple[Amount, ...] = ()
     """For representation: blocks (0-based, increasing) whose patch features are compared."""
 
 
