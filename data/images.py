@@ -23,7 +23,7 @@ from data.captions import read_meta
 from data.plan import pack_seed, sample_uniforms
 from data.shards import Sample, ShardDataset
 from data.transfer import to_device
-from engine import files
+from engine import limits
 from engine.bounds import Count
 from engine.config import ConfigError, UserError
 
@@ -172,14 +172,19 @@ def read_rgb(payload: io.BytesIO) -> Image.Image:
 def read_rgb_file(path: str | Path) -> Image.Image:
     """`to_rgb` of a PNG, JPEG or WebP file. Raises UserError naming it: no such file, no such image."""
     try:
-        return read_rgb(io.BytesIO(files.read_regular(path)))
+        return to_rgb(open_image_file(path))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{path}: no readable image ({reason})") from None
 
 
+def open_image_file(path: str | Path) -> Image.Image:
+    """`open_image` of the file at `path`. Raises OSError: as engine.limits.read_bytes; ValueError: as open_image."""
+    return open_image(io.BytesIO(limits.read_bytes(path, limits.IMAGE_BYTES)))
+
+
 def open_image(payload: io.BytesIO) -> Image.Image:
-    """The decoded image of a PNG, JPEG or WebP file, in its own mode; the first one of an animation.
+    """The decoded image of a PNG, JPEG or WebP file, in its own mode; the first one of an animation: the only `open`.
 
     Raises ValueError: another format, a damaged file, more than MAX_PIXELS.
     """

@@ -18,19 +18,13 @@ from typing import Any, TypeVar, Union
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from engine.errors import StoppedError as StoppedError
+from engine.errors import UserError as UserError
 from engine.redaction import redacted
 
 T = TypeVar("T")
 SURE, PERHAPS = 0.75, 0.4
 """How alike a mistyped key and the valid one that is offered must be (difflib's ratio)."""
-
-
-class UserError(ValueError):
-    """Bad input from a person: shown as one line (what, where, what to do), without a traceback."""
-
-
-class StoppedError(UserError):
-    """Ended because it was asked to, with everything saved: the same command goes on."""
 
 
 class ConfigError(UserError):

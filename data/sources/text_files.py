@@ -10,7 +10,7 @@ import codecs
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from engine import files
+from engine import limits
 from engine.config import UserError
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -32,7 +32,7 @@ def decode_text(payload: bytes) -> str:
 def read_text(path: str | Path, kind: str = "text") -> str:
     """The text of a file of this `kind`. Raises UserError: no such file, no text."""
     try:
-        return decode_text(files.read_regular(path))
+        return decode_text(limits.read_bytes(path, limits.TEXT_BYTES))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: cannot be read as {kind} ({reason}); give a text file in UTF-8") from None

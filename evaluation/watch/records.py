@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from PIL import Image
-
-from data.images import DECODE_ERRORS
+from data.images import read_rgb_file
+from engine.config import UserError
 from evaluation.report.charts import NUM_COLOURS
 from evaluation.report.gallery import inlined
 from evaluation.watch.run import TROUBLE, Run
@@ -41,9 +40,8 @@ def samples(runs: Sequence[Run]) -> str:
         figures = []
         for step, path in grids:
             try:
-                with Image.open(path, formats=["PNG"]) as image:
-                    shown = inlined(image.convert("RGB"), f"samples of {run.name} at step {step}", 1, GRID_PX)
-            except DECODE_ERRORS:  # half copied
+                shown = inlined(read_rgb_file(path), f"samples of {run.name} at step {step}", 1, GRID_PX)
+            except UserError:  # half copied
                 shown = '<span class="absent">cannot be read</span>'
             figures.append(f'<figure class="grid">{shown}<figcaption>step {step:,}</figcaption></figure>')
         if figures:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.images import DECODE_ERRORS
+from data.images import read_rgb_file
+from engine.config import UserError
 from evaluation.report.charts import Axis, short
 from evaluation.watch.curves import gentle
 from evaluation.watch.run import TROUBLE, Over, Run, Unit, unit_of
@@ -150,9 +151,8 @@ def _share_characters(shares: dict[str, float]) -> list[str]:
 def picture(path: Path, width: int) -> list[str]:
     """An image in half blocks of 24-bit colour, `width` characters wide at most; two pixels a character."""
     try:
-        with Image.open(path, formats=["PNG"]) as stored:
-            image = stored.convert("RGB")
-    except DECODE_ERRORS:  # half copied
+        image = read_rgb_file(path)
+    except UserError:  # half copied
         return [_printable(f"{path}: cannot be read")]
     columns = min(width, image.width)
     rows = math.ceil(image.height * columns / image.width / 2) * 2
