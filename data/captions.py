@@ -168,9 +168,12 @@ def _named_captions(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _read_json(sample: Sample) -> dict[str, Any]:
-    if "json" not in sample.parts:
-        raise _no_text(sample)
-    return read_meta(sample)
+    try:
+        return read_object(sample.parts["json"])
+    except KeyError:
+        raise _no_text(sample) from None
+    except ValueError as error:
+        raise _no_text(sample, f", but bad json ({error})") from None
 
 
 def _finite(number: str) -> float | None:
@@ -178,5 +181,7 @@ def _finite(number: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _no_text(sample: Sample) -> UserError:
-    return UserError(f"{sample.where}: no json with one of {', '.join(TEXT_FIELDS)}; make the shards again")
+def _no_text(sample: Sample, found: str = "") -> UserError:
+    return UserError(
+        f"{sample.where}: no json with one of {', '.join(TEXT_FIELDS)}{found}; make the shards again"
+    )

@@ -39,7 +39,10 @@ class TextTokenizer(Protocol):
     fingerprint: str  # equal fingerprints: equal ids for every text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without special tokens. Unknown letters become bytes. Raises UserError: half a character."""
+        """Ids of `text` alone, without special tokens. Unknown letters become bytes.
+
+        Raises UserError: half a character in it.
+        """
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without special tokens."""

@@ -86,7 +86,7 @@ def test_a_judge_of_this_machine_is_not_asked_with_half_a_character() -> None:
 
 def test_deep_json_is_not_told_as_a_missing_caption() -> None:
     sample = Sample("k", {"json": DEEP.encode()}, "shard-000000.tar")
-    with pytest.raises(UserError, match=r"k.*bad json \(nested too deep\)"):
+    with pytest.raises(UserError, match=r"k.*but bad json \(nested too deep\)"):
         read_captions(sample)
     with pytest.raises(UserError, match="no json with one of"):
         read_captions(Sample("k", {}, "shard-000000.tar"))
