@@ -84,7 +84,10 @@ def _prompt(row: Mapping[str, Any], index: int, folder: Path, where: str) -> Pro
     names = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: 'image' is the name of a file or a list of such names")
-    images = tuple(folder / name for name in names)
+    try:
+        images = tuple(files.inside(folder, name) for name in names)
+    except UserError as error:
+        raise UserError(f"{where}: 'image' {error}; images are looked for beside the prompts") from None
     for image in images:
         if not image.is_file():
             raise UserError(f"{where}: {image}: no such file; images are looked for beside the prompts")
