@@ -32,7 +32,7 @@ from data.layouts import (
 from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.plan import pack_seed, sample_uniforms
 from data.shards import LatentInfo, Sample, ShardDataset
-from engine.bounds import Count, Share, Weight
+from engine.bounds import Count, Few, Share, Weight
 from engine.config import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class PackingConfig:
     sample_latents: bool = False  # draw z by its stored variance, anew each epoch; False: z is the mean
     # Noisy images that follow one prefix: a target with so many times and noises, at little more cost than its own
     # tokens. They share caption and dropout. Of several targets each has one, and the rest goes round among them.
-    draws_per_caption: Count = 1
+    draws_per_caption: Few = 1
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_pack", "max_side", "draws_per_caption"):

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 
 import aiohttp
 
-from engine.bounds import Count, Seconds, Weight
+from engine.bounds import Few, Seconds, Weight
 from engine.config import ConfigError, UserError
 from engine.redaction import redact
 
@@ -41,11 +41,11 @@ class StorageConfig:
     """Folder on a local disk for blocks of shards; the ranks of a node share it. None: in the user's cache folder."""
     cache_gib: Weight = 50.0
     """Room for blocks there, GiB. The indices, 76 bytes a sample, come on top and stay."""
-    attempts: Count = 5
+    attempts: Few = 5
     """Of one request, with growing waits between them, before the run ends."""
     timeout_s: Seconds = 60.0
     """Of one attempt, where the storage's client lets it be set."""
-    parallel_reads: Count = 8
+    parallel_reads: Few = 8
     """Requests in flight, of each data set and rank."""
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from data.prefetch import Prefetch
 from data.shards import Sample, ShardDataset
 from data.storage import StorageConfig
 from data.transfer import pinned
-from engine.bounds import Count, Seed
+from engine.bounds import Count, Few, Seed
 from engine.config import ConfigError, UserError
 from engine.objective import Batch
 
@@ -37,7 +37,7 @@ class DataConfig:
     """Of the order and of every random choice about samples, noise and timesteps."""
     max_epochs: Count | None = None
     """Training ends before any sample is met more often than this, if `engine.steps` is not reached before."""
-    prefetch_steps: Count = 2
+    prefetch_steps: Few = 2
     """Global steps read ahead by each rank's thread."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 

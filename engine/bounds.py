@@ -12,12 +12,16 @@ from pydantic import Field
 
 MAX_COUNT = 1 << 24
 """No GPU holds so many images of a pack, no machine starts so many threads; lists of so many fit into memory."""
+MAX_FEW = 1 << 10
+"""Draws of one caption, crops of one image, threads, requests in flight: none of these makes sense by the thousand."""
 MAX_STEPS = 1 << 40
 MAX_SECONDS = 1e8
 """Three years: clocks and queues of the libraries can wait so long."""
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 """How many there are, at least one; also a length in pixels or channels."""
+Few = Annotated[int, Field(ge=1, le=MAX_FEW)]
+"""How often one thing is done, or by how many at once, at least one."""
 Amount = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 """How many there are; 0 is a number that makes sense."""
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]

@@ -35,7 +35,7 @@ from data.shards import (
 from data.storage import StorageConfig
 from data.text import TextTokenizer, load_text_tokenizer
 from engine import files
-from engine.bounds import Count, Seed
+from engine.bounds import Count, Few, Seed
 from engine.config import ConfigError, UserError
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import fingerprint
@@ -67,7 +67,7 @@ class EncodeConfig:
     None: this data set's own."""
     resize_px: Count | None = None
     """Short side of an image before the crop, pixels; None: the autoencoder's image_px."""
-    num_crops: Count = 1
+    num_crops: Few = 1
     """Crops of an image: the one in the centre, then random ones. A training step reads one view; an edit's source and
     target share theirs."""
     horizontal_flip: bool = False
@@ -80,7 +80,7 @@ class EncodeConfig:
     """Views per forward pass. Part of the run's identity: another batch size may round differently."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of the stored latents; the encoder runs in fp32."""
-    num_decode_threads: Count = 4
+    num_decode_threads: Few = 4
     """Threads that decode images, per rank; the latents do not depend on it."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """How shards behind a url are read."""
