@@ -10,6 +10,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from data.captions import check_whole, half_character, mended, read_captions
 from data.quarantine import read_quarantine
 from data.shards import Sample
 from data.sources.caption_table import CaptionTable
+from data.sources.parquet import ParquetColumns, ParquetSource
 from data.text import CONFIG_NAME, MODEL_NAME, _config, load_text_tokenizer, train_text_tokenizer
 from engine.config import UserError
 from evaluation.judge_instructions import EDIT_PROMPT, ImgEditInstructions
@@ -208,3 +211,31 @@ def test_a_config_of_an_adapter_that_is_none_is_one_line(tree: object, tmp_path:
     with pytest.raises(UserError) as error:
         vision_language.merge_adapter(torch.nn.Linear(2, 2), tmp_path)
     one_line(error, vision_language.ADAPTER_CONFIG)
+
+
+# --- tables
+
+
+def table(path: Path, *columns: tuple[str, list[object]], about: bytes = b"{}") -> Path:
+    arrays = [pa.array(values) for _, values in columns]
+    schema = pa.schema([(name, array.type) for (name, _), array in zip(columns, arrays, strict=True)])
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema.with_metadata({"huggingface": about})), path)
+    return path
+
+
+def test_two_columns_of_one_name_are_told_where_one_of_them_is_wanted(tmp_path: Path) -> None:
+    """pyarrow says of such a column that it does not exist."""
+    wanted = ParquetColumns(image="image", captions=("caption",))
+    image, text, other = ("image", [b"x"]), ("caption", ["a"]), ("other", ["b"])
+    for columns in ((image, image, text), (image, text, text)):
+        path = table(tmp_path / "a.parquet", *columns)
+        with pytest.raises(UserError, match=r"two columns are called '(image|caption)'; rename one") as error:
+            ParquetSource([str(path)], wanted, 5)
+        one_line(error, "a.parquet")
+    path = table(tmp_path / "a.parquet", image, text, other, other)
+    assert len(ParquetSource([str(path)], wanted, 5).units) == 1
+
+
+def test_notes_of_a_table_that_are_nested_deep_name_no_classes(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.parquet", ("image", [b"x"]), ("label", [1]), about=DEEP.encode())
+    assert ParquetSource([str(path)], ParquetColumns(image="image", label="label"), 5).units
