@@ -407,7 +407,7 @@ def test_an_npz_of_images_of_two_sizes_is_refused_and_leaves_nothing(drawn: Path
     Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
     odd = Item("odd", {"result": "small.png"}, {})
     full = [
-        Item(one.key, {"result": shutil.copy(images.path(one, "result"), tmp_path).name}, {})
+        Item(one.key, {"result": Path(shutil.copy(images.path(one, "result"), tmp_path)).name}, {})
         for one in images.items
     ]
     write_manifest(tmp_path, [*full, odd])
