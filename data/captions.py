@@ -25,8 +25,33 @@ def clean_text(text: str) -> str:
     Half a surrogate pair, which JSON can hold and tokenizers refuse, becomes "?". Zero-width characters stay inside a
     text: they join letters and emoji.
     """
-    text = EDGES.sub("", text.encode("utf-8", "replace").decode())
+    text = EDGES.sub("", mended(text))
     return text if any(map(_is_visible, text)) else ""
+
+
+def mended(text: str) -> str:
+    """`text` with "?" for each half of a character: where what others wrote must be kept."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def half_character(text: str) -> int | None:
+    """Where the first half of a character stands in a text (a lone surrogate); None: the text is whole.
+
+    JSON can write one ("\\ud83d"), UTF-8 and tokenizers cannot.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def check_whole(text: str, where: str) -> str:
+    """`text`. Raises UserError naming `where`: it holds half a character."""
+    place = half_character(text)
+    if place is not None:
+        raise UserError(f"{where} {text[:60]!a}: half a character at position {place}; write the text again")
+    return text
 
 
 def _is_visible(letter: str) -> bool:
@@ -145,8 +170,10 @@ def _named_captions(sample: Sample) -> list[tuple[str, str]]:
 def _read_json(sample: Sample) -> dict[str, Any]:
     try:
         return read_object(sample.parts["json"])
-    except (KeyError, ValueError):
+    except KeyError:
         raise _no_text(sample) from None
+    except ValueError as error:
+        raise _no_text(sample, f", but bad json ({error})") from None
 
 
 def _finite(number: str) -> float | None:
@@ -154,5 +181,7 @@ def _finite(number: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _no_text(sample: Sample) -> UserError:
-    return UserError(f"{sample.where}: no json with one of {', '.join(TEXT_FIELDS)}; make the shards again")
+def _no_text(sample: Sample, found: str = "") -> UserError:
+    return UserError(
+        f"{sample.where}: no json with one of {', '.join(TEXT_FIELDS)}{found}; make the shards again"
+    )

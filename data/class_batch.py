@@ -19,6 +19,7 @@ from data.layouts import LATENT_SUFFIX
 from data.plan import pack_seed, sample_uniforms
 from data.shards import LatentInfo, Sample, ShardDataset
 from data.transfer import to_device
+from engine.bounds import Count, Share
 from engine.config import ConfigError
 
 
@@ -40,8 +41,8 @@ class ClassBatch:
 class ClassPackingConfig:
     """How labelled latents become batches."""
 
-    images_per_pack: int  # images in one micro-batch of one rank
-    class_dropout: float = 0.1  # probability of leaving the class out (classifier-free guidance)
+    images_per_pack: Count  # images in one micro-batch of one rank
+    class_dropout: Share = 0.1  # probability of leaving the class out (classifier-free guidance)
     sample_latents: bool = False  # draw z by its stored variance, anew each epoch; False: z is the mean
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from data.plan import pack_seed, sample_uniforms
 from data.shards import Sample, ShardDataset
 from data.transfer import to_device
 from engine import limits
+from engine.bounds import Count
 from engine.config import ConfigError, UserError
 
 IMAGE_PARTS = ("png", "jpg", "jpeg", "webp")
@@ -88,9 +89,9 @@ MAX_IMAGES_PER_PACK = 1 << 24
 class PixelConfig:
     """How image files become batches."""
 
-    images_per_pack: int  # images in one micro-batch of one rank
-    image_px: int  # side of the square the model sees
-    resize_px: int | None = None  # short side before the crop, pixels; None: image_px
+    images_per_pack: Count  # images in one micro-batch of one rank
+    image_px: Count  # side of the square the model sees
+    resize_px: Count | None = None  # short side before the crop, pixels; None: image_px
     crop: Literal["center", "random"] = "center"  # random: keyed by (seed, epoch, sample)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data.captions import TEXT_FIELDS, clean_text, split_texts
+from data.captions import TEXT_FIELDS, clean_text, half_character, split_texts
 from data.images import IMAGE_PARTS, decode_image
 from data.layouts import check_roles, image_roles, is_interleaved, of_kind, read_splits
 from data.shard_index import LatentInfo, Records, Sample, key_hash
@@ -131,7 +131,7 @@ class ShardInspector:
         for kind, text in texts:
             if not isinstance(text, str):
                 yield f"bad caption: {kind} holds {type(text).__name__}, not text"
-            elif any("\ud800" <= letter <= "\udfff" for letter in text):
+            elif half_character(text) is not None:
                 yield f"bad caption: {kind} holds half of a letter (a lone surrogate)"
             elif not clean_text(text):
                 yield f"empty caption: {kind}"

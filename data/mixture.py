@@ -15,6 +15,7 @@ from data.shard_index import key_hash
 from data.shards import Sample, ShardDataset
 from data.storage import StorageConfig
 from engine import files
+from engine.bounds import Weight
 from engine.config import ConfigError, UserError
 
 
@@ -24,7 +25,7 @@ class SetConfig:
 
     shards: str
     """Directory (or fsspec url) with manifest.json."""
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Share of the samples drawn, relative to the other sets'."""
     quarantine: str | None = None
     """File of samples to leave out, as `make_shards.py doctor --quarantine` writes it."""

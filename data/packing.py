@@ -32,6 +32,7 @@ from data.layouts import (
 from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.plan import pack_seed, sample_uniforms
 from data.shards import LatentInfo, Sample, ShardDataset
+from engine.bounds import Count, Few, Share, Weight
 from engine.config import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -58,18 +59,18 @@ __all__ = [
 class PackingConfig:
     """How text-to-image and edit samples become packs."""
 
-    tokens_per_pack: int  # budget of one pack, tokens; a micro-batch of one rank
-    max_side: int = 64  # rows of the position table per axis, latent pixels; at least the latents' Y and X
+    tokens_per_pack: Count  # budget of one pack, tokens; a micro-batch of one rank
+    max_side: Count = 64  # rows of the position table per axis, latent pixels; at least the latents' Y and X
     # Probability of leaving a condition out (classifier-free guidance), drawn for each text and each clean image of a
     # sample alone; a text with a loss stays. Bagel's fine-tune defaults.
-    text_dropout: float = 0.1
-    source_dropout: float = 0.3
+    text_dropout: Share = 0.1
+    source_dropout: Share = 0.3
     # Kind of caption -> weight, for captions with names; other kinds are never taken. Empty: all are alike.
-    caption_weights: dict[str, float] = field(default_factory=dict)
+    caption_weights: dict[str, Weight] = field(default_factory=dict)
     sample_latents: bool = False  # draw z by its stored variance, anew each epoch; False: z is the mean
     # Noisy images that follow one prefix: a target with so many times and noises, at little more cost than its own
     # tokens. They share caption and dropout. Of several targets each has one, and the rest goes round among them.
-    draws_per_caption: int = 1
+    draws_per_caption: Few = 1
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_pack", "max_side", "draws_per_caption"):

@@ -72,7 +72,7 @@ def _parse(line: str, where: str) -> tuple[str, str, str]:
         pattern = {"key": KEY_PATTERN, "shard": SHARD_PATTERN}[kind]
         if not isinstance(reason, str) or not pattern.fullmatch(name):
             raise ValueError(name)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f'{where}: expected {{"key": ..., "reason": ...}} or {{"shard": ..., "reason": ...}}; correct this line'
         ) from None

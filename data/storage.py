@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 import aiohttp
 
+from engine.bounds import Few, Seconds, Weight
 from engine.config import ConfigError, UserError
 from engine.redaction import redact
 
@@ -38,13 +39,13 @@ class StorageConfig:
 
     cache_dir: str | None = None
     """Folder on a local disk for blocks of shards; the ranks of a node share it. None: in the user's cache folder."""
-    cache_gib: float = 50.0
+    cache_gib: Weight = 50.0
     """Room for blocks there, GiB. The indices, 76 bytes a sample, come on top and stay."""
-    attempts: int = 5
+    attempts: Few = 5
     """Of one request, with growing waits between them, before the run ends."""
-    timeout_s: float = 60.0
+    timeout_s: Seconds = 60.0
     """Of one attempt, where the storage's client lets it be set."""
-    parallel_reads: int = 8
+    parallel_reads: Few = 8
     """Requests in flight, of each data set and rank."""
 
     def __post_init__(self) -> None:

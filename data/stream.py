@@ -16,6 +16,7 @@ from data.prefetch import Prefetch
 from data.shards import Sample, ShardDataset
 from data.storage import StorageConfig
 from data.transfer import pinned
+from engine.bounds import Count, Few, Seed
 from engine.config import ConfigError, UserError
 from engine.objective import Batch
 
@@ -30,13 +31,13 @@ class DataConfig:
     """File of samples of `shards` to leave out, as `make_shards.py doctor --quarantine` writes it."""
     mixture: dict[str, SetConfig] = field(default_factory=dict)
     """Several data sets by name, instead of `shards`."""
-    num_streams: int = 8
+    num_streams: Count = 8
     """G: packs per global step; at least the most ranks this run may ever have."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the order and of every random choice about samples, noise and timesteps."""
-    max_epochs: int | None = None
+    max_epochs: Count | None = None
     """Training ends before any sample is met more often than this, if `engine.steps` is not reached before."""
-    prefetch_steps: int = 2
+    prefetch_steps: Few = 2
     """Global steps read ahead by each rank's thread."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 

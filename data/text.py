@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import sentencepiece
 
+from data.captions import check_whole
 from engine import files, hub, limits
 from engine.config import UserError
 
@@ -23,6 +24,7 @@ MODEL_NAME = "text_tokenizer.model"
 CONFIG_NAME = "config.json"
 KIND = "sentencepiece"
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+AGAIN = "train the text tokenizer again"
 MIN_VOCAB_SIZE = 320  # 256 bytes, <unk>, 4 special tokens, and room for some letters
 
 
@@ -37,36 +39,38 @@ class TextTokenizer(Protocol):
     fingerprint: str  # equal fingerprints: equal ids for every text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without special tokens. Unknown letters become bytes. Raises UserError: as `whole`."""
+        """Ids of `text` alone, without special tokens. Unknown letters become bytes.
+
+        Raises UserError: half a character in it.
+        """
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without special tokens."""
-
-
-def whole(text: str) -> str:
-    """`text`. Raises UserError: it holds half a character (a lone surrogate), which JSON can write and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"text {text[:60]!a}: half a character at position {error.start}; write the text again"
-        ) from None
-    return text
 
 
 class SentencePieceTextTokenizer:
     """Byte pairs with byte fallback, as `train_text_tokenizer` writes it. Text is case-folded (NFKC)."""
 
     def __init__(self, model: bytes) -> None:
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size: int = self._pieces.get_piece_size()
+        """Raises ValueError: no such model."""
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor()
+            self._pieces.LoadFromSerializedProto(model)
+            self.vocab_size: int = self._pieces.get_piece_size()
+            self._pieces.id_to_piece(
+                list(range(self.vocab_size))
+            )  # one that is no text would fail in training
+        except RuntimeError as error:
+            raise ValueError(str(error).rpartition("] ")[2] or "no sentencepiece model") from None
         ids = [self._pieces.piece_to_id(token) for token in SPECIAL_TOKENS]
+        if len({*ids, self._pieces.unk_id()}) <= len(ids):
+            raise ValueError(f"not all of {', '.join(SPECIAL_TOKENS)} in it")
         self.im_start_id, self.im_end_id, self.vision_start_id, self.vision_end_id = ids
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """See TextTokenizer."""
-        ids: list[int] = self._pieces.encode(whole(text))
+        ids: list[int] = self._pieces.encode(check_whole(text, "text"))
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -91,7 +95,7 @@ class QwenTextTokenizer:
     def encode(self, text: str) -> list[int]:
         """See TextTokenizer."""
         ids: list[int] = self._tokenizer.encode(
-            whole(text), add_special_tokens=False, split_special_tokens=True
+            check_whole(text, "text"), add_special_tokens=False, split_special_tokens=True
         )
         return ids
 
@@ -111,15 +115,17 @@ def load_text_tokenizer(name_or_directory: str) -> TextTokenizer:
     if path.is_file():
         try:
             model = limits.read_bytes(path, limits.VOCABULARY_BYTES)
+            known = limits.read_json(
+                directory / CONFIG_NAME, "a text tokenizer's config", limits.CONFIG_BYTES
+            )
         except OSError as error:
-            raise UserError(
-                f"{path}: cannot be read ({error.strerror}); train the text tokenizer again"
-            ) from None
-        if not (directory / CONFIG_NAME).is_file() or files.read_json(directory / CONFIG_NAME) != _config(
-            model
-        ):
-            raise UserError(f"{path}: does not fit {CONFIG_NAME} beside it; train the text tokenizer again")
-        return SentencePieceTextTokenizer(model)
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror}); {AGAIN}") from None
+        if known != _config(model):
+            raise UserError(f"{path}: does not fit {CONFIG_NAME} beside it; {AGAIN}")
+        try:
+            return SentencePieceTextTokenizer(model)
+        except ValueError as error:
+            raise UserError(f"{path}: no sentencepiece model of ours ({error}); {AGAIN}") from None
     from transformers import AutoTokenizer  # takes seconds to import: only where it is needed
 
     try:

@@ -214,7 +214,7 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
             raise ConfigError(
                 f"{where}: unknown key '{_join(path, str(key))}'; {_hint(str(key), section, path)}"
             )
-    hints = typing.get_type_hints(section)
+    hints = typing.get_type_hints(section, include_extras=True)
     arguments = {key: _build(hints[key], item, where, _join(path, key)) for key, item in value.items()}
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.bounds import Amount, Count, Seconds, Seed, Step, Steps
 from engine.config import ConfigError
 from engine.logs import WandbMode
 from engine.masters import Precision
@@ -18,7 +19,7 @@ OnLossSpike = Literal["ignore", "skip", "roll_back"]
 class EngineConfig:
     """How long, how often, how parallel."""
 
-    steps: int
+    steps: Steps
     """Optimizer steps of the whole run."""
     optimizer: OptimizerConfig
     adversary_optimizer: OptimizerConfig | None = None
@@ -33,35 +34,35 @@ class EngineConfig:
     """Decay of the averaged weights that are sampled and exported; 0 keeps the last weights. Of a list, the first is
     sampled and exported, every other one exported beside it as export_ema_DECAY.
     """
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights. The order of the data has its own."""
     deterministic: bool = False
     """Whether the same run gives the same bits on GPUs too, at some cost; on a CPU it does anyway. Only kernels with a
     deterministic backward pass are taken. Trainings on pixels have none for all they do on a GPU, and refuse it.
     """
-    log_every_steps: int = 10
-    checkpoint_every_steps: int = 1000
-    keep_checkpoints: int = 2
+    log_every_steps: Steps = 10
+    checkpoint_every_steps: Steps = 1000
+    keep_checkpoints: Count = 2
     async_checkpoint: bool = True
     """Whether the training goes on while a checkpoint is written: it waits only for a copy in CPU memory (16 bytes a
     trained parameter and 4 for each average, divided by the number of ranks), and the checkpoint counts from the step
     at which every rank has finished. false: it waits for the disk and needs no such memory. The last checkpoint and
     the one after a stop signal are always waited for.
     """
-    export_at_steps: tuple[int, ...] = ()
+    export_at_steps: tuple[Step, ...] = ()
     """Steps whose averaged weights are also exported, to export_step_XXXXXXXX beside the last ones' export: what guides
     by an early model (AutoGuidance) needs.
     """
-    sample_every_steps: int = 0
+    sample_every_steps: Step = 0
     """Steps between sample grids; 0: only at the end."""
-    max_nonfinite_steps: int = 5
+    max_nonfinite_steps: Step = 5
     """The run stops after this many steps with a non-finite loss or gradient (none of them is applied)."""
     on_alarm: OnAlarm = "warn"
     """What follows when the objective raises an alarm (a collapsed reconstruction, a discriminator that won) or
     max_nonfinite_steps is reached. warn: a line (and, for non-finite steps, the end); stop; roll_back: to the oldest
     checkpoint kept, on the data that come next, so that the same batches are not met again.
     """
-    max_roll_backs: int = 3
+    max_roll_backs: Amount = 3
     """The alarm after so many stops the run."""
     on_loss_spike: OnLossSpike = "ignore"
     """What follows a step whose loss is above loss_spike_factor times the median of the last 100. skip: it is not
@@ -69,7 +70,7 @@ class EngineConfig:
     is free: the loss of every step is then waited for before its backward pass.
     """
     loss_spike_factor: float = 3.0
-    hang_timeout_s: float = 1800.0
+    hang_timeout_s: Seconds = 1800.0
     """A rank that has not moved for so long is named and the run ends, to be started again; 0: never."""
     wandb: WandbMode = "offline"
 

@@ -80,6 +80,26 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return tree
 
 
+def inside(folder: str | Path, name: str, *, follow_links: bool = False) -> Path:
+    """The file that a list, a table or a manifest names, in `folder` or below it.
+
+    Such names may come from somebody else: what they lead to is published, drawn or shown. `follow_links`: the names
+    are those of a walk through the folder, whose links are the user's own. Raises UserError: it leads out of the
+    folder, by "..", from the root or through a link; it can be no name.
+    """
+    path = Path(folder) / name
+    try:
+        if follow_links:
+            is_inside = not os.path.isabs(name) and ".." not in path.parts[len(Path(folder).parts) :]  # noqa: PTH117
+        else:
+            is_inside = path.resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, ValueError, RuntimeError):  # a circle of links; a zero byte
+        is_inside = False
+    if not is_inside:
+        raise UserError(f"'{name}' leads out of {folder}; name a file in it")
+    return path
+
+
 @contextmanager
 def directory(path: str | Path, is_own: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Yields a temporary directory beside `path`; on success it is renamed to `path`.

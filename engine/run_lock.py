@@ -213,7 +213,7 @@ def _look(path: Path) -> tuple[Owner | None, int | None]:
     try:
         with path.open("rb") as file:
             return Owner(**json.loads(file.read())), os.fstat(file.fileno()).st_mtime_ns
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         pass
     try:
         return None, path.stat().st_mtime_ns

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from engine.bounds import Share, Step, Weight
 from engine.config import ConfigError
 
 
@@ -21,26 +22,26 @@ class OptimizerConfig:
     """Peak learning rate of AdamW."""
     name: Literal["adamw", "muon"] = "adamw"
     """muon: matrices of repeated layers follow Muon (Jordan et al. 2024), embeddings, heads and vectors AdamW."""
-    muon_lr: float = 0.02
+    muon_lr: Weight = 0.02
     """Peak learning rate of Muon: the spectral norm of an update, times sqrt(max(1, rows / columns))."""
-    muon_momentum: float = 0.95
+    muon_momentum: Share = 0.95
     """Momentum of Muon (Nesterov)."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Shape of the way from `lr` to `final_lr`."""
-    final_lr: float = 0.0
+    final_lr: Weight = 0.0
     """Learning rate from step `decay_end_step` on (cosine and linear)."""
-    warmup_steps: int = 0
+    warmup_steps: Step = 0
     """Steps of linear warm-up from zero."""
-    decay_start_step: int = 0
+    decay_start_step: Step = 0
     """Step at which the decay begins (cosine and linear)."""
-    decay_end_step: int | None = None
+    decay_end_step: Step | None = None
     """Step at which `final_lr` is reached; None: the run's last step."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Weight = 1e-8
+    weight_decay: Weight = 0.0
     """Decoupled weight decay, on matrices only (biases, norms and tokens are left alone)."""
-    grad_clip: float = 0.0
+    grad_clip: Weight = 0.0
     """Largest global gradient norm; 0 is off, as Muon needs it."""
 
     def __post_init__(self) -> None:

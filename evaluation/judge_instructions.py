@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.captions import check_whole
 from data.sources.text_files import read_text
 from engine import files
 from engine.config import UserError
@@ -73,6 +74,8 @@ class ImgEditInstructions:
             raise UserError(
                 f"{path}: is not ImgEdit-Bench's prompts.json (kind of edit -> text with {EDIT_PROMPT})"
             )
+        for kind, text in tree.items():
+            check_whole(text, f"{path}: '{kind}'")
         return cls(tree, files.sha256(path))
 
 

@@ -48,9 +48,13 @@ class ImageSet:
 
     directory: Path
     items: tuple[Item, ...]
+    follow_links: bool = False
+    """Whether links may lead out of the folder: in a set that was made by walking through it they may."""
 
     @classmethod
-    def open(cls, directory: str | Path, manifest: str | Path | None = None) -> ImageSet:
+    def open(
+        cls, directory: str | Path, manifest: str | Path | None = None, *, follow_links: bool = False
+    ) -> ImageSet:
         """Reads the manifest, by default the folder's own.
 
         Raises UserError: no manifest, a bad line, a repeated key, no items.
@@ -76,13 +80,17 @@ class ImageSet:
             items[item.key] = item
         if not items:
             raise UserError(f"{path}: names no items; there is nothing to score")
-        return cls(Path(directory), tuple(items.values()))
+        return cls(Path(directory), tuple(items.values()), follow_links)
 
     def path(self, item: Item, role: str) -> Path:
-        """File of an item's image. Raises UserError when the manifest names none in this role."""
+        """File of an item's image. Raises UserError: the manifest names none in this role, one outside the folder."""
+        where = f"{self.directory / MANIFEST_NAME}: item '{item.key}'"
         if role not in item.images:
-            raise UserError(f"{self.directory / MANIFEST_NAME}: item '{item.key}' names no '{role}' image")
-        return self.directory / item.images[role]
+            raise UserError(f"{where} names no '{role}' image")
+        try:
+            return files.inside(self.directory, item.images[role], follow_links=self.follow_links)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
     def read(self, item: Item, role: str) -> Tensor:
         """uint8 [3, H, W]. Raises UserError: no such role, or a file that is no readable image."""
@@ -113,9 +121,10 @@ def write_manifest(directory: str | Path, items: Iterable[Item]) -> None:
 
 
 def write_class_folders(images: str | Path, out: str | Path, suffixes: Sequence[str]) -> int:
-    """Manifest of a folder with one folder per class, as ImageNet's validation set is kept; the number of classes.
+    """Manifest, in `out`, of a folder with one folder per class, as ImageNet's validation set is kept; the number of
+    classes.
 
-    `original` is the file where it lies, meta.label the place of its folder in the sorted list of folders. Raises
+    `original` is the file below `images`, meta.label the place of its folder in the sorted list of folders. Raises
     UserError: no such folders, one without images.
     """
     found = images_below(Path(images), suffixes)
@@ -124,10 +133,7 @@ def write_class_folders(images: str | Path, out: str | Path, suffixes: Sequence[
         raise UserError(f"{images}: holds no images in one folder per class ({', '.join(suffixes)})")
     inside = [name for name in found.names if "/" in name]
     tell_passed_over(images, sorted({*found.names, *dict(found.others)} - set(inside)))
-    paths = {name: str((found.folder / name).resolve()) for name in inside}
-    items = [
-        Item(name, {"original": paths[name]}, {"label": labels[name.partition("/")[0]]}) for name in inside
-    ]
+    items = [Item(name, {"original": name}, {"label": labels[name.partition("/")[0]]}) for name in inside]
     write_manifest(out, items)
     return len(labels)
 

@@ -12,16 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.images import read_rgb
+from data.images import image_suffix, read_rgb
 from data.sources.parquet_files import READ_ERRORS, ROWS_AT_ONCE
 from data.sources.parquet_rows import Row, open_table, row_batches
-from engine import files
+from engine import files, limits
 from engine.config import UserError
 from evaluation.metrics.dpg import read_graphs
 from generator.prompts import KEY_PATTERN
 
 COMMAND = "prompts"
 PROMPTS_NAME = "prompts.jsonl"
+IMGEDIT_FIELDS = ("id", "prompt", "edit_type")
 GEDIT_COLUMNS = ("key", "task_type", "instruction", "instruction_language", "input_image")
 
 
@@ -41,26 +42,42 @@ def write_gedit(tables: Sequence[Path], out: Path) -> int:
 
 
 def write_imgedit(edits: Path, images: Path, out: Path) -> int:
-    """The edits of basic_edit.json; `images` holds the originals. Raises UserError: another file, a missing image."""
+    """The edits of basic_edit.json, their images of the folder `images` beside the prompts; the number of edits.
+
+    Raises UserError: another file, a missing image, one outside the folder.
+    """
     try:
         tree = files.read_json(edits)
-        rows = [
-            {
-                "key": str(key),
-                "image": str((images / row["id"]).resolve()),
-                "instruction": row["prompt"],
-                "edit_type": row["edit_type"],
-            }
-            for key, row in tree.items()
-        ]
+        rows = {str(key): {name: str(row[name]) for name in IMGEDIT_FIELDS} for key, row in tree.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{edits}: is not ImgEdit-Bench's basic_edit.json (key -> id, prompt, edit_type)"
+            f"{edits}: is not ImgEdit-Bench's basic_edit.json (key -> {', '.join(IMGEDIT_FIELDS)})"
         ) from None
-    for row in rows:
-        if not Path(row["image"]).is_file():
-            raise UserError(f"{row['image']}: no such file; unpack ImgEdit-Bench's images below {images}")
-    return _write(out, rows)
+    originals = {key: _original(edits, images, row["id"]) for key, row in rows.items()}
+    files.claim(out, COMMAND, (PROMPTS_NAME, "images"))
+    return _write(out, (_imgedit_row(key, row, originals[key], out, edits) for key, row in rows.items()))
+
+
+def _original(edits: Path, images: Path, name: str) -> Path:
+    try:
+        path = files.inside(images, name)
+    except UserError as error:
+        raise UserError(f"{edits}: {error}") from None
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; unpack ImgEdit-Bench's images below {images}")
+    return path
+
+
+def _imgedit_row(key: str, row: Mapping[str, str], original: Path, out: Path, where: Path) -> dict[str, Any]:
+    _check_key(key, where)
+    try:
+        payload = limits.read_bytes(original, limits.IMAGE_BYTES)
+        name = f"images/{key}.{image_suffix(payload)}"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{original}: no readable image ({reason})") from None
+    files.write_bytes(out / name, payload)
+    return {"key": key, "image": name, "instruction": row["prompt"], "edit_type": row["edit_type"]}
 
 
 def _gedit_rows(tables: Sequence[Path], out: Path) -> Iterable[dict[str, Any]]:
@@ -94,8 +111,7 @@ def _table_rows(table: Any, path: Path) -> Iterator[Row]:
 
 def _gedit_row(row: Mapping[str, Any], out: Path, where: Path) -> dict[str, Any]:
     key, image = row["key"], row["input_image"]
-    if not isinstance(key, str | int) or not KEY_PATTERN.fullmatch(str(key)):
-        raise UserError(f"{where}: key {key!r} names a file; use letters, digits and _ + - . (not first)")
+    _check_key(key, where)
     name = f"images/{key}.png"
     try:
         buffer = io.BytesIO()
@@ -105,6 +121,12 @@ def _gedit_row(row: Mapping[str, Any], out: Path, where: Path) -> dict[str, Any]
     files.write_bytes(out / name, buffer.getvalue())
     fields = {name: row[name] for name in ("key", "instruction", "task_type", "instruction_language")}
     return {**fields, "image": name}
+
+
+def _check_key(key: object, where: Path) -> None:
+    """Raises UserError: a key that names no file."""
+    if not isinstance(key, str | int) or not KEY_PATTERN.fullmatch(str(key)):
+        raise UserError(f"{where}: key {key!r} names a file; use letters, digits and _ + - . (not first)")
 
 
 def _write(out: Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -121,18 +121,20 @@ def evaluate(
     allow_partial: bool = False,
     team: Team = ALONE,
     manifest: str | Path | None = None,
+    follow_links: bool = False,
 ) -> dict[str, Any]:
     """Scores an image set; writes `output_dir`/per_item.jsonl, then scores.json, and returns the latter.
 
     All of `team` share the expensive phase; rank 0 alone scores, the others return {}. fp32 is exact here: under TF32
     a network's features, and so an FID, would be a GPU's own.
 
-    `seed` is the one the images were sampled with, for the record; `manifest` stands in for the folder's own. Raises
+    `seed` is the one the images were sampled with, for the record; `manifest` stands in for the folder's own, whose
+    links may lead out with `follow_links`. Raises
     UserError when `output_dir` holds scores of somebody else, and when images are missing and `allow_partial` is not
     set; when it is, they are counted in `n_failed` and the scores marked partial.
     """
     output_dir = Path(output_dir)
-    images = ImageSet.open(images_dir, manifest)
+    images = ImageSet.open(images_dir, manifest, follow_links=follow_links)
     missing = images.missing(suite.roles)
     if missing and (not allow_partial or len(missing) == len(images.items)):
         raise UserError(

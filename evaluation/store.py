@@ -117,7 +117,7 @@ class RecordStore:
                     self._refusals[key] = Refusal(str(record["refused"]))
                     continue
                 value = record["value"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 raise UserError(f"{path}:{number}: is no record; take the line out and run again") from None
             if self._answers.setdefault(key, value) != value:
                 raise UserError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from data.packed_batch import PackedBatch
 from data.shards import LatentInfo
 from data.text import TextTokenizer
+from engine.bounds import Weight
 from engine.config import UserError, to_dict
 from engine.files import digest, sha256
 from engine.objective import HISTORY_WINDOWS, LossOutput, Term, WithoutAdversary
@@ -54,7 +55,7 @@ class FlowConfig:
     """
     attention_backend: Backend = "auto"
     """Forces one attention kernel; "auto" follows the device."""
-    text_loss_weight: float = 0.0
+    text_loss_weight: Weight = 0.0
     """Weight of the mean cross entropy of text marked for it, beside the mean squared error of velocities (Bagel: 1);
     0 = none. Above it, generator.text_output must be true. Data that mark no text raise an alarm (engine.on_alarm).
     """

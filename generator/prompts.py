@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.captions import clean_text, read_object
+from data.captions import check_whole, clean_text, read_object
 from data.sources.text_files import read_text, split_lines
 from engine import files
 from engine.config import UserError
@@ -48,7 +48,8 @@ class Prompt:
 def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     """All items, in the file's order.
 
-    Raises UserError naming the line: no such file, another suffix, no items, bad JSON, no text of the item's kind, an
+    Raises UserError naming the line: no such file, another suffix, no items, bad JSON, no text of the item's kind, half
+    a character in it, an
     image file that is not there, a key that is no file name or stands there twice, a bad seed.
     """
     path = Path(path)
@@ -83,7 +84,10 @@ def _prompt(row: Mapping[str, Any], index: int, folder: Path, where: str) -> Pro
     names = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: 'image' is the name of a file or a list of such names")
-    images = tuple(folder / name for name in names)
+    try:
+        images = tuple(files.inside(folder, name) for name in names)
+    except UserError as error:
+        raise UserError(f"{where}: 'image' {error}; images are looked for beside the prompts") from None
     for image in images:
         if not image.is_file():
             raise UserError(f"{where}: {image}: no such file; images are looked for beside the prompts")
@@ -97,5 +101,4 @@ def _prompt(row: Mapping[str, Any], index: int, folder: Path, where: str) -> Pro
     if seed is not None and (type(seed) is not int or not 0 <= seed < SEEDS):
         raise UserError(f"{where}: seed {seed!r} is not a whole number from 0 to {SEEDS - 1}")
     meta = {name: value for name, value in row.items() if name not in ("key", "seed", "image")}
-    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON can hold
-    return Prompt(str(key), text, images, seed, meta)
+    return Prompt(str(key), check_whole(text, f"{where}: '{wanted}'"), images, seed, meta)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.bounds import Count
 from engine.config import to_dict
 from launch import ablation_scores, entry, quickstart
 from launch.steps import Step, deepspeed, identity_of
@@ -29,7 +30,7 @@ class AblationRun:
 
     root: str = "runs/ablation"
     """Folder of the variants, beside the quickstart's."""
-    num_ranks: int = 2
+    num_ranks: Count = 2
     """Processes of each training."""
     scores: ablation_scores.ScoresConfig = field(default_factory=ablation_scores.ScoresConfig)
     """On how much the variants are compared."""

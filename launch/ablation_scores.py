@@ -12,6 +12,7 @@ from data.images import decode_image, fit_image
 from data.shards import Sample
 from data.sources.emoji import EmojiConfig, EmojiSource
 from engine import files
+from engine.bounds import Count
 from engine.config import load
 from engine.loop import EXPORT
 from engine.terminal import say
@@ -35,11 +36,11 @@ PROBE_TOLERANCE = 1e-5
 class ScoresConfig:
     """On how much the variants are compared."""
 
-    num_images: int = 600
+    num_images: Count = 600
     """Held-out scenes that are reconstructed."""
-    num_probe_train: int = 6000
+    num_probe_train: Count = 6000
     """Identities that the linear probe is fitted to."""
-    num_probe_test: int = 1280
+    num_probe_test: Count = 1280
     """Identities of another split that it is tested on."""
 
 

@@ -56,9 +56,11 @@ def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
         return 0
     except EndedError as error:
         status = error.end.status
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         if explained := peers.lost_contact(error) or files.full_disk(error):
             error = explained
+        if isinstance(error, SystemExit) and (world == 1 or not error.code):
+            raise  # --help, or argparse, which has said why
         if world == 1 and not isinstance(error, (UserError, KeyboardInterrupt)):
             raise
         own = End(rank, _status(error), redact(_text(error)))
@@ -77,6 +79,8 @@ def _show_bug(_kind: object, error: BaseException, _trace: object) -> None:
 
 
 def _status(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
     for cls, status in STATUSES.items():
         if isinstance(error, cls):
             return status
@@ -86,12 +90,14 @@ def _status(error: BaseException) -> int:
 def _text(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "stopped; the same command goes on from here"
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, str) else f"status {error.code}; see what it printed"
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def _tell(own: End, error: BaseException) -> None:
     """What ended this rank, for people: a line, and for a bug where it is."""
-    if own.status == 1:
+    if own.status == 1 and not isinstance(error, SystemExit):
         _show_bug(None, error, None)
     what = "" if own.status == INTERRUPTED else "error: "
     where = f"rank {own.rank}: " if distributed.is_started() or own.rank else ""

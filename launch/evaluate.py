@@ -58,7 +58,7 @@ def _score(arguments: argparse.Namespace) -> None:
         options = ["--prompts"] * (arguments.prompts is not None) + _sampling_options(arguments)
         raise UserError(f"{', '.join(options)}: for drawing; give --run with it")
     suite = SUITES[arguments.command](arguments, device)
-    images = prepare_images(arguments, team)
+    images, manifest = prepare_images(arguments, team)
     scores = evaluate(
         suite,
         images,
@@ -66,7 +66,8 @@ def _score(arguments: argparse.Namespace) -> None:
         seed=_seed(images),
         allow_partial=arguments.allow_partial,
         team=team,
-        manifest=arguments.manifest,
+        manifest=manifest,
+        follow_links=arguments.command == "linear",  # what lies in the class folders, not what a list names
     )
     for name, value in scores.get("scores", {}).items():
         interval = "" if value["low"] is None else f" ({value['low']:.4g} to {value['high']:.4g})"

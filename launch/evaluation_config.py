@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import NoReturn
 
+from engine.bounds import Count, Steps
 from engine.config import ConfigError
 from generator.class_conditional.sampling import ClassSamplingConfig
 from generator.sampling import SamplingConfig
@@ -18,7 +19,7 @@ Option = bool | int | float | str
 class EvaluationConfig:
     """What is scored, and how often."""
 
-    every_steps: int
+    every_steps: Steps
     """Steps between two evaluations; one more follows the last step. Training waits meanwhile."""
     suites: dict[str, dict[str, Option]]
     """Suite -> its options, as `launch/evaluate.py SUITE --help` names them, without dashes:
@@ -51,7 +52,7 @@ class EvaluationConfig:
 class ClassEvaluationConfig(EvaluationConfig):
     """Of a class-conditional training."""
 
-    num_images: int = 5000
+    num_images: Count = 5000
     """Drawn each time, of all classes together. Published numbers use 50,000."""
     sampling: ClassSamplingConfig | None = None
     """How they are drawn; None: as preview_sampling. The time shift is always flow.time_shift."""
@@ -63,7 +64,7 @@ class PromptEvaluationConfig(EvaluationConfig):
 
     prompts: str
     """File of prompts or edits (generator/prompts.py; launch/evaluate.py prompts writes those of benchmarks)."""
-    images_per_prompt: int = 1
+    images_per_prompt: Count = 1
     sampling: SamplingConfig | None = None
     """How they are drawn; None: as preview_sampling. The time shift is always flow.time_shift."""
 
@@ -74,7 +75,7 @@ class StageEvaluationConfig(EvaluationConfig):
 
     shards: str
     """Validation images."""
-    num_images: int = 5000
+    num_images: Count = 5000
     """The first ones are reconstructed each time. Published numbers use ImageNet's 50,000."""
 
 

@@ -123,8 +123,11 @@ SUITES: Mapping[str, Callable[[argparse.Namespace, str], Suite]] = {
 }
 
 
-def prepare_images(arguments: argparse.Namespace, team: Team) -> Path:
-    """The folder of the image set: --images, or what is made of it in --out; rank 0 makes it."""
+def prepare_images(arguments: argparse.Namespace, team: Team) -> tuple[Path, Path | None]:
+    """The folder of the image set, --images or what is made of it in --out, and a manifest in place of the folder's
+    own; rank 0 makes them.
+    """
+    manifest: Path | None = arguments.manifest
     images: Path = arguments.images
     made = arguments.out / "images"
     if team.rank == 0 and (arguments.command == "linear" or images.suffix == ".npz"):
@@ -142,13 +145,13 @@ def prepare_images(arguments: argparse.Namespace, team: Team) -> Path:
                 num_classes != NUM_CLASSES
             ):  # labels are places in the sorted list: they would name other classes
                 raise UserError(f"{images}: {num_classes} class folders, the head names {NUM_CLASSES}")
-        images = made
+        manifest = made / MANIFEST_NAME
     elif images.suffix == ".npz":
         if team.rank == 0:
             write_npz_set(images, made)
         images = made
     team.barrier()
-    return images
+    return images, manifest
 
 
 def write_prompts(arguments: argparse.Namespace) -> None:

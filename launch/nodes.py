@@ -106,20 +106,21 @@ def not_shared(ranks: Ranks, run_dir: Path, within_s: float = SHARED_WITHIN_S) -
 
     Raises UserError when the first rank cannot write there.
     """
-    path = run_dir / TOKEN
-    token = uuid.uuid4().hex
+    name = f"{TOKEN}-{uuid.uuid4().hex}"  # each start has its own: of two at once the run lock refuses one, by name
     if ranks.is_first:
         try:
-            files.write_text(path, token)
+            files.write_text(run_dir / name, "")
         except OSError as error:
             raise UserError(f"{run_dir}: cannot write there: {error}; choose another run_dir") from None
-    token = ranks.gather(token)[0]
-    deadline_s = time.monotonic() + within_s
-    while not (sees := path.is_file() and path.read_text() == token) and time.monotonic() < deadline_s:
-        time.sleep(0.2)
-    seen = ranks.gather((socket.gethostname(), sees))
-    if ranks.is_first:
-        path.unlink(missing_ok=True)
+    path = run_dir / ranks.gather(name)[0]
+    try:
+        deadline_s = time.monotonic() + within_s
+        while not (sees := path.is_file()) and time.monotonic() < deadline_s:
+            time.sleep(0.2)
+        seen = ranks.gather((socket.gethostname(), sees))
+    finally:
+        if ranks.is_first:
+            path.unlink(missing_ok=True)
     reports = [Report(rank, host, {}) for rank, (host, _) in enumerate(seen)]
     blind = _nodes(reports, [rank for rank, (_, sees) in enumerate(seen) if not sees])
     return [

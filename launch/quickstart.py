@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from engine import files
+from engine.bounds import Count
 from engine.config import UserError, load
 from engine.terminal import say
 from evaluation.report import render_report
@@ -25,9 +26,9 @@ class QuickstartRun:
 
     root: str = "runs/quickstart"
     """Folder of all results; the configs beside this one write below it."""
-    num_ranks: int = 2
+    num_ranks: Count = 2
     """Processes of each training."""
-    num_text_tokens: int = 512
+    num_text_tokens: Count = 512
     """Vocabulary of the text tokenizer."""
     scores: quickstart_scores.ScoresConfig = field(default_factory=quickstart_scores.ScoresConfig)
     """What is sampled and judged at the end."""

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.bounds import Count
 from engine.config import to_dict
 from evaluation.report.class_page import LABELS
 from launch import ablation, entry, quickstart, quickstart_class_scores
@@ -22,7 +23,7 @@ class QuickstartClassRun:
 
     root: str = "runs/quickstart_class"
     """Folder of all results, beside the quickstart's."""
-    num_ranks: int = 2
+    num_ranks: Count = 2
     """Processes of each training."""
     scores: quickstart_class_scores.ScoresConfig = field(default_factory=quickstart_class_scores.ScoresConfig)
     """What is drawn and judged at the end."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import files
+from engine.bounds import Count
 from engine.loop import EXPORT
 from engine.terminal import say
 from evaluation import emoji_images
@@ -28,7 +29,7 @@ from tokenizer.autoencoders import load_autoencoder
 class ScoresConfig:
     """How much is drawn, and how."""
 
-    num_images: int = 440
+    num_images: Count = 440
     """Images drawn with each export."""
     sampling: ClassSamplingConfig = field(default_factory=ClassSamplingConfig)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.bounds import Count
 from engine.loop import EXPORT
 from engine.terminal import say
 from evaluation import emoji_images
@@ -31,9 +32,9 @@ NOTES = [
 class ScoresConfig:
     """How much is judged, and how it is sampled."""
 
-    num_images: int = 300
+    num_images: Count = 300
     """Held-out scenes that are reconstructed and drawn."""
-    num_edits: int = 150
+    num_edits: Count = 150
     """Held-out edits."""
     t2i: SamplingConfig = field(default_factory=SamplingConfig)
     edit: SamplingConfig = field(default_factory=SamplingConfig)

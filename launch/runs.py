@@ -10,6 +10,7 @@ from data.class_batch import ClassPackingConfig
 from data.images import PixelConfig
 from data.packing import PackingConfig
 from data.stream import DataConfig
+from engine.bounds import Count
 from engine.config import ConfigError, UserError
 from engine.engine_config import EngineConfig
 from evaluation.judges.emoji import JudgeConfig
@@ -45,7 +46,7 @@ class TokenizerRun(PixelRun):
     stage: StageConfig
     preview_shards: str | None = None
     """Validation shards whose first images the sample grids reconstruct."""
-    num_preview_images: int = 16
+    num_preview_images: Count = 16
     evaluation: StageEvaluationConfig | None = None
     """Scores while the training goes on; None: none."""
 
@@ -113,7 +114,7 @@ class GeneratorRun:
     """Export that decodes the sample grids; None: no grids."""
     preview_shards: str | None = None
     """Validation latents whose first captions (and sources) the sample grids draw."""
-    num_preview_images: int = 8
+    num_preview_images: Count = 8
     preview_sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the grids are drawn, and by default what sample.py draws; the time shift is always flow.time_shift."""
     evaluation: PromptEvaluationConfig | None = None
@@ -170,7 +171,7 @@ class ClassRun:
     flow: ClassFlowConfig = field(default_factory=ClassFlowConfig)
     autoencoder: str | None = None
     """Export that decodes the sample grids; None: no grids."""
-    num_preview_images: int = 16
+    num_preview_images: Count = 16
     """Images of a sample grid, their classes spread over all."""
     preview_sampling: ClassSamplingConfig = field(default_factory=ClassSamplingConfig)
     evaluation: ClassEvaluationConfig | None = None

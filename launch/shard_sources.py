@@ -42,6 +42,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     folder.add_argument(
         "--labels", action="store_true", help="folders below --images are classes; no captions"
     )
+    folder.add_argument(
+        "--no-links-outside",
+        action="store_true",
+        help="refuse links to files that lie outside --images (default: they are read, and counted at the end)",
+    )
 
     cc12m = commands.add_parser("cc12m", help="CC12M's tars with the LLaVA-Next captions")
     cc12m.add_argument("--captions", type=Path, nargs="+", required=True, help="parquet, jsonl or jsonl.gz")
@@ -138,16 +143,24 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"prepare": prepare, "deduplicate_bits": arguments.deduplicate, "strict": arguments.strict}
 
 
-def sources(arguments: argparse.Namespace) -> Mapping[Path, Source]:
-    """Every folder to write, with its source. Raises UserError: input that is missing or does not fit."""
+def sources(arguments: argparse.Namespace) -> tuple[Mapping[Path, Source], str]:
+    """Every folder to write, with its source; what the summary has to say about the input ("" for nothing).
+
+    Raises UserError: input that is missing or does not fit.
+    """
     if arguments.command == "emoji":
         config = load(EmojiConfig, arguments.config, arguments.overrides)
         per_shard = config.max_samples_per_shard
-        return {arguments.out / source.name: InUnits(source, per_shard) for source in emoji_sources(config)}
-    return {arguments.out: _source(arguments)}
+        made = {arguments.out / source.name: InUnits(source, per_shard) for source in emoji_sources(config)}
+        return made, ""
+    _check_inputs(arguments)
+    if arguments.command == "folder":
+        return _folder(arguments)
+    return {arguments.out: _source(arguments)}, ""
 
 
-def _source(arguments: argparse.Namespace) -> Source:
+def _check_inputs(arguments: argparse.Namespace) -> None:
+    """Raises UserError: shards would be written over what is read, or into it."""
     given = [getattr(arguments, name, None) or [] for name in ("tars", "captions", "labels", "files")]
     inputs = [
         Path(path) for one in given for path in (one if isinstance(one, list) else [one]) if path is not True
@@ -158,14 +171,23 @@ def _source(arguments: argparse.Namespace) -> Source:
             raise UserError(
                 f"--out {arguments.out} lies in --tars {path}: its shards would be read as input; move it"
             )
+
+
+def _folder(arguments: argparse.Namespace) -> tuple[Mapping[Path, Source], str]:
+    folder = FolderSource(
+        arguments.images,
+        arguments.captions,
+        labels=arguments.labels,
+        without=arguments.out,
+        links_outside=not arguments.no_links_outside,
+    )
+    seed = arguments.shuffle_seed
+    source = InUnits(folder if seed is None else Shuffled(folder, seed), arguments.max_samples_per_shard)
+    return {arguments.out: source}, folder.outside_line
+
+
+def _source(arguments: argparse.Namespace) -> Source:
     match arguments.command:
-        case "folder":
-            folder = FolderSource(
-                arguments.images, arguments.captions, labels=arguments.labels, without=arguments.out
-            )
-            if arguments.shuffle_seed is None:
-                return InUnits(folder, arguments.max_samples_per_shard)
-            return InUnits(Shuffled(folder, arguments.shuffle_seed), arguments.max_samples_per_shard)
         case "imagenet":
             images = ImageNetSource(arguments.tars, arguments.labels)
             return InUnits(Shuffled(images, arguments.shuffle_seed), arguments.max_samples_per_shard)

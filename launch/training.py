@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,8 @@ from tokenizer.export import fingerprint
 from tokenizer.stages import build_stage
 
 COMMAND = "train"
+OTHER_START_S = 20.0
+"""From the port to the run lock, of a training that starts."""
 RUN_FILES = (
     *(
         "config.json",
@@ -195,13 +198,19 @@ def _is_run(run_dir: Path) -> bool:
 
 
 def _start_ranks(run_dir: Path) -> Ranks:
-    """Two launches of one command on a host ask for one port: the second is told of the training, not of the port."""
+    """Two launches of one command on a host ask for one port: the second is told of the training, not of the port.
+
+    The other one may have started a moment ago, and not hold the folder yet.
+    """
     try:
         return distributed.start()
     except LostContactError:
-        if reason := run_lock.refusal(run_dir):
-            raise UserError(reason) from None
-        raise
+        deadline_s = time.monotonic() + OTHER_START_S
+        while not (reason := run_lock.refusal(run_dir)):
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.1)
+        raise UserError(reason) from None
 
 
 def _train(

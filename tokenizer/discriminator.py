@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from engine.bounds import Amount, Count
 from engine.config import ConfigError
 from tokenizer.norms import GroupNorm
 from tokenizer.representation import Representation, RepresentationConfig
@@ -30,9 +31,9 @@ class DiscriminatorConfig:
 
     representation: RepresentationConfig
     """The frozen model whose features the heads see (paper: DINOv2-S; release: DINO ViT-S/8)."""
-    depths: tuple[int, ...] = (2, 5, 8, 11)
+    depths: tuple[Amount, ...] = (2, 5, 8, 11)
     """Blocks (0-based) whose outputs get a head each, increasing."""
-    kernel_size: int = 9
+    kernel_size: Count = 9
     """Tokens that a head's convolution spans, along the row-major token sequence; odd."""
 
     def __post_init__(self) -> None:

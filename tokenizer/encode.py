@@ -35,6 +35,7 @@ from data.shards import (
 from data.storage import StorageConfig
 from data.text import TextTokenizer, load_text_tokenizer
 from engine import files
+from engine.bounds import Count, Few, Seed
 from engine.config import ConfigError, UserError
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import fingerprint
@@ -64,22 +65,22 @@ class EncodeConfig:
     statistics_from: str | None = None
     """Latent shards whose mean and deviation are taken over: those that the model to fine-tune was trained on.
     None: this data set's own."""
-    resize_px: int | None = None
+    resize_px: Count | None = None
     """Short side of an image before the crop, pixels; None: the autoencoder's image_px."""
-    num_crops: int = 1
+    num_crops: Few = 1
     """Crops of an image: the one in the centre, then random ones. A training step reads one view; an edit's source and
     target share theirs."""
     horizontal_flip: bool = False
     """Every crop also as its mirror image: twice the views. Not for captions that say left and right."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the random crops."""
     logvar: bool = False
     """Store the posterior's log variance beside its mean, for packing.sample_latents: twice the bytes."""
-    batch_images: int = 64
+    batch_images: Count = 64
     """Views per forward pass. Part of the run's identity: another batch size may round differently."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of the stored latents; the encoder runs in fp32."""
-    num_decode_threads: int = 4
+    num_decode_threads: Few = 4
     """Threads that decode images, per rank; the latents do not depend on it."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """How shards behind a url are read."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from engine.bounds import Count, Weight
 from engine.config import ConfigError
 from engine.objective import HISTORY_WINDOWS
 
@@ -16,14 +17,14 @@ LOWEST_ACCURACY = 0.05
 class HealthConfig:
     """When a stage raises an alarm (engine.on_alarm says what follows)."""
 
-    windows: int = 3
+    windows: Count = 3
     """Log windows in a row that must look wrong."""
-    collapse_db: float = 3.0
+    collapse_db: Weight = 3.0
     """Fall of the training PSNR below the best of the last windows, in dB; 0: never an alarm."""
-    perfect_accuracy: float = 0.995
+    perfect_accuracy: Weight = 0.995
     """The discriminator has won when it is right on more than this share of both originals and
     reconstructions."""
-    saturated_share: float = 0.5
+    saturated_share: Weight = 0.5
     """Share of micro-batches in which an adaptive weight stands at its ceiling."""
 
     def __post_init__(self) -> None:

@@ -15,9 +15,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine import limits
+from engine.bounds import Amount
 from engine.config import ConfigError, UserError
 from tokenizer import half_distance
+from tokenizer.releases.checkpoint import read_checkpoint
 from tokenizer.representation import Representation, RepresentationConfig
 from tokenizer.weights import freeze, load_exact
 
@@ -43,7 +44,7 @@ class PerceptualConfig:
     (to measure memory and time only)."""
     representation: RepresentationConfig | None = None
     """For representation: the frozen model."""
-    depths: tuple[int, ...] = ()
+    depths: tuple[Amount, ...] = ()
     """For representation: blocks (0-based, increasing) whose patch features are compared."""
 
 
@@ -118,9 +119,8 @@ class LpipsVgg16(Perceptual):
                 entry = torchvision.models.VGG16_Weights.IMAGENET1K_V1
                 state = entry.get_state_dict(progress=False, check_hash=True)
             else:
-                limits.check_regular(weights)
-                state = torch.load(weights, map_location="cpu", weights_only=True)
-        except OSError as error:
+                state = read_checkpoint(weights).tensors
+        except (OSError, UserError) as error:
             raise UserError(
                 f"VGG16 weights ({weights}) cannot be had ({' '.join(str(error).split())}); {remedy}"
             ) from None

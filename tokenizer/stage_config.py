@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.bounds import Seed, Step, Weight
 from engine.config import ConfigError
 from tokenizer.bridge import BridgeConfig
 from tokenizer.discriminator import DiscriminatorConfig
@@ -30,39 +31,39 @@ class StageConfig:
     """Directory of an exported autoencoder to start from. Exclusive with autoencoder."""
     bridge: BridgeConfig | None = None
     """Bridge stage: the new bridge, for an init_from that has none."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the initial weights that are not loaded."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """The perceptual distance of the pivot, decoder and joint stages."""
-    w_lpips: float = 1.0
+    w_lpips: Weight = 1.0
     """w_L: weight of the perceptual distance; 0 builds none."""
     train_encoder: bool = True
     """Pivot stage: whether E is trained; off: D alone learns, on the frozen f with noise (RAE; ablation 5b)."""
     pivot_loss: PivotLoss = "raw"
     """raw: mean squared difference; normalised: after scaling every token to length 1 (ablation Norm-L2)."""
-    w_pivot: float = 1.0
+    w_pivot: Weight = 1.0
     """w_piv: weight of the pivot loss, times lambda_piv (paper 1.0, release 0.75)."""
     adaptive_pivot: bool = True
     """Whether lambda_piv balances the pivot loss against the reconstruction; off: lambda_piv = 1."""
-    adaptive_pivot_start_step: int = 1000
+    adaptive_pivot_start_step: Step = 1000
     """Global step before which lambda_piv is 1 (encoder and replica are still equal)."""
     discriminator: DiscriminatorConfig | None = None
     """Features and heads of the adversarial loss; None: no such loss."""
-    w_gan: float = 0.75
+    w_gan: Weight = 0.75
     """w_G: weight of the adversarial loss, times lambda_gan."""
-    gan_update_start_step: int = 0
+    gan_update_start_step: Step = 0
     """Global step from which the discriminator is trained (paper: epoch 6)."""
-    gan_loss_start_step: int = 0
+    gan_loss_start_step: Step = 0
     """Global step from which the adversarial loss reaches the decoder (paper: epoch 8)."""
-    noise_tau: float | None = None
+    noise_tau: Weight | None = None
     """Scale of the Gaussian noise on what D reads (pivot, joint) or VB_e reads (bridge; release 0.8);
     training only. None: the paper's, 0.8 for pivot and joint, 0 for bridge. The decoder stage has no
     noise."""
     noise_law: NoiseLaw = "gaussian"
     """Sigma of a sample: gaussian |N(0, tau^2)| (paper) or uniform tau U(0, 1) (release)."""
-    kl_weight: float = 1e-3
+    kl_weight: Weight = 1e-3
     """beta: weight of the KL term (bridge, joint)."""
-    rec_weight: float = 0.05
+    rec_weight: Weight = 0.05
     """w_rec: weight of L1 in pixels in the bridge stage; 0 leaves the pixel decoder out."""
     sample_latent: bool = True
     """Bridge, joint: z is drawn from the posterior; off: z = mu."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from data.images import PixelBatch
 from engine import files
+from engine.bounds import Count, Seed, Weight
 from engine.config import ConfigError, UserError, to_dict
 from engine.objective import LossOutput, WithoutAdversary
 from tokenizer.representation import Representation, RepresentationConfig, check_rebuildable
@@ -30,12 +31,12 @@ class StandInConfig:
 
     representation: RepresentationConfig
     """Shape of the model; weights must be `random`."""
-    num_classes: int
+    num_classes: Count
     """Number of identities; each sample's json has "label", an integer in [0, num_classes)."""
-    pixel_weight: float = 10.0
+    pixel_weight: Weight = 10.0
     """Weight of reading each patch's pixels from its token by one Linear (mean absolute error). DINOv2's patch
     tokens keep local detail; those of a mere classifier of whole images do not, and could not be decoded."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the initial weights."""
 
     def __post_init__(self) -> None:

@@ -232,7 +232,7 @@ def _identity(path: Path) -> dict[str, Any] | None:
     connection = _open(path)
     try:
         identity: dict[str, Any] = json.loads(connection.execute("SELECT json FROM identity").fetchone()[0])
-    except (sqlite3.DatabaseError, ValueError):
+    except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: not a caption table; delete it, or give another path") from None
     finally:
         connection.close()

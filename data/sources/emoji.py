@@ -32,6 +32,7 @@ from data.sources.emoji_scenes import (
     draw_single,
 )
 from engine import files
+from engine.bounds import Amount, Count, Seed
 from engine.config import ConfigError, to_dict
 
 __all__ = [
@@ -54,25 +55,25 @@ RECIPE = 2  # raise it when the same config would give other samples: unfinished
 class EmojiConfig:
     """How much of the emoji data set is made."""
 
-    image_px: int = 64
+    image_px: Count = 64
     """Side of the square images, pixels."""
-    seed: int = 0
+    seed: Seed = 0
     """Of every draw; the split into training and validation does not depend on it."""
-    train_scenes: int = 16000
-    validation_scenes: int = 600
-    train_edits: int = 10000
-    validation_edits: int = 200
-    num_identities: int = 160
+    train_scenes: Count = 16000
+    validation_scenes: Count = 600
+    train_edits: Count = 10000
+    validation_edits: Count = 200
+    num_identities: Count = 160
     """Emoji that the stand-in representation model learns to tell apart."""
-    train_identities: int = 8000
+    train_identities: Count = 8000
     """Images of them, spread evenly."""
-    validation_identities: int = 320
-    train_classes: int = 0
+    validation_identities: Count = 320
+    train_classes: Amount = 0
     """Scenes of one object with a class label, spread evenly over OBJECT_NAMES; 0: no such set. Nothing is held out: a
     class is asked for, not its combination with a background.
     """
-    validation_classes: int = 0
-    max_samples_per_shard: int = 2000
+    validation_classes: Amount = 0
+    max_samples_per_shard: Count = 2000
 
     def __post_init__(self) -> None:
         if self.image_px < CANVAS // 2:

@@ -13,7 +13,7 @@ from data.images import IMAGE_PARTS, image_suffix, part_name
 from data.layouts import check_roles, is_interleaved, number_roles, read_splits
 from data.shards import Sample
 from data.sources.base import BadItemError
-from data.sources.folders import images_below
+from data.sources.folders import first_of, images_below
 from data.sources.prepare import clean_splits, select_texts
 from data.sources.text_files import decode_text, without_mark
 from engine import files, limits
@@ -45,10 +45,12 @@ class FolderSource:
         *,
         labels: bool = False,
         without: Path | None = None,
+        links_outside: bool = True,
     ) -> None:
         """`without`: a folder below `images` that is not part of it, such as the one to write to.
 
-        Raises UserError: no such folder or file, no images, no classes, listing and labels at once.
+        Raises UserError: no such folder or file, no images, no classes, listing and labels at once; without
+        `links_outside`, a link to a file that lies elsewhere.
         """
         if labels and listing is not None:
             raise UserError("give --captions or --labels, not both: labels are the names of the folders")
@@ -60,8 +62,12 @@ class FolderSource:
         self._paths: Sequence[str] = ()
         self._others: Sequence[tuple[str, str]] = ()
         self._classes: list[str] | None = None
+        self.outside: tuple[str, ...] = ()
         if listing is None:
             found = images_below(images, without=without)
+            self.outside = found.outside
+            if self.outside and not links_outside:
+                raise UserError(f"{self.outside_line}; take the links out, or leave --no-links-outside out")
             self._paths, self._others = found.names, found.others
             digest = files.digest([*self._paths, *(["other files", *self._others] if self._others else [])])
         else:
@@ -86,6 +92,14 @@ class FolderSource:
                 raise UserError(f"{images}: no folder with images in it; --labels needs one for each class")
         kind = "captions" if self._classes is None else f"{len(self._classes)} classes"
         self.description = f"folder {self._root.name} with {kind}, listing {digest[:12]}"
+
+    @property
+    def outside_line(self) -> str:
+        """What is read from elsewhere; "" where nothing is. Whoever publishes the shards publishes these files."""
+        if not self.outside:
+            return ""
+        count = f"{len(self.outside)} {'file lies' if len(self.outside) == 1 else 'files lie'}"
+        return f"{count} outside {self._images}, links lead there: {first_of(self.outside)}"
 
     def __len__(self) -> int:
         """Number of images, good and bad, and of files that are none."""
@@ -144,13 +158,13 @@ class FolderSource:
     def _read_listed(self, key: str, name: str) -> bytes:
         """The file that a listing names: it may come from elsewhere and must not lead out of the folder."""
         try:
-            is_inside = not PurePosixPath(name).is_absolute() and (
-                self._root / name
-            ).resolve().is_relative_to(self._root)
-        except (OSError, ValueError, RuntimeError):  # a loop of links, a zero byte
-            is_inside = False
-        if not is_inside:
-            raise BadItemError(key, f"outside the folder: '{name}'; list paths below {self._root.name}")
+            if PurePosixPath(name).is_absolute():  # it is kept in json, and says where the folder was
+                raise UserError(name)
+            files.inside(self._root, name)
+        except UserError:
+            raise BadItemError(
+                key, f"outside the folder: '{name}'; list paths below {self._root.name}"
+            ) from None
         return self._read(key, name)
 
     def _read(self, key: str, name: str) -> bytes:

@@ -35,6 +35,8 @@ class Below:
     """(name, reason) of what cannot be read as a file: pipes, sockets, devices."""
     folders: tuple[str, ...]
     """Those directly in it."""
+    outside: tuple[str, ...] = ()
+    """Those of `files` that lie elsewhere: links lead to them, or to a folder above them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class ImagesBelow:
     """(name, reason) of all files that are neither images nor the caption of one."""
     folders: tuple[str, ...]
     """Those directly in it, with and without images."""
+    outside: tuple[str, ...] = ()
+    """Images, and captions of images, that lie elsewhere: links lead there."""
 
     @property
     def paths(self) -> list[Path]:
@@ -89,10 +93,11 @@ def below(folder: Path, *, without: Path | None = None) -> Below:
     files: list[str] = []
     others: list[tuple[str, str]] = []
     folders: list[str] = []
-    todo = [("", above)]  # a folder, and those that lead to it
+    outside: list[str] = []
     ways = Counter[tuple[int, int]]()
+    todo = [("", above, False)]  # a folder, those that lead to it, whether it lies elsewhere
     while todo:
-        prefix, way = todo.pop()
+        prefix, way, is_outside = todo.pop()
         for entry in _entries(folder / prefix):
             name = prefix + entry.name
             if is_hidden(entry.name):
@@ -108,8 +113,12 @@ def below(folder: Path, *, without: Path | None = None) -> Below:
                 raise UserError(
                     f"{folder / name}: a circle of links, it leads back to {(folder / name).resolve()}; remove the link"
                 )
+            leads_out = is_outside
+            if entry.is_symlink():
+                leads_out = not (folder / name).resolve().is_relative_to(root)
             if identity is None:
                 (files.append(name) if is_file else others.append((name, "a pipe or device")))
+                outside += [name] if leads_out and is_file else []
             elif identity != skipped:
                 ways[identity] += 1
                 if ways[identity] > MAX_WAYS:
@@ -117,9 +126,9 @@ def below(folder: Path, *, without: Path | None = None) -> Below:
                         f"{folder / name}: links lead to {(folder / name).resolve()} in more than {MAX_WAYS} ways; "
                         "remove some"
                     )
-                todo.append((f"{name}/", way | {identity}))
+                todo.append((f"{name}/", way | {identity}, leads_out))
                 folders += [] if prefix else [name]
-    return Below(tuple(sorted(files)), tuple(sorted(others)), tuple(sorted(folders)))
+    return Below(tuple(sorted(files)), tuple(sorted(others)), tuple(sorted(folders)), tuple(sorted(outside)))
 
 
 def images_below(
@@ -132,15 +141,18 @@ def images_below(
     names = tuple(name for name in found.files if suffix_of(name) in suffixes)
     stems = {_stem(name) for name in names}
     others = list(found.others)
+    used = set()
     for name in found.files:
         if suffix_of(name) in suffixes or (suffix_of(name) in SIDECARS and _stem(name) in stems):
+            used.add(name)
             continue
         if suffix_of(name) in SIDECARS:
             others.append((name, "no image of this name lies beside it"))
         else:
             kinds = ", ".join(f".{suffix}" for suffix in suffixes)
             others.append((name, f"images are {kinds}; convert it, or take it out"))
-    return ImagesBelow(folder, names, tuple(sorted(others)), found.folders)
+    outside = tuple(name for name in found.outside if name in used)
+    return ImagesBelow(folder, names, tuple(sorted(others)), found.folders, outside)
 
 
 def suffix_of(name: str) -> str:
@@ -148,14 +160,16 @@ def suffix_of(name: str) -> str:
     return PurePosixPath(name).suffix.lower().lstrip(".")
 
 
+def first_of(names: Sequence[str]) -> str:
+    """The first names, for a message."""
+    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
+
+
 def tell_passed_over(folder: object, names: Sequence[str]) -> None:
     """One line on stderr about files below `folder` that are not read, if there are any; one rank says it."""
     if names and os.environ.get("RANK", "0") == "0":
-        named = ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
-        line = (
-            f"{folder}: {len(names)} other {'file is' if len(names) == 1 else 'files are'} not read: {named}"
-        )
-        say(line, sys.stderr)
+        count = f"{len(names)} other {'file is' if len(names) == 1 else 'files are'}"
+        say(f"{folder}: {count} not read: {first_of(names)}", sys.stderr)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -50,6 +50,8 @@ class Footer:
         `label` holds what cannot be numbers.
         """
         for name in columns:
+            if self.schema.names.count(name) > 1:
+                raise UserError(f"{self.file}: two columns are called '{name}'; rename one of them")
             if name not in self.schema.names:
                 raise UserError(
                     f"{self.file}: has no column '{name}'; its columns are {', '.join(self.schema.names)}"
@@ -75,7 +77,7 @@ class Footer:
         try:
             about = json.loads((self.schema.metadata or {})[b"huggingface"])
             return [str(name) for name in about["info"]["features"][label]["names"]]
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, RecursionError):
             return []
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.bounds import Count, Seed
 from engine.config import ConfigError, UserError
 from tokenizer.norms import GroupNorm
 
@@ -38,8 +39,8 @@ class SceneClasses:
 class JudgeConfig:
     """Size of the judge."""
 
-    channels: tuple[int, int, int] = (24, 48, 128)  # at 2, 4 and 8 px a cell; multiples of NORM_GROUPS
-    seed: int = 0  # of the initial weights
+    channels: tuple[Count, Count, Count] = (24, 48, 128)  # at 2, 4 and 8 px a cell; multiples of NORM_GROUPS
+    seed: Seed = 0  # of the initial weights
 
     def __post_init__(self) -> None:
         if any(width < 1 or width % NORM_GROUPS for width in self.channels):

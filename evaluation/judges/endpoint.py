@@ -19,6 +19,7 @@ import httpx
 from PIL import Image
 from torch import Tensor
 
+from data.captions import mended
 from engine import files
 from engine.config import UserError
 from engine.redaction import redact
@@ -81,12 +82,12 @@ class EndpointJudge:
         reply = self._post(json.dumps(body).encode())
         try:
             said = str(reply["choices"][0]["message"]["content"] or "")
-        except (KeyError, IndexError, TypeError):
+        except (KeyError, IndexError, TypeError, RecursionError):
             raise UserError(
                 f"{redact(self._url)}: its answer has no choices[0].message.content; is it /v1?"
             ) from None
         self._num_refused = None
-        return said.encode("utf-8", "replace").decode().strip()  # half a character could not be written down
+        return mended(said).strip()
 
     def _post(self, payload: bytes) -> Any:
         """The parsed answer. What passes is tried again, after the server's own waiting time if it names one."""
@@ -103,7 +104,9 @@ class EndpointJudge:
                 if status == 200:
                     return json.loads(content)
             except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RecursionError) as error:
-                reason, wait_s = type(error).__name__, 0.0  # no connection; half an answer
+                # No connection; half an answer; one that is no JSON.
+                is_deep = isinstance(error, RecursionError)
+                reason, wait_s = "JSON nested too deep" if is_deep else type(error).__name__, 0.0
                 continue
             reason = f"status {status}"
             if status in OF_ONE_ITEM:

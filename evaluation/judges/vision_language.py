@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from data.captions import check_whole
 from engine import files, hub
-from engine.config import UserError
+from engine.config import UserError, describing
 from evaluation.judges.interface import EDITSCORE, Decoding, metric_name
 from tokenizer.weights import freeze, read_tensors, state_hash
 
@@ -82,7 +83,7 @@ class TransformersJudge:
     def __call__(self, images: Sequence[Tensor], text: str, seed: int, text_first: bool = False) -> str:
         """uint8 [3, H, W] each."""
         pictures = [{"type": "image", "image": Image.fromarray(x.permute(1, 2, 0).numpy())} for x in images]
-        words = [{"type": "text", "text": text}]
+        words = [{"type": "text", "text": check_whole(text, "a question")}]
         content = [*words, *pictures] if text_first else [*pictures, *words]
         inputs = self._processor.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -123,8 +124,9 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
         raise UserError(
             f"{folder}: more than a plain LoRA ({', '.join(special) or 'bias'}); merge it with peft first"
         )
-    rank = int(config["r"])
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    with describing(folder / ADAPTER_CONFIG):
+        rank = int(config["r"])
+        scale = float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     tensors = read_tensors(folder / ADAPTER_WEIGHTS)
     parameters = dict(model.named_parameters())
     targets = sorted({name.rpartition(".lora_")[0] for name in tensors})

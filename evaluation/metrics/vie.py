@@ -24,12 +24,12 @@ def read_scores(text: str, scale: float) -> tuple[float, float] | None:
     if len(found) != 1:
         return None
     try:
-        values = json.loads(f"[{found[0]}]")
-    except json.JSONDecodeError:
+        values = json.loads(f"[{found[0]}]", parse_int=float)
+    except (ValueError, RecursionError):
         return None
-    if len(values) != NUM_SCORES or not all(type(value) in (int, float) for value in values):
+    if len(values) != NUM_SCORES or not all(type(value) is float for value in values):
         return None
-    first, second = (float(value) for value in values)
+    first, second = values
     if not (0 <= first <= scale and 0 <= second <= scale):
         return None
     return first, second

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.bounds import Count, Weight
 from engine.config import ConfigError
 from generator.class_conditional.layers import init_parts, patchify
 from generator.class_conditional.model import ClassGenerator
@@ -25,11 +26,11 @@ from generator.class_conditional.model import ClassGenerator
 class AlignConfig:
     """Which layer is aligned, and how strongly. Defaults: REPA's for XL."""
 
-    layer: int = 8
+    layer: Count = 8
     """Blocks of the backbone that come before the projection."""
-    weight: float = 0.5
+    weight: Weight = 0.5
     """Of minus the mean cosine, beside the mean squared error of velocities."""
-    width: int = 2048
+    width: Count = 2048
     """Inner width of the projection, three matrices with SiLU between."""
 
     def __post_init__(self) -> None:

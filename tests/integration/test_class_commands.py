@@ -405,8 +405,11 @@ def test_what_does_not_fit_is_refused(
 def test_an_npz_of_images_of_two_sizes_is_refused_and_leaves_nothing(drawn: Path, tmp_path: Path) -> None:
     images = ImageSet.open(drawn)
     Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
-    odd = Item("odd", {"result": str(tmp_path / "small.png")}, {})
-    full = [Item(one.key, {"result": str(images.path(one, "result"))}, {}) for one in images.items]
+    odd = Item("odd", {"result": "small.png"}, {})
+    full = [
+        Item(one.key, {"result": Path(shutil.copy(images.path(one, "result"), tmp_path)).name}, {})
+        for one in images.items
+    ]
     write_manifest(tmp_path, [*full, odd])
     with pytest.raises(UserError, match="one size"):
         write_npz(ImageSet.open(tmp_path), tmp_path / "set.npz")

@@ -16,7 +16,7 @@ import pytest
 from launch import entry
 
 StartRanks = Callable[[str, list[str], int, Path], list[BaseProcess]]
-STATUSES = {"mistake": 2, "bug": 1, "stop": entry.STOPPED}
+STATUSES = {"mistake": 2, "bug": 1, "stop": entry.STOPPED, "usage": 2}
 END_S = 60.0  # a limit of hangs: a case takes two seconds
 POLL_S = 0.05
 
@@ -86,6 +86,11 @@ def test_the_first_rank_stays_until_the_others_know(job: Any) -> None:
 
 def test_a_mistake_of_one_host_before_the_ranks_meet_is_told_to_the_others(job: Any) -> None:
     check(job, "mistake", (2, 2, (1,), ("--before-they-meet",), "collective"))
+
+
+def test_a_command_line_that_one_host_refuses_is_told_to_the_others(job: Any) -> None:
+    """They waited ten minutes for it, and then said that it had not come."""
+    check(job, "usage", (2, 2, (1,), ("--before-they-meet",), "collective"))
 
 
 def test_ranks_of_the_first_host_stay_until_a_late_host_has_heard(job: Any) -> None:

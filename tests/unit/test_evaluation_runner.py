@@ -133,7 +133,7 @@ def test_class_folders_are_numbered_in_sorted_order(tmp_path: Path) -> None:
     (tmp_path / "images" / "n01" / "notes.txt").write_text("no image")
     (tmp_path / "images" / ".cache").mkdir()
     assert write_class_folders(tmp_path / "images", tmp_path / "set", ("png", "jpeg")) == 2
-    found = ImageSet.open(tmp_path / "set")
+    found = ImageSet.open(tmp_path / "images", tmp_path / "set/manifest.jsonl")
     assert [(item.key, item.meta["label"]) for item in found.items] == [
         ("n01/a.png", 0),
         ("n02/b.png", 1),

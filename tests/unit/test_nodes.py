@@ -109,6 +109,20 @@ def test_a_run_folder_that_is_not_shared_names_the_node_and_leaves_no_token(tmp_
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_two_starts_at_once_do_not_blame_the_storage(tmp_path: Path) -> None:
+    """Each looks for what its own first rank has written; the run lock is what refuses the second one."""
+
+    class Interrupted(TwoRanks):
+        def gather(self, value: object) -> list[object]:
+            if not isinstance(value, tuple):  # between writing and looking the other start does all of this
+                assert nodes.not_shared(TwoRanks([None, ("node-a", True)]), tmp_path) == []
+            return super().gather(value)
+
+    ranks = Interrupted([None, ("node-a", True)])
+    assert nodes.not_shared(ranks, tmp_path, within_s=0.5) == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(UserError, match="cannot write there"):

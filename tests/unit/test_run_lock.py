@@ -266,8 +266,26 @@ def test_a_port_that_the_other_training_has_is_told_as_that_training(start, tmp_
         raise LostContactError("cannot listen on 127.0.0.1:29500")
 
     monkeypatch.setattr(distributed, "start", busy)
+    monkeypatch.setattr(training, "OTHER_START_S", 0.0)
     with pytest.raises(LostContactError):
         training._start_ranks(tmp_path)
     process, _ = start()
     with pytest.raises(UserError, match=f"another training runs here: .*, process {process.pid}, since"):
         training._start_ranks(tmp_path)
+
+
+def test_a_training_that_started_a_moment_ago_is_told_as_well(tmp_path, monkeypatch) -> None:
+    """It has the port, and will have the folder: the second one waits for its name."""
+    mine: list[RunLock] = []
+
+    def busy() -> None:
+        raise LostContactError("cannot listen on 127.0.0.1:29500")
+
+    def sleep(_seconds: float) -> None:
+        mine.append(take(tmp_path))
+
+    monkeypatch.setattr(distributed, "start", busy)
+    monkeypatch.setattr(training.time, "sleep", sleep)
+    with pytest.raises(UserError, match=rf"another training runs here: .*, process {os.getpid()}, since 20"):
+        training._start_ranks(tmp_path)
+    mine[0].release()

@@ -76,8 +76,9 @@ def _load(path: Path) -> object:
             f"{path}: holds more than tensors, and reading it would run code of its authors; "
             "save its state dict as safetensors first"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+    except Exception as error:  # the unpickler of torch fails on strange bytes with whatever it stumbles over
+        found = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        reason = " ".join(found.split())[:120]
         raise UserError(f"{path}: not a readable weights file ({reason}); fetch it again") from None
 
 

@@ -16,6 +16,7 @@ ERRORS = {
     "mistake": UserError("no such label"),
     "bug": IndexError("list index"),
     "stop": StoppedError("saved"),
+    "usage": SystemExit(2),  # what argparse does with words that it does not know
 }
 
 LATE_S = 3
