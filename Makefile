@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PACKAGES := data tokenizer generator evaluation engine launch
+PACKAGES := base data tokenizer generator evaluation report engine launch quickstart
 
 .PHONY: install quickstart quickstart-class ablation test test-slow check format bench gpu clean
 
@@ -16,13 +16,13 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	touch $@
 
 quickstart: install
-	$(BIN)/python launch/quickstart.py $(ARGS)
+	$(BIN)/python quickstart/chain.py $(ARGS)
 
 quickstart-class: install
-	$(BIN)/python launch/quickstart_class.py $(ARGS)
+	$(BIN)/python quickstart/class_chain.py $(ARGS)
 
 ablation: install
-	$(BIN)/python launch/ablation.py $(ARGS)
+	$(BIN)/python quickstart/ablation.py $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

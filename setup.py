@@ -1,6 +1,18 @@
-"""Packaging of RPiAE (distribution `rpiae`). Import path = folder path: `from data.packing import PackedBatch`."""
+"""Packaging of RPiAE (distribution `rpiae`). Import path = folder path: `from data.packs.packing import PackedBatch`."""
 
 from setuptools import find_packages, setup
+
+PACKAGES = [
+    "base",
+    "data",
+    "tokenizer",
+    "generator",
+    "evaluation",
+    "report",
+    "engine",
+    "launch",
+    "quickstart",
+]
 
 EXTRAS = {
     "flash": ["flash-attn>=2.6"],
@@ -26,12 +38,10 @@ setup(
     description="Train RPiAE tokenizers and the text-to-image and editing models on their latents",
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
-    packages=find_packages(
-        include=["data*", "tokenizer*", "generator*", "evaluation*", "engine*", "launch*"]
-    ),
+    packages=find_packages(include=[f"{name}*" for name in PACKAGES]),
     install_requires=[
         "aiohttp>=3.9",  # fsspec's http
-        "deepspeed>=0.19.8,<0.20",  # engine/masters.py reads private attributes: the series is pinned
+        "deepspeed>=0.19.8,<0.20",  # engine/deepspeed_engine.py reads private attributes: the series is pinned
         "diffusers>=0.42",
         "emoji>=2.10",
         "fsspec>=2024.6",

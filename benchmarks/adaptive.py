@@ -1,4 +1,4 @@
-"""Stage I's step with adaptive weights: ours (tokenizer/adaptive.py) against the plain backward passes, in one run.
+"""Stage I's step with adaptive weights: ours (tokenizer/training/adaptive.py) against the plain backward passes, in one run.
 
 Same weights, same batch: first the gradients are compared, then both are timed in turns; before the adversarial loss is
 in force and after. Networks of the paper's kind with random weights (numbers do not depend on them): DINOv2-B encoder
@@ -19,18 +19,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data.images import PixelBatch
-from engine.masters import Precision, autocast
+from data.samples.images import PixelBatch
+from engine.deepspeed_engine import Precision, autocast
 from engine.memory import TensorBytes
 from evaluation.environment import machine, versions
-from tokenizer.adaptive_reference import plain_mean_loss
-from tokenizer.discriminator import DiscriminatorConfig
-from tokenizer.objectives import PivotObjective
-from tokenizer.perceptual import LpipsVgg16, PerceptualConfig
 from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.representation import RepresentationConfig
 from tokenizer.rpiae import AutoencoderConfig
-from tokenizer.stages import StageConfig, build_stage
+from tokenizer.training.adaptive_reference import plain_mean_loss
+from tokenizer.training.discriminator import DiscriminatorConfig
+from tokenizer.training.objectives import PivotObjective
+from tokenizer.training.perceptual import LpipsVgg16, PerceptualConfig
+from tokenizer.training.stages import StageConfig, build_stage
 
 DECODERS = {
     "b": PixelDecoderConfig(width=768, layers=12, heads=12, mlp_width=3072, patch_px=16),

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine import distributed, masters
+from base.objective import LossOutput
+from engine import deepspeed_engine, distributed
 from engine.checkpoint import Checkpoints
 from engine.ema import Ema
-from engine.objective import LossOutput
 from engine.schedule import OptimizerConfig
 from evaluation.environment import machine, versions
 
@@ -58,8 +58,8 @@ def measure(num_parameters: int, repeats: int, folder: Path) -> None:
         *(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(num_parameters // WIDTH**2))
     ).to(ranks.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    engine = masters.build_engine(
-        masters.Forward(model, lambda batch, step: LossOutput(model(batch).square().mean()), "fp32"),
+    engine = deepspeed_engine.build_engine(
+        deepspeed_engine.Forward(model, lambda batch, step: LossOutput(model(batch).square().mean()), "fp32"),
         OptimizerConfig(lr=1e-4),
         zero_stage=1,
         precision="fp32",

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_dit import PlainShape, plain_velocity
-from data.class_batch import ClassBatch
+from data.packs.class_batch import ClassBatch
 from data.shards import LatentInfo
-from engine.masters import autocast
+from engine.deepspeed_engine import autocast
 from evaluation.environment import machine, versions
 from generator.class_conditional.config import DitConfig, WideHeadConfig
 from generator.class_conditional.model import ClassGenerator, create_generator

@@ -22,14 +22,22 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from base import files
 from benchmarks import reading
-from data.mixture import Member, Mixture
-from data.packing import PackingConfig, T2IPacker
-from data.shard_index import FORMAT_VERSION, MANIFEST_NAME, RECORD, LatentInfo, Manifest, Records, ShardEntry
+from data.packs.packing import PackingConfig, T2IPacker
+from data.plan.mixture import Member, Mixture
+from data.plan.stream import PackStream
+from data.samples.text import train_text_tokenizer
 from data.shards import Sample, ShardDataset, ShardWriter, shard_name
-from data.stream import PackStream
-from data.text import train_text_tokenizer
-from engine import files
+from data.shards.index import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    RECORD,
+    LatentInfo,
+    Manifest,
+    Records,
+    ShardEntry,
+)
 from evaluation.environment import machine, versions
 
 BUDGET_TOKENS = 49_152

@@ -27,7 +27,7 @@ CLIP = 1e-3
 
 @dataclass(frozen=True)
 class Way:
-    """A ZeRO stage, and what DeepSpeed is told otherwise than by engine/masters.py."""
+    """A ZeRO stage, and what DeepSpeed is told otherwise than by engine/deepspeed_engine.py."""
 
     name: str
     zero_stage: int
@@ -99,8 +99,8 @@ def build(way: Way, num_packs: int) -> Any:
     """An engine around some linear layers, and the number of their parameters."""
     import deepspeed
 
-    from engine import exchange, masters
-    from engine.objective import LossOutput
+    from base.objective import LossOutput
+    from engine import deepspeed_engine, exchange
     from engine.schedule import OptimizerConfig
 
     torch.manual_seed(0)
@@ -116,8 +116,10 @@ def build(way: Way, num_packs: int) -> Any:
         deepspeed.initialize = with_settings
         if not way.ours:
             exchange.ShardedSums.take_over = lambda optimizer: None  # type: ignore[method-assign]
-        return masters.build_engine(
-            masters.Forward(model, lambda x, step: LossOutput(model(x).float().square().sum()), "bf16"),
+        return deepspeed_engine.build_engine(
+            deepspeed_engine.Forward(
+                model, lambda x, step: LossOutput(model(x).float().square().sum()), "bf16"
+            ),
             OptimizerConfig(lr=1e-4, grad_clip=CLIP),
             zero_stage=way.zero_stage,
             precision="bf16",

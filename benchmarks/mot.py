@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import bagel_way
-from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from evaluation.environment import machine, versions
 from generator.attention import planned_attention
 from generator.mot import Mot, MotConfig, init_weights

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from data.plan import epoch_order
+from data.plan.plan import epoch_order
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 
 NUM_SAMPLES = 4000

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from evaluation.environment import machine, versions
 from generator.attention import planned_attention
 from generator.mot import Mot, init_weights

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from base.config import UserError
 from benchmarks.gpu import kernels, steps
 from benchmarks.gpu.recording import Values, peak_gib, reset_peak, seconds_a_call, synchronise
-from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
-from engine.config import UserError
+from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from engine.distributed import Ranks
 from engine.spans import peak_flops
 from evaluation.environment import machine, versions
@@ -31,10 +31,10 @@ from generator.flash import PACKAGES
 from generator.model import Generator
 from generator.objective import FlowObjective
 from generator.sizing import PackSize, training_flops
-from launch.estimate import PAPER_LATENTS, untrained_latents
-from launch.run_kinds import read_run
-from launch.runs import GeneratorRun
-from launch.synthetic import SyntheticText
+from launch.runs.configs import GeneratorRun
+from launch.sizing.estimate import PAPER_LATENTS, untrained_latents
+from launch.sizing.run_kinds import read_run
+from launch.sizing.synthetic import SyntheticText
 
 CONFIG = Path(__file__).parents[1] / "configs" / "generator" / "t2i_cc12m.yaml"
 STEP_TOKENS = 49_152  # of a GPU, one of 8

@@ -1,3 +1,3 @@
 """Files -> batches; knows no model."""
 
-import engine  # noqa: F401  # before torch: engine/__init__.py says how its threads wait
+import base  # noqa: F401  # before torch: base/__init__.py says how its threads wait

@@ -12,8 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any, TypeVar
 
-from data.progress import REPORT_EVERY_S, ProgressLine
-from engine.config import UserError
+from base.config import UserError
+from base.progress import REPORT_EVERY_S, ProgressLine
 
 R = TypeVar("R")
 

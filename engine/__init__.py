@@ -1,7 +1,3 @@
-"""The one training loop. Other packages import only `engine.config`, `engine.files` and `engine.objective`."""
+"""The one training loop, on DeepSpeed. Only `launch` starts it."""
 
-import os
-
-# Before anything loads OpenMP: its threads wait for each other by spinning, and beside a busy process that costs
-# seventy times the work (2 threads on 2 cores, 200 small forward passes: 202 s, asleep 2.9 s).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import base  # noqa: F401  # before torch: base/__init__.py says how its threads wait

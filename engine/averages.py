@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine import files, masters
+from base import files
+from base.objective import Objective
+from engine import deepspeed_engine
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
-from engine.objective import Objective
 
 
 class Averages:
@@ -32,7 +33,7 @@ class Averages:
     def whole(self) -> Iterator[None]:
         """Inside, the model holds whole averaged weights, in eval mode."""
         self._objective.model.eval()
-        with self._in_place(), masters.gathered(self._engine), torch.no_grad():
+        with self._in_place(), deepspeed_engine.gathered(self._engine), torch.no_grad():
             yield
             self._ranks.barrier()
         self._objective.model.train()
@@ -42,14 +43,14 @@ class Averages:
         grid = None
         with self.whole():
             if self._ranks.is_first or self._config.zero_stage == 3:
-                with masters.autocast(self._config.precision, self._ranks.device):
+                with deepspeed_engine.autocast(self._config.precision, self._ranks.device):
                     grid = self._objective.samples()
         return grid
 
     def export(self, directory: Path, decay: float | None) -> str:
         """Writes the average of `decay` (None: the first one). On every rank: why it could not, or ''."""
         problem = ""
-        with self._in_place(decay), masters.collected(self._engine, self._ranks.is_first):
+        with self._in_place(decay), deepspeed_engine.collected(self._engine, self._ranks.is_first):
             if self._ranks.is_first:
                 try:
                     # In the run's folder, which the training has claimed before it wrote there.
@@ -62,4 +63,4 @@ class Averages:
     def _in_place(self, decay: float | None = None) -> contextlib.AbstractContextManager[None]:
         if self._ema is None:
             return contextlib.nullcontext()
-        return masters.swapped(self._engine, self._ema.shadows[decay or self._config.ema_decays[0]])
+        return deepspeed_engine.swapped(self._engine, self._ema.shadows[decay or self._config.ema_decays[0]])

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config import UserError, flatten
+from base.config import UserError, flatten
 
 NOT_SET = "not set"
 REFUSED = {

@@ -1,7 +1,7 @@
 """A checkpoint is one directory, complete or absent, and it resumes on any number of ranks under any ZeRO stage.
 
 checkpoints/step_00001000/
-    rank_00000.safetensors ...   what each rank held: masters, optimizer states, EMA, by parameter
+    rank_00000.safetensors ...   what each rank held: deepspeed_engine, optimizer states, EMA, by parameter
     state.json                   step, cursors of every data stream, fingerprints, counters, shapes, checksums
 
 Written under a temporary name by all ranks (in the background if asked), renamed by the first when all have finished,
@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from engine import checkpoint_folder, checkpoint_writer, files, masters
+from base import files
+from base.config import UserError
+from engine import checkpoint_folder, checkpoint_writer, deepspeed_engine
 from engine.changes import Change, named, refuse
 from engine.checkpoint_folder import FORMAT, file_name
 from engine.checkpoint_reader import Saved
 from engine.checkpoint_writer import Flat, Job, Staging, Sum
-from engine.config import UserError
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.layout import Segment
@@ -171,8 +172,8 @@ class Checkpoints:
         """All that this rank keeps, as it is now: views, not copies."""
         flats = []
         for name, engine in self._engines.items():
-            segments, momentum = masters.segments(engine), masters.momentum_segments(engine)
-            shards, states = masters.shards(engine), masters.states(engine)
+            segments, momentum = deepspeed_engine.segments(engine), deepspeed_engine.momentum_segments(engine)
+            shards, states = deepspeed_engine.shards(engine), deepspeed_engine.states(engine)
             for index, (shard, state) in enumerate(zip(shards, states, strict=True)):
                 flats.append(Flat(f"{name}/master", shard, segments[index]))
                 for kind, values in state.items():
@@ -185,7 +186,7 @@ class Checkpoints:
                         for values, places in zip(shadow, segments, strict=True)
                     ]
             if self._ranks.is_first:
-                for buffer_name, buffer in masters.buffers(engine).items():
+                for buffer_name, buffer in deepspeed_engine.buffers(engine).items():
                     whole = [Segment(buffer_name, 0, buffer.numel(), 0)]
                     flats.append(Flat(f"{name}/buffer", buffer.flatten(), whole))
         return flats
@@ -195,31 +196,34 @@ class Checkpoints:
         names = [file_name(rank) for rank in range(state["num_ranks"])]
         with Saved(directory, names, self._ranks.rank) as saved:
             for name, engine in self._engines.items():
-                segments, momentum = masters.segments(engine), masters.momentum_segments(engine)
+                segments, momentum = (
+                    deepspeed_engine.segments(engine),
+                    deepspeed_engine.momentum_segments(engine),
+                )
                 facts = state["engines"][name]
-                before = masters.states(engine)
-                for index, shard in enumerate(masters.shards(engine)):
+                before = deepspeed_engine.states(engine)
+                for index, shard in enumerate(deepspeed_engine.shards(engine)):
                     saved.fill(f"{name}/master", segments[index], shard)
-                    first_parameter, _ = masters.groups(engine)[index][0]
+                    first_parameter, _ = deepspeed_engine.groups(engine)[index][0]
                     values = {}
-                    for kind in saved.kinds(name, first_parameter) & masters.STATES:
+                    for kind in saved.kinds(name, first_parameter) & deepspeed_engine.STATES:
                         places = momentum[index] if kind == "momentum_buffer" else segments[index]
-                        size = masters.state_size(engine, index, kind)
+                        size = deepspeed_engine.state_size(engine, index, kind)
                         known = before[index].get(kind)
                         dtype = torch.float32 if known is None else known.dtype
                         values[kind] = torch.zeros(size, dtype=dtype, device=shard.device)
                         saved.fill(f"{name}/{kind}", places, values[kind])
-                    masters.set_states(engine, index, values, facts["optimizer_step"])
+                    deepspeed_engine.set_states(engine, index, values, facts["optimizer_step"])
                 if name == "main" and self._ema is not None:
                     for decay, shadow in self._ema.shadows.items():
                         for places, average in zip(segments, shadow, strict=True):
                             saved.fill(f"{name}/ema_{decay}", places, average)
-                for buffer_name, buffer in masters.buffers(engine).items():
+                for buffer_name, buffer in deepspeed_engine.buffers(engine).items():
                     flat = torch.empty(buffer.numel(), dtype=buffer.dtype, device=buffer.device)
                     saved.fill(f"{name}/buffer", [Segment(buffer_name, 0, buffer.numel(), 0)], flat)
                     buffer.copy_(flat.view(buffer.shape))
-                masters.set_counters(engine, facts["counters"])
-                masters.push(engine)
+                deepspeed_engine.set_counters(engine, facts["counters"])
+                deepspeed_engine.push(engine)
 
     def _examine(self, directory: Path) -> tuple[dict[str, Any], str]:
         """A checkpoint's state, and what is wrong with it ('': nothing). Every file is read by one rank. Collective.
@@ -258,7 +262,10 @@ class Checkpoints:
                     "go back to what it was started from, or use a new run_dir"
                 )
         for name, engine in self._engines.items():
-            saved, wanted = state["engines"].get(name, {"shapes": {}})["shapes"], masters.shapes(engine)
+            saved, wanted = (
+                state["engines"].get(name, {"shapes": {}})["shapes"],
+                deepspeed_engine.shapes(engine),
+            )
             if differing := sorted(key for key in {*saved, *wanted} if saved.get(key) != wanted.get(key)):
                 key = differing[0]
                 raise UserError(
@@ -314,9 +321,9 @@ class Checkpoints:
 def _facts(engine: Any) -> dict[str, Any]:
     """What every rank knows of an engine."""
     return {
-        "counters": masters.counters(engine),
-        "optimizer_step": masters.optimizer_step(engine),
-        "shapes": masters.shapes(engine),
+        "counters": deepspeed_engine.counters(engine),
+        "optimizer_step": deepspeed_engine.optimizer_step(engine),
+        "shapes": deepspeed_engine.shapes(engine),
     }
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from base.config import UserError
 from engine import checkpoint_folder, checkpoint_writer
 from engine.checkpoint_folder import FORMAT
 from engine.checkpoint_reader import Saved
-from engine.config import UserError
 from engine.layout import Segment
 
 PREFIX = "module."
-"""What DeepSpeed's engine puts before the names of an objective's model (engine/masters.py, Forward)."""
+"""What DeepSpeed's engine puts before the names of an objective's model (engine/deepspeed_engine.py, Forward)."""
 
 
 def find(root: Path, which: str) -> tuple[Path, dict[str, Any]]:

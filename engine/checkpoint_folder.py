@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict  # the standard library's cannot be checked before Python 3.12
 
-from engine import files
+from base import files
+from base.config import UserError
 from engine.checkpoint_writer import Sum
-from engine.config import UserError
 
 FORMAT = 2
 """1 was DeepSpeed's own files, which only the same number of ranks could read."""

@@ -11,8 +11,8 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
-from engine import limits
-from engine.config import UserError
+from base import limits
+from base.config import UserError
 from engine.layout import Segment
 
 

@@ -18,7 +18,7 @@ import torch
 from isal import isal_zlib
 from torch import Tensor
 
-from engine import limits
+from base import limits
 from engine.layout import Segment
 
 CHUNK_BYTES = 16 << 20

@@ -1,6 +1,6 @@
 """How long a step waits for other ranks: DeepSpeed's collectives, timed where it calls its backend.
 
-The backend object is private to DeepSpeed 0.19 (see engine/masters.py).
+The backend object is private to DeepSpeed 0.19 (see engine/deepspeed_engine.py).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from engine.config import UserError
+from base.config import UserError
 
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
 """Those under which cuBLAS repeats itself (its documentation, "Results reproducibility")."""

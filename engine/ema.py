@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import masters
+from engine import deepspeed_engine
 
 
 class Ema:
@@ -16,12 +16,12 @@ class Ema:
 
     d = min(decay, (1 + step) / (10 + step)): short runs and early steps are not dominated by the initial weights.
     Costs 4 bytes a parameter and decay, divided by the number of ranks. `shadows`: by decay, in the order asked,
-    shards as in `masters.shards`.
+    shards as in `deepspeed_engine.shards`.
     """
 
     def __init__(self, engine: Any, decays: Sequence[float]) -> None:
         self.shadows: dict[float, list[Tensor]] = {
-            decay: [shard.detach().clone() for shard in masters.shards(engine)] for decay in decays
+            decay: [shard.detach().clone() for shard in deepspeed_engine.shards(engine)] for decay in decays
         }
 
     @torch.no_grad()
@@ -29,4 +29,4 @@ class Ema:
         """Takes the weights after optimizer step number `step` (from 0)."""
         for decay, shadow in self.shadows.items():
             weight = 1.0 - min(decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(shadow, masters.shards(engine), weight)
+            torch._foreach_lerp_(shadow, deepspeed_engine.shards(engine), weight)

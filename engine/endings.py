@@ -21,8 +21,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from engine.config import UserError
-from engine.terminal import say
+from base.config import UserError
+from base.terminal import say
 
 LOST_CONTACT = 76
 """Status of a process that ends because another one is gone or hangs: a scheduler may give the same command again."""

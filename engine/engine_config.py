@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.bounds import Amount, Count, Seconds, Seed, Step, Steps
-from engine.config import ConfigError
+from base.bounds import Amount, Count, Seconds, Seed, Step, Steps
+from base.config import ConfigError
+from engine.deepspeed_engine import Precision
 from engine.logs import WandbMode
-from engine.masters import Precision
 from engine.schedule import OptimizerConfig
 
 OnAlarm = Literal["warn", "stop", "roll_back"]

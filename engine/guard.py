@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from engine import files, masters
-from engine.config import UserError
+from base import files
+from base.config import UserError
+from base.objective import HISTORY_WINDOWS, Batch, Objective
+from engine import deepspeed_engine
 from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
 from engine.logs import EventKind
 from engine.memory import asked_for
-from engine.objective import HISTORY_WINDOWS, Batch, Objective
 
 NUM_LOSSES, FEWEST_LOSSES = 100, 20
 """Steps whose losses a spike is compared with, and how many there must be."""
@@ -148,7 +149,7 @@ class Guard:
         if self._config.zero_stage == 3 or self._ranks.world == 1:
             return
         for name, engine in engines.items():
-            sums = self._ranks.gather(masters.checksum(engine.module))
+            sums = self._ranks.gather(deepspeed_engine.checksum(engine.module))
             if differing := [rank for rank, value in enumerate(sums) if value != sums[0]]:
                 raise UserError(
                     f"step {step}: the {name} weights of ranks {differing} differ from rank 0's; nothing was saved. "

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from engine import files
-from engine.config import UserError
+from base import files
+from base.config import UserError
+from base.redaction import redact, redacted
+from base.terminal import say
 from engine.log_files import Expendable, JsonLines
-from engine.redaction import redact, redacted
-from engine.terminal import say
 
 METRICS, SCORES, EVENTS, SAMPLES = "metrics.jsonl", "scores.jsonl", "events.jsonl", "samples"
 WandbMode = Literal["disabled", "offline", "online"]

@@ -11,27 +11,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine import communication, endings, files, run_lock
+from base import files
+from base.config import StoppedError, UserError, counted
+from base.objective import Batch, BatchSource, Evaluation, Objective
+from base.redaction import redact, redacted
+from base.terminal import say
+from base.tf32 import allow_tf32
+from engine import communication, endings, run_lock
 from engine.averages import Averages
 from engine.changes import changes
 from engine.checkpoint import Checkpoints
-from engine.config import StoppedError, UserError, counted
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
 from engine.guard import Guard, out_of_memory
 from engine.logs import EventKind, RunLog, seconds_text
-from engine.objective import Batch, BatchSource, Evaluation, Objective
+from engine.metric_window import Window
 from engine.peers import notice_vanished_peers
-from engine.redaction import redact, redacted
 from engine.schedule import learning_rate
 from engine.spans import Spans, peak_flops
 from engine.step import Stepper
 from engine.system import SystemMeter, combine
-from engine.terminal import say
-from engine.tf32 import allow_tf32
 from engine.watchdog import Watchdog
-from engine.window import Window
 
 EXPORT = "export"
 CHECKPOINTS = "checkpoints"

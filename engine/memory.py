@@ -1,6 +1,6 @@
 """Bytes: what DeepSpeed holds on a rank, by arithmetic, and what a piece of work holds at its fullest, counted.
 
-`StateBytes` follows DeepSpeed 0.19 as engine/masters.py configures it; a test compares it with what is allocated.
+`StateBytes` follows DeepSpeed 0.19 as engine/deepspeed_engine.py configures it; a test compares it with what is allocated.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from engine.deepspeed_engine import BUCKET_ELEMENTS
 from engine.engine_config import EngineConfig
-from engine.masters import BUCKET_ELEMENTS
 
 FP32_BYTES = 4
 MOMENTS = 2

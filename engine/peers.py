@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from base.config import UserError
+from base.terminal import say
 from engine import endings
-from engine.config import UserError
 from engine.endings import LOST_CONTACT, End, EndedError
 from engine.listening import is_one_host, open_store
-from engine.terminal import say
 
 MEETING_S = 600
 """How long ranks wait for each other at the start: many nodes that import from one file system take minutes."""

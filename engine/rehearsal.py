@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from engine.config import UserError
+from base.config import UserError
+from base.objective import BatchSource, Evaluation, Objective
 from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
 from engine.loop import _Run
 from engine.memory import TensorBytes, asked_for, reset_resident_peak, resident_peak_bytes
-from engine.objective import BatchSource, Evaluation, Objective
 
 
 class OutOfMemoryError(UserError):

@@ -23,8 +23,8 @@ from typing import Literal
 
 import psutil
 
+from base.config import UserError
 from engine import distributed
-from engine.config import UserError
 from engine.distributed import Ranks
 
 NAME = ".lock"

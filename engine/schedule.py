@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from engine.bounds import Share, Step, Weight
-from engine.config import ConfigError
+from base.bounds import Share, Step, Weight
+from base.config import ConfigError
 
 
 @dataclass(frozen=True)

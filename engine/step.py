@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from engine import masters
-from engine.config import ConfigError
+from base.config import ConfigError
+from base.objective import Batch, LossOutput, Objective
+from engine import deepspeed_engine
 from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
-from engine.objective import Batch, LossOutput, Objective
+from engine.metric_window import Window
 from engine.schedule import OptimizerConfig, set_learning_rate
 from engine.spans import Spans
-from engine.window import Window
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Stepper:
     def _engine(
         self, module: torch.nn.Module, loss: Callable[[Any, int], LossOutput], optimizer: OptimizerConfig
     ) -> Any:
-        return masters.build_engine(
-            masters.Forward(module, loss, self._config.precision),
+        return deepspeed_engine.build_engine(
+            deepspeed_engine.Forward(module, loss, self._config.precision),
             optimizer,
             zero_stage=self._config.zero_stage,
             precision=self._config.precision,

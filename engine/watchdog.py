@@ -26,12 +26,12 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from base.terminal import say
 from engine.distributed import Ranks
 from engine.endings import LOST_CONTACT
 from engine.listening import open_store
 from engine.logs import seconds_text
 from engine.spans import Place
-from engine.terminal import say
 
 BEATS_PER_TIMEOUT = 8
 GRACE_S = 5.0  # for the rank that speaks: a launcher ends all ranks when the first one is gone

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import files
+from base import files
 from evaluation.manifest import ImageSet
 
 ARRAY = "arr_0.npy"

@@ -11,8 +11,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import files, limits
-from engine.config import UserError
+from base import files, limits
+from base.config import UserError
 from evaluation.downloads import fetch
 
 RAW = "https://raw.githubusercontent.com/"

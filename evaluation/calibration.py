@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config import UserError
+from base.config import UserError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from engine import files
-from engine.config import UserError
+from base import files
+from base.config import UserError
 from evaluation.drawn_set import announce, draw_on_ranks, export_digest, sampling_settings
 from evaluation.manifest import Item, write_image
 from evaluation.runner import ALONE, Team

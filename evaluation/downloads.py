@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from engine import files
-from engine.config import UserError
+from base import files
+from base.config import UserError
 
 
 def fetch(url: str, sha256: str | None, instead: str, name: str | None = None) -> Path:

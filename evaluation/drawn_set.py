@@ -13,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from data.progress import ProgressLine
-from engine import files
-from engine.config import UserError, to_dict
-from engine.terminal import say
+from base import files
+from base.config import UserError, to_dict
+from base.progress import ProgressLine
+from base.terminal import say
 from evaluation.manifest import MANIFEST_NAME, Item, write_manifest
 from evaluation.runner import Team
 from generator.drawing import DrawingConfig

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import IMAGE_PARTS, read_rgb_file
+from base import files, limits
+from base.config import UserError
+from data.samples.images import IMAGE_PARTS, read_rgb_file
 from data.sources.folders import images_below
-from engine import files, limits
-from engine.config import UserError
 from evaluation.manifest import ImageSet, Item, write_image, write_manifest
 
 ARRAY_NAME = "arr_0"

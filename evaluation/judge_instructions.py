@@ -12,10 +12,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.captions import check_whole
+from base import files
+from base.config import UserError
+from data.samples.captions import check_whole
 from data.sources.text_files import read_text
-from engine import files
-from engine.config import UserError
 
 SCALE = 25  # EditScore's; its sentences are written for 10 and say 25 to the judge
 INSTRUCTION, EDIT_PROMPT = "<instruction>", "<edit_prompt>"

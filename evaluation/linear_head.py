@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as transforms
 
-from engine import hub
-from engine.config import ConfigError, UserError
+from base import hub
+from base.config import ConfigError, UserError
 from evaluation.downloads import fetch
 from evaluation.features.representation import last_tokens
 from evaluation.suites.linear_probe import ranked

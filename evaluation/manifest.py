@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.captions import read_object
-from data.images import read_rgb_file
+from base import files
+from base.config import UserError
+from data.samples.captions import read_object
+from data.samples.images import read_rgb_file
 from data.sources.folders import images_below, tell_passed_over
 from data.sources.text_files import read_text, split_lines
-from engine import files
-from engine.config import UserError
 
 MANIFEST_NAME = "manifest.jsonl"
 

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.images import image_suffix, read_rgb
+from base import files, limits
+from base.config import UserError
+from data.samples.images import image_suffix, read_rgb
 from data.sources.parquet_files import READ_ERRORS, ROWS_AT_ONCE
 from data.sources.parquet_rows import Row, open_table, row_batches
-from engine import files, limits
-from engine.config import UserError
 from evaluation.metrics.dpg import read_graphs
 from generator.prompts import KEY_PATTERN
 

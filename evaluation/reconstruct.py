@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import IMAGE_PARTS, fit_image, open_image_file, to_rgb
-from data.progress import ProgressLine
+from base import files
+from base.config import UserError
+from base.progress import ProgressLine
+from base.terminal import say
+from data.samples.images import IMAGE_PARTS, fit_image, open_image_file, to_rgb
 from data.sources.folders import images_below
-from engine import files
-from engine.config import UserError
-from engine.terminal import say
 from evaluation.manifest import MANIFEST_NAME, ImageSet, Item, write_image, write_manifest
 from evaluation.metrics.psnr import psnr_db, to_uint8
 from evaluation.runner import ALONE, Team

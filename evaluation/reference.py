@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import files, limits
-from engine.config import UserError
+from base import files, limits
+from base.config import UserError
 from evaluation.image_source import ARRAY_NAME, FileImages, ImageSource, NpzImages, reading_npz
 from evaluation.manifest import MANIFEST_NAME, ImageSet
 from evaluation.metrics.frechet import F64

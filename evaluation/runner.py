@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from engine import files
-from engine.config import UserError
-from engine.tf32 import exact_fp32
+from base import files
+from base.config import UserError
+from base.tf32 import exact_fp32
 from evaluation.environment import versions
 from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.interval import Estimate, mean, rate

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data.progress import ProgressLine
-from engine import files, limits
-from engine.config import UserError
-from engine.terminal import say
+from base import files, limits
+from base.config import UserError
+from base.progress import ProgressLine
+from base.terminal import say
 
 MAX_NAMED = 3
 Key = tuple[str, int, str]

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.attention_plan import AttentionPlan
-from engine.config import UserError
+from base.config import UserError
+from data.packs.attention_plan import AttentionPlan
 from generator.flash import PACKAGES, VarlenName, varlen_attention, why_not
 from generator.gather import gather_rows
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from base.config import UserError
+from base.files import write_json
 from data.shards import LatentInfo
-from engine.config import UserError
-from engine.files import write_json
 from generator.embeddings import grid_sinusoids
 from generator.imported import ImportedGenerator
 from generator.model import Generator, GeneratorConfig

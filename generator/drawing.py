@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.bounds import Count
-from engine.config import ConfigError
+from base.bounds import Count
+from base.config import ConfigError
 from generator.flow import TimeShift, check_shift
 from generator.solvers import Solver
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.attention_plan import VarlenGroup
+from data.packs.attention_plan import VarlenGroup
 
 VarlenName = Literal["flash4", "flash3", "flash2", "varlen"]
 HALF = (torch.float16, torch.bfloat16)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.config import ConfigError
+from base.config import ConfigError
 
 TimeShift = float | Literal["auto"]
 SHIFT_BASE_NUMEL = 4096

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from data.attention_plan import VarlenGroup
+from data.packs.attention_plan import VarlenGroup
 
 
 def gather_rows(x_RKH: Tensor, group: VarlenGroup) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.config import ConfigError
+from base.config import ConfigError
 from generator.drawing import check_interval, check_scale, is_guided
 
 Branch = Literal["none", "source", "full"]

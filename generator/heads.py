@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import ConfigError
+from base.config import ConfigError
 from generator.compiling import Compiler, backend_for, whole
 from generator.embeddings import LatentEmbedding
 from generator.mot import SwiGlu

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.packed_batch import PackedBatch
+from base.config import ConfigError, UserError, from_dict, to_dict
+from base.files import read_object, write_json
+from data.packs.packed_batch import PackedBatch
 from data.shards import LatentInfo
-from engine.config import ConfigError, UserError, from_dict, to_dict
-from engine.files import read_object, write_json
 from generator.attention import Backend, JointAttention, attend, choose_backend, planned_attention
 from generator.compiling import Compiler
 from generator.embeddings import MAX_PERIOD, LatentEmbedding

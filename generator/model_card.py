@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.config import to_dict
+from base.config import to_dict
 from generator.flow import TimeShift, resolve_shift
 from generator.model import QWEN_PREFIX, Generator
 from generator.sampling import SamplingConfig

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.config import ConfigError
+from base.config import ConfigError
 from generator.attention import JointAttention
 from generator.compiling import Compiler, backend_for, whole
 from generator.wide import stacked

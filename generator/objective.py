@@ -16,13 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data.packed_batch import PackedBatch
+from base.bounds import Weight
+from base.config import UserError, to_dict
+from base.files import digest, sha256
+from base.objective import HISTORY_WINDOWS, LossOutput, Term, WithoutAdversary
+from data.packs.packed_batch import PackedBatch
+from data.samples.text import TextTokenizer
 from data.shards import LatentInfo
-from data.text import TextTokenizer
-from engine.bounds import Weight
-from engine.config import UserError, to_dict
-from engine.files import digest, sha256
-from engine.objective import HISTORY_WINDOWS, LossOutput, Term, WithoutAdversary
 from generator.attention import Backend, choose_backend
 from generator.flow import (
     TimeShift,
@@ -85,7 +85,7 @@ class Preview:
 
 
 class FlowObjective(WithoutAdversary):
-    """Mean squared error on the velocity of noisy latent tokens. Implements engine.objective.Objective."""
+    """Mean squared error on the velocity of noisy latent tokens. Implements base.objective.Objective."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class FlowObjective(WithoutAdversary):
         self._awaits_text = False
         return [
             f"flow.text_loss_weight is {self._config.text_loss_weight:g}, but none of {num_samples:,.0f} samples marks "
-            'a text for it ("loss" in json\'s "splits", data/layouts.py); mark some, or set it to 0 and '
+            'a text for it ("loss" in json\'s "splits", data/samples/layouts.py); mark some, or set it to 0 and '
             "generator.text_output to false"
         ]
 

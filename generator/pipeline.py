@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import DECODE_ERRORS, fit_image, open_image_file, to_rgb
-from data.text import TextTokenizer, load_text_tokenizer
-from engine.config import UserError
+from base.config import UserError
+from data.samples.images import DECODE_ERRORS, fit_image, open_image_file, to_rgb
+from data.samples.text import TextTokenizer, load_text_tokenizer
 from generator.model import Generator
 from generator.sampling import Condition, SamplingConfig, make_condition, sample_latents
 from tokenizer.autoencoders import load_autoencoder
@@ -165,7 +165,7 @@ def decode_uint8(
 def read_pixels(image: ImageInput, image_px: int) -> Tensor:
     """uint8 [3, image_px, image_px], upright; transparency is laid on white.
 
-    Another size: the short side is resized, the square in the centre kept (data.images.fit_image). Raises UserError: no
+    Another size: the short side is resized, the square in the centre kept (data.samples.images.fit_image). Raises UserError: no
     such file, not an image, so long and thin that it cannot be enlarged.
     """
     name = "the image" if isinstance(image, Image.Image) else str(image)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.attention_plan import AttentionPlan, Rows, Split, build_attention_plan
-from data.packed_batch import IMAGE_SPECIAL_TOKENS, PackedBatch, output_plan, within_images
+from data.packs.attention_plan import AttentionPlan, Rows, Split, build_attention_plan
+from data.packs.packed_batch import IMAGE_SPECIAL_TOKENS, PackedBatch, output_plan, within_images
 from generator.attention import Backend, JointAttention, attend, choose_backend
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from engine import hub
-from engine.config import UserError, from_dict
-from engine.files import read_object
+from base import hub
+from base.config import UserError, from_dict
+from base.files import read_object
 from generator.pipeline import Pipeline
 from generator.sampling import SamplingConfig
 

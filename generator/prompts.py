@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.captions import check_whole, clean_text, read_object
+from base import files
+from base.config import UserError
+from data.samples.captions import check_whole, clean_text, read_object
 from data.sources.text_files import read_text, split_lines
-from engine import files
-from engine.config import UserError
 from generator.drawing import SEEDS
 
 KEY_PATTERN = re.compile(r"[\w+-][\w+.-]{0,127}")

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import hub
-from engine.config import UserError, from_dict
-from engine.files import read_object
+from base import hub
+from base.config import UserError, from_dict
+from base.files import read_object
 from generator.mot import Mot, MotConfig
 from tokenizer.weights import load_exact, read_tensors
 

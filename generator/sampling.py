@@ -12,16 +12,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from data.captions import read_captions
-from data.images import part_name
-from data.latents import read_latents
-from data.layouts import LATENT_SUFFIX, image_roles, of_kind
-from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
-from data.packing import text_split
+from base.config import UserError
+from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.packing import text_split
+from data.packs.transfer import to_device
+from data.samples.captions import read_captions
+from data.samples.images import part_name
+from data.samples.latents import read_latents
+from data.samples.layouts import LATENT_SUFFIX, image_roles, of_kind
+from data.samples.text import TextTokenizer
 from data.shards import ShardDataset
-from data.text import TextTokenizer
-from data.transfer import to_device
-from engine.config import UserError
 from generator.attention import JointAttention
 from generator.drawing import DrawingConfig, draw_noise
 from generator.flow import resolve_shift, sampling_times

@@ -12,8 +12,8 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from data.attention_plan import AttentionPlan
-from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.attention_plan import AttentionPlan
+from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from generator.embeddings import TIME_FREQUENCIES
 from generator.heads import DdtHeadConfig
 from generator.model import LOGIT_ROWS, GeneratorConfig

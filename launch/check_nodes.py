@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from base.config import UserError, counted, resolve
+from base.terminal import say
 from engine import distributed
-from engine.config import UserError, counted, resolve
-from engine.links import Link, all_reduce_s, measure_links
-from engine.terminal import say
-from launch import entry, nodes
+from engine.link_speed import Link, all_reduce_s, measure_links
+from launch.runs import entry, nodes
 
 MEETING_S = 120
 MESSAGE_BYTES = 64 << 20

@@ -4,8 +4,8 @@ import dataclasses
 import sys
 
 from engine import distributed
-from launch import entry
-from launch.runs import EncodeRun
+from launch.runs import entry
+from launch.runs.configs import EncodeRun
 from tokenizer.encode import check_out, encode_shards
 
 

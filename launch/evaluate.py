@@ -20,21 +20,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from base.config import UserError
+from base.files import read_json
+from base.terminal import say
 from engine import distributed
-from engine.config import UserError
-from engine.files import read_json
-from engine.terminal import say
 from evaluation import calibration
 from evaluation.drawn_set import SETTINGS_NAME
-from evaluation.report.benchmarks import render_benchmarks
 from evaluation.runner import Team, check_scores, evaluate
 from evaluation.sampled_set import SampledSetConfig, draw_set
 from generator.sampling import SamplingConfig
-from launch import entry
-from launch.drawable import prompt_models
-from launch.evaluation_options import SUITES, add_commands, prepare_images, write_prompts
-from launch.sampling_options import read_sampling_options
-from launch.team import meet
+from launch.runs import entry
+from launch.runs.drawable import prompt_models
+from launch.runs.evaluation_options import SUITES, add_commands, prepare_images, write_prompts
+from launch.runs.sampling_options import read_sampling_options
+from launch.runs.team import meet
+from report.benchmarks import render_benchmarks
 
 
 def main() -> None:

@@ -14,20 +14,21 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from base import files, hub
+from base.config import UserError, to_dict
+from base.terminal import say
+from data.samples.text import MODEL_NAME, load_text_tokenizer
 from data.shards import ShardDataset
-from data.text import MODEL_NAME, load_text_tokenizer
-from engine import checkpoint_export, files, hub
-from engine.config import UserError, to_dict
+from engine import checkpoint_export
 from engine.loop import CHECKPOINTS, EXPORT
-from engine.terminal import say
 from generator.class_conditional.model import load_generator
 from generator.model_card import Card, Task, model_card
 from generator.pretrained import AUTOENCODER, GENERATOR, SAMPLING, TEXT_TOKENIZER, WEIGHTS, load_pretrained
-from launch import entry
-from launch.drawable import autoencoder_of, check_finished
-from launch.run_kinds import read_run
-from launch.runs import ClassRun, GeneratorRun, TokenizerRun
-from launch.training import objective_of
+from launch.runs import entry
+from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
+from launch.runs.drawable import autoencoder_of, check_finished
+from launch.runs.training import objective_of
+from launch.sizing.run_kinds import read_run
 from tokenizer.autoencoders import load_autoencoder
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)

@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-from engine import files
-from engine.terminal import say
+from base import files
+from base.terminal import say
 from generator.bagel import export_bagel
 from generator.model import Generator
-from launch import entry
+from launch.runs import entry
 
 
 def main() -> None:

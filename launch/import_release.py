@@ -5,16 +5,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from base import files
+from base.config import UserError, load
+from base.terminal import say
 from data.shards import LatentInfo, ShardDataset
-from engine import files
-from engine.config import UserError, load
-from engine.terminal import say
 from generator.bagel import import_bagel
 from generator.class_conditional.model import ClassGenerator
 from generator.class_conditional.published import import_dit
 from generator.imported import ImportedGenerator
 from generator.model import Generator
-from launch import entry
+from launch.runs import entry
 from tokenizer.releases.imported import Imported
 from tokenizer.releases.kl import import_diffusers, import_va_vae
 from tokenizer.releases.rpiae import RAE, RPIAE, import_rpiae

@@ -7,17 +7,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from data.doctor import diagnose
-from data.quarantine import add_to_quarantine
-from data.readiness import Launch
-from data.shard_indexing import index_shards
+from base import files
+from base.config import UserError
+from base.terminal import say
+from data.doctor.examination import diagnose
+from data.doctor.readiness import Launch
 from data.shards import verify
+from data.shards.quarantine import add_to_quarantine
+from data.sources.tar_indexing import index_shards
 from data.sources.write import write_sources
-from engine import files
-from engine.config import UserError
-from engine.terminal import say
-from evaluation.report.doctor import write_page
-from launch import entry, shard_sources
+from launch.runs import entry, shard_sources
+from report.doctor import write_page
 
 
 def main() -> None:

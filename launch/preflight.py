@@ -10,13 +10,13 @@ import argparse
 import os
 import sys
 
-from engine.config import ConfigError
-from engine.terminal import say
-from launch import entry
-from launch.preflight_report import plan_run, report
-from launch.rehearsal import execute
-from launch.run_kinds import read_run
-from launch.step_time import NODE_GPUS
+from base.config import ConfigError
+from base.terminal import say
+from launch.runs import entry
+from launch.sizing.rehearsal import execute
+from launch.sizing.report import plan_run, report
+from launch.sizing.run_kinds import read_run
+from launch.sizing.step_time import NODE_GPUS
 
 TITLES = {
     "tokenizer": "a stage of the tokenizer",

@@ -1,20 +1,20 @@
 """The table of docs/recipes.md, a line for each config: python -m launch.recipes configs/generator
 
-Memory and time are arithmetic (launch/estimate.py), on the number of GPUs in a config's name, else on at most 8.
+Memory and time are arithmetic (launch/sizing/estimate.py), on the number of GPUs in a config's name, else on at most 8.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from engine.config import UserError
-from engine.terminal import say
+from base.config import UserError
+from base.terminal import say
 from generator.flow import resolve_shift
-from launch import entry
-from launch.estimate import LATENT_SHAPES, PAPER_LATENTS, generator_plan
-from launch.run_kinds import read_run
-from launch.runs import GeneratorRun
-from launch.step_time import NODE_GPUS
+from launch.runs import entry
+from launch.runs.configs import GeneratorRun
+from launch.sizing.estimate import LATENT_SHAPES, PAPER_LATENTS, generator_plan
+from launch.sizing.run_kinds import read_run
+from launch.sizing.step_time import NODE_GPUS
 
 CLASS = "class"
 """The folder of class-conditional configs, which have no tokens of text."""

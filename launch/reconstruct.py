@@ -7,13 +7,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from base.config import UserError
+from base.terminal import say
 from data.sources.folders import images_below
 from engine import distributed
-from engine.config import UserError
-from engine.terminal import say
 from evaluation.reconstruct import ReconstructConfig, image_names, reconstruct
-from launch import entry
-from launch.team import meet
+from launch.runs import entry
+from launch.runs.team import meet
 
 
 def main() -> None:

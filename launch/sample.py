@@ -11,18 +11,18 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from data.images import open_image_file
+from base.config import UserError
+from base.terminal import say
+from data.samples.images import open_image_file
 from engine import distributed
-from engine.config import UserError
-from engine.terminal import say
 from evaluation.sampled_set import SampledSetConfig, draw_set
 from generator.pipeline import Pipeline
 from generator.prompts import read_prompts
 from generator.sampling import SamplingConfig
-from launch import entry
-from launch.drawable import check_edits, prompt_models
-from launch.sampling_options import add_sampling_options, read_sampling_options
-from launch.team import meet, own_device
+from launch.runs import entry
+from launch.runs.drawable import check_edits, prompt_models
+from launch.runs.sampling_options import add_sampling_options, read_sampling_options
+from launch.runs.team import meet, own_device
 
 SIGN = "RPiAE launch/sample.py"
 """EXIF's Software, of the images that the command may replace."""

@@ -9,16 +9,16 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from base.files import check_signed
+from base.terminal import say
 from engine import distributed
-from engine.files import check_signed
-from engine.terminal import say
 from evaluation.adm_npz import SIGN, write_npz
 from evaluation.class_set import ClassSetConfig, draw_class_set
 from evaluation.manifest import ImageSet
-from launch import entry
-from launch.drawable import class_models
-from launch.sampling_options import add_class_sampling_options, read_sampling_options
-from launch.team import meet
+from launch.runs import entry
+from launch.runs.drawable import class_models
+from launch.runs.sampling_options import add_class_sampling_options, read_sampling_options
+from launch.runs.team import meet
 
 
 def main() -> None:

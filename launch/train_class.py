@@ -2,10 +2,11 @@
 
 import sys
 
-from engine.terminal import say
-from launch import dry_run, entry
-from launch.runs import ClassRun
-from launch.training import train_class
+from base.terminal import say
+from launch.runs import entry
+from launch.runs.configs import ClassRun
+from launch.runs.training import train_class
+from launch.sizing import dry_run
 
 
 def main() -> None:

@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-from data.packing import read_captions
+from base.config import counted
+from base.terminal import say
+from data.packs.packing import read_captions
+from data.samples.text import check_folder, train_text_tokenizer
 from data.shards import ShardDataset
-from data.text import check_folder, train_text_tokenizer
-from engine.config import counted
-from engine.terminal import say
-from launch import entry
+from launch.runs import entry
 
 
 def main() -> None:

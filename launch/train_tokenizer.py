@@ -2,11 +2,12 @@
 
 import sys
 
-from engine.terminal import say
-from launch import dry_run, entry
-from launch.runs import TokenizerRun
-from launch.training import preview_pixels, train_on_pixels
-from tokenizer.stages import build_stage
+from base.terminal import say
+from launch.runs import entry
+from launch.runs.configs import TokenizerRun
+from launch.runs.training import preview_pixels, train_on_pixels
+from launch.sizing import dry_run
+from tokenizer.training.stages import build_stage
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ import sys
 import time
 from pathlib import Path
 
-from engine import files, terminal
-from engine.config import UserError
-from evaluation.watch import Run, page, read_run, screen
-from launch import entry
+from base import files, terminal
+from base.config import UserError
+from launch.runs import entry
+from report.watch import Run, page, read_run, screen
 
 CLOSED = ("finished", "stopped")
 

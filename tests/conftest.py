@@ -113,7 +113,7 @@ def device_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[], contextlib.AbstractContextManager[Waits]]:
     """`with device_waits() as waits`: tensors inside are fake, cuda:0 is there, and `waits` names every point at which
-    the CPU would wait for it so far: a copy that is not from a block of data.transfer, a number read, a mask as index.
+    the CPU would wait for it so far: a copy that is not from a block of data.packs.transfer, a number read, a mask as index.
 
     Make models and batches before, move them inside: a batch by its `to`, a model by `waits.to_gpu`.
     """
@@ -128,7 +128,7 @@ def device_waits(
     @contextlib.contextmanager
     def counting() -> Iterator[Waits]:
         with monkeypatch.context() as patched:
-            patched.setattr("data.transfer.pinned_bytes", pinned_bytes)
+            patched.setattr("data.packs.transfer.pinned_bytes", pinned_bytes)
             patched.setattr(torch, "Generator", AnywhereGenerator)
             for name in ("synchronize", "Stream.synchronize", "Event.synchronize"):
                 patched.setattr(f"torch.cuda.{name}", lambda *_: waits.append("synchronize"))

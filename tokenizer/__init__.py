@@ -1,3 +1,3 @@
 """Pixels <-> latents: RPiAE, its three training stages, and encoding of shards."""
 
-import engine  # noqa: F401  # before torch: engine/__init__.py says how its threads wait
+import base  # noqa: F401  # before torch: base/__init__.py says how its threads wait

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import timm
 from torch import Tensor, nn
 
-from engine import hub
-from engine.config import ConfigError, UserError
+from base import hub
+from base.config import ConfigError, UserError
 from tokenizer import model_names
 from tokenizer.model_names import FieldValue
 from tokenizer.norms import LayerNorm, replace_norms

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.config import ConfigError
+from base.config import ConfigError
 from tokenizer.norms import replace_norms
 from tokenizer.pixel_decoder import PixelDecoderConfig
 

@@ -19,9 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import image_parts
-from data.latents import TORCH_DTYPES
-from data.progress import ProgressLine
+from base import files
+from base.bounds import Count, Few, Seed
+from base.config import ConfigError, UserError
+from base.progress import ProgressLine
+from data.samples.images import image_parts
+from data.samples.latents import TORCH_DTYPES
+from data.samples.text import TextTokenizer, load_text_tokenizer
 from data.shards import (
     LatentInfo,
     OpenShard,
@@ -32,11 +36,7 @@ from data.shards import (
     finished_shard,
     write_manifest,
 )
-from data.storage import StorageConfig
-from data.text import TextTokenizer, load_text_tokenizer
-from engine import files
-from engine.bounds import Count, Few, Seed
-from engine.config import ConfigError, UserError
+from data.shards.storage import StorageConfig
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import fingerprint
 from tokenizer.latent_sample import latent_sample

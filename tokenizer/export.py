@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 
-from engine import files
-from engine.config import UserError, to_dict
+from base import files
+from base.config import UserError, to_dict
 from tokenizer.weights import write_tensors
 
 CONFIG_NAME = "config.json"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from engine.config import ConfigError, UserError, from_dict
+from base.config import ConfigError, UserError, from_dict
 from tokenizer.cnn_decoder import channels_last_on_gpu
 from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, read_tree
 from tokenizer.weights import load_model, read_tensors

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from data.captions import is_class_sample, read_captions
-from data.images import image_parts
-from data.layouts import image_roles, is_interleaved, num_split_tokens, read_layout
+from base.config import UserError
+from data.samples.captions import is_class_sample, read_captions
+from data.samples.images import image_parts
+from data.samples.layouts import image_roles, is_interleaved, num_split_tokens, read_layout
+from data.samples.text import TextTokenizer
 from data.shards import Sample
-from data.text import TextTokenizer
-from engine.config import UserError
 
 
 def latent_sample(

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from engine.config import ConfigError
+from base.config import ConfigError
 from tokenizer.norms import LayerNorm
 from tokenizer.transformer import Layer, init_linears, run_layers
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.config import ConfigError
+from base.config import ConfigError
 from tokenizer import model_names
 from tokenizer.backbones import Backbone, build_timm, output_weight
 from tokenizer.transformers_backbone import build_transformers

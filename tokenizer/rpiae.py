@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from engine.config import ConfigError, UserError, from_dict
+from base.config import ConfigError, UserError, from_dict
 from tokenizer.bridge import Bridge, BridgeConfig
 from tokenizer.cnn_decoder import CnnDecoder
 from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, fingerprint, read_tree

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import hub
-from engine.config import ConfigError, UserError
+from base import hub
+from base.config import ConfigError, UserError
 from tokenizer import model_names
 from tokenizer.backbones import Statistics, Traits, without_affine
 from tokenizer.model_names import FieldValue

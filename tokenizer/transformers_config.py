@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine import hub
-from engine.config import ConfigError, UserError
+from base import hub
+from base.config import ConfigError, UserError
 from tokenizer import model_names
 from tokenizer.model_names import FieldValue, KnownModel
 

@@ -13,10 +13,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from data.images import decode_image, fit_image, image_parts
-from data.plan import sample_uniforms
+from base.config import UserError
+from data.plan.plan import sample_uniforms
+from data.samples.images import decode_image, fit_image, image_parts
 from data.shards import Sample, ShardDataset
-from engine.config import UserError
 
 T = TypeVar("T")
 

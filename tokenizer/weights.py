@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from engine import limits
-from engine.config import UserError, describing
+from base import limits
+from base.config import UserError, describing
 
 MAX_NAMES_IN_MESSAGE = 4
 MOST_UNSAVED = 4

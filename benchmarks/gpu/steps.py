@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine import distributed, masters
+from base.objective import Batch, Objective
+from engine import deepspeed_engine, distributed
 from engine.distributed import Ranks
 from engine.engine_config import EngineConfig
-from engine.objective import Batch, Objective
+from engine.metric_window import Window
 from engine.schedule import OptimizerConfig, build_optimizer
 from engine.spans import Spans
 from engine.step import Stepper
-from engine.window import Window
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 HOW_TO_BRING_DEEPSPEED = (
@@ -36,10 +36,10 @@ class PlainEngine:
 
     def __init__(
         self,
-        forward: masters.Forward,
+        forward: deepspeed_engine.Forward,
         config: OptimizerConfig,
         *,
-        precision: masters.Precision,
+        precision: deepspeed_engine.Precision,
         accumulation_steps: int,
         **_of_ranks: Any,
     ) -> None:
@@ -103,7 +103,9 @@ def stepping(
     """Gives what takes one step of `num_packs` packs: (packs on the device, number of the step)."""
     objective.to(ranks.device)
     plain = (
-        contextlib.nullcontext() if HAS_DEEPSPEED else mock.patch.object(masters, "build_engine", PlainEngine)
+        contextlib.nullcontext()
+        if HAS_DEEPSPEED
+        else mock.patch.object(deepspeed_engine, "build_engine", PlainEngine)
     )
     with plain:
         stepper = Stepper(objective, config, ranks, Spans(ranks.device), num_packs)

@@ -9,9 +9,9 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from data.shard_index import key_hash
+from base.config import UserError
 from data.shards import Sample
-from engine.config import UserError
+from data.shards.index import key_hash
 
 T = TypeVar("T")
 

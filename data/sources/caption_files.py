@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pyarrow
 
-from data.captions import read_object
+from base import limits
+from base.config import UserError
+from data.samples.captions import read_object
 from data.sources.parquet_rows import Row, open_table, row_batches
 from data.sources.text_files import without_mark
-from engine import limits
-from engine.config import UserError
 
 BATCH_ROWS = 10_000
 

@@ -17,13 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from data.captions import clean_text
-from data.progress import ProgressLine
-from data.shard_index import key_hash
+from base import files, limits
+from base.config import UserError
+from base.progress import ProgressLine
+from data.samples.captions import clean_text
+from data.shards.index import key_hash
 from data.sources.base import BadItemError
 from data.sources.caption_files import batches
-from engine import files, limits
-from engine.config import UserError
 
 LAYOUT = 1  # raise it when the same files would give another table
 # Columns of CaptionEmporium/conceptual-captions-cc12m-llavanext -> names in json's "captions".

@@ -15,14 +15,14 @@ import imagehash
 import numpy as np
 import numpy.typing as npt
 
-from data.captions import read_meta
-from data.images import decode_image, image_parts
+from base import files
+from base.config import UserError
 from data.processes import over_shards
-from data.shard_index import FORMAT_VERSION, Manifest, key_hash, progress_name, sample_crc32
-from data.shard_reader import open_shard
+from data.samples.captions import read_meta
+from data.samples.images import decode_image, image_parts
 from data.shards import OpenShard, Sample, ShardDataset, ShardEntry, ShardProgress, finished_shard
-from engine import files
-from engine.config import UserError
+from data.shards.index import FORMAT_VERSION, Manifest, key_hash, progress_name, sample_crc32
+from data.shards.reader import open_shard
 
 MAX_BITS = 3  # of 64: two hashes this near agree in one of NUM_BANDS bands of BAND_BITS
 NUM_BANDS, BAND_BITS = 4, 16

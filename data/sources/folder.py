@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data.captions import TEXT_FIELDS, read_object
-from data.images import IMAGE_PARTS, image_suffix, part_name
-from data.layouts import check_roles, is_interleaved, number_roles, read_splits
+from base import files, limits
+from base.config import UserError
+from data.samples.captions import TEXT_FIELDS, read_object
+from data.samples.images import IMAGE_PARTS, image_suffix, part_name
+from data.samples.layouts import check_roles, is_interleaved, number_roles, read_splits
 from data.shards import Sample
 from data.sources.base import BadItemError
 from data.sources.folders import first_of, images_below
 from data.sources.prepare import clean_splits, select_texts
 from data.sources.text_files import decode_text, without_mark
-from engine import files, limits
-from engine.config import UserError
 
 
 class FolderSource:
@@ -26,7 +26,7 @@ class FolderSource:
     - `listing`: a jsonl file with one sample a line, in this order: {"file": path below the folder, "caption": text},
       or "captions": a list, or an object of kind -> text. Edits: {"source": file, "target": file, "instruction": text},
       or "instructions": a list; source and target may be lists of files. Interleaved: {"splits": [{"text": text},
-      {"image": file, "target": true}, ...]} as in data/layouts.py, with files in place of roles, which json gets; its
+      {"image": file, "target": true}, ...]} as in data/samples/layouts.py, with files in place of roles, which json gets; its
       "files" names them. Other fields are kept, all but null ones.
     - `labels`: every folder below `images` is a class, numbered in sorted order, and json holds its number and name, as
       tokenizers and class-conditional generators need (ImageNet's layout). No captions. An image beside the folders

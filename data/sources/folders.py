@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from data.images import IMAGE_PARTS
-from engine.config import UserError
-from engine.terminal import say
+from base.config import UserError
+from base.terminal import say
+from data.samples.images import IMAGE_PARTS
 
 MAC_FOLDER = "__MACOSX"
 SIDECARS = ("txt", "json")  # beside an image: its caption

@@ -18,16 +18,16 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from data.images import IMAGE_PARTS
-from data.progress import ProgressLine
-from data.shard_index import KEY_PATTERN
+from base import files, limits
+from base.config import UserError
+from base.progress import ProgressLine
+from data.samples.images import IMAGE_PARTS
 from data.shards import Sample
+from data.shards.index import KEY_PATTERN
 from data.sources.base import BadItemError
 from data.sources.folders import is_hidden, tell_passed_over
 from data.sources.tar_file import Member, TarReader
 from data.sources.text_files import read_text
-from engine import files, limits
-from engine.config import UserError
 
 NUM_CLASSES = 1000
 SYNSET = re.compile(r"n[0-9]{8}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from base.config import UserError
 from data.sources.parquet import ParquetColumns, ParquetSource
 from data.sources.parquet_rows import Row
 from data.sources.table_values import number_in
-from engine.config import UserError
 
 SCORES = (
     "sc_score_1",

@@ -9,17 +9,17 @@ from dataclasses import astuple, dataclass
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-from data.captions import TEXT_FIELDS, read_object
-from data.images import image_suffix, part_name
-from data.shard_index import KEY_PATTERN
+from base import files, limits
+from base.config import UserError
+from data.samples.captions import TEXT_FIELDS, read_object
+from data.samples.images import image_suffix, part_name
 from data.shards import Sample
+from data.shards.index import KEY_PATTERN
 from data.sources.base import BadItemError, Unit
 from data.sources.parquet_files import Footer, find_parquet, in_units
 from data.sources.parquet_rows import Row
 from data.sources.prepare import select_texts
 from data.sources.table_values import whole_number_in
-from engine import files, limits
-from engine.config import UserError
 
 FOOTERS_AT_ONCE = 16
 OWN_FIELDS = (*TEXT_FIELDS, "label", "class", "source_key")  # of json, with a meaning for training

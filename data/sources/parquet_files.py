@@ -11,11 +11,11 @@ from pathlib import Path, PurePosixPath
 import fsspec
 import pyarrow as pa
 
+from base import limits
+from base.config import UserError
+from base.redaction import redact
 from data.sources.folders import below, is_hidden, tell_passed_over
 from data.sources.parquet_rows import Row, open_table, row_batches
-from engine import limits
-from engine.config import UserError
-from engine.redaction import redact
 
 ROWS_AT_ONCE = 16  # in memory, with their images
 READ_ERRORS = (OSError, ValueError, pa.ArrowException)

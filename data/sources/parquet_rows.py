@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from engine import limits
+from base import limits
 
 PAGE_BUFFER_BYTES = 1 << 20  # read ahead in each column
 MAX_VALUES_FREE = 1 << 26  # values of a column in a row group, however few bytes they take

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import PIL
 from PIL import Image
 
-from data.captions import TEXT_FIELDS, clean_text, is_class, read_object
-from data.images import (
+from base import limits
+from base.config import UserError
+from data.samples.captions import TEXT_FIELDS, clean_text, is_class, read_object
+from data.samples.images import (
     fit_square,
     image_parts,
     image_suffix,
@@ -22,12 +24,10 @@ from data.images import (
     turn_of,
     upright_size,
 )
-from data.layouts import is_interleaved, of_kind
-from data.shard_index import Cut
+from data.samples.layouts import is_interleaved, of_kind
 from data.shards import Sample
+from data.shards.index import Cut
 from data.sources.base import BadItemError
-from engine import limits
-from engine.config import UserError
 
 JPEG_QUALITY = 95
 EQUAL_ASPECT = 0.01  # source and target of an edit, relative

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.shard_index import TAR_BLOCK_BYTES
-from engine import limits
-from engine.config import UserError
+from base import limits
+from base.config import UserError
+from data.shards.index import TAR_BLOCK_BYTES
 
 AGAIN = "download or copy it again"
 NO_HEADER = "no tar header (a compressed tar must be unpacked first)"

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from base.config import UserError
 from data.sources.base import BadItemError
 from data.sources.folders import below, tell_passed_over
 from data.sources.tar_file import Member, TarReader
-from engine.config import UserError
 
 # The key goes up to the first dot of the last piece, as in WebDataset.
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)

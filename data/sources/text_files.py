@@ -10,8 +10,8 @@ import codecs
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from engine import limits
-from engine.config import UserError
+from base import limits
+from base.config import UserError
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 

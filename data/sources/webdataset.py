@@ -1,6 +1,6 @@
 """WebDataset tars (img2dataset's, the hub's, our own pixel shards) -> samples. Payloads are stored as they are.
 
-A sample has an image part, or those of an edit or an interleaved sample as data/layouts.py names them; texts come from
+A sample has an image part, or those of an edit or an interleaved sample as data/samples/layouts.py names them; texts come from
 the parts `txt` and `json`, a class from `cls` or json's "label". data/sources/prepare.py looks inside the images.
 """
 
@@ -15,11 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.captions import TEXT_FIELDS, clean_text, read_object
-from data.images import IMAGE_PARTS, part_name
-from data.layouts import ROLE_PATTERN, check_roles, is_interleaved, of_kind, read_splits
-from data.shard_index import KEY_PATTERN
+from base import files, limits
+from base.config import UserError
+from data.samples.captions import TEXT_FIELDS, clean_text, read_object
+from data.samples.images import IMAGE_PARTS, part_name
+from data.samples.layouts import ROLE_PATTERN, check_roles, is_interleaved, of_kind, read_splits
 from data.shards import Sample
+from data.shards.index import KEY_PATTERN
 from data.sources.base import BadItemError, Unit
 from data.sources.caption_table import CaptionTable
 from data.sources.prepare import Texts, clean_splits, select_texts
@@ -27,8 +29,6 @@ from data.sources.table_values import shown, whole_number_in
 from data.sources.tar_file import Member, TarReader
 from data.sources.tar_samples import Group, groups
 from data.sources.text_files import decode_text
-from engine import files, limits
-from engine.config import UserError
 
 MAX_KEY_LETTERS = 64
 DIGEST_LETTERS = 16  # of a key that had to be changed

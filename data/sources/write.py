@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from base.config import UserError
+from base.progress import REPORT_EVERY_S, ProgressLine
+from base.terminal import say
 from data.processes import forked
-from data.progress import REPORT_EVERY_S, ProgressLine
-from data.shard_index import Cut
 from data.shards import (
     MAKE_SHARDS,
     OpenShard,
@@ -28,12 +29,11 @@ from data.shards import (
     shard_name,
     write_manifest,
 )
+from data.shards.index import Cut
 from data.sources import deduplicate
 from data.sources.base import BadItemError, Source
 from data.sources.deduplicate import remove_duplicates
 from data.sources.prepare import CUT_AREA, Preparation
-from engine.config import UserError
-from engine.terminal import say
 
 WAIT_REPORT_EVERY_S = 30.0
 LOCK_WAIT_S = 5.0

@@ -23,9 +23,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data.progress import ProgressLine
-from engine import files
-from engine.config import UserError
+from base import files
+from base.config import UserError
+from base.progress import ProgressLine
 from evaluation.features.interface import IMAGES_PER_CALL, RowFunction
 from evaluation.image_source import Source
 

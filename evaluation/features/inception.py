@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import inception
 
-from engine import files
-from engine.config import UserError
+from base import files
+from base.config import UserError
 from evaluation.downloads import fetch
 from evaluation.features.tf1_resize import resize_tf1
 from tokenizer.releases.checkpoint import read_checkpoint

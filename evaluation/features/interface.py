@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from engine.tf32 import exact_fp32
+from base.tf32 import exact_fp32
 
 IMAGES_PER_CALL = 32
 

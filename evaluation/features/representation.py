@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from engine import files
-from engine.config import ConfigError, UserError, from_dict
+from base import files
+from base.config import ConfigError, UserError, from_dict
+from quickstart.standin import StandInConfig
 from tokenizer.representation import Representation
 from tokenizer.rpiae import CONFIG_NAME, WEIGHTS_NAME, Autoencoder
-from tokenizer.standin import StandInConfig
 from tokenizer.weights import freeze, state_hash
 
 Pooling = Literal["mean_patch", "class"]

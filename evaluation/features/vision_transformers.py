@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, CLIPVisionModelWithProjection
 
-from engine import files, hub
-from engine.config import UserError
+from base import files, hub
+from base.config import UserError
 from tokenizer.weights import freeze, state_hash
 
 Kind = Literal["dinov2", "clip"]

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as transforms
 from transformers import AutoTokenizer, CLIPModel
 
-from engine import files, hub
-from engine.config import UserError
+from base import files, hub
+from base.config import UserError
 from evaluation.judges.detector import FoundObject
 from evaluation.metrics.geneval import COLOURS
 from tokenizer.weights import freeze, state_hash

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Mask2FormerForUniversalSegmentation
 
-from engine import files, hub
-from engine.config import UserError
+from base import files, hub
+from base.config import UserError
 from tokenizer.weights import freeze, state_hash
 
 MODEL = "facebook/mask2former-swin-small-coco-instance"

@@ -19,10 +19,10 @@ import httpx
 from PIL import Image
 from torch import Tensor
 
-from data.captions import mended
-from engine import files
-from engine.config import UserError
-from engine.redaction import redact
+from base import files
+from base.config import UserError
+from base.redaction import redact
+from data.samples.captions import mended
 from evaluation.judges.interface import EDITSCORE, Decoding, metric_name
 from evaluation.store import RefusedError
 

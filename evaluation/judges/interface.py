@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine import files
-from engine.config import ConfigError
+from base import files
+from base.config import ConfigError
 from evaluation.manifest import ImageSet, Item
 from evaluation.store import Question, config_hash
 

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from data.captions import check_whole
-from engine import files, hub
-from engine.config import UserError, describing
+from base import files, hub
+from base.config import UserError, describing
+from data.samples.captions import check_whole
 from evaluation.judges.interface import EDITSCORE, Decoding, metric_name
 from tokenizer.weights import freeze, read_tensors, state_hash
 

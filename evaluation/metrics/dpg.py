@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from base.config import UserError
 from data.sources.text_files import read_text
-from engine.config import UserError
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 NUM_PROMPTS, IMAGES_PER_PROMPT = 1065, 4

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from engine import files, limits
-from engine.config import UserError
+from base import files, limits
+from base.config import UserError
 
 F64 = npt.NDArray[np.float64]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import UserError
+from base.config import UserError
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.config import UserError
+from base.config import UserError
 from evaluation.metrics.rows import Rows, blocks
 
 NUM_SUBSETS = 100

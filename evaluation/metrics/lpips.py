@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenizer.perceptual import LpipsVgg16
+from tokenizer.training.perceptual import LpipsVgg16
 from tokenizer.weights import state_hash
 
 REMEDY = "give torchvision's .pth as --vgg16 FILE, or leave LPIPS out with --vgg16 none"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine import files
-from engine.config import UserError
+from base import files
+from base.config import UserError
 from evaluation.metrics.interval import Estimate, rate
 
 L2 = 1e-3

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import files
-from engine.config import UserError
+from base import files
+from base.config import UserError
 from evaluation.judges.interface import Asked, VisionLanguageJudge, question
 from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.dpg import (

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import UserError
+from base.config import UserError
 from evaluation.judge_instructions import (
     EDIT_PROMPT,
     INSTRUCTION,

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.config import UserError
+from base.config import UserError
 from evaluation.features.feature_files import FeatureFiles, FeatureRows
 from evaluation.features.inception import AdmInception
 from evaluation.features.interface import FeatureExtractor

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import files
+from base import files
 from evaluation.judges.colour import ColourNamer
 from evaluation.judges.detector import Detector, FoundObject
 from evaluation.manifest import ImageSet, Item

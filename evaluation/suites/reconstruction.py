@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import files
-from engine.config import UserError
+from base import files
+from base.config import UserError
 from evaluation.features.feature_files import FeatureFiles, ScoreFiles
 from evaluation.features.interface import FeatureExtractor
 from evaluation.image_source import ImagePairs, RoleImages

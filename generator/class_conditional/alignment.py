@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.bounds import Count, Weight
-from engine.config import ConfigError
+from base.bounds import Count, Weight
+from base.config import ConfigError
 from generator.class_conditional.layers import init_parts, patchify
 from generator.class_conditional.model import ClassGenerator
 

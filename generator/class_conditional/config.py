@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config import ConfigError
+from base.config import ConfigError
 
 
 @dataclass(frozen=True)

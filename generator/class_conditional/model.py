@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from base.config import ConfigError, UserError, from_dict, to_dict
+from base.files import read_object, write_json
 from data.shards import LatentInfo
-from engine.config import ConfigError, UserError, from_dict, to_dict
-from engine.files import read_object, write_json
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.layers import (
     Block,

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.class_batch import ClassBatch
+from base.config import UserError, to_dict
+from base.files import digest, sha256
+from base.objective import LossOutput, WithoutAdversary
+from data.packs.class_batch import ClassBatch
 from data.shards import LatentInfo
-from engine.config import UserError, to_dict
-from engine.files import digest, sha256
-from engine.objective import LossOutput, WithoutAdversary
 from generator.class_conditional.alignment import AlignConfig, AlignedGenerator
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import (
@@ -75,7 +75,7 @@ class ClassPreview:
 
 
 class ClassObjective(WithoutAdversary):
-    """Mean squared error on the velocity of latents. Implements engine.objective.Objective."""
+    """Mean squared error on the velocity of latents. Implements base.objective.Objective."""
 
     name = "class"
 

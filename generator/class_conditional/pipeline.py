@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.config import UserError
+from base.config import UserError
 from generator.class_conditional.model import ClassGenerator, load_generator
 from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
 from generator.pipeline import check_trained_with, decode_uint8, in_bf16

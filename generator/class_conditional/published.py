@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from base.config import UserError
 from data.shards import LatentInfo
-from engine.config import UserError
 from generator.class_conditional.config import DitConfig, WideHeadConfig
 from generator.class_conditional.layers import position_table, rope_2d
 from generator.class_conditional.model import ClassGenerator, new_generator, uninitialised

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from data.transfer import to_device
+from data.packs.transfer import to_device
 from generator.class_conditional.model import ClassGenerator
 from generator.drawing import DrawingConfig, check_interval, check_scale, draw_noise, is_guided
 from generator.flow import resolve_shift, sampling_times

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from generator.attention import attend
 from generator.flash import why_not
 from generator.gather import gather_rows

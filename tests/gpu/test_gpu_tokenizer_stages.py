@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.images import PixelBatch
-from engine.masters import Precision, autocast
+from data.samples.images import PixelBatch
+from engine.deepspeed_engine import Precision, autocast
 from tokenizer.bridge import BridgeConfig
-from tokenizer.discriminator import DiscriminatorConfig
 from tokenizer.frozen import products
-from tokenizer.perceptual import LpipsVgg16, PerceptualConfig
 from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.representation import RepresentationConfig
 from tokenizer.rpiae import AutoencoderConfig
-from tokenizer.stage_objective import StageObjective
-from tokenizer.stages import StageConfig, build_untrained
+from tokenizer.training.discriminator import DiscriminatorConfig
+from tokenizer.training.perceptual import LpipsVgg16, PerceptualConfig
+from tokenizer.training.stage_objective import StageObjective
+from tokenizer.training.stages import StageConfig, build_untrained
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data.class_batch import ClassBatch
-from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.class_batch import ClassBatch
+from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.transfer import pinned
 from data.shards import LatentInfo
-from data.transfer import pinned
 from generator import graphs
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator

@@ -8,20 +8,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from base.objective import LossOutput
 from benchmarks.gpu import steps
 from benchmarks.gpu.images import CONFIGS
 from benchmarks.throughput import CONFIG, Shape, packs
 from engine.distributed import Ranks
-from engine.objective import LossOutput
 from generator.model import Generator
 from generator.objective import FlowObjective
-from launch import synthetic
-from launch.estimate import generator_plan, untrained_latents
-from launch.run_kinds import read_run
-from launch.runs import GeneratorRun, TokenizerRun
-from launch.stage_size import FIRST_STEP, in_phases, phase_names
-from launch.synthetic import SyntheticText
-from tokenizer.stages import build_untrained
+from launch.runs.configs import GeneratorRun, TokenizerRun
+from launch.sizing import synthetic
+from launch.sizing.estimate import generator_plan, untrained_latents
+from launch.sizing.run_kinds import read_run
+from launch.sizing.stage_size import FIRST_STEP, in_phases, phase_names
+from launch.sizing.synthetic import SyntheticText
+from tokenizer.training.stages import build_untrained
 
 LATENTS = (64, 16, 16)
 NUM_STEPS = 30

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from data.shards import ShardWriter
-from data.sources.emoji import EmojiConfig, EmojiSource
 from engine.distributed import free_port
+from quickstart.pictures.source import EmojiConfig, EmojiSource
 from tokenizer.bridge import BridgeConfig
 from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.representation import RepresentationConfig
@@ -198,7 +198,7 @@ def tiny_judge(
     emoji_shards(shards, "scenes-train", 40, 20)
 
     def arguments(run_dir: Path, *overrides: str) -> list[str]:
-        start = ["launch/train_judge.py", "--config", "configs/quickstart/judge.yaml"]
+        start = ["quickstart/train_judge.py", "--config", "configs/quickstart/judge.yaml"]
         fields = [f"run_dir={run_dir}", f"data.shards={shards}", "pixels.images_per_pack=4"]
         rhythm = ["engine.log_every_steps=1", "engine.checkpoint_every_steps=2", "engine.wandb=disabled"]
         return [*start, *fields, *rhythm, *overrides]

@@ -21,16 +21,16 @@ import pytest
 import torch
 from PIL import Image
 
+from data.samples.text import train_text_tokenizer
 from data.shards import Sample, ShardDataset, ShardWriter
-from data.text import train_text_tokenizer
 from evaluation import reconstruct as reconstruct_module
 from evaluation.manifest import ImageSet
 from evaluation.reconstruct import ReconstructConfig
 from evaluation.reconstruct import reconstruct as reconstruct_folder
 from evaluation.runner import Team, evaluate
 from evaluation.suites.reconstruction import ReconstructionSuite
-from launch import entry
 from launch import reconstruct as command_line
+from launch.runs import entry
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.encode import EncodeConfig, encode_shards
 from tokenizer.export import fingerprint

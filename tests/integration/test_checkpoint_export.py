@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from base.config import UserError
 from engine import checkpoint_export
-from engine.config import UserError
 from engine.loop import CHECKPOINTS, EXPORT
 
 WIDTH, HIDDEN = 6, 8

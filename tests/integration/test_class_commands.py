@@ -20,12 +20,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from base.config import UserError
 from data.shards import ShardDataset
-from engine.config import UserError
 from engine.distributed import free_port
 from evaluation.adm_npz import write_npz
 from evaluation.class_set import ClassSetConfig, class_drawings, draw_class_set
-from evaluation.emoji_images import read_samples, real_renders
 from evaluation.features.representation import RepresentationFeatures
 from evaluation.manifest import ImageSet, Item, write_manifest
 from evaluation.reference import Reference
@@ -34,8 +33,10 @@ from evaluation.suites.generation import GenerationSuite, Spaces
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator, load_generator
 from generator.class_conditional.sampling import ClassSamplingConfig
-from launch import entry, sample_class, train_class
 from launch import export as export_command
+from launch import sample_class, train_class
+from launch.runs import entry
+from quickstart.emoji_images import read_samples, real_renders
 from tokenizer.encode import EncodeConfig, encode_shards
 from tokenizer.rpiae import Autoencoder
 

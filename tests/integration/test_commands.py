@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.packing import read_captions
+from base import config
+from data.packs.packing import read_captions
+from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import Sample, ShardDataset, ShardWriter
-from data.sources.emoji import EmojiConfig, EmojiSource
-from data.text import load_text_tokenizer, train_text_tokenizer
-from engine import config
 from engine.distributed import free_port
 from engine.logs import WANDB_KEYS
 from generator.model import Generator
-from launch import entry, training
 from launch import export as export_command
 from launch import sample as sample_command
-from launch.run_kinds import read_run
-from launch.runs import GeneratorRun, TokenizerRun
+from launch.runs import entry, training
+from launch.runs.configs import GeneratorRun, TokenizerRun
+from launch.sizing.run_kinds import read_run
+from quickstart.pictures.source import EmojiConfig, EmojiSource
 from tokenizer.bridge import BridgeConfig
 from tokenizer.encode import EncodeConfig, encode_shards
 from tokenizer.rpiae import Autoencoder

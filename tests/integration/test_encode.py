@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import fit_image
-from data.plan import sample_uniforms
+from base.config import UserError
+from data.plan.plan import sample_uniforms
+from data.samples.images import fit_image
+from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import Sample, ShardDataset, ShardWriter, verify, write_manifest, write_shard
-from data.text import load_text_tokenizer, train_text_tokenizer
-from engine.config import UserError
 from tokenizer import rpiae
 from tokenizer.bridge import BridgeConfig
 from tokenizer.encode import EncodeConfig, encode_shards

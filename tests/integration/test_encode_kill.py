@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.samples.text import train_text_tokenizer
 from data.shards import Sample, ShardWriter
-from data.text import train_text_tokenizer
 from tokenizer.encode import EncodeConfig, encode_shards
 from tokenizer.rpiae import Autoencoder
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launch import entry
+from launch.runs import entry
 
 StartRanks = Callable[[str, list[str], int, Path], list[BaseProcess]]
 STATUSES = {"mistake": 2, "bug": 1, "stop": entry.STOPPED, "usage": 2}

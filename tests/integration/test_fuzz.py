@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.config import UserError
+from base.config import UserError
 
 NUM_DEFAULT, NUM_SLOW = 2, 75  # of each case
 MAX_BYTES = 2 << 30

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from engine.distributed import free_port
-from evaluation.watch import read_run
+from report.watch import read_run
 
 SCRIPT = Path(__file__).parent / "scripts" / "toy_train.py"
 HOSTILE = "a b; touch ran & $(touch ran) `touch ran` | touch ran > ran ' \" \\ *"

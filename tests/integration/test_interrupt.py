@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from evaluation.watch import read_run
-from launch import entry
+from launch.runs import entry
+from report.watch import read_run
 
 WAIT_S = 100
 

@@ -14,7 +14,8 @@ import webdataset
 from PIL import Image
 
 from data.shards import ShardDataset
-from launch import entry, make_shards
+from launch import make_shards
+from launch.runs import entry
 
 SMALL = [
     "train_scenes=60",

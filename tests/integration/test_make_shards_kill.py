@@ -9,9 +9,9 @@ import pytest
 
 from data.shards import Sample, verify
 from data.sources.base import BadItemError, InUnits
-from data.sources.emoji import EmojiConfig, EmojiSource
 from data.sources.prepare import Preparation
 from data.sources.write import Workers, write_sources
+from quickstart.pictures.source import EmojiConfig, EmojiSource
 
 NUM_ITEMS, ITEMS_PER_SHARD = 400, 20
 

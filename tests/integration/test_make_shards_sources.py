@@ -22,7 +22,8 @@ from PIL import Image
 
 from data.shards import ShardDataset
 from data.sources import write
-from launch import entry, make_shards
+from launch import make_shards
+from launch.runs import entry
 
 
 @pytest.fixture

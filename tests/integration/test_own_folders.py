@@ -21,9 +21,11 @@ import pytest
 import webdataset
 from PIL import Image
 
+from base import files
 from data.shards import ShardDataset
-from engine import distributed, files
-from launch import entry, quickstart, training
+from engine import distributed
+from launch.runs import entry, training
+from quickstart import chain as quickstart
 
 ROOT = Path(__file__).parents[2]
 WRITES_NOTHING = {"check_nodes", "preflight", "recipes"}
@@ -123,7 +125,7 @@ COMMANDS = [
     *(command for module in ("quickstart", "quickstart_class", "ablation") for command in chain(module)),
 ]  # fmt: skip
 IMAGE_SETS = {"sample_class"}
-"""They write by evaluation.drawn_set.draw_on_ranks: tests/unit/test_own_files.py."""
+"""They write by evaluation.drawn_set.draw_on_ranks: tests/unit/base/test_own_files.py."""
 RUN_HERE = [command for command in COMMANDS if command.inputs]
 
 

@@ -18,16 +18,16 @@ from typing import Any
 
 import pytest
 
-from data.doctor import diagnose
-from data.findings import Problem
-from engine.config import UserError
-from evaluation.report import benchmarks, doctor, render_report
-from evaluation.report.charts import Curve, chart_file, stacked_bar
-from evaluation.report.inputs import read_report_input
-from evaluation.report.page import page as report_page
-from evaluation.report.verdicts import outcomes
-from evaluation.watch import page as watch_page
-from evaluation.watch import read_run
+from base.config import UserError
+from data.doctor.examination import diagnose
+from data.doctor.findings import Problem
+from report import benchmarks, doctor, render_report
+from report.charts import Curve, chart_file, stacked_bar
+from report.inputs import read_report_input
+from report.page import page as report_page
+from report.verdicts import outcomes
+from report.watch import page as watch_page
+from report.watch import read_run
 
 ROOT = Path(__file__).parents[2]
 EVIL = (
@@ -46,7 +46,7 @@ TAGS = frozenset(TAG_NAMES.split())
 ATTRIBUTES = frozenset(ATTRIBUTE_NAMES.split())
 OF_OURS = re.compile(r"https://creativecommons\.org/|data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$")
 TAG = re.compile(rf"(?<![Pg])</?({'|'.join(TAGS | {'script', 'link', 'iframe'})})[ >/]")
-BUILDER = "evaluation/report/markup.py"
+BUILDER = "report/markup.py"
 
 
 def script(name: str) -> ModuleType:

@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from base import config
+from base.config import to_dict
+from base.files import write_json, write_text
 from data.shards import LatentInfo
-from data.sources.emoji import BACKGROUND_NAMES, OBJECT_NAMES
-from engine import config
-from engine.config import to_dict
-from engine.files import write_json, write_text
-from evaluation.judges.emoji import JudgeConfig, JudgeObjective, SceneClasses
-from evaluation.report.class_page import LABELS
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator
 from generator.class_conditional.sampling import ClassSamplingConfig
-from launch import quickstart_class_scores
-from launch.runs import ClassRun, StandInRun
+from launch.runs.configs import ClassRun, StandInRun
+from quickstart import class_scores
+from quickstart.class_page import LABELS
+from quickstart.judge import JudgeConfig, JudgeObjective, SceneClasses
+from quickstart.pictures.source import BACKGROUND_NAMES, OBJECT_NAMES
+from quickstart.standin import IdentityObjective
 from tokenizer.export import fingerprint
 from tokenizer.rpiae import Autoencoder
-from tokenizer.standin import IdentityObjective
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NUM_IMAGES = 6
@@ -61,8 +61,8 @@ def test_every_export_of_every_training_stands_on_the_page(
     for name, pace in paces.items():
         lines = [{"step": step, "loss": 1.0, "step_s": pace} for step in (10, 20, 30)]
         write_text(root / name / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    scores = quickstart_class_scores.ScoresConfig(NUM_IMAGES, ClassSamplingConfig(num_steps=1))
-    quickstart_class_scores.score(root, base, scores, tmp_path / "docs" / "class.md")
+    scores = class_scores.ScoresConfig(NUM_IMAGES, ClassSamplingConfig(num_steps=1))
+    class_scores.score(root, base, scores, tmp_path / "docs" / "class.md")
     page = (tmp_path / "docs" / "class.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("|")]
     assert [row[0:3] for row in rows if row[1] == "distance"] == [["", "distance", "step 10"]]

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import files
+from base import files
 from evaluation.manifest import Item, write_image, write_manifest
-from evaluation.report import render_report
 from evaluation.runner import evaluate
 from evaluation.suites.reconstruction import ReconstructionSuite
+from report import render_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)

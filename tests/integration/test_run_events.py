@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from evaluation.watch import read_run
+from report.watch import read_run
 
 SCRIPT = Path(__file__).parent / "scripts" / "toy_train.py"
 

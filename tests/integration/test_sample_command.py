@@ -21,12 +21,12 @@ import pytest
 import torch
 from PIL import Image
 
+from base import config
+from base.config import UserError, to_dict
+from base.files import write_json
+from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import LatentInfo
-from data.text import load_text_tokenizer, train_text_tokenizer
-from engine import config
-from engine.config import UserError, to_dict
 from engine.distributed import free_port
-from engine.files import write_json
 from evaluation import sampled_set
 from evaluation.manifest import ImageSet, write_image
 from evaluation.runner import Team
@@ -34,9 +34,10 @@ from evaluation.sampled_set import SampledSetConfig, draw_set
 from generator.model import Generator
 from generator.pipeline import Pipeline
 from generator.sampling import Condition, SamplingConfig
-from launch import entry, sample
 from launch import evaluate as launch_evaluate
-from launch.runs import GeneratorRun
+from launch import sample
+from launch.runs import entry
+from launch.runs.configs import GeneratorRun
 from tokenizer.export import fingerprint
 from tokenizer.rpiae import Autoencoder
 

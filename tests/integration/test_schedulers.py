@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
-from engine import config
+from base import config
 from engine.distributed import free_port
-from launch import entry
-from launch.runs import GeneratorRun
+from launch.runs import entry
+from launch.runs.configs import GeneratorRun
 
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "launch" / "slurm"

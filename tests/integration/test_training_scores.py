@@ -13,13 +13,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from data.images import PixelConfig
+from base.config import ConfigError, UserError, from_dict
+from data.samples.images import PixelConfig
+from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import LatentInfo
-from data.text import load_text_tokenizer, train_text_tokenizer
 from engine import distributed
-from engine.config import ConfigError, UserError, from_dict
 from engine.distributed import Ranks
-from evaluation.emoji_images import read_samples, real_renders, reconstructions
 from evaluation.manifest import ImageSet
 from evaluation.metrics.psnr import psnr_db
 from evaluation.sampled_set import SampledSetConfig, draw_set
@@ -28,12 +27,13 @@ from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
 from generator.objective import FlowConfig, FlowObjective
 from generator.sampling import SamplingConfig
-from launch.evaluation_config import PromptEvaluationConfig, StageEvaluationConfig
-from launch.runs import GeneratorRun, TokenizerRun
-from launch.training_scores import _of_prompts, _of_stage, check
+from launch.runs.configs import GeneratorRun, TokenizerRun
+from launch.runs.evaluation_config import PromptEvaluationConfig, StageEvaluationConfig
+from launch.runs.periodic_scores import _of_prompts, _of_stage, check
+from quickstart.emoji_images import read_samples, real_renders, reconstructions
 from tokenizer.export import fingerprint
 from tokenizer.rpiae import Autoencoder
-from tokenizer.stage_objective import StageObjective
+from tokenizer.training.stage_objective import StageObjective
 
 SAMPLING = SamplingConfig(num_steps=2, text_guidance=2.0, time_shift=3.0, batch_images=2)
 

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from base.config import UserError
+from base.files import write_json
+from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
-from engine.config import UserError
-from engine.files import write_json
 from generator.bagel import LM_HEAD, POSITIONS, bagel_name, export_bagel, import_bagel
 from generator.embeddings import grid_sinusoids
 from generator.flow import interpolate

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from data.packed_batch import ImageSplit, TextSplit, build_packed_batch
+from base.config import UserError
+from data.packs.packed_batch import ImageSplit, TextSplit, build_packed_batch
 from data.shards import LatentInfo
-from engine.config import UserError
 from generator.attention import planned_attention
 from generator.model import Generator, GeneratorConfig
 from generator.mot import Mot, MotConfig

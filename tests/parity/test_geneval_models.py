@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 
-from engine.config import UserError
+from base.config import UserError
 from evaluation.judges.colour import COLOURS, TEMPLATES, ClipColours, masked_crop
 from evaluation.judges.detector import (
     NAMES,

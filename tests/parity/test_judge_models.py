@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.models.qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen3_vl import Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-from engine.config import UserError
+from base.config import UserError
 from evaluation.judges.interface import YES_NO, Decoding
 from evaluation.judges.vision_language import TransformersJudge, merge_adapter
 

@@ -16,7 +16,7 @@ from evaluation.metrics.lpips import Lpips
 from evaluation.metrics.probe import fit
 from evaluation.metrics.psnr import psnr_db
 from evaluation.metrics.ssim import ssim
-from tokenizer.perceptual import LpipsVgg16
+from tokenizer.training.perceptual import LpipsVgg16
 
 
 def pairs(height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from engine.config import ConfigError
+from base.config import ConfigError
 from tokenizer.model_names import MODELS
 from tokenizer.representation import Representation, RepresentationConfig
 

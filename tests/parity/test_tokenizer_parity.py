@@ -11,10 +11,10 @@ import torchvision
 from torch import Tensor, nn
 
 from tokenizer.bridge import Bridge, BridgeConfig
-from tokenizer.discriminator import SpectralConv1d
-from tokenizer.perceptual import LpipsVgg16
 from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig, sincos_positions
 from tokenizer.representation import Representation, RepresentationConfig
+from tokenizer.training.discriminator import SpectralConv1d
+from tokenizer.training.perceptual import LpipsVgg16
 from tokenizer.transformer import Layer, SelfAttention
 
 # fp32 with the same operations in another order (fused or separate projections, kernels): a few roundings of

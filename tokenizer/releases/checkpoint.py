@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import limits
-from engine.config import UserError
+from base import limits
+from base.config import UserError
 from tokenizer.weights import read_tensors
 
 # Where a training checkpoint keeps the weights; averaged weights are what its authors evaluate.

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from engine import files, hub
-from engine.config import UserError, describing, from_dict
+from base import files, hub
+from base.config import UserError, describing, from_dict
 from tokenizer.kl import KlAutoencoder, KlConfig
 from tokenizer.releases.checkpoint import Checkpoint, read_checkpoint
 from tokenizer.releases.imported import Imported, shapes

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import files
-from engine.config import ConfigError, UserError
+from base import files
+from base.config import ConfigError, UserError
 from tokenizer.bridge import BridgeConfig
 from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig, sincos_positions
 from tokenizer.releases.checkpoint import read_checkpoint

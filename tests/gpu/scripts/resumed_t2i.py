@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from base.objective import Batch
 from benchmarks.throughput import CONFIG, packs
 from engine import distributed
 from engine.loop import train
-from engine.objective import Batch
 from generator.model import Generator
 from generator.objective import FlowObjective
-from launch.estimate import untrained_latents
-from launch.run_kinds import read_run
-from launch.runs import GeneratorRun
-from launch.synthetic import SyntheticText
+from launch.runs.configs import GeneratorRun
+from launch.sizing.estimate import untrained_latents
+from launch.sizing.run_kinds import read_run
+from launch.sizing.synthetic import SyntheticText
 
 LATENTS = (64, 16, 16)
 OVERRIDES = (

@@ -13,10 +13,10 @@ import deepspeed
 import torch
 from torch import nn
 
-from engine import distributed, masters
+from base.objective import LossOutput
+from engine import deepspeed_engine, distributed
 from engine.checkpoint import Checkpoints
 from engine.ema import Ema
-from engine.objective import LossOutput
 from engine.schedule import OptimizerConfig
 
 STREAMS = 6
@@ -49,8 +49,8 @@ class Case:
         self.root, self.ranks, self.accumulation = root, ranks, STREAMS // ranks.world
         torch.manual_seed(seed)
         self.net = Net().to(ranks.device)
-        self.engine = masters.build_engine(
-            masters.Forward(self.net, self.net.loss, self.precision),
+        self.engine = deepspeed_engine.build_engine(
+            deepspeed_engine.Forward(self.net, self.net.loss, self.precision),
             OptimizerConfig(lr=1e-2, name=optimizer),
             zero_stage=int(zero),
             precision=self.precision,
@@ -85,7 +85,7 @@ class Case:
         """Whole tensors as DeepSpeed itself puts them together from the ranks; Muon's momentum by our layout."""
         found = {
             "seen": self.net.seen.cpu().clone(),
-            "step": torch.tensor(masters.optimizer_step(self.engine)),
+            "step": torch.tensor(deepspeed_engine.optimizer_step(self.engine)),
         }
         if hasattr(self.engine.optimizer, "_hp_optimizer_states_linked"):
             # DeepSpeed links the states after the first group's first step, when the other groups have none yet.
@@ -103,7 +103,7 @@ class Case:
             for kind in ("exp_avg", "exp_avg_sq"):
                 found[f"{name} {kind}"] = deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
         for decay, shadow in self.ema.shadows.items():
-            with masters.swapped(self.engine, shadow):
+            with deepspeed_engine.swapped(self.engine, shadow):
                 for name, parameter in self.engine.module.named_parameters():
                     if parameter.requires_grad:
                         average = deepspeed.utils.safe_get_full_fp32_param(parameter)
@@ -115,7 +115,9 @@ class Case:
         mine = [
             (segment.start, state["momentum_buffer"][segment.offset : segment.offset + segment.length].cpu())
             for state, segments in zip(
-                masters.states(self.engine), masters.momentum_segments(self.engine), strict=True
+                deepspeed_engine.states(self.engine),
+                deepspeed_engine.momentum_segments(self.engine),
+                strict=True,
             )
             for segment in segments
             if segment.parameter == wanted

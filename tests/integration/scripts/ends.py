@@ -8,9 +8,9 @@ import time
 
 import torch.distributed as dist
 
+from base.config import StoppedError, UserError
 from engine import distributed
-from engine.config import StoppedError, UserError
-from launch import entry
+from launch.runs import entry
 
 ERRORS = {
     "mistake": UserError("no such label"),

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from fuzz_inputs import IMAGE, Case, lines, parquet_of, png, put, tar_of
 
-from data.doctor import diagnose
-from data.images import decode_image, image_parts, read_rgb_file
-from data.latents import read_latents
-from data.quarantine import read_quarantine
-from data.shard_indexing import index_shards
+from base import files
+from data.doctor.examination import diagnose
+from data.samples.images import decode_image, image_parts, read_rgb_file
+from data.samples.latents import read_latents
 from data.shards import LatentInfo, Sample, ShardDataset, shard_name, write_manifest, write_shard
+from data.shards.quarantine import read_quarantine
+from data.shards.verification import verify
 from data.sources.base import BadItemError, InUnits, Source
 from data.sources.caption_table import CaptionTable, build_caption_table
 from data.sources.folder import FolderSource
@@ -24,10 +25,9 @@ from data.sources.imagenet import ImageNetSource
 from data.sources.omniedit import OmniEditFilter, omniedit_source
 from data.sources.parquet import ParquetColumns, ParquetSource
 from data.sources.prepare import Preparation
+from data.sources.tar_indexing import index_shards
 from data.sources.tar_samples import find_tars
 from data.sources.webdataset import WebDatasetSource
-from data.verify import verify
-from engine import files
 
 
 def pixel_shards(folder: Path) -> None:

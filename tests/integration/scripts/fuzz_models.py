@@ -13,14 +13,15 @@ import yaml
 from fuzz_inputs import Case, put
 from tokenizers import Tokenizer, models
 
-from data.text import load_text_tokenizer, train_text_tokenizer
-from engine import checkpoint_export, checkpoint_folder, checkpoint_writer, config, files
-from engine.config import UserError
+from base import config, files
+from base.config import UserError
+from data.samples.text import load_text_tokenizer, train_text_tokenizer
+from engine import checkpoint_export, checkpoint_folder, checkpoint_writer
 from engine.layout import Segment
-from evaluation.judges.emoji import Judge, JudgeConfig, JudgeExport, SceneClasses
-from evaluation.judges.emoji_network import JudgeNetwork
-from launch import run_kinds
-from launch.runs import EncodeRun, JudgeRun, StandInRun
+from launch.runs.configs import EncodeRun, JudgeRun, StandInRun
+from launch.sizing import run_kinds
+from quickstart.judge import Judge, JudgeConfig, JudgeExport, SceneClasses
+from quickstart.judge_network import JudgeNetwork
 from tokenizer.releases.checkpoint import read_checkpoint
 from tokenizer.weights import write_tensors
 

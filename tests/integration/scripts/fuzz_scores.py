@@ -22,10 +22,10 @@ from evaluation.metrics.geneval import Detection, check_metadata, verdict
 from evaluation.metrics.vie import read_scores, read_three_ratings
 from evaluation.prompt_sets import write_gedit, write_imgedit
 from evaluation.reference import Reference
-from evaluation.report import benchmarks, render_report
 from evaluation.store import RecordStore
-from evaluation.watch import page, read_run, screen
 from generator.prompts import read_prompts
+from report import benchmarks, render_report
+from report.watch import page, read_run, screen
 
 
 def class_folder(folder: Path) -> None:

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import distributed, exchange, masters
+from base.objective import LossOutput, Term
+from engine import deepspeed_engine, distributed, exchange
 from engine.engine_config import EngineConfig
-from engine.objective import LossOutput, Term
+from engine.metric_window import Window
 from engine.schedule import OptimizerConfig
 from engine.spans import Spans
 from engine.step import Stepper
-from engine.window import Window
 
 WIDTH, PROBES = 7, 16
 CLIP = 22.0
@@ -147,7 +147,7 @@ class Case:
     def __init__(self, name, ranks):
         self.precision, zero, streams, bucket = name.split(":")
         self.zero, self.num_streams, self.ranks = int(zero), int(streams), ranks
-        masters.BUCKET_ELEMENTS = exchange.BUCKET_ELEMENTS = int(bucket)
+        deepspeed_engine.BUCKET_ELEMENTS = exchange.BUCKET_ELEMENTS = int(bucket)
         objective = Toy(adversarial=self.zero < 3)
         objective.model.to(ranks.device)
         objective.critic.to(ranks.device)
@@ -199,17 +199,17 @@ class Case:
 
     def weights(self, name):
         """Of the model, as fp32, on every rank."""
-        with masters.gathered(self.engines[name]):
+        with deepspeed_engine.gathered(self.engines[name]):
             parameters = self.engines[name].module.module.named_parameters()
             return {key: value.detach().float().cpu().clone() for key, value in parameters}
 
     def gradients(self, name):
         engine = self.engines[name]
-        return self.whole(engine, [self.seen[name][id(shard)] for shard in masters.shards(engine)])
+        return self.whole(engine, [self.seen[name][id(shard)] for shard in deepspeed_engine.shards(engine)])
 
     def masters(self, name):
         engine = self.engines[name]
-        return self.whole(engine, [shard.detach().cpu() for shard in masters.shards(engine)])
+        return self.whole(engine, [shard.detach().cpu() for shard in deepspeed_engine.shards(engine)])
 
     def whole(self, engine, shards):
         """Tensors by parameter, put together from all ranks' shards."""
@@ -219,10 +219,10 @@ class Case:
                 segment.start,
                 shard[segment.offset : segment.offset + segment.length].clone(),
             )
-            for shard, segments in zip(shards, masters.segments(engine), strict=True)
+            for shard, segments in zip(shards, deepspeed_engine.segments(engine), strict=True)
             for segment in segments
         ]
-        shapes = masters.shapes(engine)
+        shapes = deepspeed_engine.shapes(engine)
         flat = {name: torch.full(shape, float("nan")).flatten() for name, shape in shapes.items()}
         for pieces in self.ranks.gather(mine):
             for name, start, values in pieces:

@@ -13,16 +13,16 @@ import sys
 
 import torch
 
-from data.class_batch import ClassBatch
-from data.images import PixelBatch
-from data.packed_batch import ImageSplit, TextSplit, build_packed_batch
+from data.packs.class_batch import ClassBatch
+from data.packs.packed_batch import ImageSplit, TextSplit, build_packed_batch
+from data.samples.images import PixelBatch
 from data.shards import LatentInfo
-from engine import distributed, masters
+from engine import deepspeed_engine, distributed
 from engine.engine_config import EngineConfig
+from engine.metric_window import Window
 from engine.schedule import OptimizerConfig
 from engine.spans import Spans
 from engine.step import Stepper
-from engine.window import Window
 from generator.class_conditional.config import DitConfig, WideHeadConfig
 from generator.class_conditional.objective import ClassFlowConfig, build_class_objective
 from generator.heads import DdtHeadConfig
@@ -30,11 +30,11 @@ from generator.model import GeneratorConfig
 from generator.mot import MotConfig
 from generator.objective import FlowConfig, build_objective
 from tokenizer.bridge import BridgeConfig
-from tokenizer.perceptual import PerceptualConfig
 from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.representation import RepresentationConfig
 from tokenizer.rpiae import AutoencoderConfig
-from tokenizer.stages import StageConfig, build_stage
+from tokenizer.training.perceptual import PerceptualConfig
+from tokenizer.training.stages import StageConfig, build_stage
 
 SHAPE = (4, 2, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text")
@@ -205,14 +205,14 @@ def with_the_engine(objective, steps, stage, ranks):
         window.close_step(outcome.counts, {"samples": 1.0}, 1.0)
         losses.append(window.read()["loss"])
     engine = stepper.engines["main"]
-    with masters.gathered(engine):
+    with deepspeed_engine.gathered(engine):
         weights = {name: value.detach().clone() for name, value in objective.model.named_parameters()}
     engine.destroy()
     return weights, losses
 
 
 def is_refused_under_3(name):
-    """The adaptive pivot weight differentiates towards inner tensors: launch/runs.py says more."""
+    """The adaptive pivot weight differentiates towards inner tensors: launch/runs/configs.py says more."""
     return name.endswith("adaptive=True")
 
 

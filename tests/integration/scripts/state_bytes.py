@@ -6,10 +6,10 @@ import sys
 import torch
 from torch import nn
 
-from engine import distributed, masters
+from base.objective import LossOutput
+from engine import deepspeed_engine, distributed
 from engine.engine_config import EngineConfig
 from engine.memory import StateBytes, TensorBytes
-from engine.objective import LossOutput
 from engine.schedule import OptimizerConfig
 
 WIDTH, LAYERS = 512, 40
@@ -25,8 +25,8 @@ def measure(config: EngineConfig, num_packs: int, num_ranks: int) -> tuple[float
         def loss(batch: torch.Tensor, _step: int) -> LossOutput:
             return LossOutput(model(batch).float().square().sum())
 
-        engine = masters.build_engine(
-            masters.Forward(model, loss, config.precision),
+        engine = deepspeed_engine.build_engine(
+            deepspeed_engine.Forward(model, loss, config.precision),
             config.optimizer,
             zero_stage=config.zero_stage,
             precision=config.precision,

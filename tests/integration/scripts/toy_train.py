@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from base.config import UserError, to_dict
+from base.objective import LossOutput, Term
 from engine import distributed, peers
-from engine.config import UserError, to_dict
 from engine.endings import LOST_CONTACT
 from engine.engine_config import EngineConfig
 from engine.loop import train
-from engine.objective import LossOutput, Term
 from engine.schedule import OptimizerConfig
 
 WIDTH = 6
@@ -268,7 +268,7 @@ def main():
         if ranks.is_first:
             print(f"error: {error}", flush=True)
         raise SystemExit(2) from None
-    except RuntimeError as error:  # as launch.entry does
+    except RuntimeError as error:  # as launch.runs.entry does
         if peers.lost_contact(error) is None:
             raise
         raise SystemExit(LOST_CONTACT) from error

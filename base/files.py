@@ -1,0 +1,261 @@
+"""Files that are whole or absent: write under a temporary name, fsync, rename. Folders that a command may write to.
+
+A command replaces and removes only what it can show to be its own. It marks the folder it is given (`claim`) before it
+writes there; where the marker is missing, files of the names that it writes are somebody else's.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from base import limits
+from base.config import UserError
+from base.limits import read_json as read_json
+
+HASH_CHUNK_BYTES = 1 << 20
+PAGE_SIGN = "<!-- written by RPiAE -->"
+SIGN_WITHIN_BYTES = 1 << 12
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A disk, a quota or a limit of the shell is full."""
+MADE_BY = ".made-by-"
+"""And the command: a file in a folder that the command may write to."""
+
+
+def write_bytes(path: str | Path, payload: bytes) -> None:
+    """Writes `payload` so that a killed process leaves the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:  # a failed write does not say which file; and a part of one fills what is full
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    fsync_directory(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` for UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`write_bytes` for JSON, keys sorted, so that equal values give equal files."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def reason(error: OSError) -> str:
+    """`PATH: No space left on device`."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
+def full_disk(error: BaseException) -> UserError | None:
+    """What a failed write means for a person, where there was no room; None: the error is another one."""
+    if not isinstance(error, OSError) or error.errno not in NO_ROOM:
+        return None
+    return UserError(f"{reason(error)}; make room and run the same command again")
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """`limits.read_json` of a file that holds an object. Raises OSError, UserError."""
+    tree = read_json(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: no JSON object; write it again")
+    return tree
+
+
+def inside(folder: str | Path, name: str, *, follow_links: bool = False) -> Path:
+    """The file that a list, a table or a manifest names, in `folder` or below it.
+
+    Such names may come from somebody else: what they lead to is published, drawn or shown. `follow_links`: the names
+    are those of a walk through the folder, whose links are the user's own. Raises UserError: it leads out of the
+    folder, by "..", from the root or through a link; it can be no name.
+    """
+    path = Path(folder) / name
+    try:
+        if follow_links:
+            is_inside = not os.path.isabs(name) and ".." not in path.parts[len(Path(folder).parts) :]  # noqa: PTH117
+        else:
+            is_inside = path.resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, ValueError, RuntimeError):  # a circle of links; a zero byte
+        is_inside = False
+    if not is_inside:
+        raise UserError(f"'{name}' leads out of {folder}; name a file in it")
+    return path
+
+
+@contextmanager
+def directory(path: str | Path, is_own: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yields a temporary directory beside `path`; on success it is renamed to `path`.
+
+    What was there is replaced where it is empty or `is_own` says so. Raises UserError: it is neither.
+    """
+    path = Path(path)
+    check_new(path, is_own)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    check_new(temporary, lambda left: (left / MADE_BY).is_file() or (is_own is not None and is_own(left)))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    (temporary / MADE_BY).touch()  # a killed command's, which the next one may remove
+    try:
+        yield temporary
+        (temporary / MADE_BY).unlink()
+        fsync_tree(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    check_new(path, is_own)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.replace(path)
+    fsync_directory(path.parent)
+
+
+def check_new(path: str | Path, is_own: Callable[[Path], bool] | None = None) -> None:
+    """Raises UserError: `path` is a file, or a folder that is neither empty nor `is_own`."""
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"{path}: is not a folder; remove it or give another --out")
+    if path.is_dir() and any(path.iterdir()) and not (is_own is not None and is_own(path)):
+        raise UserError(f"{path}: is not an empty folder; remove it or give another --out")
+
+
+def check_claim(
+    folder: str | Path, command: str, names: Iterable[str], is_own: Callable[[Path], bool] | None = None
+) -> None:
+    """Whether `command` may write files of `names` (patterns) into `folder`; touches nothing.
+
+    It may where none of them is there, where its marker is, or where `is_own` knows what an earlier version left, which
+    wrote no marker. Raises UserError: none of that.
+    """
+    folder = Path(folder)
+    if (folder / f"{MADE_BY}{command}").is_file() or not (folder.exists() or folder.is_symlink()):
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no folder to write to (a file is there); choose another")
+    exact, patterns = {*names}, [name for name in names if "*" in name]
+    there = sorted(entry.name for entry in folder.iterdir())
+    taken = [
+        name for name in there if name in exact or any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    if taken and not (is_own is not None and is_own(folder)):
+        raise UserError(
+            f"{folder}: holds {taken[0]}, which {command} would write and did not; give another folder, or move it away"
+        )
+
+
+def claim(
+    folder: str | Path, command: str, names: Iterable[str], is_own: Callable[[Path], bool] | None = None
+) -> None:
+    """Marks `folder` as one that `command` may write `names` to, now and when it is run again.
+
+    Raises UserError: as check_claim; no folder can be made there.
+    """
+    check_claim(folder, command, names, is_own)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{MADE_BY}{command}").touch()  # which ranks of one command may do at one time
+    except OSError as error:
+        raise UserError(f"{folder}: no folder to write to ({error.strerror}); choose another") from None
+
+
+def check_inputs(folder: str | Path, names: Sequence[str], inputs: Iterable[str | Path]) -> None:
+    """Raises UserError: one of the files `inputs` lies in `folder` under one of the `names` that are written there."""
+    there = Path(folder).resolve()
+    for path in map(Path, inputs):
+        where = path.resolve()
+        if where.parent == there and any(fnmatchcase(where.name, pattern) for pattern in names):
+            raise UserError(f"{path}: is input, and would be overwritten; give a folder other than {folder}")
+
+
+def check_signed(path: str | Path, sign: str) -> None:
+    """Raises UserError: `path` exists, and has no `sign` in its first or last 4 KiB, as our files of this kind have."""
+    path = Path(path)
+    if path.is_file():
+        with limits.open_file(path) as file:
+            first = file.read(SIGN_WITHIN_BYTES)
+            file.seek(max(path.stat().st_size - SIGN_WITHIN_BYTES, 0))
+            if sign.encode() in first or sign.encode() in file.read():
+                return
+    if path.exists() or path.is_symlink():
+        raise UserError(
+            f"{path}: exists, and no command of this project wrote it; remove it or give another file"
+        )
+
+
+def write_page(path: str | Path, page: str) -> None:
+    """Writes HTML, signed, where there is no file or a signed one. Raises UserError: another file is there."""
+    check_signed(path, PAGE_SIGN)
+    write_bytes(path, f"{page}{PAGE_SIGN}\n".encode(errors="replace"))  # captions may hold halves of letters
+
+
+def fsync_tree(root: str | Path) -> None:
+    """Flushes every file below `root`, then the directories, to the disk."""
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)  # noqa: PTH118
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_directory(folder)
+
+
+def fsync_directory(path: str | Path) -> None:
+    """Makes a rename inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file's content. Raises OSError: as limits.open_file."""
+    digest = hashlib.sha256()
+    with limits.open_file(path) as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex SHA-256 of a JSON-able value, independent of key order: the fingerprint of configs and manifests."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; what a list of somebody's names need be no name: too long, with a zero byte."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def checked(kind: TypeAdapter[Any], tree: Any, where: object) -> Any:
+    """`tree`, read from the file `where`, if it is what `kind` describes. Raises UserError: the place that is not."""
+    try:
+        kind.validate_python(tree, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))[:200] or "the whole"
+        raise UserError(
+            f"{where}: {place}: {first['msg']}; write it again with the command that made it"
+        ) from None
+    return tree

@@ -1,0 +1,154 @@
+"""Limits of what is read: regular files only, each kind of file up to a size, each line, each unpacked piece.
+
+What a stranger made is read through here, so that no pipe is waited for, no endless device fills the memory, and the
+message names file and limit. The limits stand in one table, each with its reason.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from gzip import GzipFile
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+from zipfile import ZipFile
+
+from base.errors import UserError
+
+MIB, GIB = 1 << 20, 1 << 30
+
+CONFIG_BYTES = 16 * MIB
+"""A YAML or JSON config. The largest that people publish, with vocabularies in them, have some MiB."""
+DOCUMENT_BYTES = 512 * MIB
+"""A JSON document of a whole set: a manifest of a million shards has 300 MiB, scores and logs have less."""
+CAPTION_BYTES = MIB
+"""The text or JSON beside one image, in a folder, a tar or a table: a book of 200 pages fits."""
+TEXT_BYTES = 512 * MIB
+"""A list of prompts, labels, graphs or lines that is held as one text: ten million prompts."""
+LISTING_BYTES = 8 * GIB
+"""A list of files with captions, whose lines are held in memory: fifty million images."""
+LINE_BYTES = 16 * MIB
+"""One line of a list, unpacked: the rows that people have hold some KiB."""
+IMAGE_BYTES = 544 * MIB
+"""An image file: MAX_PIXELS of data/samples/images.py, four channels of 16 bits without compression, and its notes."""
+VOCABULARY_BYTES = 64 * MIB
+"""A sentencepiece model: 256,000 pieces have 5 MiB."""
+UNFOLD_FREE_BYTES, UNFOLD_RATIO = 256 * MIB, 200
+"""What is packed may unfold to this much, or to so many times its size: text shrinks to a tenth, images not at all."""
+BATCH_BYTES = GIB
+"""Rows of a table that are unfolded at once."""
+ARRAY_BYTES = GIB
+"""An array of statistics in an .npz file: a covariance of 8192 features has half of it."""
+CHUNK_BYTES = MIB
+"""What is read at once of a file of any size."""
+
+
+def open_regular(path: str | Path, limit_bytes: int | None = None) -> int:
+    """A descriptor of the file at `path`, to be read and closed by the caller.
+
+    Raises OSError: as open(); for what is no regular file, also behind a link: a pipe that nobody writes to would be
+    waited for, and a device has no end; for a file of more than `limit_bytes`.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and (limit_bytes is None or status.st_size <= limit_bytes):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISREG(status.st_mode):
+        assert limit_bytes is not None
+        raise too_large(path, f"{status.st_size:,} bytes", limit_bytes)
+    is_folder = stat.S_ISDIR(status.st_mode)
+    number = errno.EISDIR if is_folder else errno.EINVAL
+    raise OSError(number, os.strerror(number) if is_folder else "a pipe or device, not a file", str(path))
+
+
+def check_regular(path: str | Path, limit_bytes: int | None = None) -> None:
+    """For a library that opens `path` itself. Raises OSError: as open_regular."""
+    os.close(open_regular(path, limit_bytes))
+
+
+def open_file(path: str | Path, limit_bytes: int | None = None) -> BinaryIO:
+    """`open_regular` as a file of bytes."""
+    return os.fdopen(open_regular(path, limit_bytes), "rb")
+
+
+def read_bytes(path: str | Path, limit_bytes: int) -> bytes:
+    """The bytes of the file at `path`. Raises OSError: as open_regular; more than its size, as some of /proc have."""
+    with open_file(path, limit_bytes) as file:
+        return read_all(file, limit_bytes, path, os.fstat(file.fileno()).st_size)
+
+
+def read_all(file: IO[bytes], limit_bytes: int, where: object, expected_bytes: int = CHUNK_BYTES) -> bytes:
+    """The rest of a stream that may not have an end. Raises OSError: more than `limit_bytes`."""
+    content = file.read(expected_bytes)
+    while more := file.read(CHUNK_BYTES):
+        content += more
+        if len(content) > limit_bytes:
+            raise too_large(where, "more", limit_bytes)
+    return content
+
+
+def lines(file: IO[bytes] | GzipFile, where: object, *, packed_bytes: int | None = None) -> Iterator[bytes]:
+    """The lines of a stream, with their ends; `packed_bytes`: the size of what it is unpacked from.
+
+    Raises OSError: a line of more than LINE_BYTES; what was packed unfolds to too much.
+    """
+    number, num_bytes = 0, 0
+    most = None if packed_bytes is None else unfolded(packed_bytes)
+    while line := file.readline(LINE_BYTES + 1):
+        number, num_bytes = number + 1, num_bytes + len(line)
+        if len(line) > LINE_BYTES:
+            raise too_large(where, f"line {number} has more", LINE_BYTES)
+        if most is not None and num_bytes > most:
+            raise too_large(where, f"it unfolds to more by line {number}", most)
+        yield line
+
+
+def check_members(archive: ZipFile, names: Sequence[str]) -> None:
+    """Raises OSError: one of the members `names` unfolds to more than ARRAY_BYTES."""
+    for entry in archive.infolist():
+        if entry.filename in names and entry.file_size > ARRAY_BYTES:
+            raise too_large(
+                archive.filename, f"'{entry.filename}' unfolds to {entry.file_size:,} bytes", ARRAY_BYTES
+            )
+
+
+def unfolded(packed_bytes: int) -> int:
+    """The limit of what so many bytes may unfold to."""
+    return max(UNFOLD_FREE_BYTES, UNFOLD_RATIO * packed_bytes)
+
+
+def read_text(path: str | Path, limit_bytes: int = DOCUMENT_BYTES) -> str:
+    """The text of a UTF-8 file of ours. Raises OSError: as read_bytes; ValueError: no UTF-8."""
+    return read_bytes(path, limit_bytes).decode("utf-8")
+
+
+def read_json(path: str | Path, what: str = "a file of ours", limit_bytes: int = DOCUMENT_BYTES) -> Any:
+    """Parses a UTF-8 JSON file; `what` it should be is for the message.
+
+    Raises FileNotFoundError and other OSErrors of open(); UserError: no regular file, more than `limit_bytes`, not
+    JSON, not UTF-8, nested too deep.
+    """
+    try:
+        return json.loads(read_text(path, limit_bytes))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EFBIG):
+            raise
+        raise UserError(f"{path}: cannot be read as {what} ({error.strerror}); write it again") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep for {what}; write it again") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); write it again") from None
+
+
+def too_large(where: object, found: str, limit_bytes: int) -> OSError:
+    """The error of what is over a limit; `found`: its size, in words."""
+    return OSError(errno.EFBIG, f"{found}, over the limit of {_size(limit_bytes)}", str(where))
+
+
+def _size(num_bytes: int) -> str:
+    unit, name = next(pair for pair in ((GIB, "GiB"), (MIB, "MiB"), (1, "bytes")) if num_bytes >= pair[0])
+    return f"{num_bytes / unit:g} {name}"

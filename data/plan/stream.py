@@ -1,0 +1,283 @@
+"""Plan + shards + packer -> packs of each global step, exact over resumes and rank counts (contract 2)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from base.bounds import Count, Few, Seed
+from base.config import ConfigError, UserError
+from base.objective import Batch
+from data.packs.transfer import pinned
+from data.plan.cursor import StreamCursor
+from data.plan.mixture import Mixture, SetConfig
+from data.plan.prefetch import Prefetch
+from data.shards import Sample, ShardDataset
+from data.shards.storage import StorageConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where batches come from and in which order."""
+
+    shards: str | None = None
+    """Directory (or fsspec url) with manifest.json; or give `mixture`."""
+    quarantine: str | None = None
+    """File of samples of `shards` to leave out, as `make_shards.py doctor --quarantine` writes it."""
+    mixture: dict[str, SetConfig] = field(default_factory=dict)
+    """Several data sets by name, instead of `shards`."""
+    num_streams: Count = 8
+    """G: packs per global step; at least the most ranks this run may ever have."""
+    seed: Seed = 0
+    """Of the order and of every random choice about samples, noise and timesteps."""
+    max_epochs: Count | None = None
+    """Training ends before any sample is met more often than this, if `engine.steps` is not reached before."""
+    prefetch_steps: Few = 2
+    """Global steps read ahead by each rank's thread."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("num_streams", "prefetch_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_epochs is not None and self.max_epochs < 1:
+            raise ConfigError(f"max_epochs must be at least 1, not {self.max_epochs}")
+        if (self.shards is None) == (not self.mixture):
+            raise ConfigError("give either shards or mixture (several sets by name)")
+        if self.quarantine is not None and self.mixture:
+            raise ConfigError("quarantine belongs to shards; in a mixture every set has its own")
+
+    @property
+    def sets(self) -> dict[str, SetConfig]:
+        """The sets of the mixture, or the only one."""
+        return self.mixture or {"": SetConfig(str(self.shards), quarantine=self.quarantine)}
+
+
+class Packer(Protocol):
+    """Decides how long samples are, how much fits into a pack, and what a pack looks like."""
+
+    budget: int
+    budget_key: str
+    """The key of the config that sets `budget`, as people type it."""
+
+    def lengths(self, dataset: ShardDataset) -> npt.NDArray[np.int64]:
+        """Length of every sample in the unit of `budget`, int64 [len(dataset)], >= 1."""
+
+    def collate(
+        self, samples: Sequence[Sample], *, step: int, stream: int, epochs: Sequence[int], seed: int
+    ) -> Batch:
+        """One pack of `samples`, met in `epochs`, for global step `step`; pure."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the prefetch thread hands over: packs, and the cursors once these packs are consumed."""
+
+    batches: tuple[Batch, ...]
+    cursors: dict[int, dict[str, Any]]
+    metrics: dict[str, float]
+
+
+class PackStream:
+    """One rank's view of the global sequence of packs; implements base.objective.BatchSource.
+
+    Global step k takes pack k of every stream; rank r of R owns streams r, r + R, r + 2R, ... One thread
+    reads and packs ahead; an exception there is raised by `next_step`. Not to be used by several threads.
+    Raises UserError when opened: more ranks than streams, fewer samples than streams, a sample over the
+    budget.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        packer: Packer,
+        *,
+        num_streams: int,
+        seed: int,
+        rank: int,
+        world: int,
+        prefetch_steps: int,
+    ) -> None:
+        assert 0 <= rank < world
+        if world > num_streams:
+            raise UserError(
+                f"{world} ranks but num_streams = {num_streams}: num_streams must be at least as many "
+                "as the most ranks the run may ever have"
+            )
+        self.num_streams = num_streams
+        self._mixture = mixture
+        self._packer = packer
+        self._seed = seed
+        self._prefetch_steps = prefetch_steps
+        self._lengths = _lengths(mixture, packer)
+        too_long = np.flatnonzero(self._lengths > packer.budget)
+        if len(too_long):
+            (sample,) = mixture.read(too_long[:1])
+            raise UserError(
+                f"{sample.where}: length {self._lengths[too_long[0]]} is over the pack's budget of "
+                f"{packer.budget} ({len(too_long)} such samples); raise it or leave them out of the shards"
+            )
+        self._cursors = {stream: self._cursor(stream) for stream in range(rank, num_streams, world)}
+        self._saved = self._snapshot()  # after the last returned step; self._cursors run ahead of it
+        self._metrics: dict[str, float] = {}
+        self._prefetch: Prefetch[_Step] | None = None
+
+    def num_steps(self, max_epochs: int) -> int:
+        """Steps of a whole run in which every stream meets no sample more than `max_epochs` times.
+
+        Counted by planning them (some seconds for 10 million samples), the same on every rank. Raises UserError: not
+        even one step.
+        """
+        steps = min(
+            _num_packs(self._cursor(stream, only_counts=True), max_epochs)
+            for stream in range(self.num_streams)
+        )
+        if steps == 0:
+            raise UserError(
+                f"{self._mixture.where}: too small for one pack of {self._packer.budget} in each of "
+                f"{self.num_streams} streams within {max_epochs} epochs; lower num_streams or the pack's budget"
+            )
+        return steps
+
+    def next_step(self) -> Sequence[Batch]:
+        """This rank's packs of the next global step, in stream order."""
+        if self._prefetch is None:
+            for stream, cursor in self._cursors.items():
+                cursor.load_state_dict(self._saved[stream])
+            self._prefetch = Prefetch(self._steps(), self._prefetch_steps)
+        begin = time.perf_counter()
+        step = self._prefetch.next()
+        self._saved = step.cursors
+        self._metrics = {**step.metrics, "data_wait_s": time.perf_counter() - begin}
+        return step.batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Cursors of this rank's streams after the last returned step; JSON-able, 2 KB a stream."""
+        return {
+            "fingerprint": self._mixture.fingerprint,
+            "seed": self._seed,
+            "num_streams": self.num_streams,
+            "budget": self._packer.budget,
+            "streams": {str(stream): cursor for stream, cursor in self._saved.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the cursors of all streams, merged over the ranks that saved them, and continues after them.
+
+        Raises UserError: another data set, seed, number of streams or budget; a stream missing; streams at different
+        steps; cursors whose samples have other keys here.
+        """
+        keys = {
+            "fingerprint": "what data.shards, data.mixture or data.quarantine name",
+            "seed": "data.seed",
+            "num_streams": "data.num_streams",
+            "budget": self._packer.budget_key,
+        }
+        for name, now in self.state_dict().items():
+            if name != "streams" and state[name] != now:
+                raise UserError(
+                    f"resume: {keys[name]} was {_short(state[name])}, is {_short(now)}: the samples would come in "
+                    "another order; set it back, or use a new run_dir"
+                )
+        cursors = state["streams"]
+        missing = [stream for stream in range(self.num_streams) if str(stream) not in cursors]
+        if missing:
+            raise UserError(f"resume: the checkpoint lacks data stream {missing[0]}; take another checkpoint")
+        if len({cursor["num_packs"] for cursor in cursors.values()}) != 1:
+            raise UserError(
+                "resume: the checkpoint's data streams stand at different steps; take another checkpoint"
+            )
+        self.close()
+        for stream, cursor in self._cursors.items():
+            cursor.load_state_dict(cursors[str(stream)])
+        self._saved = self._snapshot()
+        self._metrics = {}
+
+    def metrics(self) -> Mapping[str, float]:
+        """Of the last returned step on this rank; empty before the first.
+
+        samples; tokens (in the budget's unit, nothing dropped); fill, tokens / budget in (0, 1]; samples_seen, of this
+        run so far on this rank's streams; samples_pending, drawn and not yet packed; epoch (the furthest any stream
+        has come), of a mixture also epoch/NAME and samples/NAME; data_wait_s, the time `next_step` waited.
+        """
+        return self._metrics
+
+    def close(self) -> None:
+        """Stops the prefetch thread. `next_step` starts it again after the last returned step."""
+        if self._prefetch is not None:
+            self._prefetch.close()
+            self._prefetch = None
+
+    def _snapshot(self) -> dict[int, dict[str, Any]]:
+        return {stream: cursor.state_dict() for stream, cursor in self._cursors.items()}
+
+    def _steps(self) -> Iterator[_Step]:
+        """Endless; runs in the prefetch thread, which alone moves the cursors meanwhile."""
+        while True:
+            batches: list[Batch] = []
+            taken: list[npt.NDArray[np.int64]] = []
+            for stream, cursor in self._cursors.items():
+                step = cursor.num_packs
+                epochs, addresses = cursor.next_pack()
+                batch = self._packer.collate(
+                    self._mixture.read(addresses),
+                    step=step,
+                    stream=stream,
+                    epochs=epochs.tolist(),
+                    seed=self._seed,
+                )
+                batches.append(pinned(batch))
+                taken.append(addresses)
+            yield _Step(tuple(batches), self._snapshot(), self._ledger(np.concatenate(taken)))
+
+    def _ledger(self, taken: npt.NDArray[np.int64]) -> dict[str, float]:
+        tokens = int(self._lengths[taken].sum())
+        cursors = self._cursors.values()
+        metrics = {
+            "samples": float(len(taken)),
+            "tokens": float(tokens),
+            "fill": tokens / (self._packer.budget * len(cursors)),
+            "samples_seen": float(sum(cursor.num_samples for cursor in cursors)),
+            "samples_pending": float(sum(cursor.num_pending for cursor in cursors)),
+            "epoch": float(max(max(cursor.epochs) for cursor in cursors)),
+        }
+        if len(self._mixture.members) > 1:
+            counts, _ = np.histogram(taken, [*self._mixture.first])
+            for number, member in enumerate(self._mixture.members):
+                metrics[f"samples/{member.name}"] = float(counts[number])
+                metrics[f"epoch/{member.name}"] = float(max(cursor.epochs[number] for cursor in cursors))
+        return metrics
+
+    def _cursor(self, stream: int, *, only_counts: bool = False) -> StreamCursor:
+        return StreamCursor(
+            self._mixture,
+            self._lengths,
+            budget=self._packer.budget,
+            seed=self._seed,
+            num_streams=self.num_streams,
+            stream=stream,
+            only_counts=only_counts,
+        )
+
+
+def _short(value: object) -> str:
+    """A fingerprint's first letters; numbers as they are."""
+    return str(value)[:12]
+
+
+def _lengths(mixture: Mixture, packer: Packer) -> npt.NDArray[np.int64]:
+    """Of every address, int64 [len(mixture)]."""
+    columns = [member.select(packer.lengths(member.dataset)) for member in mixture.members]
+    return np.concatenate(columns).astype(np.int64, copy=False)
+
+
+def _num_packs(cursor: StreamCursor, max_epochs: int) -> int:
+    """Packs before the first that meets epoch number `max_epochs`."""
+    while (cursor.next_pack()[0] < max_epochs).all():
+        pass
+    return cursor.num_packs - 1

@@ -1,0 +1,184 @@
+"""One shard being written: a tar under a temporary name and its records (contract 1)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import socket
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import webdataset
+
+from base import files
+from base.config import UserError
+from data.shards.index import (
+    FORMAT_VERSION,
+    KEY_PATTERN,
+    MAX_PART_BYTES,
+    MAX_PARTS,
+    PART_PATTERN,
+    RECORD,
+    TAR_BLOCK_BYTES,
+    Cut,
+    Records,
+    Sample,
+    ShardEntry,
+    ShardProgress,
+    extents,
+    index_name,
+    key_hash,
+    progress_name,
+    sample_crc32,
+)
+
+Rejections = tuple[tuple[str, str], ...]
+
+
+class OpenShard:
+    """A tar being written under a temporary name, and its records."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed run
+            stale.unlink()
+        self._file = self._temporary.open("wb")
+        # No user, group or time of this machine: equal samples give equal bytes.
+        self._tar = webdataset.TarWriter(self._file, encoder=False, user="", group="", mode=0o444, mtime=0)
+        self._records: list[tuple[int, list[int], int, int, int]] = []
+        self._keys: set[str] = set()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples added so far."""
+        return len(self._records)
+
+    def add(self, sample: Sample, num_image_tokens: int = 0, num_text_tokens: int = 0) -> None:
+        """Raises UserError: a name that WebDataset cannot carry, an empty part, a repeated key."""
+        _check(sample, self._keys)
+        self._keys.add(sample.key)
+        part_bytes = [len(sample.parts[part]) for part in sorted(sample.parts)]
+        part_bytes += [0] * (MAX_PARTS - len(part_bytes))
+        crc = sample_crc32(sample.key, sample.parts)
+        self._records.append((key_hash(sample.key), part_bytes, num_image_tokens, num_text_tokens, crc))
+        self._tar.write({"__key__": sample.key, **sample.parts})
+
+    def drop(self) -> None:
+        """Removes the temporary file."""
+        with contextlib.suppress(OSError):  # closing writes, and the disk may be full
+            self._tar.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def close(
+        self, source: str, rejected: Rejections, num_read: int | None = None, cut: Cut | None = None
+    ) -> ShardEntry | None:
+        """Makes the shard final. The side file comes last, and that of a shard that is replaced goes first: a stop in
+        between leaves an unfinished shard.
+
+        Without samples there is no tar, only the side file, and None is returned.
+        """
+        entry = None
+        if self._records:
+            try:
+                entry = self._publish()
+            except BaseException:
+                self.drop()
+                raise
+        else:
+            self.drop()
+            self.path.unlink(missing_ok=True)
+        num_read = self.num_samples + len(rejected) if num_read is None else num_read
+        write_progress(self.path, ShardProgress(FORMAT_VERSION, source, entry, rejected, num_read, cut))
+        return entry
+
+    def _publish(self) -> ShardEntry:
+        """Tar and index under their final names, read back first."""
+        records = np.zeros(len(self._records), RECORD)
+        for column, name in enumerate(
+            ("key_hash", "part_bytes", "num_image_tokens", "num_text_tokens", "crc32")
+        ):
+            records[name] = [record[column] for record in self._records]
+        records["header_blocks"] = records["part_bytes"] > 0  # USTAR: one header each
+        ends = np.cumsum(extents(records))
+        records["offset"][1:] = ends[:-1]
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        _rescan(self._temporary, records)
+        # Its size would not tell a replaced tar from the new one: tars are padded to 10 KiB.
+        self.path.with_name(progress_name(self.path.name)).unlink(missing_ok=True)
+        self._temporary.replace(self.path)
+        return write_index(self.path, records)
+
+
+def write_index(path: Path, records: Records) -> ShardEntry:
+    """Writes the index of the tar at `path`."""
+    buffer = io.BytesIO()
+    np.save(buffer, records)
+    index = path.with_name(index_name(path.name))
+    files.write_bytes(index, buffer.getvalue())
+    return ShardEntry(
+        name=path.name,
+        num_bytes=path.stat().st_size,
+        num_samples=len(records),
+        sha256=files.sha256(path),
+        index_sha256=files.sha256(index),
+    )
+
+
+def write_progress(path: Path, progress: ShardProgress) -> None:
+    """Writes the side file of the tar at `path`, which makes the shard a finished one."""
+    tree = dataclasses.asdict(progress)
+    if progress.cut is None:
+        del tree["cut"]  # as earlier versions wrote it
+    files.write_json(path.with_name(progress_name(path.name)), tree)
+
+
+def _check(sample: Sample, keys: set[str]) -> None:
+    if not KEY_PATTERN.fullmatch(sample.key):
+        raise UserError(
+            f"key '{sample.key}': use 1 to 64 of A-Z a-z 0-9 _ -, starting with a letter or digit"
+        )
+    if sample.key in keys:
+        raise UserError(f"key '{sample.key}': used twice; make keys unique")
+    if not 1 <= len(sample.parts) <= MAX_PARTS:
+        raise UserError(f"sample '{sample.key}': {len(sample.parts)} parts; write 1 to {MAX_PARTS}")
+    for part, payload in sample.parts.items():
+        if not PART_PATTERN.fullmatch(part):
+            raise UserError(
+                f"sample '{sample.key}': part name '{part}'; use up to 32 of a-z 0-9 _ joined by dots"
+            )
+        if not 1 <= len(payload) <= MAX_PART_BYTES:
+            raise UserError(
+                f"sample '{sample.key}': part '{part}' has {len(payload)} bytes; reject the sample instead"
+            )
+
+
+def _rescan(path: Path, records: Records) -> None:
+    """Reads the tar back with the standard library, which knows nothing of our index, and compares."""
+    with tarfile.open(path, "r:") as tar:
+        members = tar.getmembers()
+        position = 0
+        for record, end in zip(records, records["offset"].astype(np.int64) + extents(records), strict=True):
+            parts: dict[str, bytes] = {}
+            for num_bytes in record["part_bytes"][record["part_bytes"] > 0]:
+                member = members[position]
+                content = tar.extractfile(member)
+                assert content is not None
+                key, _, part = member.name.partition(".")
+                parts[part] = content.read()
+                assert len(parts[part]) == num_bytes
+                position += 1
+            assert member.offset_data + -(-member.size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES == end
+            if sample_crc32(key, parts) != record["crc32"]:
+                raise UserError(
+                    f"{path}: sample '{key}' does not read back as written; check the disk, run again"
+                )
+        assert position == len(members)

@@ -1,0 +1,99 @@
+"""The indices of a data set's shards, read while they are looked at (contract 1)."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from base import limits
+from base.config import UserError
+from data.shards.block_cache import Descriptor
+from data.shards.index import RECORD, Records
+from data.shards.storage import retrying
+
+MAX_OPEN_INDICES = 64  # each holds a file descriptor; a process commonly has 1,024, and may read several sets
+PREFIX_BYTES = 10  # of an .npy file: magic, version, length of the header
+MAX_HEAD_BYTES = 4096
+NEAR_RECORDS = 64  # so close, two records are read at once: 5 kB cost less than another call
+READ_ATTEMPTS = 3  # of local files; network file systems repeat by themselves
+RETRY_WAIT_S = 0.5
+CONTINUE = "run the writer again (make_shards or encode_latents), it continues there"
+
+
+class IndexFiles:
+    """Records of each shard. `pread`, not mmap: a file that is cut under mmap kills the process with SIGBUS."""
+
+    def __init__(self, indices: Sequence[Path | Records], num_samples: Sequence[int]) -> None:
+        """`indices` were checked (`load_index`), and hold as many records as `num_samples` says."""
+        self._indices = indices
+        self._num_samples = num_samples
+        self._open = functools.lru_cache(maxsize=MAX_OPEN_INDICES)(self._opened)
+
+    def __iter__(self) -> Iterator[Records]:
+        """All records of one shard after the other. Raises UserError: a file that changed."""
+        for index, count in zip(self._indices, self._num_samples, strict=True):
+            yield load_index(index, count, index) if isinstance(index, Path) else index
+
+    def take(self, shard: int, rows: npt.NDArray[np.int64]) -> Records:
+        """The records of a shard at `rows`, which ascend. Raises UserError: a file that was cut."""
+        index = self._indices[shard]
+        if not isinstance(index, Path):
+            return index[rows]
+        breaks = np.flatnonzero(np.diff(rows) > NEAR_RECORDS) + 1
+        pieces = [self._near(shard, index, some) for some in np.split(rows, breaks)] if len(breaks) else []
+        return np.concatenate(pieces) if pieces else self._near(shard, index, rows)
+
+    def _near(self, shard: int, path: Path, rows: npt.NDArray[np.int64]) -> Records:
+        first, num_bytes = int(rows[0]), (int(rows[-1]) - int(rows[0]) + 1) * RECORD.itemsize
+
+        def action() -> bytes:
+            try:
+                descriptor, offset = self._open(shard)
+                content = os.pread(descriptor.number, num_bytes, offset + first * RECORD.itemsize)
+            except OSError:
+                self._open.cache_clear()
+                raise
+            if len(content) < num_bytes:
+                raise UserError(f"{path}: index was cut while it is read; {CONTINUE}")
+            return content
+
+        content = retrying(action, str(path), READ_ATTEMPTS, RETRY_WAIT_S)
+        return np.frombuffer(content, RECORD)[rows - first]
+
+    def _opened(self, shard: int) -> tuple[Descriptor, int]:
+        """A file, and where its records begin."""
+        descriptor = Descriptor(str(self._indices[shard]))
+        return descriptor, _data_offset(os.pread(descriptor.number, PREFIX_BYTES, 0))
+
+
+def read_index(path: Path, num_samples: int) -> bytes:
+    """The bytes of an index of so many samples. Raises UserError: it cannot be read, it has more."""
+    try:
+        return limits.read_bytes(path, MAX_HEAD_BYTES + num_samples * RECORD.itemsize)
+    except OSError as error:
+        raise UserError(f"{path}: index cannot be read ({error.strerror}); {CONTINUE}") from None
+
+
+def load_index(file: Path | bytes, num_samples: int, where: object) -> Records:
+    """One index, in memory. Raises UserError, naming `where`: not an index of that many samples."""
+    content = read_index(file, num_samples) if isinstance(file, Path) else file
+    offset = _data_offset(content)
+    header = content[PREFIX_BYTES:offset].decode("latin-1").strip()
+    expected = f"{{'descr': {RECORD.descr!r}, 'fortran_order': False, 'shape': ({num_samples},), }}"
+    if header != expected or len(content) != offset + num_samples * RECORD.itemsize:
+        raise UserError(f"{where}: not {num_samples} records of this format; {CONTINUE}")
+    return np.frombuffer(content, RECORD, offset=offset)
+
+
+def _data_offset(head: bytes) -> int:
+    """Where the records begin in an .npy file of version 1.0; 0 if it is none.
+
+    numpy parses the header with `ast`, which fails now and then when two threads do it (Python 3.11). Ours is known.
+    """
+    is_ours = head[:8] == b"\x93NUMPY\x01\x00" and len(head) >= PREFIX_BYTES
+    return PREFIX_BYTES + int.from_bytes(head[8:PREFIX_BYTES], "little") if is_ours else 0

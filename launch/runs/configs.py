@@ -1,0 +1,231 @@
+"""The config of each kind of run (one YAML each)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.packs.class_batch import ClassPackingConfig
+from data.samples.images import PixelConfig
+from data.packs.packing import PackingConfig
+from data.plan.stream import DataConfig
+from base.bounds import Count
+from base.config import ConfigError, UserError
+from engine.engine_config import EngineConfig
+from quickstart.judge import JudgeConfig
+from generator.class_conditional.config import DitConfig
+from generator.class_conditional.objective import ClassFlowConfig
+from generator.class_conditional.sampling import ClassSamplingConfig
+from generator.model import GeneratorConfig
+from generator.model_card import Task
+from generator.objective import FlowConfig
+from generator.sampling import SamplingConfig
+from launch.runs.evaluation_config import (
+    ClassEvaluationConfig,
+    PromptEvaluationConfig,
+    StageEvaluationConfig,
+)
+from tokenizer.encode import EncodeConfig
+from tokenizer.rpiae import CONFIG_NAME, read_config
+from tokenizer.training.stages import StageConfig
+from quickstart.standin import StandInConfig
+
+
+@dataclass(frozen=True)
+class PixelRun:
+    """What every training on pixels has. Settings of several sections that must agree are compared when it is read."""
+
+    run_dir: str
+    """Folder of checkpoints, logs, samples and the export; running again with it continues."""
+    data: DataConfig
+    pixels: PixelConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True)
+class TokenizerRun(PixelRun):
+    """One stage of the tokenizer."""
+
+    stage: StageConfig
+    preview_shards: str | None = None
+    """Validation shards whose first images the sample grids reconstruct."""
+    num_preview_images: Count = 16
+    evaluation: StageEvaluationConfig | None = None
+    """Scores while the training goes on; None: none."""
+
+    def __post_init__(self) -> None:
+        stage = self.stage
+        found, where = stage.autoencoder, "stage.autoencoder"
+        if stage.init_from is not None and (Path(stage.init_from) / CONFIG_NAME).is_file():
+            found, where = read_config(stage.init_from), stage.init_from
+        if found is not None and found.image_px != self.pixels.image_px:
+            raise ConfigError(
+                f"pixels.image_px is {self.pixels.image_px}, image_px of {where} is {found.image_px}; make them equal"
+            )
+        if stage.weighs_pivot and self.engine.zero_stage == 3:
+            raise ConfigError(
+                "stage.adaptive_pivot and engine.zero_stage 3 do not go together; set engine.zero_stage 1"
+            )
+        if stage.gan is None:
+            return
+        if self.engine.adversary_optimizer is None:
+            raise ConfigError(
+                "stage.discriminator is trained by engine.adversary_optimizer, which is not set; set it"
+            )
+        if self.engine.zero_stage == 3:  # its weights are read outside its own engine's forward
+            raise ConfigError(
+                "stage.discriminator and engine.zero_stage 3 do not go together; set engine.zero_stage 1"
+            )
+
+
+@dataclass(frozen=True)
+class StandInRun(PixelRun):
+    """Training of a small representation model where DINOv2 cannot be had."""
+
+    standin: StandInConfig
+
+    def __post_init__(self) -> None:
+        input_px = self.standin.representation.input_px
+        if input_px != self.pixels.image_px:
+            raise ConfigError(
+                f"pixels.image_px is {self.pixels.image_px}, standin.representation.input_px is {input_px}; make them "
+                "equal"
+            )
+
+
+@dataclass(frozen=True)
+class JudgeRun(PixelRun):
+    """Training of the classifier that judges samples."""
+
+    judge: JudgeConfig
+
+
+@dataclass(frozen=True)
+class GeneratorRun:
+    """Text-to-image or editing on latent shards."""
+
+    run_dir: str
+    """Folder of checkpoints, logs, samples and the export; running again with it continues."""
+    data: DataConfig
+    packing: PackingConfig
+    text_tokenizer: str
+    """Name or folder of the text tokenizer."""
+    generator: GeneratorConfig
+    engine: EngineConfig
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    autoencoder: str | None = None
+    """Export that decodes the sample grids; None: no grids."""
+    preview_shards: str | None = None
+    """Validation latents whose first captions (and sources) the sample grids draw."""
+    num_preview_images: Count = 8
+    preview_sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the grids are drawn, and by default what sample.py draws; the time shift is always flow.time_shift."""
+    evaluation: PromptEvaluationConfig | None = None
+    """Scores while the training goes on; None: none."""
+    task: Task | None = None
+    """What is learned. The entry point fills it in, so that the run folder's config.json says it."""
+
+    def __post_init__(self) -> None:
+        if self.packing.max_side != self.generator.max_side:
+            raise ConfigError(
+                f"packing.max_side {self.packing.max_side} and generator.max_side {self.generator.max_side} number the "
+                "same position table; make them equal"
+            )
+        if self.flow.text_loss_weight and not self.generator.text_output:
+            raise ConfigError(
+                f"flow.text_loss_weight is {self.flow.text_loss_weight:g}, which needs generator.text_output: true"
+            )
+        if self.generator.text_output and not self.flow.text_loss_weight:
+            raise ConfigError(
+                "generator.text_output is true, but flow.text_loss_weight is 0; set one of them right"
+            )
+        _check_decoder(self.evaluation, self.autoencoder)
+        _check_compile(self.flow.compile, self.engine)
+
+    def learning(self, task: Task) -> GeneratorRun:
+        """This run with its task filled in. Raises UserError: it is a run of the other task; a text loss for samples
+        that mark no text.
+        """
+        if self.task not in (None, task):
+            raise UserError(f"task is {self.task}: start this config with launch/train_{self.task}.py")
+        if task == "t2i" and self.flow.text_loss_weight:
+            raise UserError(
+                f"flow.text_loss_weight is {self.flow.text_loss_weight:g}, but only interleaved samples mark text for "
+                "a loss: train those with launch/train_edit.py, or set it to 0 and generator.text_output to false"
+            )
+        return dataclasses.replace(self, task=task)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """`preview_sampling` under the time shift of the training: what grids, sample.py and exports draw with."""
+        return dataclasses.replace(self.preview_sampling, time_shift=self.flow.time_shift)
+
+
+@dataclass(frozen=True)
+class ClassRun:
+    """Class-conditional generation on latent shards."""
+
+    run_dir: str
+    """Folder of checkpoints, logs, samples and the export; running again with it continues."""
+    data: DataConfig
+    packing: ClassPackingConfig
+    generator: DitConfig
+    engine: EngineConfig
+    flow: ClassFlowConfig = field(default_factory=ClassFlowConfig)
+    autoencoder: str | None = None
+    """Export that decodes the sample grids; None: no grids."""
+    num_preview_images: Count = 16
+    """Images of a sample grid, their classes spread over all."""
+    preview_sampling: ClassSamplingConfig = field(default_factory=ClassSamplingConfig)
+    evaluation: ClassEvaluationConfig | None = None
+    """Scores while the training goes on; None: none."""
+
+    def __post_init__(self) -> None:
+        align = self.flow.align
+        if align is not None and align.layer > self.generator.num_layers:
+            raise ConfigError(
+                f"flow.align.layer {align.layer}: the backbone has {self.generator.num_layers} layers "
+                "(generator.num_layers); lower it"
+            )
+        _check_decoder(self.evaluation, self.autoencoder)
+        _check_compile(self.flow.compile, self.engine)
+
+    @property
+    def sampling(self) -> ClassSamplingConfig:
+        """`preview_sampling` under the time shift of the training: what sample_class.py and evaluations draw with."""
+        return dataclasses.replace(self.preview_sampling, time_shift=self.flow.time_shift)
+
+
+def _check_decoder(evaluation: object, autoencoder: str | None) -> None:
+    if evaluation is not None and autoencoder is None:
+        raise ConfigError(
+            "evaluation draws images: set 'autoencoder', the export that the latents were made with"
+        )
+
+
+@dataclass(frozen=True)
+class EncodeRun(EncodeConfig):
+    """Encoding of one data set, and of others that go with it."""
+
+    also: dict[str, str] = field(default_factory=dict)
+    """Further data sets, shards: out; encoded alike, under the first one's mean and deviation."""
+
+    def configs(self) -> list[EncodeConfig]:
+        """One config for each data set, the first one first."""
+        common = {field.name: getattr(self, field.name) for field in dataclasses.fields(EncodeConfig)}
+        first = EncodeConfig(**common)
+        statistics_from = self.statistics_from or self.out
+        further = [
+            dataclasses.replace(first, shards=shards, out=out, statistics_from=statistics_from)
+            for shards, out in self.also.items()
+        ]
+        return [first, *further]
+
+
+def _check_compile(is_on: bool, engine: EngineConfig) -> None:
+    if is_on and engine.zero_stage == 3:
+        raise ConfigError(
+            "flow.compile is true and engine.zero_stage 3: compiled layers read weights that ZeRO-3 took away; set "
+            "flow.compile to false or engine.zero_stage to 1 or 2"
+        )

@@ -1,0 +1,148 @@
+"""What every entry point shares: one line for a person's mistake, and the right packages on the path."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from engine import distributed, peers, threads
+from base import files, terminal
+from base.config import ConfigError, StoppedError, UserError, dump, load
+from engine.endings import LOST_CONTACT, End, EndedError
+from base.redaction import redact
+from base.terminal import say
+from base.tf32 import allow_tf32
+
+PACKAGES = ("base", "data", "tokenizer", "generator", "evaluation", "report", "engine")
+REPOSITORY = Path(__file__).resolve().parents[2]
+STOPPED = 75
+INTERRUPTED = 130
+STATUSES = {
+    StoppedError: STOPPED,
+    peers.LostContactError: LOST_CONTACT,
+    UserError: 2,
+    KeyboardInterrupt: INTERRUPTED,
+}
+"""By the first class that an error is of; 1: a bug."""
+
+ConfigT = TypeVar("ConfigT")
+
+
+def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
+    """Calls `main` and returns the exit status, the same one on every rank; a UserError is printed as one line.
+
+    0: finished. 2: a person has to do something. STOPPED: ended by a signal and saved. LOST_CONTACT: another rank is
+    gone. INTERRUPTED: Ctrl-C. After the last three the same command goes on; schedulers may give it again. 1: a bug.
+    `has_ranks`: the program is started once per rank; the first that cannot go on speaks for all.
+    """
+    if has_ranks and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        # launch/node.sh ignores it for the launcher's sake; a rank that hangs before training must end by it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    allow_tf32(True)
+    terminal.hold()
+    sys.excepthook = _show_bug
+    rank = int(os.environ.get("RANK", "0")) if has_ranks else 0
+    world = int(os.environ.get("WORLD_SIZE", "1")) if has_ranks else 1
+    try:
+        threads.share_cores()
+        check_packages()
+        main()
+        return 0
+    except EndedError as error:
+        status = error.end.status
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if explained := peers.lost_contact(error) or files.full_disk(error):
+            error = explained
+        if isinstance(error, SystemExit) and (world == 1 or not error.code):
+            raise  # --help, or argparse, which has said why
+        if world == 1 and not isinstance(error, (UserError, KeyboardInterrupt)):
+            raise
+        own = End(rank, _status(error), redact(_text(error)))
+        reason = error
+        status = peers.end(own, world, lambda: _tell(own, reason))
+    finally:
+        terminal.flush()
+    if distributed.is_started():
+        os._exit(status)  # the other ranks may wait in a collective: no clean-up that would wait for them
+    return status
+
+
+def _show_bug(_kind: object, error: BaseException, _trace: object) -> None:
+    """Where a bug is, without secrets: an error of a library may hold the address that it was given."""
+    say(redact("".join(traceback.format_exception(error))), sys.stderr)
+
+
+def _status(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    for cls, status in STATUSES.items():
+        if isinstance(error, cls):
+            return status
+    return 1
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; the same command goes on from here"
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, str) else f"status {error.code}; see what it printed"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _tell(own: End, error: BaseException) -> None:
+    """What ended this rank, for people: a line, and for a bug where it is."""
+    if own.status == 1 and not isinstance(error, SystemExit):
+        _show_bug(None, error, None)
+    what = "" if own.status == INTERRUPTED else "error: "
+    where = f"rank {own.rank}: " if distributed.is_started() or own.rank else ""
+    say(f"{what}{where}{own.text}", sys.stderr)
+
+
+def check_packages() -> None:
+    """The registry has packages named `tokenizer` and `data`: refuses to run with those in place of ours."""
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        if origin is None or origin.parent.parent != REPOSITORY:
+            raise UserError(
+                f"package '{name}' comes from {origin}, not from {REPOSITORY}; run `pip install -e .` there"
+            )
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser that also accepts the `--local_rank` which the deepspeed launcher appends."""
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return result
+
+
+def config_parser(description: str, default: str) -> argparse.ArgumentParser:
+    """`parser` with --config (default: the paper's), --dry-run, and `key=value` overrides."""
+    result = parser(description)
+    result.add_argument("--config", default=str(REPOSITORY / default), help=f"YAML file (default {default})")
+    result.add_argument(
+        "--dry-run", action="store_true", help="print the resolved config and sizes, then exit"
+    )
+    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields to change")
+    return result
+
+
+def read_config(cls: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
+    """The resolved config of a run. Raises ConfigError."""
+    overrides: Sequence[str] = arguments.overrides
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override '{override}': write it as section.key=value")
+    return load(cls, arguments.config, overrides)
+
+
+def print_config(config: object) -> None:
+    """The resolved config as YAML, as --dry-run shows it: without secrets."""
+    say(dump(config).rstrip("\n"))

@@ -1,0 +1,91 @@
+"""--dry-run: the resolved config, parameter counts, and memory and time before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from base.config import dump
+from base.objective import Objective
+from generator.flow import resolve_shift
+from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
+from launch.sizing.estimate import GIB, Plan, class_plan, generator_plan, latent_shape, tokenizer_plan
+from launch.sizing.stage_size import num_parameters
+from launch.sizing.step_time import H100
+
+GPU_COUNTS = (1, 8, 32, 256)
+
+
+def tokenizer_run(run: TokenizerRun) -> str:
+    """Report of a tokenizer stage."""
+    plan = tokenizer_plan(run)
+    step = f"a step: {plan.num_images} images, {plan.step_flops:.3g} FLOP; {plan.engine.steps:,} steps"
+    return "\n".join([dump(run) + "---", *_sizes(plan), step, *_on_gpus(plan)])
+
+
+def generator_run(run: GeneratorRun, *, is_edit: bool) -> str:
+    """Report of a text-to-image or editing run. Without the shards, the latents' shape is assumed and said so."""
+    shape, note = latent_shape(run)
+    plan = generator_plan(run, shape, is_edit=is_edit)
+    step = f"{plan.num_tokens:,} tokens, about {plan.num_images:,} targets"
+    return _latents_report(run, plan, shape, note, step)
+
+
+def class_run(run: ClassRun) -> str:
+    """Report of a class-conditional run, likewise."""
+    shape, note = latent_shape(run)
+    plan = class_plan(run, shape)
+    step = f"{plan.num_images:,} images of {plan.num_tokens // plan.num_images} tokens"
+    return _latents_report(run, plan, shape, note, step)
+
+
+def _latents_report(
+    run: GeneratorRun | ClassRun, plan: Plan, shape: tuple[int, int, int], note: str, step: str
+) -> str:
+    lines = [
+        *([note] if note else []),
+        dump(run) + "---",
+        *_sizes(plan),
+        f"time shift of {'x'.join(map(str, shape))}: {resolve_shift(run.flow.time_shift, shape):.3g}",
+        f"a step: {step}, {plan.step_flops:.3g} FLOP; {plan.engine.steps:,} steps",
+    ]
+    return "\n".join([*lines, *_on_gpus(plan)])
+
+
+def objective_run(run: object, objective: Objective) -> str:
+    """Report of a small training whose model is built anyway."""
+    return f"{dump(run)}---\nparameters: {num_parameters(objective.model):,}"
+
+
+def _sizes(plan: Plan) -> list[str]:
+    return [
+        *(f"parameters: {name} {count + plan.frozen[name]:,}" for name, count in plan.trained.items()),
+        f"trained: {plan.num_trained:,} of {plan.num_parameters:,}",
+    ]
+
+
+def _on_gpus(plan: Plan) -> list[str]:
+    """Per number of GPUs; launch/preflight.py has the parts of the memory."""
+    counts = [gpus for gpus in GPU_COUNTS if gpus <= plan.num_streams]
+    lines = [
+        f"activations of a pack: {plan.activations / GIB:.1f} GiB",
+        f"on N GPUs (ZeRO-{plan.engine.zero_stage}), memory of each; a step's packs, and its exchange and optimizer; "
+        "the run:",
+    ]
+    for gpus in GPU_COUNTS:
+        if gpus not in counts:
+            lines.append(f"  {gpus:3d}: refused, a step has {plan.num_streams} packs (data.num_streams)")
+            continue
+        step = f"{plan.compute_s(gpus):7.3f} s + {plan.exchange_s(gpus):5.3f} s"
+        lines.append(f"  {gpus:3d}: {plan.memory_gib(gpus):6.1f} GiB, {step}, {plan.hours(gpus):9.1f} h")
+    return [*lines, *time_parts(plan, counts)]
+
+
+def time_parts(plan: Plan, gpu_counts: Sequence[int]) -> list[str]:
+    """A line for each part of a step, a column for each number of GPUs."""
+    columns = [plan.step_time(gpus).parts for gpus in gpu_counts]
+    heading = f"a step's ms by arithmetic ({H100.name}s, launch/sizing/step_time.py)"
+    return [
+        f"{heading:40s}" + "".join(f"{gpus:10d}" for gpus in gpu_counts),
+        *(f"  {name:38s}" + "".join(f"{1000 * part[name]:10.1f}" for part in columns) for name in columns[0]),
+        f"  {'sum':38s}" + "".join(f"{1000 * sum(part.values()):10.1f}" for part in columns),
+    ]

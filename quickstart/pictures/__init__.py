@@ -1,0 +1,1 @@
+"""The miniature's pictures: scenes of emoji, their captions and edits."""

@@ -1,0 +1,1 @@
+"""How the miniature's images are scored."""

@@ -1,0 +1,218 @@
+"""What a report shows, read from a run folder. Everything is optional: what is absent is said on the page.
+
+durations.json               [{"name", "seconds"}, ...] in the order the steps ran
+notes.json                   ["sentence", ...]: what stands in for what, and other plain words
+TRAINING/metrics.jsonl       one line a logged step, with "step", "loss" and other numbers
+evaluation/NAME/scores.json  and per_item.jsonl beside it, written by evaluation.runner
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, TypeAdapter
+from typing_extensions import NotRequired, TypedDict  # the library's cannot be checked before Python 3.12
+
+from base import files, limits
+from base.config import UserError
+from evaluation.environment import machine, versions
+from evaluation.manifest import MANIFEST_NAME, ImageSet, Item
+from evaluation.runner import PER_ITEM_NAME, SCORES_NAME
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class _Estimate(TypedDict):
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    note: NotRequired[str]
+
+
+class _Scores(TypedDict):
+    suite: str
+    images: str
+    manifest: NotRequired[str]
+    scores: dict[str, _Estimate]
+    groups: dict[str, dict[str, _Estimate]]
+    n: int
+    n_failed: int
+    partial: bool
+    seed: NotRequired[int]
+    protocol: NotRequired[dict[str, Any]]
+    fingerprints: NotRequired[dict[str, str]]
+    versions: NotRequired[dict[str, str]]
+
+
+class _Detail(TypedDict, total=False):
+    seen: list[str] | dict[str, Any]
+    background: str
+    reasons: list[Any]
+    failed: list[Any]
+    answers: list[Any]
+
+
+class _Line(TypedDict):
+    key: str
+    values: dict[str, bool | float | list[bool] | None]
+    groups: list[str]
+    detail: _Detail
+
+
+class _Duration(TypedDict):
+    name: str
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+# What somebody else may have written: nothing else of it is taken for granted.
+_SCORES, _LINES = TypeAdapter(_Scores), TypeAdapter(list[_Line])
+_DURATIONS, _NOTES = TypeAdapter(list[_Duration]), TypeAdapter(list[str])
+
+
+@dataclass(frozen=True)
+class Training:
+    """The logged numbers of one training."""
+
+    name: str
+    rows: tuple[Mapping[str, float | None], ...]  # in step order; each has "step"
+
+    def series(self, metric: str) -> list[tuple[float, float]]:
+        """(step, value) wherever the metric was logged and finite."""
+        pairs = [(row["step"], row.get(metric)) for row in self.rows]
+        return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+    def seconds_at(self, step: int) -> float | None:
+        """Seconds that the first `step` steps took; None: not logged so far.
+
+        They are the sum of `step_s`: data, forward, backward, optimizer and what they wait for. The start of a process,
+        samples, checkpoints, exports and steps that were done again later do not count. A line's mean counts for all
+        steps since the line before it, and inside that stretch the time grows evenly.
+        """
+        steps, seconds = [0.0], [0.0]
+        for last, step_s in self.series("step_s"):
+            seconds.append(seconds[-1] + (last - steps[-1]) * step_s)
+            steps.append(last)
+        return float(np.interp(step, steps, seconds)) if step <= steps[-1] else None
+
+    def last(self) -> dict[str, float | None]:
+        """Every logged number of the last row; {} before the first."""
+        return dict(self.rows[-1]) if self.rows else {}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One scored image set."""
+
+    name: str
+    scores: Mapping[str, Any]  # scores.json
+    per_item: Mapping[str, Mapping[str, Any]]  # key -> line of per_item.jsonl
+    images: ImageSet | None  # None when the images are gone
+
+    def groups(self) -> dict[str, list[Item]]:
+        """Scored items by their first group ("" without one), groups and items in manifest order."""
+        grouped: dict[str, list[Item]] = {}
+        for item in self.images.items if self.images else ():
+            if item.key in self.per_item:
+                name = next(iter(self.per_item[item.key]["groups"]), "")
+                grouped.setdefault(name, []).append(item)
+        return grouped
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """A run as far as it got."""
+
+    durations: tuple[tuple[str, float], ...]  # step name, seconds
+    notes: tuple[str, ...]
+    trainings: tuple[Training, ...]  # in the order of `durations`, then by name
+    evaluations: Mapping[str, Evaluation]
+    machine: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
+def read_report_input(root: Path) -> ReportInput:
+    """Reads what is there. Raises UserError: a file that is not what it should be."""
+    durations = _read(root / "durations.json", _DURATIONS)
+    order = {step["name"]: place for place, step in enumerate(durations)}
+    trainings = [read_training(path.parent) for path in sorted(root.glob(f"*/{METRICS_NAME}"))]
+    return ReportInput(
+        durations=tuple((step["name"], float(step["seconds"])) for step in durations),
+        notes=tuple(_read(root / "notes.json", _NOTES)),
+        trainings=tuple(sorted(trainings, key=lambda t: (order.get(t.name, len(order)), t.name))),
+        evaluations={
+            path.parent.name: read_evaluation(path)
+            for path in sorted(root.glob(f"evaluation/*/{SCORES_NAME}"))
+        },
+        machine=machine(),
+        versions=versions(),
+    )
+
+
+def read_training(run_dir: Path) -> Training:
+    """What a training logged; no rows where it logged nothing. Raises UserError: as logged."""
+    return logged(run_dir.name, run_dir / METRICS_NAME)
+
+
+def logged(name: str, path: Path) -> Training:
+    """The lines of a log that have a step; what is no finite number in them is None, as a run writes it.
+
+    No rows where there is no such file. Raises UserError: as read_lines.
+    """
+    rows = [{key: _number(value) for key, value in row.items()} for row in read_lines(path)]
+    return Training(name, tuple(row for row in rows if row.get("step") is not None))
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond all floats
+        return None
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """What stands beside a scores.json. Raises UserError: a file that is not what evaluation.runner writes."""
+    scores = files.checked(_SCORES, files.read_json(path), path)
+    lines = read_lines(path.with_name(PER_ITEM_NAME), "an evaluation")
+    images_dir = path.parent / scores["images"]
+    manifest = path.parent / scores["manifest"] if "manifest" in scores else images_dir / MANIFEST_NAME
+    return Evaluation(
+        name=path.parent.name,
+        scores=scores,
+        per_item={line["key"]: line for line in files.checked(_LINES, lines, path.with_name(PER_ITEM_NAME))},
+        images=ImageSet.open(images_dir, manifest) if files.is_file(manifest) else None,
+    )
+
+
+def _read(path: Path, kind: TypeAdapter[Any]) -> Any:
+    return files.checked(kind, files.read_json(path), path) if path.is_file() else []
+
+
+def read_lines(path: Path, writer: str = "a training") -> list[dict[str, Any]]:
+    """Objects, one a line; [] without the file; the last line may be torn while `writer` is still writing it.
+
+    Raises UserError naming the line: no JSON object, not UTF-8.
+    """
+    if not path.is_file():
+        return []
+    *whole, last = limits.read_bytes(path, limits.DOCUMENT_BYTES).split(b"\n")
+    rows = []
+    for number, line in enumerate([*whole, last], start=1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+            if not isinstance(row, dict):
+                raise ValueError("no object")
+        except (ValueError, RecursionError) as error:
+            if number > len(whole):
+                break
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(f"{path}: is not what {writer} writes (line {number}: {reason})") from None
+        if row:
+            rows.append(row)
+    return rows

@@ -1,0 +1,1 @@
+"""The three training stages: objectives, losses, adaptive weights, the discriminator."""

@@ -1,0 +1,115 @@
+"""One config for the three tokenizer stages and the single-stage baseline (spec.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from base.bounds import Seed, Step, Weight
+from base.config import ConfigError
+from tokenizer.bridge import BridgeConfig
+from tokenizer.rpiae import AutoencoderConfig
+from tokenizer.training.discriminator import DiscriminatorConfig
+from tokenizer.training.health import HealthConfig
+from tokenizer.training.image_loss import GanConfig
+from tokenizer.training.losses import NoiseLaw, PivotLoss
+from tokenizer.training.perceptual import PerceptualConfig
+
+StageName = Literal["pivot", "bridge", "decoder", "joint"]
+PAPER_TAU = 0.8
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What a stage starts from and what it minimises. Keys of other stages' losses have no effect."""
+
+    stage: StageName
+    """pivot: E and D; bridge: VB; decoder: D on frozen latents; joint: all at once (the baseline)."""
+    autoencoder: AutoencoderConfig | None = None
+    """A new autoencoder (pivot without a bridge, joint with one). Exclusive with init_from."""
+    init_from: str | None = None
+    """Directory of an exported autoencoder to start from. Exclusive with autoencoder."""
+    bridge: BridgeConfig | None = None
+    """Bridge stage: the new bridge, for an init_from that has none."""
+    seed: Seed = 0
+    """Of the initial weights that are not loaded."""
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """The perceptual distance of the pivot, decoder and joint stages."""
+    w_lpips: Weight = 1.0
+    """w_L: weight of the perceptual distance; 0 builds none."""
+    train_encoder: bool = True
+    """Pivot stage: whether E is trained; off: D alone learns, on the frozen f with noise (RAE; ablation 5b)."""
+    pivot_loss: PivotLoss = "raw"
+    """raw: mean squared difference; normalised: after scaling every token to length 1 (ablation Norm-L2)."""
+    w_pivot: Weight = 1.0
+    """w_piv: weight of the pivot loss, times lambda_piv (paper 1.0, release 0.75)."""
+    adaptive_pivot: bool = True
+    """Whether lambda_piv balances the pivot loss against the reconstruction; off: lambda_piv = 1."""
+    adaptive_pivot_start_step: Step = 1000
+    """Global step before which lambda_piv is 1 (encoder and replica are still equal)."""
+    discriminator: DiscriminatorConfig | None = None
+    """Features and heads of the adversarial loss; None: no such loss."""
+    w_gan: Weight = 0.75
+    """w_G: weight of the adversarial loss, times lambda_gan."""
+    gan_update_start_step: Step = 0
+    """Global step from which the discriminator is trained (paper: epoch 6)."""
+    gan_loss_start_step: Step = 0
+    """Global step from which the adversarial loss reaches the decoder (paper: epoch 8)."""
+    noise_tau: Weight | None = None
+    """Scale of the Gaussian noise on what D reads (pivot, joint) or VB_e reads (bridge; release 0.8);
+    training only. None: the paper's, 0.8 for pivot and joint, 0 for bridge. The decoder stage has no
+    noise."""
+    noise_law: NoiseLaw = "gaussian"
+    """Sigma of a sample: gaussian |N(0, tau^2)| (paper) or uniform tau U(0, 1) (release)."""
+    kl_weight: Weight = 1e-3
+    """beta: weight of the KL term (bridge, joint)."""
+    rec_weight: Weight = 0.05
+    """w_rec: weight of L1 in pixels in the bridge stage; 0 leaves the pixel decoder out."""
+    sample_latent: bool = True
+    """Bridge, joint: z is drawn from the posterior; off: z = mu."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward passes: the activations of one layer instead of all. The adaptive
+    weights pass backward through D twice once L_GAN is in the loss: then it costs more than the usual third."""
+    compile: bool = False
+    """torch.compile on the blocks of encoder, bridge, decoder and frozen networks. lambda_pivot's own pass through D,
+    once L_GAN is in the loss, then computes D's gradients too: a quarter more work in D."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """When the training raises an alarm."""
+
+    def __post_init__(self) -> None:
+        if (self.autoencoder is None) == (self.init_from is None):
+            raise ConfigError(
+                "give exactly one of autoencoder (start anew) and init_from (an exported autoencoder)"
+            )
+        if self.bridge is not None and self.stage != "bridge":
+            raise ConfigError(f"'bridge' belongs to the bridge stage, not to '{self.stage}'")
+        if self.stage in ("bridge", "decoder") and self.init_from is None:
+            raise ConfigError(f"the {self.stage} stage needs init_from: the export of the stage before it")
+        if not self.train_encoder and self.stage != "pivot":
+            raise ConfigError(f"train_encoder=false belongs to the pivot stage, not to '{self.stage}'")
+        if self.stage == "decoder" and self.noise_tau:
+            raise ConfigError("the decoder stage has no noise (z = mu); remove noise_tau")
+        if self.gan is not None and self.gan_loss_start_step < self.gan_update_start_step:
+            raise ConfigError(
+                f"gan_loss_start_step {self.gan_loss_start_step} comes before gan_update_start_step "
+                f"{self.gan_update_start_step}: D would follow a discriminator that has learned nothing; raise it"
+            )
+
+    @property
+    def tau(self) -> float:
+        """The noise scale in force."""
+        if self.noise_tau is None:
+            return PAPER_TAU if self.stage in ("pivot", "joint") else 0.0
+        return self.noise_tau
+
+    @property
+    def weighs_pivot(self) -> bool:
+        """Whether lambda_piv is found, by gradients inside the forward pass: where ZeRO-3 has no weights at hand."""
+        return self.adaptive_pivot and self.stage in ("pivot", "joint")
+
+    @property
+    def gan(self) -> GanConfig | None:
+        """The adversarial loss in force; the bridge stage has none."""
+        if self.discriminator is None or self.stage == "bridge":
+            return None
+        return GanConfig(self.discriminator, self.gan_update_start_step, self.gan_loss_start_step, self.w_gan)
