@@ -1,4 +1,4 @@
-"""Packaging of RPiAE (distribution `rpiae`). Import path = folder path: `from data.packs.packing import PackedBatch`."""
+"""Packaging of RPiAE (distribution `rpiae`). Import path = folder path: `from base.config import load`."""
 
 from setuptools import find_packages, setup
 

@@ -7,3 +7,4 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FOLDERS = ("base", "data", "tokenizer", "generator", "evaluation", "report", "engine", "launch", "quickstart")
+"""Of the source, each of its own top-level package."""

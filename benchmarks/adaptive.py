@@ -1,4 +1,4 @@
-"""Stage I's step with adaptive weights: ours (tokenizer/training/adaptive.py) against the plain backward passes, in one run.
+"""Stage I's step with adaptive weights: tokenizer/training/adaptive.py against the plain backward passes, in one run.
 
 Same weights, same batch: first the gradients are compared, then both are timed in turns; before the adversarial loss is
 in force and after. Networks of the paper's kind with random weights (numbers do not depend on them): DINOv2-B encoder

@@ -1,6 +1,7 @@
 """Bytes: what DeepSpeed holds on a rank, by arithmetic, and what a piece of work holds at its fullest, counted.
 
-`StateBytes` follows DeepSpeed 0.19 as engine/deepspeed_engine.py configures it; a test compares it with what is allocated.
+`StateBytes` follows DeepSpeed 0.19 as engine/deepspeed_engine.py configures it. A test compares it with what is
+allocated.
 """
 
 from __future__ import annotations

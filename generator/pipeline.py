@@ -165,8 +165,8 @@ def decode_uint8(
 def read_pixels(image: ImageInput, image_px: int) -> Tensor:
     """uint8 [3, image_px, image_px], upright; transparency is laid on white.
 
-    Another size: the short side is resized, the square in the centre kept (data.samples.images.fit_image). Raises UserError: no
-    such file, not an image, so long and thin that it cannot be enlarged.
+    Another size: the short side is resized, the square in the centre kept (data.samples.images.fit_image).
+    Raises UserError: no such file, not an image, so long and thin that it cannot be enlarged.
     """
     name = "the image" if isinstance(image, Image.Image) else str(image)
     try:

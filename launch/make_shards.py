@@ -54,17 +54,10 @@ def main() -> None:
 
 
 def _write(arguments: argparse.Namespace) -> list[str]:
-    sources, note = shard_sources.sources(arguments)
-    ledgers = write_sources(
-        sources,
-        shard_sources.workers(arguments),
-        **shard_sources.settings(arguments),
-    )
-    told = [(directory, line) for directory, ledger in ledgers.items() for line in (ledger.cut_line, ledger)]
-    return [
-        *(f"{directory}: {line}" for directory, line in told if line),
-        *([note] if note and ledgers else []),
-    ]
+    source, note = shard_sources.source(arguments)
+    settings = shard_sources.settings(arguments)
+    ledgers = write_sources({arguments.out: source}, shard_sources.workers(arguments), **settings)
+    return [*shard_sources.told(ledgers), *([note] if note and ledgers else [])]
 
 
 def _verify(arguments: argparse.Namespace) -> list[str]:

@@ -49,16 +49,16 @@ def build_steps(run: AblationRun, root: Path, base: Path) -> list[Step]:
 
     trained_on = identity_of(base, LAST_OF_BASE)
 
-    def training(name: str, about: str, script: str = "tokenizer") -> Step:
+    def training(name: str, about: str, script: str = "launch/train_tokenizer.py") -> Step:
         config = f"{CONFIGS}/{name}.yaml"
-        command = [f"launch/train_{script}.py", "--config", config, f"run_dir={root}/{name}"]
+        command = [script, "--config", config, f"run_dir={root}/{name}"]
         return Step(name, about, deepspeed(run.num_ranks, *command), (config,), trained_on)
 
     def score() -> None:
         ablation_scores.score(root, base, run.scores, Path(run.out))
 
     return [
-        training("features", "the network of the feature distance", "standin"),
+        training("features", "the network of the feature distance", "quickstart/train_standin.py"),
         *(training(name, about) for name, about in VARIANTS.items()),
         Step("scores", "score every variant", score, settings=[to_dict(run.scores), run.out]),
     ]

@@ -62,14 +62,13 @@ def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
     def training(name: str, about: str) -> Step:
         script = name if name in ("standin", "judge", "t2i", "edit") else "tokenizer"
         config = f"{CONFIGS}/{name}.yaml"
-        command = deepspeed(run.num_ranks, f"launch/train_{script}.py", "--config", config)
+        folder = "quickstart" if name in ("standin", "judge") else "launch"
+        command = deepspeed(run.num_ranks, f"{folder}/train_{script}.py", "--config", config)
         return Step(name, about, command, (config,))
 
     latents = f"{CONFIGS}/latents.yaml"
     encode = deepspeed(run.num_ranks, "launch/encode_latents.py", "--config", latents)
-    data = python(
-        "launch/make_shards.py", "emoji", "--config", f"{CONFIGS}/data.yaml", "--out", f"{root}/data"
-    )
+    data = python("quickstart/make_data.py", "--config", f"{CONFIGS}/data.yaml", "--out", f"{root}/data")
     text = python(
         "launch/train_text_tokenizer.py",
         *("--shards", f"{root}/data/scenes-train", f"{root}/data/edits-train", "--samples", "4000"),

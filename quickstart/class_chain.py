@@ -43,29 +43,31 @@ def build_steps(run: QuickstartClassRun, root: Path, base: Path) -> list[Step]:
     trained_on = identity_of(base, LAST_OF_BASE)
 
     def on_ranks(name: str, about: str, script: str, config: str, *options: str) -> Step:
-        command = deepspeed(run.num_ranks, f"launch/{script}.py", "--config", config, *options)
+        command = deepspeed(run.num_ranks, f"{script}.py", "--config", config, *options)
         return Step(name, about, command, (config,), trained_on)
 
     data = f"{CONFIGS}/data.yaml"
     features = f"{ablation.CONFIGS}/features.yaml"
-    make = python("launch/make_shards.py", "emoji", "--config", data, "--out", f"{root}/data")
+    make = python("quickstart/make_data.py", "--config", data, "--out", f"{root}/data")
     steps = [
         Step("data", "compose labelled emoji scenes", make, (data,)),
         on_ranks(
             "features",
             "the network of the feature distance",
-            "train_standin",
+            "quickstart/train_standin",
             features,
             f"run_dir={root}/features",
         ),
     ]
     for name in ("rae", "vae"):
         about, config = f"the {LABELS[name]}", f"{CONFIGS}/{name}_tokenizer.yaml"
-        steps.append(on_ranks(f"{name}_tokenizer", about, "train_tokenizer", config))
+        steps.append(on_ranks(f"{name}_tokenizer", about, "launch/train_tokenizer", config))
     for name, label in LABELS.items():
         latents, config = f"{CONFIGS}/latents_{name}.yaml", f"{CONFIGS}/{name}.yaml"
-        steps.append(on_ranks(f"latents_{name}", f"encode with the {label}", "encode_latents", latents))
-        steps.append(on_ranks(name, f"train on the {label}'s latents", "train_class", config))
+        steps.append(
+            on_ranks(f"latents_{name}", f"encode with the {label}", "launch/encode_latents", latents)
+        )
+        steps.append(on_ranks(name, f"train on the {label}'s latents", "launch/train_class", config))
 
     def score() -> None:
         class_scores.score(root, base, run.scores, Path(run.out))

@@ -107,7 +107,7 @@ class IdentityObjective(WithoutAdversary):
     def export(self, directory: Path) -> None:
         """Writes the ViT without its head: model.safetensors is what representation.weights can name."""
         write_tensors(directory / WEIGHTS_NAME, self.model.representation.vit)
-        files.write_json(directory / CONFIG_NAME, {"standin": to_dict(self.config)})
+        files.write_json(directory / CONFIG_NAME, {"representation": to_dict(self.config.representation)})
 
     def fingerprints(self) -> Mapping[str, str]:
         """Nothing was loaded: the seed and the shape say it all."""

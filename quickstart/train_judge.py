@@ -1,14 +1,22 @@
 """Trains the classifier that judges emoji scenes: quickstart/train_judge.py --config configs/quickstart/judge.yaml"""
 
 import sys
+from dataclasses import dataclass
 
 from base.terminal import say
 from launch.runs import entry
-from launch.runs.configs import JudgeRun
+from launch.runs.configs import PixelRun
 from launch.runs.training import train_on_pixels
 from launch.sizing import dry_run
-from quickstart.judge import JudgeObjective, SceneClasses
+from quickstart.judge import JudgeConfig, JudgeObjective, SceneClasses
 from quickstart.pictures.source import BACKGROUND_NAMES, OBJECT_NAMES
+
+
+@dataclass(frozen=True)
+class JudgeRun(PixelRun):
+    """Training of the classifier that judges samples."""
+
+    judge: JudgeConfig
 
 
 def main() -> None:

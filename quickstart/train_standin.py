@@ -1,13 +1,30 @@
 """Trains a small stand-in for DINOv2 where that cannot be downloaded: quickstart/train_standin.py --config FILE"""
 
 import sys
+from dataclasses import dataclass
 
+from base.config import ConfigError
 from base.terminal import say
 from launch.runs import entry
-from launch.runs.configs import StandInRun
+from launch.runs.configs import PixelRun
 from launch.runs.training import train_on_pixels
 from launch.sizing import dry_run
-from quickstart.standin import IdentityObjective
+from quickstart.standin import IdentityObjective, StandInConfig
+
+
+@dataclass(frozen=True)
+class StandInRun(PixelRun):
+    """Training of a small representation model where DINOv2 cannot be had."""
+
+    standin: StandInConfig
+
+    def __post_init__(self) -> None:
+        input_px = self.standin.representation.input_px
+        if input_px != self.pixels.image_px:
+            raise ConfigError(
+                f"pixels.image_px is {self.pixels.image_px}, standin.representation.input_px is {input_px}; make them "
+                "equal"
+            )
 
 
 def main() -> None:

@@ -113,7 +113,8 @@ def device_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[], contextlib.AbstractContextManager[Waits]]:
     """`with device_waits() as waits`: tensors inside are fake, cuda:0 is there, and `waits` names every point at which
-    the CPU would wait for it so far: a copy that is not from a block of data.packs.transfer, a number read, a mask as index.
+    the CPU would wait for it so far: a copy that is not from a block of data.packs.transfer, a number read, a mask as
+    index.
 
     Make models and batches before, move them inside: a batch by its `to`, a model by `waits.to_gpu`.
     """

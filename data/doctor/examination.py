@@ -1,6 +1,6 @@
 """The doctor: is a data set whole, does training get what it needs from it, what is in it.
 
-`data.shards.verification` checks bytes, `data.doctor.tally` looks into samples, `data.doctor.readiness` at a launch; here the results meet.
+`data.shards.verification` checks bytes, `tally` looks into samples, `readiness` at a launch. Their results meet here.
 """
 
 from __future__ import annotations

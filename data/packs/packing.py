@@ -208,7 +208,9 @@ class T2IPacker:
 
 
 class EditPacker(T2IPacker):
-    """Edits as [clean sources, instruction, noisy targets], and interleaved samples as they say (data/samples/layouts.py).
+    """Edits as [clean sources, instruction, noisy targets], and interleaved samples in their own order.
+
+    data/samples/layouts.py says which parts a sample has.
 
     KEY.source.latent or KEY.source0.latent, ..., KEY.target.latent or KEY.target0.latent, ..., or KEY.image0.latent,
     ...; KEY.json.

@@ -26,8 +26,8 @@ class FolderSource:
     - `listing`: a jsonl file with one sample a line, in this order: {"file": path below the folder, "caption": text},
       or "captions": a list, or an object of kind -> text. Edits: {"source": file, "target": file, "instruction": text},
       or "instructions": a list; source and target may be lists of files. Interleaved: {"splits": [{"text": text},
-      {"image": file, "target": true}, ...]} as in data/samples/layouts.py, with files in place of roles, which json gets; its
-      "files" names them. Other fields are kept, all but null ones.
+      {"image": file, "target": true}, ...]} as in data/samples/layouts.py, with files in place of roles. The
+      json gets the roles, and its "files" names the files. Other fields are kept, all but null ones.
     - `labels`: every folder below `images` is a class, numbered in sorted order, and json holds its number and name, as
       tokenizers and class-conditional generators need (ImageNet's layout). No captions. An image beside the folders
       has no class and is rejected, a folder without images ends the run: it would shift the labels after it.

@@ -24,6 +24,7 @@ from data.shards import (
     OpenShard,
     Sample,
     ShardProgress,
+    check_shards,
     claim_shards,
     finished_shard,
     shard_name,
@@ -114,8 +115,9 @@ def write_sources(
         for directory, source in sources.items()
         for unit in range(len(source.units))
     ]
-    for directory in sources:
-        claim_shards(directory, MAKE_SHARDS)
+    for touch in (check_shards, claim_shards):  # nothing is touched where one is refused
+        for directory in sources:
+            touch(directory, MAKE_SHARDS)
     with contextlib.ExitStack() as locks:
         for directory in sources:
             locks.enter_context(_only_writer(directory, workers.node))

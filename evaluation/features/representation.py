@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from base import files
 from base.config import ConfigError, UserError, from_dict
-from quickstart.standin import StandInConfig
-from tokenizer.representation import Representation
+from tokenizer.representation import Representation, RepresentationConfig
 from tokenizer.rpiae import CONFIG_NAME, WEIGHTS_NAME, Autoencoder
 from tokenizer.weights import freeze, state_hash
 
@@ -56,7 +55,7 @@ class RepresentationFeatures:
     def load(
         cls, directory: str | Path, pooling: Pooling = "mean_patch", device: str = "cpu"
     ) -> RepresentationFeatures:
-        """The encoder of an exported autoencoder, or an exported stand-in; named after its run folder.
+        """The encoder of an exported autoencoder, or one exported alone; named after its run folder.
 
         Raises UserError: neither stands there, or files that do not fit.
         """
@@ -65,8 +64,8 @@ class RepresentationFeatures:
         if not path.is_file():
             raise UserError(f"{path}: no such file; give the export of an autoencoder or of a stand-in")
         tree = files.read_object(path)
-        if "standin" in tree:
-            config = from_dict(StandInConfig, tree["standin"], where=str(path)).representation
+        if "representation" in tree:  # the encoder alone
+            config = from_dict(RepresentationConfig, tree["representation"], where=str(path))
             weights = str(directory / WEIGHTS_NAME)
             representation = Representation(dataclasses.replace(config, weights=weights))
         else:

@@ -13,7 +13,6 @@ from data.plan.stream import DataConfig
 from base.bounds import Count
 from base.config import ConfigError, UserError
 from engine.engine_config import EngineConfig
-from quickstart.judge import JudgeConfig
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.objective import ClassFlowConfig
 from generator.class_conditional.sampling import ClassSamplingConfig
@@ -29,7 +28,6 @@ from launch.runs.evaluation_config import (
 from tokenizer.encode import EncodeConfig
 from tokenizer.rpiae import CONFIG_NAME, read_config
 from tokenizer.training.stages import StageConfig
-from quickstart.standin import StandInConfig
 
 
 @dataclass(frozen=True)
@@ -77,28 +75,6 @@ class TokenizerRun(PixelRun):
             raise ConfigError(
                 "stage.discriminator and engine.zero_stage 3 do not go together; set engine.zero_stage 1"
             )
-
-
-@dataclass(frozen=True)
-class StandInRun(PixelRun):
-    """Training of a small representation model where DINOv2 cannot be had."""
-
-    standin: StandInConfig
-
-    def __post_init__(self) -> None:
-        input_px = self.standin.representation.input_px
-        if input_px != self.pixels.image_px:
-            raise ConfigError(
-                f"pixels.image_px is {self.pixels.image_px}, standin.representation.input_px is {input_px}; make them "
-                "equal"
-            )
-
-
-@dataclass(frozen=True)
-class JudgeRun(PixelRun):
-    """Training of the classifier that judges samples."""
-
-    judge: JudgeConfig
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from engine import distributed, peers, threads
-from base import files, terminal
+from base import FOLDERS, files, terminal
 from base.config import ConfigError, StoppedError, UserError, dump, load
 from engine.endings import LOST_CONTACT, End, EndedError
 from base.redaction import redact
 from base.terminal import say
 from base.tf32 import allow_tf32
 
-PACKAGES = ("base", "data", "tokenizer", "generator", "evaluation", "report", "engine")
 REPOSITORY = Path(__file__).resolve().parents[2]
 STOPPED = 75
 INTERRUPTED = 130
@@ -107,7 +106,7 @@ def _tell(own: End, error: BaseException) -> None:
 
 def check_packages() -> None:
     """The registry has packages named `tokenizer` and `data`: refuses to run with those in place of ours."""
-    for name in PACKAGES:
+    for name in FOLDERS:
         spec = importlib.util.find_spec(name)
         origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
         if origin is None or origin.parent.parent != REPOSITORY:

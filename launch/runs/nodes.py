@@ -24,7 +24,8 @@ from base.config import UserError, flatten
 from engine.distributed import Ranks
 from engine.peers import numbers_text
 from evaluation.environment import versions
-from launch.runs.entry import PACKAGES, REPOSITORY
+from base import FOLDERS
+from launch.runs.entry import REPOSITORY
 
 REMEDIES = {
     "version": "install the pinned versions (constraints.txt) there",
@@ -60,7 +61,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 def source_hashes(repository: Path) -> dict[str, str]:
     """Short SHA-256 of every Python file of the packages: unlike a commit, it sees edits that nobody committed."""
-    paths = [path for name in (*PACKAGES, "launch") for path in (repository / name).rglob("*.py")]
+    paths = [path for name in FOLDERS for path in (repository / name).rglob("*.py")]
     return {path.relative_to(repository).as_posix(): files.sha256(path)[:12] for path in sorted(paths)}
 
 

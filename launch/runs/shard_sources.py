@@ -10,7 +10,6 @@ from typing import Any
 from data.shards import MAKE_SHARDS, SHARD_FILES, claim_shards
 from data.sources.base import InUnits, Source
 from data.sources.caption_table import CaptionTable, build_caption_table
-from quickstart.pictures.source import EmojiConfig, emoji_sources
 from data.sources.folder import FolderSource
 from data.sources.imagenet import ImageNetSource
 from data.sources.omniedit import OmniEditFilter, omniedit_source
@@ -19,7 +18,7 @@ from data.sources.prepare import Preparation
 from data.sources.shuffled import Shuffled
 from data.sources.tar_samples import find_tars
 from data.sources.webdataset import WebDatasetSource
-from data.sources.write import Workers
+from data.sources.write import Ledger, Workers
 from base import files
 from engine import threads
 from base.config import UserError, load
@@ -31,10 +30,6 @@ CAPTION_TABLE = "captions.sqlite"  # in the output folder
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """One command a source."""
-    emoji = commands.add_parser("emoji", help="the embedded data set: scenes, edits, identities")
-    emoji.add_argument("--config", default=entry.REPOSITORY / "configs/quickstart/data.yaml")
-    emoji.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config to change")
-
     folder = commands.add_parser("folder", help="a folder of images with captions, or one folder per class")
     folder.add_argument("--images", type=Path, required=True)
     folder.add_argument(
@@ -81,8 +76,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     omniedit.add_argument("--tasks", nargs="+", default=[], help="to keep (default: all)")
     for command in (parquet, omniedit):
         command.add_argument("--files", nargs="+", required=True, help="files, folders, globs or fsspec urls")
-    for command in (emoji, folder, cc12m, others, imagenet, parquet, omniedit):
-        _add_workers(command)
+    for command in (folder, cc12m, others, imagenet, parquet, omniedit):
+        add_workers(command)
     for command in (folder, cc12m, others, imagenet, parquet, omniedit):
         _add_preparation(command)
     for command in (folder, imagenet, parquet, omniedit):
@@ -92,7 +87,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     imagenet.set_defaults(shuffle_seed=0)
 
 
-def _add_workers(command: argparse.ArgumentParser) -> None:
+def add_workers(command: argparse.ArgumentParser) -> None:
+    """Options of every command that writes shards."""
     command.add_argument("--out", type=Path, required=True, help="folder of the data set")
     command.add_argument("--processes", type=int, default=NUM_PROCESSES, help="the bytes do not depend on it")
     command.add_argument("--node", type=int, default=0, help="this node, from 0; all run the same command")
@@ -127,9 +123,7 @@ def workers(arguments: argparse.Namespace) -> Workers:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What write_sources is told about filters and fitting; the embedded data set needs none."""
-    if arguments.command == "emoji":
-        return {}
+    """What write_sources is told about filters and fitting."""
     prepare = Preparation(
         resolution=arguments.resolution,
         min_px=arguments.min_px,
@@ -144,20 +138,21 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"prepare": prepare, "deduplicate_bits": arguments.deduplicate, "strict": arguments.strict}
 
 
-def sources(arguments: argparse.Namespace) -> tuple[Mapping[Path, Source], str]:
-    """Every folder to write, with its source; what the summary has to say about the input ("" for nothing).
+def told(ledgers: Mapping[Path, Ledger]) -> list[str]:
+    """What was written and left out, a line for each folder."""
+    lines = [(directory, line) for directory, ledger in ledgers.items() for line in (ledger.cut_line, ledger)]
+    return [f"{directory}: {line}" for directory, line in lines if line]
+
+
+def source(arguments: argparse.Namespace) -> tuple[Source, str]:
+    """What the folder `--out` is written from, and what the summary has to say about the input ("" for nothing).
 
     Raises UserError: input that is missing or does not fit.
     """
-    if arguments.command == "emoji":
-        config = load(EmojiConfig, arguments.config, arguments.overrides)
-        per_shard = config.max_samples_per_shard
-        made = {arguments.out / source.name: InUnits(source, per_shard) for source in emoji_sources(config)}
-        return made, ""
     _check_inputs(arguments)
     if arguments.command == "folder":
         return _folder(arguments)
-    return {arguments.out: _source(arguments)}, ""
+    return _source(arguments), ""
 
 
 def _check_inputs(arguments: argparse.Namespace) -> None:
@@ -174,7 +169,7 @@ def _check_inputs(arguments: argparse.Namespace) -> None:
             )
 
 
-def _folder(arguments: argparse.Namespace) -> tuple[Mapping[Path, Source], str]:
+def _folder(arguments: argparse.Namespace) -> tuple[Source, str]:
     folder = FolderSource(
         arguments.images,
         arguments.captions,
@@ -184,7 +179,7 @@ def _folder(arguments: argparse.Namespace) -> tuple[Mapping[Path, Source], str]:
     )
     seed = arguments.shuffle_seed
     source = InUnits(folder if seed is None else Shuffled(folder, seed), arguments.max_samples_per_shard)
-    return {arguments.out: source}, folder.outside_line
+    return source, folder.outside_line
 
 
 def _source(arguments: argparse.Namespace) -> Source:

@@ -290,8 +290,9 @@ def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
 
 
 def tokenizer_plan(run: TokenizerRun) -> Plan:
-    """Of a stage, by running its code without values (launch/sizing/stage_size.py); the host is taken to keep up, and the
-    attention's time is in that of the products.
+    """What a stage needs, by running its code without values (launch/sizing/stage_size.py).
+
+    The host is taken to keep up. The attention's time is in that of the products.
     """
     size = stage_size(run.stage, run.pixels, run.engine.precision)
     steps, starts = run.engine.steps, [0]

@@ -16,6 +16,7 @@ from PIL import Image
 from data.shards import ShardDataset
 from launch import make_shards
 from launch.runs import entry
+from quickstart import make_data
 
 SMALL = [
     "train_scenes=60",
@@ -32,11 +33,11 @@ NAMES = [f"{kind}-{split}" for kind in ("scenes", "edits", "identities") for spl
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs make_shards in this process; returns (exit status, stdout, stderr)."""
+    """Runs make_shards, or make_data, in this process; returns (exit status, stdout, stderr)."""
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["make_shards.py", *map(str, arguments)])
-        status = entry.run(make_shards.main)
+    def run(*arguments, main=make_shards.main):
+        monkeypatch.setattr(sys, "argv", ["command.py", *map(str, arguments)])
+        status = entry.run(main)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -44,10 +45,10 @@ def command(monkeypatch, capsys):
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen:
-    script = entry.REPOSITORY / "launch/make_shards.py"
+    script = entry.REPOSITORY / "quickstart/make_data.py"
     environment = {**os.environ, "PYTHONPATH": str(entry.REPOSITORY)}
     return subprocess.Popen(
-        [sys.executable, script, "emoji", "--out", out, *arguments],
+        [sys.executable, script, "--out", out, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -91,7 +92,7 @@ def test_plain_webdataset_reads_the_scenes(emoji):
 
 
 def test_bytes_do_not_depend_on_the_number_of_processes(emoji, command, tmp_path):
-    assert command("emoji", "--out", tmp_path, "--processes", "1", *SMALL)[0] == 0
+    assert command("--out", tmp_path, "--processes", "1", *SMALL, main=make_data.main)[0] == 0
     assert tree(tmp_path) == tree(emoji)
 
 
@@ -103,19 +104,19 @@ def test_killed_run_continues_and_gives_the_same_bytes(emoji, command, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     time.sleep(0.5)  # the worker notices that its parent is gone
-    assert command("emoji", "--out", tmp_path, "--processes", "1", *SMALL)[0] == 0
+    assert command("--out", tmp_path, "--processes", "1", *SMALL, main=make_data.main)[0] == 0
     assert tree(tmp_path) == tree(emoji)
 
 
 def test_another_config_does_not_continue_these_shards(emoji, command):
     before = tree(emoji)
-    status, _, err = command("emoji", "--out", emoji, "--processes", "1", *SMALL, "seed=1")
+    status, _, err = command("--out", emoji, "--processes", "1", *SMALL, "seed=1", main=make_data.main)
     assert status == 2 and err.splitlines()[-1].startswith("error: ") and "empty directory" in err
     assert tree(emoji) == before
 
 
 def test_mistyped_key_is_one_line(command, tmp_path):
-    status, out, err = command("emoji", "--out", tmp_path / "out", "train_scene=5")
+    status, out, err = command("--out", tmp_path / "out", "train_scene=5", main=make_data.main)
     assert (status, out) == (2, "")
     assert err.count("\n") == 1 and "train_scenes" in err
     assert not (tmp_path / "out").exists()

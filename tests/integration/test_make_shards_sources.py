@@ -288,7 +288,9 @@ def test_two_commands_do_not_write_one_folder(command, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path):
-    arguments = script("emoji", "--out", tmp_path / "out", "max_samples_per_shard=50", "--processes", 2)
+    make_data = entry.REPOSITORY / "quickstart/make_data.py"
+    options = ["--out", str(tmp_path / "out"), "--processes", "2", "max_samples_per_shard=50"]
+    arguments = [sys.executable, str(make_data), *options]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not list((tmp_path / "out").rglob("shard-*.json")):
         time.sleep(0.05)

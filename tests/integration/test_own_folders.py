@@ -1,7 +1,7 @@
 """Every command with an --out, root= or run_dir=: no byte of another's is lost, wherever the output goes.
 
-The commands are found by going over launch/. Each is run once into a new folder; then a stranger's file is put under
-every name that it wrote, and the same command must be refused with one line and leave the tree as it was (or, where
+The commands are found by going over launch/ and quickstart/. Each is run once into a new folder; then a stranger's
+file is put under every name that it wrote, and the same command must be refused with one line and leave the tree as it was (or, where
 that name is a folder, write beside what is in it).
 """
 
@@ -121,11 +121,18 @@ COMMANDS = [
     Command("export", lambda i, out: ["--run", i, "--out", out], victims=("config.json",)),
     Command("export_bagel", lambda i, out: ["--generator", i, "--out", out], victims=("ema.safetensors",)),
     Command("import_release", lambda i, out: ["rae", "--source", i, "--out", out], victims=("config.json",)),
+    Command("make_data", lambda _, out: ["--out", out], victims=("scenes-train/manifest.json",)),
     *map(train, ("class", "edit", "judge", "standin", "t2i", "tokenizer")),
-    *(command for module in ("quickstart", "quickstart_class", "ablation") for command in chain(module)),
+    *(command for module in ("chain", "class_chain", "ablation") for command in chain(module)),
 ]  # fmt: skip
 IMAGE_SETS = {"sample_class"}
 """They write by evaluation.drawn_set.draw_on_ranks: tests/unit/base/test_own_files.py."""
+FOLDER_OF = {
+    path.stem: path.parent.name
+    for folder in ("launch", "quickstart")
+    for path in (ROOT / folder).glob("*.py")
+    if "__main__" in path.read_text()
+}
 RUN_HERE = [command for command in COMMANDS if command.inputs]
 
 
@@ -133,9 +140,8 @@ def name_of(command: Command) -> str:
     return f"{command.module}-{COMMANDS.index(command)}"
 
 
-def test_every_command_of_launch_stands_in_the_table() -> None:
-    commands = {path.stem for path in (ROOT / "launch").glob("*.py") if "__main__" in path.read_text()}
-    assert commands == {command.module for command in COMMANDS} | WRITES_NOTHING | IMAGE_SETS
+def test_every_command_stands_in_the_table() -> None:
+    assert {*FOLDER_OF} == {command.module for command in COMMANDS} | WRITES_NOTHING | IMAGE_SETS
 
 
 @pytest.fixture(autouse=True)
@@ -203,8 +209,8 @@ def inputs(tmp_path_factory, emoji_shards, tiny_autoencoder) -> Path:
 
 
 def call(module: str, arguments: list[object]) -> int:
-    """Exit status of `launch/MODULE.py ARGUMENTS`."""
-    command = importlib.import_module(f"launch.{module}")
+    """Exit status of `FOLDER/MODULE.py ARGUMENTS`."""
+    command = importlib.import_module(f"{FOLDER_OF[module]}.{module}")
     old, sys.argv = sys.argv, [f"{module}.py", *map(str, arguments)]
     try:
         return entry.run(command.main, has_ranks=False)

@@ -16,12 +16,13 @@ from data.shards import LatentInfo
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator
 from generator.class_conditional.sampling import ClassSamplingConfig
-from launch.runs.configs import ClassRun, StandInRun
+from launch.runs.configs import ClassRun
 from quickstart import class_scores
 from quickstart.class_page import LABELS
 from quickstart.judge import JudgeConfig, JudgeObjective, SceneClasses
 from quickstart.pictures.source import BACKGROUND_NAMES, OBJECT_NAMES
 from quickstart.standin import IdentityObjective
+from quickstart.train_standin import StandInRun
 from tokenizer.export import fingerprint
 from tokenizer.rpiae import Autoencoder
 

@@ -1,6 +1,6 @@
 """Stage I's loss with its adaptive weights the plain way: one backward pass for each norm, through all it depends on.
 
-The slow reference of `PivotObjective.loss` (tokenizer/training/objectives.py), for the tests and benchmarks/adaptive.py.
+The slow reference of `PivotObjective.loss` (objectives.py), for the tests and benchmarks/adaptive.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from huggingface_hub import constants
 
-from base import hub
+from base import FOLDERS, hub
 from base.config import UserError
 from data.samples.text import load_text_tokenizer
 from evaluation.features.vision_transformers import VisionFeatures
@@ -74,7 +74,7 @@ def calls(path: Path) -> Iterator[tuple[str, str]]:
 def test_every_download_goes_through_the_hub_module() -> None:
     """Found in the sources: calls of the libraries' loading functions, under whatever name they were imported."""
     met = 0
-    for package in ("data", "tokenizer", "generator", "evaluation", "launch", "engine"):
+    for package in FOLDERS:
         for path in (ROOT / package).rglob("*.py"):
             inside = path == ROOT / "base" / "hub.py"
             for function, name in calls(path):

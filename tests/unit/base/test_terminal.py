@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from base import terminal
+from base import FOLDERS, terminal
 from base.config import UserError
 from launch.runs import entry
 
 ROOT = Path(__file__).parents[3]
-FOLDERS = ("data", "tokenizer", "generator", "evaluation", "engine", "launch")
 
 
 def written_past(tree: ast.AST) -> Iterator[str]:

@@ -61,7 +61,7 @@ def test_a_training_switches_before_its_ranks_meet(asked, monkeypatch) -> None:
         raise RanksMeetError
 
     monkeypatch.setattr(training, "make_deterministic", lambda: switched.append(True))
-    monkeypatch.setattr(training.training_scores, "start_of", lambda _run: None)
+    monkeypatch.setattr(training.periodic_scores, "start_of", lambda _run: None)
     monkeypatch.setattr(training, "_start_ranks", meet)
     run = SimpleNamespace(engine=SimpleNamespace(deterministic=asked, wandb="disabled"), run_dir="nowhere")
     with pytest.raises(RanksMeetError):

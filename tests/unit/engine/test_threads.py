@@ -10,11 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from base import FOLDERS
 from engine import threads
 from launch.runs import entry
 
 ROOT = Path(__file__).parents[3]
-SCRIPTS = [path for path in sorted((ROOT / "launch").glob("*.py")) if "__main__" in path.read_text()]
+SCRIPTS = [
+    path
+    for folder in ("launch", "quickstart")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in path.read_text()
+]
 
 
 def test_a_containers_limit_counts_as_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +69,9 @@ def test_every_command_starts_through_the_entry_point() -> None:
 
 def test_every_command_says_how_threads_wait_before_it_loads_them() -> None:
     """libgomp reads its environment once; torch, numpy and scipy load it or another OpenMP."""
-    program = """
+    program = (
+        f"FOLDERS = {FOLDERS!r}"
+        + """
 import os, runpy, sys
 class Watch:
     def find_spec(self, name, path=None, target=None):
@@ -72,14 +80,14 @@ class Watch:
 sys.meta_path.insert(0, Watch())
 for script in sys.argv[1:]:
     os.environ.pop("OMP_WAIT_POLICY", None)
-    ours = ("launch", "engine", "data", "tokenizer", "generator", "evaluation")
-    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
+    for name in [name for name in sys.modules if name.split(".")[0] in FOLDERS]:
         del sys.modules[name]
     try:
         runpy.run_path(script, run_name="imported")
     except KeyboardInterrupt as reached:
         print(script, reached)
 """
+    )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     paths = [str(path) for path in SCRIPTS]
     result = subprocess.run(

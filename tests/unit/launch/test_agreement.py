@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from base.config import ConfigError, load, to_dict
-from launch.runs.configs import ClassRun, GeneratorRun, StandInRun, TokenizerRun
+from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
+from quickstart.train_standin import StandInRun
 from tokenizer.export import FORMAT_VERSION
 
 CONFIGS = Path(__file__).parents[3] / "configs"

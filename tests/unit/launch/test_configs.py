@@ -10,12 +10,14 @@ import pytest
 from base import config
 from engine.schedule import learning_rate
 from launch.recipes import table
-from launch.runs.configs import ClassRun, EncodeRun, GeneratorRun, JudgeRun, StandInRun, TokenizerRun
+from launch.runs.configs import ClassRun, EncodeRun, GeneratorRun, TokenizerRun
 from launch.sizing.estimate import LATENT_SHAPES
 from quickstart.ablation import VARIANTS, AblationRun
 from quickstart.chain import QuickstartRun
 from quickstart.class_chain import QuickstartClassRun
 from quickstart.pictures.source import EmojiConfig
+from quickstart.train_judge import JudgeRun
+from quickstart.train_standin import StandInRun
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 KINDS: dict[str, type] = {

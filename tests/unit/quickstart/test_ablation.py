@@ -7,9 +7,10 @@ import pytest
 from base.config import load
 from base.files import write_json
 from evaluation.metrics.interval import Estimate
-from launch.runs.configs import StandInRun, TokenizerRun
+from launch.runs.configs import TokenizerRun
 from quickstart.ablation import LAST_OF_BASE, VARIANTS, AblationRun, build_steps
 from quickstart.ablation_page import LABELS, TRENDS, Row, page
+from quickstart.train_standin import StandInRun
 
 
 def row(name: str, distance: float = 1.0, probe: float = 0.5) -> Row:

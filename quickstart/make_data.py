@@ -1,0 +1,29 @@
+"""Makes the miniature's data sets: quickstart/make_data.py --out DIR [key=value ...]. Running it again continues."""
+
+import argparse
+import sys
+
+from base.config import load
+from base.terminal import say
+from data.sources.base import InUnits
+from data.sources.write import write_sources
+from launch.runs import entry, shard_sources
+from quickstart.pictures.source import EmojiConfig, emoji_sources
+
+
+def main() -> None:
+    """Writes scenes, edits, identities, and classes where the config asks for them, each to its folder below --out."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default=entry.REPOSITORY / "configs/quickstart/data.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config to change")
+    shard_sources.add_workers(parser)
+    arguments = parser.parse_args()
+    config = load(EmojiConfig, arguments.config, arguments.overrides)
+    per_shard = config.max_samples_per_shard
+    sources = {arguments.out / one.name: InUnits(one, per_shard) for one in emoji_sources(config)}
+    for line in shard_sources.told(write_sources(sources, shard_sources.workers(arguments))):
+        say(line)
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run(main, has_ranks=False))
