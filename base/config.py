@@ -200,6 +200,8 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
             )
             if first["type"] == "finite_number":
                 raise ConfigError(f"{where}: {path or 'top level'} is {value}; give a number") from None
+            if bound := _bound(first):
+                raise ConfigError(f"{where}: {path or 'top level'} is {value}; give {bound}") from None
             reason = first["msg"]
             raise ConfigError(
                 f"{where}: {path or 'top level'}: {reason}, not {_shown(path, value)}"
@@ -220,14 +222,25 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in arguments:
             raise ConfigError(f"{where}: missing key '{_join(path, name)}'")
+    try:
+        for name, value in arguments.items():
+            check_sizes({name: value}, f"{where}: {path}" if path else where)
+    except UserError as error:
+        raise ConfigError(str(error)) from None
     place = f"{where}: {path or 'top level'}"
-    for name, value in arguments.items():
-        check_sizes({name: value}, place)
     with describing(place):
         try:
             return section(**arguments)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
+
+
+def _bound(error: Mapping[str, Any]) -> str:
+    """What a number outside its range should be, of pydantic's first error; "" for other errors."""
+    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    return next(
+        (f"{word} {error['ctx'][name]}" for name, word in words.items() if name in error.get("ctx", {})), ""
+    )
 
 
 def _hint(key: str, section: type[Any], path: str) -> str:

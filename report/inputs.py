@@ -199,7 +199,7 @@ def read_lines(path: Path, writer: str = "a training") -> list[dict[str, Any]]:
 
     Raises UserError naming the line: no JSON object, not UTF-8.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
     *whole, last = limits.read_bytes(path, limits.DOCUMENT_BYTES).split(b"\n")
     rows = []

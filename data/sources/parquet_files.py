@@ -56,10 +56,6 @@ class Footer:
                 raise UserError(
                     f"{self.file}: has no column '{name}'; its columns are {', '.join(self.schema.names)}"
                 )
-            if self.schema.names.count(name) > 1:
-                raise UserError(
-                    f"{self.file}: has two columns '{name}'; give a file where each has its own name"
-                )
             kind = self.schema.field(name).type
             if name in images and pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
                 kind = kind.field("bytes").type

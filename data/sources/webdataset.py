@@ -1,7 +1,8 @@
 """WebDataset tars (img2dataset's, the hub's, our own pixel shards) -> samples. Payloads are stored as they are.
 
 A sample has an image part, or those of an edit or an interleaved sample as data/samples/layouts.py names them. Texts
-come from the parts `txt` and `json`, a class from `cls` or json's "label". data/sources/prepare.py looks inside the images.
+come from the parts `txt` and `json`, a class from `cls` or json's "label". data/sources/prepare.py looks inside the
+images.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 from data.plan.mixture import Mixture
 from data.shards.index import MANIFEST_NAME
-from base import files
+from base import files, limits
 from base.config import flatten
 from base.objective import Objective
 
@@ -77,7 +77,7 @@ def _samples(path: Path) -> Iterator[tuple[str, str]]:
 def _sample(path: Path) -> str:
     """Size, and a digest of blocks from the first to the last; of a small file, of all of it."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with limits.open_file(path) as file:
         size = file.seek(0, os.SEEK_END)
         last = max(size - BLOCK_BYTES, 0)
         for block in range(NUM_BLOCKS):

@@ -1,8 +1,8 @@
 """Every command with an --out, root= or run_dir=: no byte of another's is lost, wherever the output goes.
 
 The commands are found by going over launch/ and quickstart/. Each is run once into a new folder; then a stranger's
-file is put under every name that it wrote, and the same command must be refused with one line and leave the tree as it was (or, where
-that name is a folder, write beside what is in it).
+file is put under every name that it wrote, and the same command must be refused with one line and leave the
+tree as it was (or, where that name is a folder, write beside what is in it).
 """
 
 from __future__ import annotations

@@ -15,12 +15,14 @@ import pytest
 
 from base.bounds import MAX_COUNT, MAX_FEW, MAX_SECONDS, MAX_STEPS
 from base.config import ConfigError, UserError, from_dict, resolve, to_dict
-from launch.runs.configs import ClassRun, EncodeRun, GeneratorRun, JudgeRun, StandInRun, TokenizerRun
+from launch.runs.configs import ClassRun, EncodeRun, GeneratorRun, TokenizerRun
 from launch.sizing import dry_run
 from quickstart.ablation import AblationRun
 from quickstart.chain import QuickstartRun
 from quickstart.class_chain import QuickstartClassRun
 from quickstart.pictures.source import EmojiConfig
+from quickstart.train_judge import JudgeRun
+from quickstart.train_standin import StandInRun
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 

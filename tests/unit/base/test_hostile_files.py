@@ -200,7 +200,7 @@ def test_a_device_among_a_checkpoints_files_is_named(tmp_path: Path) -> None:
         )
         assert "a pipe or device" in found
         with (
-            pytest.raises(OSError, match="a pipe or device"),
+            pytest.raises(UserError, match="a pipe or device"),
             Saved(tmp_path, [checkpoint_folder.file_name(0)], 0),
         ):
             pass

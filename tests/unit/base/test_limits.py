@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from base import limits, model_sizes
+from base import FOLDERS, limits, model_sizes
 from base.config import UserError
 
 ROOT = Path(__file__).parents[3]
-PACKAGES = ("data", "tokenizer", "generator", "evaluation", "engine", "launch")
 OPENERS = {
     "open", "os.open", "gzip.open", "tarfile.open", "fsspec.open", "np.load", "np.memmap", "np.fromfile", "torch.load",
     "load_file", "safetensors.safe_open", "zipfile.ZipFile", "pq.ParquetFile", "pyarrow.parquet.ParquetFile",
@@ -27,6 +26,8 @@ OWN = {
     "data/sources/caption_table.py": "the table and locks that make_shards wrote",
     "data/sources/deduplicate.py": "hashes that make_shards left beside its own shards",
     "quickstart/pictures/art.py": "pictures of an installed package",
+    "base/terminal.py": "the null device",
+    "engine/log_files.py": "logs of its own run, held by the run lock",
     "evaluation/environment.py": "/proc",
     "evaluation/features/feature_files.py": "features that the evaluation wrote, by their exact size",
     "evaluation/store.py": "the file of answers that this process adds to",
@@ -72,7 +73,7 @@ def is_read(call: ast.Call) -> bool:
 
 def test_whatever_a_stranger_gives_is_opened_by_the_rule() -> None:
     around, met = {}, 0
-    for package in PACKAGES:
+    for package in FOLDERS:
         for path in (ROOT / package).rglob("*.py"):
             name = path.relative_to(ROOT).as_posix()
             for function, call, goes_by_limits in reads(path):
@@ -100,13 +101,13 @@ def test_pictures_are_opened_in_one_place() -> None:
     """With the formats and the limit of pixels that data/samples/images.py has: Pillow opens EPS by Ghostscript."""
     calls = [
         (path.relative_to(ROOT).as_posix(), ast.unparse(node))
-        for package in (*PACKAGES, "benchmarks")
+        for package in (*FOLDERS, "benchmarks")
         for path in (ROOT / package).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open")
     ]
     assert calls == [("data/samples/images.py", "Image.open(payload, formats=IMAGE_FORMATS)")]
-    for package in PACKAGES:
+    for package in FOLDERS:
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom) and node.module == "PIL.Image":

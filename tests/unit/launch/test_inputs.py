@@ -14,8 +14,10 @@ import pytest
 from data.plan.mixture import Mixture, SetConfig
 from data.shards import Sample, ShardWriter
 from launch.runs import inputs, nodes
-from launch.runs.configs import ClassRun, GeneratorRun, JudgeRun, StandInRun, TokenizerRun
+from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
 from launch.runs.nodes import Report
+from quickstart.train_judge import JudgeRun
+from quickstart.train_standin import StandInRun
 
 CONFIG = {
     "data": {"shards": "pixels"},

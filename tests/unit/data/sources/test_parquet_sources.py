@@ -353,5 +353,5 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     image, other = pa.array([b"x"]), pa.array(["y"])
     table = pa.Table.from_arrays([image, other, other], names=["image", "text", "text"])
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet: has two columns 'text'"):
+    with pytest.raises(UserError, match=r"a\.parquet: two columns are called 'text'"):
         ParquetSource([str(tmp_path)], ParquetColumns(image="image", captions=("text",)), 2)
