@@ -7,7 +7,7 @@ import argparse
 import io
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont
@@ -64,11 +64,12 @@ def draw(root: Path) -> Image.Image:
     for role in ("original", "result"):
         rows.append([(reconstruction.path(item, role), "") for item in reconstruction.items[:COLUMNS]])
     rows.append("Text to image: captions that training never saw")
-    for items in _rows(t2i.items[: 2 * COLUMNS], COLUMNS):
-        rows.append([(t2i.path(item, "result"), str(item.field("caption"))) for item in items])
+    drawn = t2i.items[:COLUMNS]
+    rows.append([(t2i.path(item, "result"), str(item.field("caption"))) for item in drawn])
     rows.append("Editing: each source, and beside it the edit by the instruction")
-    for items in _rows(_by_kind(edit.items)[:COLUMNS], COLUMNS // 2):
-        rows.append([tile for item in items for tile in _edit(edit, item)])
+    pairs = [_edit(edit, item) for item in _by_kind(edit.items)[:COLUMNS]]
+    for start in range(0, len(pairs), COLUMNS // 2):
+        rows.append([tile for pair in pairs[start : start + COLUMNS // 2] for tile in pair])
     return _paint(rows)
 
 
@@ -92,11 +93,6 @@ def _by_kind(items: Sequence[Item]) -> list[Item]:
 
 def _edit(edits: ImageSet, item: Item) -> list[Tile]:
     return [(edits.path(item, "source"), ""), (edits.path(item, "result"), str(item.field("instruction")))]
-
-
-def _rows(items: Sequence[Item], count: int) -> Iterator[Sequence[Item]]:
-    for start in range(0, len(items), count):
-        yield items[start : start + count]
 
 
 def _paint(rows: Sequence[str | Sequence[Tile]]) -> Image.Image:
