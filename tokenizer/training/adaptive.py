@@ -72,7 +72,7 @@ def adaptive_weight(
     eps: float,
     ceiling: float,
 ) -> Tensor:
-    """lambda = ||d main/dW|| / (||d other/dW|| + eps), at most `ceiling` (VQGAN eq. 7; paper eq. 4).
+    """lambda = ||d main/dW|| / (||d other/dW|| + eps), at most `ceiling` (VQGAN eq. 7; paper eq. 2).
 
     output: the tensor that both losses depend on and whose last layer has the parameter `weight`
     main_gradient, other_gradient: d loss / d output of the two losses

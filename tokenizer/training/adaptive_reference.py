@@ -19,7 +19,7 @@ from tokenizer.training.seeds import Purpose, generator
 
 
 def plain_mean_loss(objective: PivotObjective, batch: PixelBatch, step: int) -> Tensor:
-    """The mean loss of a micro-batch (spec.md, stage I and the baseline) with a graph through every network.
+    """The mean loss of a micro-batch (docs/method.md, stage I and the baseline) with a graph through every network.
 
     The perceptual loss must be on; the adversarial one is from its step on. Its gradients are what `objective.loss`
     must give.

@@ -19,7 +19,7 @@ from tokenizer.training.perceptual import Perceptual, PerceptualConfig, build_pe
 from tokenizer.training.seeds import Purpose, generator
 from tokenizer.weights import state_hash
 
-GAN_EPS, GAN_CEILING = 1e-6, 1e4  # of lambda_gan (spec.md)
+GAN_EPS, GAN_CEILING = 1e-6, 1e4  # of lambda_gan (docs/method.md)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The tokenizer's loss terms (spec.md, paper 3.2 and 3.3), each a mean over its elements.
+"""The tokenizer's loss terms (paper 3.2 and 3.3; docs/method.md), each a mean over its elements.
 
 Shapes: B batch, D feature width, C latent channels, Y X token grid, H W pixels.
 """

@@ -1,4 +1,4 @@
-"""The objectives of the tokenizer's stages (spec.md; base.objective.Objective).
+"""The objectives of the tokenizer's stages (docs/method.md; base.objective.Objective).
 
 Adaptive weights are those of each micro-batch alone: a micro-batch is one pack of one virtual stream, so
 nothing depends on how many ranks there are.
@@ -23,7 +23,7 @@ from tokenizer.training import adaptive, losses
 from tokenizer.training.stage_config import StageConfig
 from tokenizer.training.stage_objective import StageObjective, stage_output
 
-PIVOT_EPS, PIVOT_CEILING = 1e-4, 1e5  # of lambda_piv (spec.md)
+PIVOT_EPS, PIVOT_CEILING = 1e-4, 1e5  # of lambda_piv (docs/method.md)
 
 
 class PivotObjective(StageObjective):
@@ -99,7 +99,7 @@ class PivotObjective(StageObjective):
     def _pivot_weight(
         self, read_BDYX: Tensor, read_gradient: Tensor, f_BDYX: Tensor, pivot: Tensor
     ) -> Tensor:
-        """lambda_piv (spec.md, stage I), a detached scalar.
+        """lambda_piv (paper eq. 2), a detached scalar.
 
         read_gradient: d(L_rec + w_L L_LPIPS) / d(what D read)
         """

@@ -1,4 +1,4 @@
-"""One config for the three tokenizer stages and the single-stage baseline (spec.md)."""
+"""One config for the three tokenizer stages and the single-stage baseline (paper 3.3; docs/method.md)."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def build(**options):
 
 
 def test_the_shift_follows_the_latent_size() -> None:
-    assert resolve_shift("auto", (64, 16, 16)) == 2.0  # spec.md: s = sqrt(64 * 16 * 16 / 4096)
+    assert resolve_shift("auto", (64, 16, 16)) == 2.0  # docs/method.md: s = sqrt(64 * 16 * 16 / 4096)
     assert resolve_shift("auto", (768, 16, 16)) == pytest.approx(6.93, abs=0.005)  # RAE
     assert resolve_shift(1.5, (64, 16, 16)) == 1.5
 

@@ -156,7 +156,7 @@ def test_the_recipes_page_shows_what_the_command_prints() -> None:
 
 @pytest.mark.parametrize(("folder", "epoch"), [("tokenizer", 2502), ("tokenizer/release", 5004)])
 def test_schedules_of_the_paper_in_epochs(folder: str, epoch: int) -> None:
-    """ImageNet's 1,281,167 images; epochs of each stage as in spec.md."""
+    """ImageNet's 1,281,167 images; epochs of each stage as in docs/method.md."""
     images = 1_281_167
     for stage, epochs in (("pivot", 16), ("bridge", 32), ("decoder", 16)):
         run = config.load(TokenizerRun, CONFIGS / folder / f"{stage}.yaml")
