@@ -5,9 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PACKAGES := base data tokenizer generator evaluation report engine launch quickstart
 
-.PHONY: install quickstart quickstart-class ablation test test-slow check format bench gpu clean
+.PHONY: help install quickstart quickstart-class ablation test test-slow check format bench gpu clean
 
-install: $(INSTALLED)
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+install: $(INSTALLED) ## .venv with the versions of constraints.txt
 
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,32 +18,32 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-quickstart: install
+quickstart: install ## the whole chain in miniature, with a report; ARGS=--fresh starts over
 	$(BIN)/python quickstart/chain.py $(ARGS)
 
-quickstart-class: install
+quickstart-class: install ## class-conditional generation in miniature
 	$(BIN)/python quickstart/class_chain.py $(ARGS)
 
-ablation: install
+ablation: install ## the paper's Tables 2 and 5 in miniature
 	$(BIN)/python quickstart/ablation.py $(ARGS)
 
-check: install
+check: install ## lint, format, types, direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check
+test: check ## check, then the tests of seconds
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
 
-test-slow: install
+test-slow: install ## the tests of minutes
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m slow
 
-format: install
+format: install ## repair what lint and format can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install
+bench: install ## every measurement that needs no GPU
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.adaptive
 	$(BIN)/python -m benchmarks.mot
@@ -56,8 +59,8 @@ gpu: install
 else
 gpu: GPU_PYTHON := $(PYTHON)
 endif
-gpu:
+gpu: ## tests/gpu and every rate beside its goal, on one GPU; PYTHON=python3 installs nothing
 	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
-clean:
+clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,6 +1,6 @@
 """How GPUs multiply in fp32: in TF32 (10 bits of mantissa, several times the speed) or exactly.
 
-Every command starts with TF32 allowed; `base.tf32` decides for a training; what measures is exact.
+Every command starts with TF32 allowed; `engine.tf32` decides for a training; what measures is exact.
 NVIDIA_TF32_OVERRIDE=0 in the environment forbids it to all of them. CPUs know no TF32.
 """
 

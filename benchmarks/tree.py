@@ -1,0 +1,95 @@
+"""How large each folder of the source is: python -m benchmarks.tree [BEFORE [AFTER]], two commits.
+
+A row for each folder: Python files, their lines, and imports, that is pairs of a file and a module of this project that
+it names. AFTER is the working tree unless it is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDERS = ("base", "data", "tokenizer", "generator", "evaluation", "report", "engine", "launch", "quickstart")
+ELSEWHERE = ("tests", "benchmarks")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the Python files below one folder."""
+
+    files: int = 0
+    lines: int = 0
+    imports: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.files + other.files, self.lines + other.lines, self.imports + other.imports)
+
+
+def main() -> None:
+    """Prints the table in Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("before", nargs="?", default="HEAD", help="a commit (default: HEAD)")
+    parser.add_argument("after", nargs="?", help="a commit (default: the working tree)")
+    arguments = parser.parse_args()
+    print(table(sizes(sources(arguments.before)), sizes(sources(arguments.after))))
+
+
+def table(before: dict[str, Size], after: dict[str, Size]) -> str:
+    """Both trees side by side, in Markdown; the source's sum, then what lies beside it."""
+    rows = ["| folder | files | lines | imports |", "|---|---|---|---|"]
+    for name in (*FOLDERS, "sum", *ELSEWHERE):
+        old, new = (
+            sum((found.get(folder, Size()) for folder in FOLDERS), Size())
+            if name == "sum"
+            else found.get(name, Size())
+            for found in (before, after)
+        )
+        cells = (f"{a:,} -> {b:,}" for a, b in zip(vars(old).values(), vars(new).values(), strict=True))
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def sizes(texts: Iterable[tuple[str, str]]) -> dict[str, Size]:
+    """(path, source) of Python files -> the size of each top folder."""
+    found: dict[str, Size] = {}
+    for path, text in texts:
+        folder = path.partition("/")[0]
+        found[folder] = found.get(folder, Size()) + Size(1, text.count("\n"), len(imported(text)))
+    return found
+
+
+def imported(text: str) -> set[str]:
+    """Names of this project's modules that a file imports, wherever the import stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return {name for name in names if name.partition(".")[0] in FOLDERS}
+
+
+def sources(commit: str | None) -> Iterator[tuple[str, str]]:
+    """Path and text of every tracked Python file. None: as they lie in the working tree."""
+    if commit is None:
+        for path in _git("ls-files", "*.py").splitlines():
+            if Path(path).is_file():  # tracked, but perhaps removed by hand
+                yield path, Path(path).read_text(encoding="utf-8")
+        return
+    for path in _git("ls-tree", "-r", "--name-only", commit).splitlines():
+        if path.endswith(".py"):
+            yield path, _git("show", f"{commit}:{path}")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    main()
