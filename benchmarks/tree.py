@@ -15,6 +15,7 @@ from pathlib import Path
 
 FOLDERS = ("base", "data", "tokenizer", "generator", "evaluation", "report", "engine", "launch", "quickstart")
 ELSEWHERE = ("tests", "benchmarks")
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,21 @@ def imported(text: str) -> set[str]:
 
 
 def sources(commit: str | None) -> Iterator[tuple[str, str]]:
-    """Path and text of every tracked Python file. None: as they lie in the working tree."""
+    """Path and text of every Python file in the folders. None: as they lie in the working tree."""
     if commit is None:
-        for path in _git("ls-files", "*.py").splitlines():
-            if Path(path).is_file():  # tracked, but perhaps removed by hand
-                yield path, Path(path).read_text(encoding="utf-8")
+        for folder in (*FOLDERS, *ELSEWHERE):
+            for file in sorted((ROOT / folder).rglob("*.py")):
+                yield file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
         return
     for path in _git("ls-tree", "-r", "--name-only", commit).splitlines():
-        if path.endswith(".py"):
+        if path.endswith(".py") and path.partition("/")[0] in (*FOLDERS, *ELSEWHERE):
             yield path, _git("show", f"{commit}:{path}")
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+    ).stdout
 
 
 if __name__ == "__main__":
