@@ -32,7 +32,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 ASSIGNMENT = re.compile(r"\b([A-Z])=(\"[^\"]*\"|[^\s`]+)")
 MAX_README_LINES = 150
-COMES_LATER = {"SECURITY.md", "docs/images/quickstart.png"}
+COMES_LATER = {"SECURITY.md"}
 """Linked already; docs/security.md, which SECURITY.md replaces, is linked no more."""
 
 
