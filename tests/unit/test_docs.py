@@ -64,7 +64,16 @@ class Command:
         return f"{self.page}: {' '.join(self.words)}"
 
 
-def commands_of(page: Path) -> Iterator[Command]:
+@functools.cache
+def commands_of(page: Path) -> tuple[Command, ...]:
+    return tuple(command for command in _read_commands(page) if command.words)
+
+
+def all_commands() -> list[Command]:
+    return [command for page in PAGES for command in commands_of(page)]
+
+
+def _read_commands(page: Path) -> Iterator[Command]:
     """Fenced commands in reading order, and those that prose names as `make ...` or `python -m ...`."""
     text, variables = text_of(page), {}
     for found in re.finditer(r"^```(\w*)\n(.*?)^```$|`([A-Z]=[^`\n]+)`", text, re.MULTILINE | re.DOTALL):
@@ -85,7 +94,6 @@ def commands_of(page: Path) -> Iterator[Command]:
             yield Command(name_of(page), tuple(word for word in inline.split() if word != "..."))
 
 
-COMMANDS = [command for page in PAGES for command in commands_of(page) if command.words]
 PROGRAMS = ("python", "deepspeed", "sbatch")
 
 
@@ -161,8 +169,8 @@ def parse(module_name: str, arguments: list[str]) -> argparse.Namespace | None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_parse_and_name_configs_and_keys_that_exist(page: Path) -> None:
-    for command in COMMANDS:
-        if command.page != name_of(page) or command.words[0] not in PROGRAMS or command.words[1:] == ():
+    for command in commands_of(page):
+        if command.words[0] not in PROGRAMS or command.words[1:] == ():
             continue
         try:
             module_name, arguments = target_of(command.words)
@@ -181,13 +189,13 @@ def test_commands_parse_and_name_configs_and_keys_that_exist(page: Path) -> None
 
 def test_the_pages_hold_commands_of_every_kind() -> None:
     """The test above would pass on pages that it cannot read."""
-    modules = {target_of(c.words)[0] for c in COMMANDS if c.words[0] in PROGRAMS and len(c.words) > 1}
+    modules = {target_of(c.words)[0] for c in all_commands() if c.words[0] in PROGRAMS and len(c.words) > 1}
     assert {
         *("launch.make_shards", "launch.train_tokenizer", "launch.encode_latents", "launch.train_t2i"),
         *("launch.train_edit", "launch.sample", "launch.evaluate", "launch.preflight", "launch.train_class"),
         *("launch.export", "launch.watch", "quickstart.make_data", "quickstart.picture", "benchmarks.data"),
     } <= modules
-    assert sum(command.words[0] in PROGRAMS for command in COMMANDS) > 80
+    assert sum(command.words[0] in PROGRAMS for command in all_commands()) > 80
 
 
 @pytest.mark.parametrize(
@@ -208,7 +216,7 @@ def test_a_command_that_is_wrong_would_be_noticed(module_name, arguments, messag
 
 def test_make_targets_and_files_of_schedulers_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for command in COMMANDS:
+    for command in all_commands():
         if command.words[0] == "make":
             assert command.words[1] in targets, str(command)
         if command.words[0] in ("sbatch", "kubectl"):
