@@ -32,8 +32,6 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 ASSIGNMENT = re.compile(r"\b([A-Z])=(\"[^\"]*\"|[^\s`]+)")
 MAX_README_LINES = 150
-COMES_LATER = {"SECURITY.md"}
-"""Linked already; docs/security.md, which SECURITY.md replaces, is linked no more."""
 
 
 def name_of(path: Path) -> str:
@@ -260,7 +258,7 @@ def test_links_and_anchors_resolve(page: Path) -> None:
             continue
         name, _, anchor = target.partition("#")
         path = (page.parent / name).resolve() if name else page
-        assert path.exists() or name_of(path) in COMES_LATER, f"{name_of(page)}: no {target}"
+        assert path.exists(), f"{name_of(page)}: no {target}"
         assert not anchor or anchor in anchors(path), f"{name_of(page)}: no heading for {target}"
 
 
@@ -273,7 +271,7 @@ def test_every_page_of_docs_is_found_from_the_readme() -> None:
             (page.parent / name).resolve() for name in re.findall(r"\]\(([^)\s#]+\.md)", prose_of(page))
         }
         open_pages += [path for path in linked if path.is_file() and path not in found]
-    assert not {*(ROOT / "docs").rglob("*.md")} - found - {ROOT / "docs/security.md"}
+    assert not {*(ROOT / "docs").rglob("*.md")} - found
 
 
 @functools.cache
