@@ -126,7 +126,7 @@ class HeadClassifier:
 
 
 def prepare(image: Tensor) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, 224, 224]: the evaluation transform of DINOv2, by the same library."""
+    """uint8 [3, H, W] -> uint8 [3, 224, 224]: DINOv2's evaluation transform, by torchvision as in DINOv2."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     picture = transforms.resize(picture, RESIZE_PX, transforms.InterpolationMode.BICUBIC)
     picture = transforms.center_crop(picture, CROP_PX)

@@ -25,7 +25,7 @@ from generator.gather import gather_rows
 
 Kernel = Literal["sdpa"] | VarlenName
 Backend = Literal["auto", "flash"] | Kernel
-"""A kernel; "flash": the first flash-attn that is installed and runs; "auto": that one, else varlen, else SDPA."""
+"""A kernel; "flash": the first flash-attn that is installed and runs; "auto": "flash", else varlen, else SDPA."""
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """SDPA's kernels without cuDNN. cuDNN builds a graph for every shape, and every pack has buckets of other shapes."""
 JointAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]

@@ -31,7 +31,7 @@ def backend_for(backend: Compiler | None, *tensors: Tensor) -> Compiler | None:
 
 
 def whole(function: FunctionT, backend: Compiler | None) -> FunctionT:
-    """`function` compiled without a graph break, or as it is if `backend` is None or operations are being counted."""
+    """`function` compiled without a graph break; unchanged if `backend` is None or operations are being counted."""
     return function if backend is None or _is_watched() else _compiled(function, backend)
 
 

@@ -36,7 +36,7 @@ class Edit:
 
     @property
     def changed(self) -> tuple[Placed, ...]:
-        """The squares in which source and target differ; none for a background, which is all around them."""
+        """The squares in which source and target differ; none for a background edit."""
         if self.slot is None:
             return ()
         return ((self.source if self.kind == "remove" else self.target).objects[self.slot],)

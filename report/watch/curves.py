@@ -33,7 +33,7 @@ def _curves(runs: Sequence[Run], metric: str, unit: Unit) -> list[Curve]:
 
 
 def gentle(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A short series as it is; of a long series, the mean of each point's neighbourhood."""
+    """A short series unchanged; of a long series, the mean of each point's neighbourhood."""
     return smoothed(points, len(points) // SMOOTH_PART) if len(points) > SMOOTH_FROM else points
 
 

@@ -177,7 +177,7 @@ class RepresentationDistance(Perceptual):
 
 
 def build_perceptual(config: PerceptualConfig) -> Perceptual | None:
-    """The frozen distance, or None. Raises UserError: weights that cannot be had, an incomplete section."""
+    """The frozen distance, or None. Raises UserError: weights that cannot be read, an incomplete section."""
     if config.kind == "none":
         return None
     if config.kind == "representation":
