@@ -100,7 +100,7 @@ def draw_classes(
     team: Team,
     in_step: bool = False,
 ) -> int:
-    """As draw_on_ranks, with models in memory. `drawn_with`: on rank 0, what distinguishes these models from others."""
+    """Draws like draw_on_ranks, with models in memory. `drawn_with`: on rank 0, what tells the models from others."""
     settings = sampling_settings(sampling)
     drawings = class_drawings(pipeline.generator.config.num_classes, num_images, sampling.seed)
     if team.rank == 0:

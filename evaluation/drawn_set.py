@@ -56,8 +56,8 @@ def draw_on_ranks(
 
     The set is whole when the function returns. Images that an earlier run finished are kept. `drawn_with`: all that
     decides the images. `start` returns the function that draws a block; it is called only if a block is left to draw.
-    `in_step`: every rank draws as many blocks, some of them only to take part, because the drawing is collective.
-    Raises UserError: `out` was drawn with other settings, or holds a stranger's files.
+    `in_step`: all ranks draw equally many blocks, some only to take part, because the drawing is collective. Raises
+    UserError: `out` was drawn with other settings, or holds a stranger's files.
     """
     blocks = [drawings[first : first + block_images] for first in range(0, len(drawings), block_images)]
     mine = [block for block in blocks[team.rank :: team.world] if not all(one.is_done(out) for one in block)]

@@ -169,7 +169,7 @@ class NpzImages:
 
     path: Path
     shape: tuple[int, int, int, int]  # N, H, W, 3
-    offset: int  # of the first pixel in the file, in bytes
+    offset: int  # offset of the first pixel in the file, in bytes
 
     @classmethod
     def open(cls, path: Path) -> NpzImages:

@@ -128,7 +128,7 @@ def evaluate(
     All of `team` share the expensive phase. Rank 0 alone scores; the other ranks return {}. fp32 is exact here: TF32
     would make a network's features, and so an FID, depend on the GPU.
 
-    `seed`: the one the images were sampled with, for the record. `manifest` replaces the folder's own; with
+    `seed`: the images' sampling seed, for the record. `manifest` replaces the folder's own; with
     `follow_links` its links may lead out of the folder. Raises UserError: `output_dir` holds scores of another origin;
     images are missing without `allow_partial`. With it they are counted in `n_failed` and the scores marked partial.
     """

@@ -108,7 +108,7 @@ def draw_prompts(
     team: Team,
     in_step: bool = False,
 ) -> int:
-    """As draw_on_ranks, with models from `load`. `drawn_with`: on rank 0, what tells the models from others."""
+    """Draws like draw_on_ranks, with models from `load`. `drawn_with`: on rank 0, what tells the models from others."""
     settings = sampling_settings(sampling)
     read = read_prompts(prompts)
     drawings = _drawings(read, images_per_prompt, sampling.seed)

@@ -35,8 +35,8 @@ class Card:
     steps: int
     metrics: Sequence[Mapping[str, float | None]]  # the lines of metrics.jsonl
     started_from: str | None  # origin of the initial weights; None: new ones
-    commit: str | None  # of the code
-    time_shift: TimeShift = "auto"  # of the training
+    commit: str | None  # commit of the code
+    time_shift: TimeShift = "auto"  # time shift of the training
 
 
 def model_card(card: Card, model: Generator, sampling: SamplingConfig) -> str:

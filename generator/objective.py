@@ -166,7 +166,7 @@ class FlowObjective(WithoutAdversary):
         self.model.save(directory)
 
     def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
-        """Alarms once if the text loss met no text in ENOUGH_SAMPLES samples or in any window of `history`."""
+        """Alarms once if the text loss met no text in ENOUGH_SAMPLES samples, or in HISTORY_WINDOWS log windows."""
         num_samples = sum(window.get("samples", 0.0) for window in history)
         if any("text_loss" in window for window in history):
             self._awaits_text = False

@@ -187,8 +187,8 @@ def pack_branches(
 ) -> PackedBatch:
     """One pack (on the CPU) with one sample for each condition: [none] [sources] [source] [text] [full].
 
-    Nothing after a noisy image sees it, so the noisy images of `branches` stand where they see what they should.
-    `seen`: all branches that share the prefix.
+    A branch's noisy image stands right after the parts that the branch may see. Nothing else sees a noisy image, so one
+    sample serves all branches. `seen`: all branches that share the prefix.
     """
     target = ImageSplit(torch.zeros(model.latents.shape), noisy=True)
     samples: list[list[TextSplit | ImageSplit]] = []

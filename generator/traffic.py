@@ -95,7 +95,7 @@ def _eager_head(mot: MotConfig, sizes: ValueBytes) -> float:
 
 
 def _compiled(mot: MotConfig, sizes: ValueBytes) -> tuple[float, float]:
-    """As `_eager`, counting what enters and what leaves each function between products."""
+    """Bytes as in `_eager`, but of what enters and what leaves each function between products."""
     s, p = sizes.stream, sizes.product
     width, query, key = mot.width, mot.num_heads * mot.head_dim, mot.num_kv_heads * mot.head_dim
     norm = (s + p) + (p + 3 * s)  # x in, normed out; its gradient, x, the stream's gradient, their sum

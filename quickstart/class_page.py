@@ -29,7 +29,7 @@ class Point:
 
     latents: str  # key of LABELS
     step: int
-    seconds: float | None  # of training up to this step; None: not logged
+    seconds: float | None  # training time up to this step; None: not logged
     distance: float
     class_right: Estimate
 

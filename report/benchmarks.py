@@ -90,7 +90,7 @@ class Run:
     """A run folder and all its scores."""
 
     name: str
-    evaluations: tuple[Evaluation, ...]  # by the path of their scores
+    evaluations: tuple[Evaluation, ...]  # ordered by the path of their scores
 
 
 def read_run(folder: Path) -> Run:

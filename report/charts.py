@@ -13,7 +13,7 @@ from report.style import chart_file_style
 
 WIDTH, HEIGHT = 320, 180  # user units; the page scales them
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 22  # margins around the plot
-FILE_SIZE = (720, 300)  # of a chart in a file
+FILE_SIZE = (720, 300)  # size of a chart in a file
 FILE_HEAD = 52  # height of title and legend above the plot
 CHARACTER_WIDTH = 7  # upper bound for a character of the legend
 MAX_POINTS = 400

@@ -18,8 +18,8 @@ from report.markup import Html, fill, together
 MAX_SMALL_PX = 128  # images up to this side are shown larger, pixel by pixel
 MAX_PX = 256  # larger images are shown smaller
 MAX_RECONSTRUCTIONS = 20
-MAX_SAMPLES = 18  # of each group
-MAX_EDITS = 8  # of each group
+MAX_SAMPLES = 18  # shown of each group
+MAX_EDITS = 8  # shown of each group
 
 
 _IMAGE = """\

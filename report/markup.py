@@ -41,7 +41,7 @@ def fill(template: str, **values: object) -> Html:
 
 def together(parts: Iterable[object]) -> Html:
     """Joins the parts; a part is escaped unless it was made here."""
-    return Html("").join(parts)  # type: ignore[arg-type]  # it escapes whatever has a text
+    return Html("").join(parts)  # type: ignore[arg-type]  # join escapes every part without __html__
 
 
 def section(title: str, body: Html, lead: str = "") -> Html:

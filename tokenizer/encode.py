@@ -178,7 +178,7 @@ class _Job:
                 images = iter(latents)
                 for sample in samples:
                     shard.add(*latent_sample(sample, images, self.text_tokenizer))
-                means = latents[:, :, 0].flatten(0, 1)  # as they are stored
+                means = latents[:, :, 0].flatten(0, 1)  # in the stored dtype
                 for few in torch.split(means, VIEWS_AT_ONCE):
                     moments.add(few.double().numpy())
         except BaseException:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BAGEL_TOKENS_PER_S = 5_200  # of one GPU, as users of Bagel's code report
+BAGEL_TOKENS_PER_S = 5_200  # speed of one GPU, as users of Bagel's code report it
 Entry = Mapping[str, Any]
 
 

@@ -17,7 +17,7 @@ from report.watch.curves import gentle
 from report.watch.run import TROUBLE, Over, Run, Unit, unit_of
 from report.watch.status import facts, state_text
 
-LABEL_WIDTH = 8  # of the values left of a chart, in characters
+LABEL_WIDTH = 8  # characters for the values left of a chart
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # bits of a braille character, [x][y]
 COLOURS = (36, 33, 35, 32, 31, 34)  # ANSI codes: one for each run
 GREY, RED, BOLD = 90, 31, 1

@@ -17,7 +17,7 @@ from tokenizer.weights import read_tensors
 
 # Keys under which a training checkpoint keeps its weights; `ema` first, the averaged weights that authors evaluate.
 WEIGHT_KEYS = ("ema", "model", "state_dict")
-MAX_DEPTH = 8  # of nested WEIGHT_KEYS
+MAX_DEPTH = 8  # nested WEIGHT_KEYS that are opened
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DistributedDataParallel and torch.compile add
 
 

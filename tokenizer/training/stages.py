@@ -108,7 +108,7 @@ def autoencoder_config(
 
 
 def _initial_autoencoder(config: StageConfig) -> Autoencoder:
-    autoencoder_config(config)  # its checks, before anything is loaded
+    autoencoder_config(config)  # raises UserError before anything is loaded
     if config.autoencoder is not None:
         with describing("stage.autoencoder"):
             return Autoencoder(config.autoencoder)
