@@ -19,7 +19,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # time of the archive's entry: fixed, so that equ
 
 
 def write_npz(images: ImageSet, path: str | Path, role: str = "result") -> None:
-    """Writes all images in the manifest's order, a few at a time: 50,000 of 256 px are 9.8 GB. The file appears whole.
+    """Writes all images in the manifest's order, a few at a time: 50,000 of 256 px are 9.8 GB. The write is atomic.
 
     Raises UserError: another file at `path`; an image that is missing, unreadable, or of another size than the first.
     """

@@ -140,7 +140,7 @@ def write_class_folders(images: str | Path, out: str | Path, suffixes: Sequence[
 
 
 def write_image(path: str | Path, pixels: Tensor) -> None:
-    """Saves uint8 [3, H, W] as PNG; the file appears whole."""
+    """Saves uint8 [3, H, W] as PNG, atomically."""
     assert pixels.dtype == torch.uint8 and pixels.ndim == 3 and len(pixels) == 3
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ class FeatureStatistics:
         return self.scatter / (self.count - 1)
 
     def save(self, path: str | Path) -> None:
-        """Writes a .npz file, which appears whole."""
+        """Writes a .npz file atomically."""
         buffer = io.BytesIO()
         np.savez(
             buffer,
