@@ -1,9 +1,9 @@
 """Stage I's step with adaptive weights: tokenizer/training/adaptive.py against the plain backward passes, in one run.
 
-Same weights, same batch: first the gradients are compared, then both are timed in turns; before the adversarial loss is
-in force and after. Networks of the paper's kind with random weights (numbers do not depend on them): DINOv2-B encoder
-with registers, ViT-B decoder, VGG16 for LPIPS, ViT-S/8 for the discriminator. On a GPU it also runs ViT-XL (--decoder
-xl), in bf16 autocast, and prints peak memory.
+Both ways get equal weights and batches. First their gradients are compared, then both are timed in turns, before and
+after the adversarial loss starts. Networks are the paper's with random weights (speed does not depend on them):
+DINOv2-B encoder with registers, ViT-B decoder, VGG16 for LPIPS, ViT-S/8 for the discriminator. On a GPU the benchmark
+also runs ViT-XL (--decoder xl), in bf16 autocast, and prints peak memory.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ DECODERS = {
     "xl": PixelDecoderConfig(),
 }
 TOLERANCE = 1e-3
-"""Relative difference of the whole gradient that rounding explains (fp32; bf16 rounds at every layer)."""
+"""Relative difference of the whole gradient that fp32 rounding explains (bf16 rounds at every layer)."""
 STEPS = {"before the adversarial loss": 0, "with it": 1}
-"""In `build`'s schedule."""
+"""Phase -> a step of it in `build`'s schedule."""
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
 def compare(
     objective: PivotObjective, batch: PixelBatch, step: int, precision: Precision, repeats: int
 ) -> None:
-    """Prints one phase."""
+    """Compares and times one phase, and prints it."""
     device = batch.pixels.device
 
     def ours() -> None:
@@ -118,7 +118,7 @@ def compare(
 
 
 def build(decoder: str, vgg16: str) -> PivotObjective:
-    """The pivot stage, every loss on, E moved away from its replica so that all gradients are of ordinary size."""
+    """The pivot stage with every loss on. E is moved away from its replica: all gradients are of ordinary size."""
     encoder = RepresentationConfig(
         "vit_base_patch14_reg4_dinov2.lvd142m", 224, "random", {"img_size": 224}, None, None
     )
@@ -141,7 +141,7 @@ def build(decoder: str, vgg16: str) -> PivotObjective:
 
 
 def write_random_vgg16(path: Path) -> None:
-    """A file like torchvision's VGG16, its convolutions drawn at the scale that keeps activations of ordinary size."""
+    """Writes a file like torchvision's VGG16, with random convolutions that keep activations of ordinary size."""
     generator = torch.Generator().manual_seed(2)
     state = {}
     for name, module in LpipsVgg16().vgg.named_modules():
@@ -153,7 +153,7 @@ def write_random_vgg16(path: Path) -> None:
 
 
 def gradient(run: Callable[[], None], model: nn.Module) -> list[Tensor]:
-    """All gradients after one run from zero."""
+    """All gradients after one run from zero gradients."""
     model.zero_grad(set_to_none=True)
     run()
     return [p.grad.detach().clone() for p in model.parameters() if p.grad is not None]

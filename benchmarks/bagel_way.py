@@ -1,8 +1,8 @@
-"""The same mixture of transformers, run as Bagel's published training code runs it: a mark for benchmarks/mot.py.
+"""The mixture of transformers as Bagel's published training code runs it, to compare with in benchmarks/mot.py.
 
 Tokens stay in the order of the sequence. In every layer each expert's tokens are gathered, worked on and scattered back
-into a tensor of all tokens, for norms, q, k, v, QK-norm, output projection and MLP; attention takes a dense mask for
-each sample. Our own modules and weights.
+into a tensor of all tokens, for norms, q, k, v, QK-norm, output projection and MLP. Attention takes a dense mask for
+each sample. Modules and weights are our own.
 
 Shape suffixes: T tokens in sequence order, D width, N query heads, K key/value heads, H head dim.
 """
@@ -23,8 +23,8 @@ from generator.mot import Expert, Mot, MotLayer, rope_table, rotate
 class Sequenced:
     """A pack in the order of the sequence."""
 
-    text_index: Tensor  # int64 [U] places of understanding tokens
-    latent_index: Tensor  # int64 [G] places of generation tokens
+    text_index: Tensor  # int64 [U] positions of understanding tokens in the sequence
+    latent_index: Tensor  # int64 [G] positions of generation tokens in the sequence
     positions: Tensor  # int64 [T]
     lengths: tuple[int, ...]  # tokens of each sample
     masks: tuple[Tensor, ...]  # bool [1, L, L] of each sample, True = attend

@@ -1,9 +1,9 @@
-"""How long a training stands still for a checkpoint, waiting for the disk and in the background, on one rank.
+"""How long a training pauses for a checkpoint, saved in the foreground and in the background, on one rank.
 
 A model of --parameters with AdamW's moments and one average is saved --repeats times each way into --folder, on the
 disk that a run would use. In the background the training waits for a copy in CPU memory, and at a later step for the
-rename; meanwhile other work goes on at the step's own pace (here a matrix product, to see what the writer takes from
-it). From the measured rates follows the pause at the paper's size.
+rename. Meanwhile other work goes on at the step's pace; here it is a matrix product, which shows what the writer takes
+from it. The measured rates give the pause at the paper's size.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from evaluation.environment import machine, versions
 
 WIDTH = 2048
 STATE_BYTES = 16
-"""A trained parameter's fp32 weight, two moments and average."""
+"""Bytes of a trained parameter's fp32 weight, two moments and average."""
 PAPER_PARAMETERS = 853e6
 PAPER_RANKS = 8
 PAPER_STEP_S = 0.284
-"""docs/recipes.md, gpus/t2i_8: arithmetic, not a measurement."""
+"""Seconds of a step: docs/recipes.md, gpus/t2i_8; arithmetic, not a measurement."""
 STEPS_BETWEEN = 1000
 
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def measure(num_parameters: int, repeats: int, folder: Path) -> None:
-    """The whole benchmark; `folder` holds the checkpoints."""
+    """Runs the whole benchmark; `folder` holds the checkpoints."""
     ranks = distributed.start()
     model = nn.Sequential(
         *(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(num_parameters // WIDTH**2))
@@ -83,7 +83,7 @@ def measure(num_parameters: int, repeats: int, folder: Path) -> None:
     print(f"waiting for the disk: pause {show(waits)}, {rate / 1e9:.2f} GB/s with checksums and fsync")
     alone = statistics.median([seconds(lambda: work(batch)) for _ in range(20)])
     copies, commits, beside, written = [], [], [], []
-    save(background=True)  # takes the memory for the copies, once in a run
+    save(background=True)  # allocates memory for the copies, once in a run
     checkpoints.finish()
     for _ in range(repeats):
         begin_s = time.monotonic()
@@ -104,7 +104,7 @@ def measure(num_parameters: int, repeats: int, folder: Path) -> None:
 
 
 def estimate(rate: float, copy_rate: float, commit_s: float) -> None:
-    """The paper's generator on PAPER_RANKS GPUs with the rates (bytes/s) of this machine, one disk for all ranks."""
+    """Prints the pause of the paper's generator on PAPER_RANKS GPUs at these rates (bytes/s), with one disk."""
     num_bytes = PAPER_PARAMETERS * STATE_BYTES
     between_s = STEPS_BETWEEN * PAPER_STEP_S
     print(
@@ -122,7 +122,7 @@ def estimate(rate: float, copy_rate: float, commit_s: float) -> None:
 
 
 def work(batch: Tensor) -> None:
-    """Some arithmetic, until its end."""
+    """Does some arithmetic and waits for its end."""
     float((batch.new_ones(512, 512) @ batch.new_ones(512, 512)).sum())
 
 
@@ -134,7 +134,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def show(values: list[float]) -> str:
-    """The median, and all in brackets."""
+    """The median, with all values in brackets."""
     return f"{statistics.median(values):.2f} s {[round(value, 2) for value in values]}"
 
 

@@ -1,9 +1,10 @@
 """Class-conditional images a second: a training step, and drawing by solver and number of steps.
 
-Beside each the plain formulas of the parity tests (benchmarks/plain_dit.py) on the same weights: what a reader would
-write down first. Outputs are compared before anything is timed. Every drawing is timed from its first step to its last:
-nothing is extrapolated. The paper draws by Euler, in 50 steps and in 250. Where other work runs, set OMP_NUM_THREADS=1:
-threads that wait for each other spin, and CPU time counts that. python -m benchmarks.class_conditional
+Beside each number stands that of the parity tests' plain formulas (benchmarks/plain_dit.py) on equal weights: what a
+reader would write down first. Outputs are compared before anything is timed. Every drawing is timed from its first step
+to its last; nothing is extrapolated. The paper draws by Euler, in 50 steps and in 250. Beside other work set
+OMP_NUM_THREADS=1: threads that wait for each other spin, and CPU time counts that. python -m
+benchmarks.class_conditional
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ TOLERANCE = {"fp32": 1e-3, "bf16_autocast": 5e-2}
 
 
 def main() -> None:
-    """Prints images a second, and ours over plain."""
+    """Prints images a second, and the ratio of ours to plain."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -147,7 +148,7 @@ def _compare(
     repeats: int,
     device: torch.device,
 ) -> None:
-    """In turns, so that other work on the machine meets both. What is compared has run before."""
+    """Times both in turns, so that other work on the machine slows both. Both have run before."""
     seconds: dict[str, list[float]] = {"ours": [], "plain": []}
     for _ in range(repeats):
         for key, run in (("ours", ours), ("plain", plain)):
@@ -163,7 +164,7 @@ def _compare(
 
 
 def _now(device: torch.device) -> float:
-    """Seconds: CPU time of all threads, which other processes do not lengthen much; wall time on a GPU."""
+    """Seconds: CPU time of all threads, which other processes hardly lengthen; wall time on a GPU."""
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -172,7 +173,7 @@ def _now(device: torch.device) -> float:
 
 @torch.no_grad()
 def _awake(model: ClassGenerator) -> ClassGenerator:
-    """Moved away from its start, where every block is the identity and velocities are 0."""
+    """The model moved away from its start, where every block is the identity and velocities are 0."""
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         if parameter.requires_grad:

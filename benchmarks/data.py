@@ -1,10 +1,10 @@
 """The data layer against its targets, one run, page cache warm: python -m benchmarks.data
 
 1. Reading (benchmarks/reading.py): samples a second of one process, ours (planned order, every byte checked) against
-   plain webdataset (target 5x) and against what the page cache gives.
+   plain webdataset (target 5x) and against the page cache itself.
 2. Packing: fill of packs of 49,152 tokens on text-to-image and edit lengths, and samples lost.
-3. Planning: 11 million samples in 1,100 shards: opening, and every pack of one epoch of all 32 streams, in a process of
-   its own.
+3. Planning: 11 million samples in 1,100 shards: opening, and every pack of one epoch of all 32 streams, in a separate
+   process.
 4. Loading: CPU time a sample takes from file to packed batch, in cores per GPU at 450 samples a second.
 """
 
@@ -74,12 +74,12 @@ def main() -> None:
 
 
 def text_lengths(num_samples: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Tokens of captions: log-normal around 90, 5 to 400, as long machine-made captions have."""
+    """Tokens of captions: log-normal around 90, 5 to 400, like long machine-made captions."""
     return np.clip(rng.lognormal(np.log(90), 0.5, num_samples), 5, 400).astype(np.int64)
 
 
 class _Numbers:
-    """Stands in for an opened data set of which only the numbers are needed."""
+    """Stands in for an opened data set, of which only lengths and key hashes are needed."""
 
     directory = Path("numbers")
     fingerprint = "numbers"
@@ -93,14 +93,14 @@ class _Numbers:
 
 
 class _Lengths:
-    """A packer of which only the lengths are needed."""
+    """Stands in for a packer, of which only the lengths are needed."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.budget_key = "the budget"
 
     def lengths(self, dataset: ShardDataset) -> npt.NDArray[np.int64]:
-        """Text, image and their special tokens."""
+        """Tokens of text and image, with their special tokens."""
         if isinstance(dataset, _Numbers):
             return dataset.lengths
         return dataset.num_text_tokens + dataset.num_image_tokens + 4
@@ -110,7 +110,7 @@ class _Lengths:
 
 
 def fill() -> None:
-    """Share of the budget that is used, over one epoch of every stream, and what is lost on the way."""
+    """Prints the share of the token budget that is used over one epoch of every stream, and the samples lost."""
     rng = np.random.Generator(np.random.Philox(0))
     text = text_lengths(FILL_SAMPLES, rng)
     edits = np.clip(rng.lognormal(np.log(18), 0.5, FILL_SAMPLES), 4, 200).astype(np.int64)
@@ -145,7 +145,7 @@ def fill() -> None:
 
 
 def planning() -> None:
-    """Runs `plan` on synthetic indices in a process of its own, whose peak memory is then the planning's."""
+    """Runs `plan` on synthetic indices in a separate process, whose peak memory is the planning's."""
     with tempfile.TemporaryDirectory() as folder:
         _write_indices(Path(folder))
         child = [sys.executable, "-c", f"from benchmarks.data import plan; plan({folder!r})"]
@@ -153,7 +153,7 @@ def planning() -> None:
 
 
 def plan(folder: str) -> None:
-    """Opens, and cuts every pack of the first epoch; prints seconds and peak resident memory."""
+    """Opens the data set and cuts every pack of the first epoch; prints seconds and peak resident memory."""
     imported_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     begin_s = time.perf_counter()
     dataset = ShardDataset.open(folder)
@@ -178,7 +178,7 @@ def plan(folder: str) -> None:
 
 
 def _write_indices(directory: Path) -> None:
-    """Indices of random records; the tars are sparse files that only have a size."""
+    """Writes indices of random records; the tars are sparse files of the right size."""
     rng = np.random.Generator(np.random.Philox(1))
     entries = []
     for number in range(PLANNED_SHARDS):
@@ -199,7 +199,7 @@ def _write_indices(directory: Path) -> None:
 
 
 def loading() -> None:
-    """Whole packs, from shards to the tensors the model takes, on one rank."""
+    """Times whole packs, from shards to the tensors that the model takes, on one rank."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         rng = np.random.Generator(np.random.Philox(2))
@@ -218,7 +218,7 @@ def loading() -> None:
         packer = T2IPacker(PackingConfig(BUDGET_TOKENS), latent, text_tokenizer)
         mixture = Mixture.of(ShardDataset.open(directory / "set"))
         stream = PackStream(mixture, packer, num_streams=1, seed=0, rank=0, world=1, prefetch_steps=1)
-        stream.next_step()  # files into the page cache, thread started
+        stream.next_step()  # brings files into the page cache and starts the thread
         num_samples, cpu_s, wall_s = 0, time.process_time(), time.perf_counter()
         while num_samples < LOADED_SAMPLES:
             stream.next_step()

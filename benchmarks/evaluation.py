@@ -1,9 +1,9 @@
 """Memory and time of the generation suite as the number of images grows: python -m benchmarks.evaluation
 
 Small random images go through a network of two layers whose vectors are as long as Inception's (2048 for FID, 2023 for
-sFID): what is measured is reading, TF1's resize, the store and the scores, not a network. Every size runs in a process
-of its own, whose peak resident memory is read after features and after scores. Times are CPU seconds of one thread,
-which other work on the machine disturbs less; the reference's features are not counted.
+sFID). The benchmark thus measures reading, TF1's resize, the store and the scores, not a network. Every size runs in a
+process of its own, whose peak resident memory is read after features and after scores. Times are CPU seconds of one
+thread, which other work on the machine disturbs less. The reference's features are not counted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MIB = 2**20
 
 
 class Network(nn.Module):
-    """[B, 3, 299, 299] -> [B, 2048], by way of 17 x 17 cells of 8 channels."""
+    """[B, 3, 299, 299] -> [B, 2048], through 17 x 17 cells of 8 channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class Network(nn.Module):
         self.out = nn.Linear(8 * CELLS * CELLS, NUM_FEATURES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Cells, then one linear layer."""
+        """Computes the cells, then one linear layer."""
         return torch.relu(self.out(torch.relu(self.layer(x)).flatten(1)))
 
 
 def main() -> None:
-    """One line for each size, then the growth."""
+    """Prints one line for each size, then the growth."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -101,7 +101,7 @@ def _measure(size: int, folder: Path) -> dict[str, float]:
     suite = GenerationSuite(
         Reference.open(folder / "reference.npz"), Spaces(inception=inception), folder / "store"
     )
-    suite.collect(images, images.items[:1], 0, 1)  # the reference's features, too
+    suite.collect(images, images.items[:1], 0, 1)  # computes the reference's features too
     begin_s = time.process_time()
     suite.collect(images, images.items, 0, 1)
     features_s, features_mib = time.process_time() - begin_s, _peak_mib()

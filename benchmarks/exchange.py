@@ -1,9 +1,10 @@
-"""What gradients cost a step beside its passes, by how they are summed and exchanged: python -m benchmarks.exchange
+"""Costs of a step's gradients beside its passes, by how they are summed and exchanged: python -m benchmarks.exchange
 
-For every way that DeepSpeed offers for bf16 weights with sums in fp32, and for ours, on 2 and on 4 ranks (processes of
-this machine, gloo): bytes that a rank sends, counted where DeepSpeed calls its backend (a ring's: an all-reduce of n
-bytes over R ranks sends 2 n (R - 1) / R, every other collective n (R - 1) / R); bytes of memory read and written by
-everything but the plain forward and backward pass, counted at the dispatcher; and how often the host waits for a value.
+The benchmark runs every way that DeepSpeed offers for bf16 weights with sums in fp32, and ours, on 2 and on 4 ranks
+(processes of this machine, gloo). It counts the bytes that a rank sends where DeepSpeed calls its backend (a ring's: an
+all-reduce of n bytes over R ranks sends 2 n (R - 1) / R, every other collective n (R - 1) / R). At the dispatcher it
+counts the bytes of memory that everything but the plain forward and backward pass reads and writes, and how often
+the host waits for a value.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CLIP = 1e-3
 
 @dataclass(frozen=True)
 class Way:
-    """A ZeRO stage, and what DeepSpeed is told otherwise than by engine/deepspeed_engine.py."""
+    """A ZeRO stage, and DeepSpeed's settings that differ from engine/deepspeed_engine.py's."""
 
     name: str
     zero_stage: int
@@ -59,7 +60,7 @@ class Counter(TorchDispatchMode):
         elif func.namespace == "aten" and not func.is_view and "empty" not in func.__name__:
             written = {id(leaf) for leaf in tree_leaves(out)}
             leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            # What is overwritten is not read.
+            # An overwritten tensor is not read.
             read = leaves[1:] if "copy_" in func.__name__ or "zero_" in func.__name__ else leaves
             tensors = [*read, *(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))]
             if func.__name__.startswith("_foreach") and not written:
@@ -69,7 +70,7 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def collectives(self) -> Iterator[None]:
-        """Inside, those that DeepSpeed calls of its backend are counted."""
+        """Context that counts the collectives which DeepSpeed asks of its backend."""
         from deepspeed.comm import comm
 
         from engine.communication import COLLECTIVES
@@ -96,7 +97,7 @@ class Counter(TorchDispatchMode):
 
 
 def build(way: Way, num_packs: int) -> Any:
-    """An engine around some linear layers, and the number of their parameters."""
+    """An engine around some linear layers, and its number of parameters."""
     import deepspeed
 
     from base.objective import LossOutput
@@ -130,7 +131,7 @@ def build(way: Way, num_packs: int) -> Any:
 
 
 def measure(way: Way, num_packs: int) -> tuple[float, float, int]:
-    """Of the second step: bytes a parameter sent, and moved in memory beside the passes; waits."""
+    """Numbers of the second step: bytes sent a parameter, bytes moved in memory beside the passes, waits."""
     engine = build(way, num_packs)
     x = torch.ones(1, WIDTH)
     for _ in range(2):
@@ -150,7 +151,7 @@ def measure(way: Way, num_packs: int) -> tuple[float, float, int]:
 
 
 def work(rank: int, world: int, port: int, packs: list[int]) -> None:
-    """One rank: every way in turn; the first one prints."""
+    """Runs every way in turn on one rank; rank 0 prints."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     from engine import distributed
@@ -165,7 +166,7 @@ def work(rank: int, world: int, port: int, packs: list[int]) -> None:
 
 
 def main() -> None:
-    """A line for each way and number of ranks."""
+    """Prints a line for each way and number of ranks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
 """Kernels and bytes of one layer of the 0.5B mixture, forward and backward, without a GPU: python -m benchmarks.kernels
 
-A pack of 12,288 tokens (30 % text), bf16 weights under autocast, as the paper's runs. Eager: the forward pass is traced
-on fake CUDA tensors, so that autocast's casts and CUDA's fused norms are in it, and replayed with gradients; what
-moves data is one kernel, which reads its inputs and writes its outputs once. Compiled: the kernels that inductor's
-scheduler fuses, each read and written buffer once; it is asked on fake CPU tensors, whose bf16 norms need no autocast.
-The attention itself is one operation each way, and counted apart, as are matrix products.
+A pack has 12,288 tokens (30 % text), bf16 weights under autocast, as in the paper's runs. Eager: the forward pass is
+traced on fake CUDA tensors, which includes autocast's casts and CUDA's fused norms, and replayed with gradients. An
+operation that moves data is one kernel, which reads its inputs and writes its outputs once. Compiled: the kernels that
+inductor's scheduler fuses, each read and written buffer once. The scheduler gets fake CPU tensors, whose bf16 norms
+need no autocast. The attention is one operation each way; it and matrix products are counted apart.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ CLASSES = {
     "casts": ("_to_copy",),
     "copies": ("cat", "clone", "copy_", "slice_backward", "constant_pad_nd", "zeros", "new_zeros"),
 }
-"""By the names of the operations; the rest are pointwise operations and sums."""
+"""Class -> names of its operations. All other operations are pointwise operations and sums."""
 UNCOUNTED = ("_unsafe_view", "detach", "empty_like", "new_empty_strided")
 APART = ("products", "attention")
 
 
 @torch.library.custom_op("benchmark::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A kernel that reads q, k, v and writes the output."""
+    """Stands for a kernel that reads q, k, v and writes the output."""
     return torch.empty_like(q)
 
 
@@ -61,7 +61,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Its backward kernel."""
+    """Stands for attention's backward kernel."""
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -83,13 +83,13 @@ def norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("benchmark::norm_input_gradient", mutates_args=())
 def norm_input_gradient(gradient: Tensor, x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
-    """The first of its two backward kernels."""
+    """Stands for the first of the norm's two backward kernels."""
     return torch.empty_like(x)
 
 
 @torch.library.custom_op("benchmark::norm_weight_gradient", mutates_args=())
 def norm_weight_gradient(gradient: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """The second."""
+    """Stands for the second of the norm's two backward kernels."""
     return x.new_empty(x.shape[-1:])
 
 
@@ -108,7 +108,7 @@ norm.register_autograd(
 
 
 class Moved:
-    """Kernels and bytes by class."""
+    """Number of kernels, and bytes moved, by class."""
 
     def __init__(self) -> None:
         self.is_paused = False
@@ -116,13 +116,13 @@ class Moved:
         self.bytes: defaultdict[str, int] = defaultdict(int)
 
     def add(self, kind: str, num_bytes: int) -> None:
-        """One kernel."""
+        """Counts one kernel."""
         self.kernels[kind] += 1
         self.bytes[kind] += num_bytes
 
     @property
     def other_bytes(self) -> int:
-        """Of all but products and attention."""
+        """Bytes of all classes but products and attention."""
         return sum(number for kind, number in self.bytes.items() if kind not in APART)
 
 
@@ -147,13 +147,13 @@ class Counting(TorchDispatchMode):
 
 
 def _held_bytes(x: Tensor) -> int:
-    """What a kernel reads or writes of it: an expanded dimension once."""
+    """Bytes of `x` that a kernel reads or writes; an expanded dimension counts once."""
     sizes = [size for size, stride in zip(x.shape, x.stride(), strict=True) if stride]
     return torch.Size(sizes).numel() * x.element_size()
 
 
 def eager() -> Moved:
-    """The layer as it runs uncompiled."""
+    """Kernels and bytes of the uncompiled layer."""
     moved = Moved()
     with FakeTensorMode(allow_non_fake_inputs=True):
         gpu = torch.device("cuda")
@@ -172,7 +172,7 @@ def eager() -> Moved:
 
 
 def compiled() -> Moved:
-    """The layer under flow.compile."""
+    """Kernels and bytes of the layer under flow.compile."""
     moved, between = Moved(), Moved()
     count = partial(_schedule, moved, between)
     backend = aot_autograd(
@@ -205,9 +205,8 @@ def compiled() -> Moved:
 def _schedule(
     moved: Moved, between: Moved, graph: torch.fx.GraphModule, inputs: Sequence[Any]
 ) -> Callable[..., Any]:
-    """Adds the kernels that inductor would make of a graph, to `moved`. Gives back the graph itself, whose operations
-    do not count as those that autograd runs `between` the compiled functions.
-    """
+    """Adds the kernels that inductor would make of `graph` to `moved`. Returns the graph itself: its operations
+    do not count among those that autograd runs `between` the compiled functions."""
     mode = detect_fake_mode(inputs)
     assert mode is not None
     with V.set_fake_mode(mode):
@@ -233,7 +232,7 @@ def _schedule(
 
 
 def main() -> None:
-    """A table of all four, and what is left of the bytes besides products and attention."""
+    """Prints a table of all four counts, and the bytes that are neither products nor attention."""
     print(f"versions: {versions()}")
     print(f"one layer of Qwen2.5-0.5B's mixture, {NUM_TEXT:,} text and {NUM_LATENTS:,} latent tokens, bf16")
     with norms_by_autocast():
@@ -281,7 +280,7 @@ def _run(layer: MotLayer, *flat: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _lay_side_by_side(layer: nn.Module) -> None:
-    """As DeepSpeed's flat buffers hold the matrices."""
+    """Makes the matrices neighbours in memory, as in DeepSpeed's flat buffers."""
     matrices = [p for p in layer.parameters() if p.ndim == 2]
     flat = torch.empty(sum(p.numel() for p in matrices), dtype=matrices[0].dtype)
     for matrix, part in zip(matrices, torch.split(flat, [p.numel() for p in matrices]), strict=True):
@@ -290,7 +289,7 @@ def _lay_side_by_side(layer: nn.Module) -> None:
 
 @contextmanager
 def _cuda_autocast() -> Iterator[None]:
-    """torch.autocast would ask for a GPU."""
+    """Context of autocast's flags for CUDA; torch.autocast itself would need a GPU."""
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     try:
@@ -301,7 +300,7 @@ def _cuda_autocast() -> Iterator[None]:
 
 @contextmanager
 def norms_by_autocast() -> Iterator[None]:
-    """RMSNorm as torch's own, which autocast makes fp32."""
+    """Context in which RMSNorm is torch's own, which autocast makes fp32."""
     ours = RmsNorm.forward
     RmsNorm.forward = nn.RMSNorm.forward  # type: ignore[method-assign]
     try:

@@ -1,10 +1,10 @@
 """The mixture of transformers against two marks, forward and backward, in one run: python -m benchmarks.mot
 
-1. Overhead: ours and Bagel's way (benchmarks/bagel_way.py) on the same weights and the same pack, both against the
-   floor, the time of the model's matrix products alone at the same sizes. All layers complete in all three.
+1. Overhead: ours and Bagel's way (benchmarks/bagel_way.py) on equal weights and packs, both against the floor: the
+   time of the model's matrix products alone at these sizes. All layers are complete in all three.
    Target: 1.08 x the floor in fp32.
-2. Less work: the same, with the last layer's dead computations skipped and 4 noise draws sharing one text prefix, in
-   images a second. Target: 1.25 x Bagel's way at 100 text and 256 image tokens.
+2. Less work: the comparison with the last layer's dead computations skipped and 4 noise draws sharing one text prefix,
+   in images a second. Target: 1.25 x Bagel's way at 100 text and 256 image tokens.
 
 bf16 (`--dtypes bfloat16`) is for devices that have it: on a CPU without it one product takes seconds.
 """
@@ -68,14 +68,14 @@ def _report(num_layers: int, device: torch.device, dtype: torch.dtype, repeats: 
 
         def run() -> Tensor:
             text, out = model(x_UD, x_GD, batch.rope_positions, attention, batch.num_loss_tokens, complete)
-            # Bagel's scatter sends zeros back through the text's last outputs: complete means that work as well.
+            # Bagel's scatter sends zeros back through the text's last outputs; a complete pass must include that work.
             return out if text is None else out + 0 * text.sum()
 
         return run
 
     def bagel() -> Tensor:
         x_UD, x_GD = inputs[0, : len(single.text_ids)], inputs[1, : len(single.latents)]
-        # Ours stores the special tokens of all images after the texts, Bagel's sequence has them in place.
+        # Our order stores the special tokens of all images after the texts; Bagel's sequence has them in place.
         order = torch.argsort(_text_places(device))
         return bagel_way.forward(model, x_UD[order], x_GD, sequence)
 
@@ -146,7 +146,7 @@ class _Floor:
             )
 
     def run(self) -> None:
-        """y = x w, dx = dy w', dw = x' dy; scores, output, and their four gradients."""
+        """Runs y = x w, dx = dy w', dw = x' dy; scores, output, and their four gradients."""
         for _ in range(self._layers):
             for x, w, y in self._linear:
                 torch.mm(x, w)
@@ -172,7 +172,7 @@ def _pack(num_samples: int, draws: int) -> PackedBatch:
 
 
 def _text_places(device: torch.device) -> Tensor:
-    """Where each understanding token of our order stands among those of the sequence."""
+    """Index of each understanding token of our order among the sequence's understanding tokens."""
     per_sample = TEXT_TOKENS + 2
     texts = [s * per_sample + i for s in range(NUM_IMAGES) for i in range(TEXT_TOKENS)]
     special = [s * per_sample + TEXT_TOKENS + i for s in range(NUM_IMAGES) for i in range(2)]
@@ -185,7 +185,7 @@ def _to(pack: bagel_way.Sequenced, device: torch.device) -> bagel_way.Sequenced:
 
 
 def _time(steps: Mapping[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, taken in turn: a noisy machine slows all alike."""
+    """Median seconds of each step, taken in turn: a noisy machine slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(repeats + 2):
         for name, step in steps.items():

@@ -1,7 +1,7 @@
-"""LightningDiT and DiTDH written down as their papers' formulas, one step a line: the reference of the parity tests.
+"""LightningDiT and DiTDH written out as their papers' formulas, one step a line: the reference of the parity tests.
 
-Attention is a softmax of products, RoPE a product of complex numbers, every table is built from its definition. Nothing
-of generator/ is used, so an error there cannot hide here.
+Attention is a softmax of products, RoPE a product of complex numbers, and every table is built from its definition.
+Nothing of generator/ is used, so an error there cannot hide here.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class PlainShape:
-    """What the weights do not say."""
+    """The shape's numbers that the weights do not tell."""
 
     num_layers: int
     num_heads: int
     patch: int = 1
-    num_head_layers: int = 0  # of DiTDH
+    num_head_layers: int = 0  # DiTDH's
     num_head_heads: int = 0
 
 
@@ -57,7 +57,7 @@ def plain_velocity(w: Weights, shape: PlainShape, x: Tensor, t: Tensor, labels: 
 def block(
     w: Weights, name: str, x: Tensor, condition: Tensor, num_heads: int, side_y: int, side_x: int
 ) -> Tensor:
-    """x + gate * attention(...), then x + gate * MLP(...)."""
+    """x + gate * attention(...), then the sum + gate * MLP(...)."""
     six = linear(w, f"{name}.adaLN_modulation.1", silu(condition)).chunk(6, dim=-1)
     normed = rms_norm(x, w[f"{name}.norm1.weight"]) * (1 + six[1]) + six[0]
     q, k, v = linear(w, f"{name}.attn.qkv", normed).chunk(3, dim=-1)
@@ -93,7 +93,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def turn(x: Tensor, side_y: int, side_x: int) -> Tensor:
-    """RoPE: channels (2k, 2k+1) as complex numbers, times e^(i p f_k); the first half turns by y, the second by x."""
+    """RoPE: channels (2k, 2k+1) as complex numbers, times e^(i p f_k); the first half rotates by y, the second by x."""
     count = x.shape[-1] // 4
     rates = torch.tensor([10_000 ** (-k / count) for k in range(count)], dtype=torch.float64)
     rows = [torch.cat((y * rates, column * rates)) for y in range(side_y) for column in range(side_x)]
@@ -127,7 +127,7 @@ def cut(x: Tensor, patch: int) -> Tensor:
 
 
 def embed(w: Weights, name: str, patches: Tensor) -> Tensor:
-    """The convolution of a patch, as the product it is."""
+    """The convolution of each patch, written as a product."""
     return patches @ w[f"{name}.proj.weight"].flatten(1).T + w[f"{name}.proj.bias"]
 
 

@@ -1,8 +1,8 @@
-"""Samples a second from latent shards: our reader against webdataset on the same files, one process, page cache warm.
+"""Samples a second from latent shards: our reader against webdataset on equal files, one process, page cache warm.
 
-Ours reads in planned (random) order, checks length and crc32 of every sample, and prefetches nothing here.
-webdataset reads the shards front to back, as it does. The readers take turns, and the ratio is the median over the
-rounds: a neighbour on the machine slows both of a round.
+Our reader reads in planned (random) order, checks length and crc32 of every sample, and prefetches nothing here.
+webdataset reads the shards front to back, as it always does. The readers take turns, and the ratio is the median over
+the rounds: other work on the machine slows both readers of a round.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUM_ROUNDS = 11
 
 
 def report() -> None:
-    """Prints one line a reader: the best and the median rate, and the ratio to the first."""
+    """Prints one line for each reader: the best and the median rate, and the ratio to the first reader."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         write(directory)
@@ -50,7 +50,7 @@ def report() -> None:
 
 
 def write(directory: Path) -> None:
-    """Random bf16 latents of the paper's size, 32 KiB a sample."""
+    """Writes random bf16 latents of the paper's size, 32 KiB a sample."""
     rng = np.random.Generator(np.random.Philox(0))
     meta = json.dumps({"caption": "a red apple on a blue background"}).encode()
     latent = LatentInfo("bf16", SHAPE, (0.0,) * SHAPE[0], (1.0,) * SHAPE[0], "none", "none")
@@ -61,7 +61,7 @@ def write(directory: Path) -> None:
 
 
 def read_webdataset(tars: list[str], *, decode: bool) -> int:
-    """One pass; returns the number of samples."""
+    """Reads all samples once; returns their number."""
     stream = webdataset.WebDataset(tars, shardshuffle=False)
     if decode:
         stream = stream.map_dict(
@@ -71,7 +71,7 @@ def read_webdataset(tars: list[str], *, decode: bool) -> int:
 
 
 def read_ours(dataset: ShardDataset, order: np.ndarray, *, decode: bool) -> int:
-    """One pass in planned order, block by block."""
+    """Reads all samples once in planned order, block by block; returns their number."""
     num_samples = 0
     for start in range(0, len(order), BLOCK_SAMPLES):
         for sample in dataset.read(order[start : start + BLOCK_SAMPLES]):
@@ -83,7 +83,7 @@ def read_ours(dataset: ShardDataset, order: np.ndarray, *, decode: bool) -> int:
 
 
 def read_bytes(tars: list[str]) -> int:
-    """Every byte once into the same memory: the limit for any reader."""
+    """Reads every byte once into one buffer: the limit for any reader; returns the number of samples."""
     buffer = bytearray(1 << 20)
     for path in tars:
         with Path(path).open("rb", buffering=0) as file:
@@ -93,7 +93,7 @@ def read_bytes(tars: list[str]) -> int:
 
 
 def seconds(reader: Callable[[], int]) -> float:
-    """Time of one pass."""
+    """Seconds of one pass."""
     begin_s = time.perf_counter()
     assert reader() == NUM_SAMPLES
     return time.perf_counter() - begin_s

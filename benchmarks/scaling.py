@@ -1,8 +1,8 @@
 """Time and memory of a training pass against the tokens of a pack: python -m benchmarks.scaling
 
-Text-to-image samples of 20 to 180 text tokens beside 256 image tokens; forward and backward pass of layers of
-Qwen2.5-0.5B's shape, attention within samples only, so both must grow linearly. Memory: bytes kept for the backward
-pass (on a GPU the allocator's peak above the weights). Prints the fit and draws results/scaling.png.
+Samples are text-to-image: 20 to 180 text tokens beside 256 image tokens. A pass is forward and backward through layers
+of Qwen2.5-0.5B's shape, with attention within samples only, so time and memory must grow linearly. Memory: bytes kept
+for the backward pass (on a GPU the allocator's peak above the weights). Prints the fit and draws results/scaling.png.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PICTURE = Path(__file__).parent / "results" / "scaling.png"
 
 
 def main() -> None:
-    """One line a size, then how far the sizes are from a straight line."""
+    """Prints one line a size, then the sizes' distance from a straight line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,7 +102,7 @@ def _kept_bytes(model: Mot, batch: PackedBatch, dtype: torch.dtype) -> float:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = _pass(model, batch, dtype)  # held, so that no storage is freed and counted for another
+        loss = _pass(model, batch, dtype)  # held, so that no freed storage is counted for another
     del loss
     return float(sum(kept.values()))
 

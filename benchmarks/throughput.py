@@ -1,9 +1,9 @@
 """Training at the paper's size on one GPU: python -m benchmarks.throughput [--compile] [--kernels flash2 varlen sdpa]
 
-The run of a config (default the paper's text-to-image run: Qwen2.5-0.5B's mixture, bf16, ZeRO-1) as the loop takes its
-steps, on a ring of packs of different lengths: CC12M-LLaVA-Next's captions have 60 to 160 tokens. A GPU has the tokens
-that one of 8 has; smaller packs are more packs a step. Tokens and images a second, peak memory, MFU of useful work, and
-the share of each class of kernels. Random weights and latents: nothing is read or downloaded.
+The run of a config (default the paper's text-to-image run: Qwen2.5-0.5B's mixture, bf16, ZeRO-1) takes the loop's
+steps on a ring of packs of different lengths: CC12M-LLaVA-Next's captions have 60 to 160 tokens. The GPU gets the
+tokens of one of 8 GPUs; smaller packs are more packs a step. Prints tokens and images a second, peak memory, MFU of
+useful work, and the share of each class of kernels. Weights and latents are random: nothing is read or downloaded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from launch.sizing.run_kinds import read_run
 from launch.sizing.synthetic import SyntheticText
 
 CONFIG = Path(__file__).parents[1] / "configs" / "generator" / "t2i_cc12m.yaml"
-STEP_TOKENS = 49_152  # of a GPU, one of 8
+STEP_TOKENS = 49_152  # tokens of a step on a GPU, one of 8
 RING = 8
 WARM_UP_STEPS = 2
 SHORTEST, LONGEST = 60, 160  # tokens of a caption
@@ -45,17 +45,17 @@ SHORTEST, LONGEST = 60, 160  # tokens of a caption
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained."""
+    """The run to measure: its config, and how long to measure."""
 
     config: Path = CONFIG
     overrides: tuple[str, ...] = ()
     latents: tuple[int, int, int] = PAPER_LATENTS
     step_tokens: int = STEP_TOKENS
     at_least_s: float = 1.5
-    """Of each timing."""
+    """Least seconds of each timing."""
 
     def run(self, pack_tokens: int, *, compiled: bool) -> GeneratorRun:
-        """The config with packs of so many tokens, all of its steps' packs on one GPU."""
+        """The config with packs of `pack_tokens`, and all packs of a step on one GPU."""
         fields = (f"packing.tokens_per_pack={pack_tokens}", f"flow.compile={str(compiled).lower()}")
         num_packs = f"data.num_streams={max(1, self.step_tokens // pack_tokens)}"
         _, run = read_run(str(self.config), (*self.overrides, *fields, num_packs, "generator.init=random"))
@@ -64,7 +64,7 @@ class Shape:
 
 
 def usable_kernels(device: torch.device) -> list[Backend]:
-    """Kernels that run here in bf16, the one that "auto" takes first."""
+    """Kernels that run here in bf16, first the kernel that "auto" chooses."""
     found: list[Backend] = [choose_backend(device, torch.bfloat16)]
     for name in (*PACKAGES, "sdpa"):
         try:
@@ -77,7 +77,7 @@ def usable_kernels(device: torch.device) -> list[Backend]:
 
 
 class Training:
-    """One run with its engine and its ring of packs; `measure` may be asked for several kernels."""
+    """One run with its engine and its ring of packs; `measure` may run for several kernels."""
 
     def __init__(self, shape: Shape, run: GeneratorRun, ranks: Ranks) -> None:
         self._device, self._at_least_s = ranks.device, shape.at_least_s
@@ -101,7 +101,7 @@ class Training:
         self._stepping.__exit__(None, None, None)
 
     def measure(self, kernel: Backend) -> Values:
-        """Speed, memory and shares with one attention kernel."""
+        """Speed, memory and kernel shares with one attention kernel."""
         self.model.attention_backend = kernel
         begin_s = time.perf_counter()
         for _ in range(WARM_UP_STEPS):
@@ -144,7 +144,7 @@ class Training:
         }
 
     def step(self) -> None:
-        """The next packs of the ring."""
+        """Takes a step on the next packs of the ring."""
         number = next(self._numbers)
         self._take([self.ring[i] for i in self._of(number)], number)
 
@@ -153,7 +153,7 @@ class Training:
 
 
 def random_generator(run: GeneratorRun, latents: tuple[int, int, int], device: torch.device) -> Generator:
-    """Filled on the device: a CPU takes a minute for as many random numbers."""
+    """A random generator, filled on the device: a CPU takes a minute for as many random numbers."""
     text = SyntheticText(run.generator.backbone.vocab_size)
     model = Generator.uninitialised(run.generator, untrained_latents(latents, text.fingerprint)).to(device)
     fill(model)
@@ -162,7 +162,7 @@ def random_generator(run: GeneratorRun, latents: tuple[int, int, int], device: t
 
 @torch.no_grad()
 def fill(model: torch.nn.Module) -> None:
-    """Matrices N(0, 0.02^2), norms 1, biases 0: any finite values do for timing."""
+    """Matrices N(0, 0.02^2), norms 1, biases 0: any finite values suffice for timing."""
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             parameter.normal_(0.0, 0.02)
@@ -171,7 +171,7 @@ def fill(model: torch.nn.Module) -> None:
 
 
 def packs(latents: tuple[int, int, int], num_tokens: int, number: int, max_side: int) -> list[PackedBatch]:
-    """So many packs, each of captions of its own lengths, filled as far as they fit."""
+    """`number` packs, each with captions of its own lengths, as full as possible."""
     return list(itertools.islice(_packs(latents, num_tokens, max_side), number))
 
 
@@ -200,7 +200,7 @@ def _packs(latents: tuple[int, int, int], num_tokens: int, max_side: int) -> Ite
 
 
 def main() -> None:
-    """One JSON line for each kernel."""
+    """Prints one JSON line for each kernel."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

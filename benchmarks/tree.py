@@ -1,7 +1,7 @@
-"""How large each folder of the source is: python -m benchmarks.tree [BEFORE [AFTER]], two commits.
+"""The size of each folder of the source: python -m benchmarks.tree [BEFORE [AFTER]], two commits.
 
-A row for each folder: Python files, their lines, and imports, that is pairs of a file and a module of this project that
-it names. AFTER is the working tree unless it is given.
+Prints a row for each folder: Python files, their lines, and imports (pairs of a file and a module of this project that
+the file names). AFTER is the working tree by default.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Size:
-    """Of the Python files below one folder."""
+    """Size of the Python files below one folder."""
 
     files: int = 0
     lines: int = 0
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def table(before: dict[str, Size], after: dict[str, Size]) -> str:
-    """Both trees side by side, in Markdown; the source's sum, then what lies beside it."""
+    """Both trees side by side, in Markdown: the folders of the source with their sum, then all others."""
     rows = ["| folder | files | lines | imports |", "|---|---|---|---|"]
     for name in (*FOLDERS, "sum", *ELSEWHERE):
         old, new = (
@@ -66,7 +66,7 @@ def sizes(texts: Iterable[tuple[str, str]]) -> dict[str, Size]:
 
 
 def imported(text: str) -> set[str]:
-    """Names of this project's modules that a file imports, wherever the import stands."""
+    """Names of this project's modules that a file imports, at any level of indentation."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -77,7 +77,7 @@ def imported(text: str) -> set[str]:
 
 
 def sources(commit: str | None) -> Iterator[tuple[str, str]]:
-    """Path and text of every Python file in the folders. None: as they lie in the working tree."""
+    """Path and text of every Python file in the folders at `commit`; None: in the working tree."""
     if commit is None:
         for folder in (*FOLDERS, *ELSEWHERE):
             for file in sorted((ROOT / folder).rglob("*.py")):

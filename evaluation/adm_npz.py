@@ -1,4 +1,4 @@
-"""Image sets as the .npz that ADM's evaluation code reads (Dhariwal and Nichol 2021): arr_0, uint8 [N, H, W, 3]."""
+"""Writes image sets as the .npz of ADM's evaluation code (Dhariwal and Nichol 2021): arr_0, uint8 [N, H, W, 3]."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from evaluation.manifest import ImageSet
 ARRAY = "arr_0.npy"
 IMAGES_PER_READ = 64
 SIGN = "written by RPiAE"
-"""Comment of the archive, at its end: a file with it may be replaced."""
-EPOCH = (1980, 1, 1, 0, 0, 0)  # of the archive's entry: equal images give equal bytes
+"""Comment at the archive's end. A file with this comment may be replaced."""
+EPOCH = (1980, 1, 1, 0, 0, 0)  # time of the archive's entry: fixed, so that equal images give equal bytes
 
 
 def write_npz(images: ImageSet, path: str | Path, role: str = "result") -> None:
-    """All images in the manifest's order, a few at a time: 50,000 of 256 px are 9.8 GB. Written whole or not at all.
+    """Writes all images in the manifest's order, a few at a time: 50,000 of 256 px are 9.8 GB. The write is atomic.
 
     Raises UserError: another file at `path`; an image that is missing, unreadable, or of another size than the first.
     """

@@ -20,17 +20,17 @@ RAW = "https://raw.githubusercontent.com/"
 
 @dataclass(frozen=True)
 class BenchmarkFile:
-    """One file at one commit."""
+    """One file of a repository at one commit."""
 
     path: str
     """OWNER/REPOSITORY/COMMIT/path/in/it"""
     sha256: str | None = None
     git_blob: str | None = None
-    """Git's own name of the content (SHA-1 with a header), where no SHA-256 was at hand."""
+    """Git's hash of the content (SHA-1 with a header), used where no SHA-256 was at hand."""
 
     @property
     def url(self) -> str:
-        """Where it is published."""
+        """The address that the file is published at."""
         return RAW + self.path
 
 
@@ -64,9 +64,9 @@ FILES = {
 
 
 def obtain(name: str, given: Path | None = None, expect_sha256: str | None = None) -> Path:
-    """The benchmark's file: `given`, or downloaded and checked.
+    """The path of a benchmark's file: `given`, or a download whose hash is checked.
 
-    A given file is taken as it is, unless `expect_sha256` says what it must be: the scores hold its hash. Raises
+    A given file is not checked unless `expect_sha256` names its hash; the scores record the hash. Raises
     UserError: no such file, no network, another content.
     """
     published = FILES[name]
@@ -90,12 +90,12 @@ def obtain(name: str, given: Path | None = None, expect_sha256: str | None = Non
 
 
 def git_blob_hash(path: Path) -> str:
-    """Hash under which git keeps a file's content."""
+    """The hash under which git keeps a file's content."""
     payload = limits.read_bytes(path, limits.DOCUMENT_BYTES)
     return hashlib.sha1(b"blob %d\0" % len(payload) + payload, usedforsecurity=False).hexdigest()
 
 
 def unique_name(file: BenchmarkFile) -> str:
-    """Name in the cache, where files of several repositories lie side by side."""
+    """The file's name in the cache, which holds files of several repositories."""
     owner, repository, commit, *_, name = file.path.split("/")
     return f"{owner}-{repository}-{commit[:8]}-{name}"

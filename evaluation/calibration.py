@@ -1,6 +1,6 @@
-"""Does this installation give the numbers that others got? Expected scores of known image sets, and a comparison.
+"""Compares an installation's scores with the published scores of known image sets.
 
-Whoever calibrates has the known set: ADM's published samples, ImageNet's validation set, or images drawn with a
+A person who calibrates has the known set: ADM's published samples, ImageNet's validation set, or images drawn with a
 public model. A score within its tolerance says that weights, preparation and arithmetic are the published ones.
 """
 
@@ -15,22 +15,22 @@ from base.config import UserError
 
 @dataclass(frozen=True)
 class Expected:
-    """One number."""
+    """One expected number and its tolerance."""
 
     metric: str
     value: float
     tolerance: float
     group: str | None = None
-    """Of scores.json; None: over all items."""
+    """Group in scores.json; None: the score over all items."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """A set whose scores are known."""
+    """An image set with known scores."""
 
     name: str
     suite: str
-    """As scores.json calls it."""
+    """The suite's name in scores.json."""
     what: str
     source: str
     expected: tuple[Expected, ...]
@@ -46,7 +46,7 @@ KNOWN = (
             Expected("fid", 3.9426, 0.01),
             Expected("sfid", 6.1404, 0.05),
             Expected("inception_score", 215.84, 0.5),
-            # Theirs are of fp16 distances (evaluate with --distances fp16); fp32 gives 0.18 and 0.25 points less.
+            # ADM's numbers need fp16 distances (evaluate with --distances fp16); fp32 gives 0.18 and 0.25 points less.
             Expected("precision", 0.8265, 0.003),
             Expected("recall", 0.5309, 0.004),
         ),
@@ -93,20 +93,20 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """An expected number beside the measured one; `measured` None: it was not."""
+    """An expected number beside the measured one; `measured` None: not measured."""
 
     expected: Expected
     measured: float | None
 
     @property
     def holds(self) -> bool:
-        """Whether they agree."""
+        """Whether the two numbers agree within the tolerance."""
         return (
             self.measured is not None and abs(self.measured - self.expected.value) <= self.expected.tolerance
         )
 
     def line(self) -> str:
-        """For people."""
+        """The verdict as one line for people."""
         name = (
             self.expected.metric
             if self.expected.group is None
@@ -120,12 +120,12 @@ class Verdict:
 
 
 def known_of(suite: str) -> list[str]:
-    """Names of the sets of a suite; `linear`, its command, is as good as `linear_probe`."""
+    """Names of a suite's known sets. The command `linear` stands for the suite `linear_probe`."""
     return [one.name for one in KNOWN if one.suite in (suite, f"{suite}_probe")]
 
 
 def known(name: str) -> Known:
-    """Raises UserError: no such set."""
+    """The known set of this name. Raises UserError: no such set."""
     for one in KNOWN:
         if one.name == name:
             return one
@@ -135,7 +135,7 @@ def known(name: str) -> Known:
 
 
 def compare(of: Known, scores: Mapping[str, Any]) -> list[Verdict]:
-    """Every expected number against scores.json. Raises UserError: of another suite, or partial."""
+    """Compares every expected number with scores.json. Raises UserError: scores of another suite, or partial scores."""
     if scores["suite"] != of.suite:
         raise UserError(f"scores are of suite '{scores['suite']}'; '{of.name}' is a set of '{of.suite}'")
     if scores["partial"]:

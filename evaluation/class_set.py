@@ -1,7 +1,7 @@
-"""Class labels -> drawn images, as an image set that suites score; several ranks; resumable.
+"""Draws images of class labels as an image set that suites score; several ranks; resumable.
 
-The set holds result/LABEL/NUMBER.png (one folder per class), manifest.jsonl with meta.label, and sampling.json. Image
-after image goes round the classes, so that every class has as many, or one more than the last ones.
+The set holds result/LABEL/NUMBER.png (one folder per class), manifest.jsonl with meta.label, and sampling.json.
+Labels follow each other round-robin, so the numbers of images of two classes differ by at most one.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from evaluation.runner import ALONE, Team
 from generator.class_conditional.pipeline import ClassPipeline
 from generator.class_conditional.sampling import ClassSamplingConfig
 
-SEED_DIGITS = 15  # of a hexadecimal digest: 60 bits
+SEED_DIGITS = 15  # digits of a hexadecimal digest: 60 bits
 
 
 @dataclass(frozen=True)
 class ClassSetConfig:
-    """What is drawn, with what, and where to."""
+    """What to draw, with which models, and where to write it."""
 
     out: Path
     """Folder of the image set."""
     generator: Path
     """Exported class-conditional generator."""
     autoencoder: str
-    """Autoencoder that it was trained with."""
+    """The autoencoder that the generator was trained with."""
     sampling: ClassSamplingConfig
-    """How; `batch_images` is the size of a block."""
+    """How images are drawn; `batch_images` is the size of a block."""
     num_images: int
-    """Images of the whole set (50,000: 50 of each of ImageNet's classes)."""
+    """Number of images in the whole set (50,000: 50 of each of ImageNet's classes)."""
     guide: Path | None = None
-    """Exported weaker generator for AutoGuidance; None: guidance by the same model without the class."""
+    """Exported weaker generator for AutoGuidance; None: guidance by the generator without the class."""
     device: str = "cpu"
     """Where the models run."""
 
@@ -62,23 +62,23 @@ class ClassDrawing:
 
     @property
     def key(self) -> str:
-        """Of its item."""
+        """Key of the image's item."""
         return f"{self.label:04d}-{self.number:05d}"
 
     @property
     def name(self) -> str:
-        """File in the set."""
+        """Path of the image's file in the set."""
         return f"result/{self.label:04d}/{self.number:05d}.png"
 
     def is_done(self, out: Path) -> bool:
-        """Whether its file is there."""
+        """Whether the image's file exists."""
         return (out / self.name).is_file()
 
 
 def draw_class_set(config: ClassSetConfig, team: Team = ALONE) -> int:
     """Draws with exported models (evaluation/drawn_set.py says how). Returns the set's size.
 
-    Raises UserError: as ClassPipeline.load; a set in `out` that was drawn with something else.
+    Raises UserError: as ClassPipeline.load; a set in `out` that was drawn with other settings.
     """
     pipeline = ClassPipeline.load(config.generator, config.autoencoder, config.guide, config.device)
     exports: dict[str, str | None] = {}
@@ -100,7 +100,7 @@ def draw_classes(
     team: Team,
     in_step: bool = False,
 ) -> int:
-    """As draw_on_ranks, with models in memory. `drawn_with`: on rank 0, what tells them from others."""
+    """Draws like draw_on_ranks, with models in memory. `drawn_with`: on rank 0, what tells the models from others."""
     settings = sampling_settings(sampling)
     drawings = class_drawings(pipeline.generator.config.num_classes, num_images, sampling.seed)
     if team.rank == 0:
@@ -133,7 +133,7 @@ def draw_classes(
 
 
 def class_drawings(num_classes: int, num_images: int, seed: int) -> list[ClassDrawing]:
-    """Round and round the classes. An image's seed follows from (seed, label, number) alone."""
+    """The drawings, labels round-robin. An image's seed depends on (seed, label, number) alone."""
     return [
         ClassDrawing(label, number, _image_seed(seed, label, number))
         for number, label in (divmod(index, num_classes) for index in range(num_images))

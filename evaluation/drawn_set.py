@@ -1,8 +1,8 @@
-"""Drawing an image set on several ranks, resumably, whatever it is drawn from.
+"""Draws an image set on several ranks, resumably, for any kind of drawing.
 
-Images are drawn in blocks of neighbours of a list, and a block is always drawn as a whole: matrix products may round
-differently in another company, so this makes the images the same bytes on any number of ranks and after any
-interruption. `sampling.json` in the set says what its images were drawn with; a run with something else is refused.
+Images are drawn in blocks of neighbours of a list, and a block is always drawn as a whole. Matrix products may round
+differently in another batch, so whole blocks make the images the same bytes on any number of ranks and after any
+interruption. `sampling.json` says what the images were drawn with; a run with other settings is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Drawing(Protocol):
     """One image to draw."""
 
     def is_done(self, out: Path) -> bool:
-        """Whether all its files are there."""
+        """Whether all files of the image exist."""
 
 
 DrawingT = TypeVar("DrawingT", bound=Drawing)
@@ -54,10 +54,10 @@ def draw_on_ranks(
 ) -> int:
     """Draws blocks i with i % world == rank; the first rank writes the manifest. Returns the set's size.
 
-    When it returns, the set is whole. Images that an earlier run finished are kept. `drawn_with`: all that decides the
-    images. `start` gives what draws a block, and is called where there is one to draw. `in_step`: every rank draws as
-    many blocks, some of them for nothing, because the drawing is collective. Raises UserError: `out` was drawn with
-    something else, or holds a stranger's files.
+    The set is whole when the function returns. Images that an earlier run finished are kept. `drawn_with`: all that
+    decides the images. `start` returns the function that draws a block; it is called only if a block is left to draw.
+    `in_step`: all ranks draw equally many blocks, some only to take part, because the drawing is collective. Raises
+    UserError: `out` was drawn with other settings, or holds a stranger's files.
     """
     blocks = [drawings[first : first + block_images] for first in range(0, len(drawings), block_images)]
     mine = [block for block in blocks[team.rank :: team.world] if not all(one.is_done(out) for one in block)]
@@ -74,7 +74,7 @@ def draw_on_ranks(
         files.write_json(out / SETTINGS_NAME, dict(drawn_with))
     most = -(-len(blocks) // team.world) if in_step else len(mine)
     draw = start() if most else None
-    team.barrier()  # before this nobody writes into a folder that rank 0 may refuse
+    team.barrier()  # until then no rank writes into a folder that rank 0 may refuse
     if draw is not None:
         _draw_blocks(mine, draw, write, team.rank)
         for _ in range(most - len(mine)):
@@ -87,21 +87,21 @@ def draw_on_ranks(
 
 
 def announce(sampling: DrawingConfig) -> None:
-    """What an image costs, as one line."""
+    """Prints what an image costs, as one line."""
     evaluations = num_evaluations(sampling.num_steps, sampling.solver)
     line = f"{sampling.num_steps} {sampling.solver} steps, {evaluations} evaluations an image"
     say(line, sys.stderr)
 
 
 def sampling_settings(sampling: DrawingConfig) -> dict[str, Any]:
-    """The sampling, without what may change between two runs: the size of a block matters for rounding only."""
+    """The sampling without `batch_images`, which may change between two runs: it matters for rounding only."""
     settings = to_dict(sampling)
     del settings["batch_images"]
     return settings
 
 
 def export_digest(folder: Path) -> str:
-    """Of an exported generator's config and weights. Raises UserError: a file is missing."""
+    """Digest of an exported generator's config and weights. Raises UserError: a file is missing."""
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: no such file; give a run with an exported generator")
@@ -114,12 +114,12 @@ def _draw_blocks(
     write: Write[DrawingT, DrawnT],
     rank: int,
 ) -> None:
-    """Draws every block while the one before it is written, with a line about progress."""
+    """Draws every block while the block before is written, with a line about progress."""
     if not blocks:
         return
     total, done = sum(len(block) for block in blocks), 0
     progress = ProgressLine(f"rank {rank}: {total} images to draw", "images")
-    with ThreadPoolExecutor(max_workers=1) as writer:  # the next block is drawn while PNGs are packed
+    with ThreadPoolExecutor(max_workers=1) as writer:  # the next block is drawn while PNGs are compressed
         writing: Future[None] | None = None
         for block in blocks:
             drawn = draw(block)
@@ -133,7 +133,7 @@ def _draw_blocks(
 
 
 def _check_settings(out: Path, drawn_with: Mapping[str, Any]) -> None:
-    """Raises UserError: the images in `out` were drawn with something else."""
+    """Raises UserError if the images in `out` were drawn with other settings."""
     path, settings = out / SETTINGS_NAME, dict(drawn_with)
     found: dict[str, Any] = files.read_json(path) if path.is_file() else settings
     for name in sorted({*found, *settings}):
@@ -145,7 +145,7 @@ def _check_settings(out: Path, drawn_with: Mapping[str, Any]) -> None:
 
 
 def _is_drawn(out: Path) -> bool:
-    """Whether an earlier version, which left no marker, drew there."""
+    """Whether an earlier version, which left no marker file, drew there."""
     try:
         return isinstance(files.read_json(out / SETTINGS_NAME), dict)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Which software and machine made a number."""
+"""The software and the machine behind a number."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DISTRIBUTIONS = (
 
 
 def versions() -> dict[str, str]:
-    """Python and the libraries a number depends on; one that is not installed is left out."""
+    """Versions of Python and the libraries that numbers depend on; a library that is not installed is left out."""
     found = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:

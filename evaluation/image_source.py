@@ -1,6 +1,6 @@
-"""Images in an order that never changes, read a few at a time: an image set, a folder, or arr_0 of an .npz file.
+"""Reads images in a fixed order, a few at a time: an image set, a folder, or arr_0 of an .npz file.
 
-A suite reads its set as images of one size (FileImages), of any sizes (LooseImages), or two beside each other
+A suite reads its set as images of one size (FileImages), of any sizes (LooseImages), or as pairs
 (ImagePairs).
 
 Shapes: N images, H W pixels.
@@ -36,28 +36,28 @@ BlockT_co = TypeVar("BlockT_co", covariant=True)
 
 
 class Source(Protocol[BlockT_co]):
-    """What rows of numbers are computed from, in blocks."""
+    """The images that rows of numbers are computed from, in blocks."""
 
     @property
     def digest(self) -> str:
         """Hash of every byte of every image, in order."""
 
     def __len__(self) -> int:
-        """N."""
+        """N, the number of images."""
 
     def read(self, start: int, stop: int) -> BlockT_co:
         """The images from `start` to `stop` - 1. Raises UserError: no readable image, sizes differ."""
 
 
 class ImageSource(Source[Tensor], Protocol):
-    """Images of one size: what features are computed from."""
+    """Images of one size, as feature networks take them."""
 
     def read(self, start: int, stop: int) -> Tensor:
         """uint8 [stop - start, 3, H, W]. Raises UserError: no readable image, sizes differ."""
 
 
 class FileImages:
-    """Image files in the given order; implements ImageSource."""
+    """Image files in the given order, of one size; implements ImageSource."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
@@ -69,7 +69,7 @@ class FileImages:
 
     @classmethod
     def of_folder(cls, folder: Path) -> FileImages:
-        """Every image below a folder, in the order of their paths. Raises UserError: none."""
+        """Every image below a folder, in the order of the paths. Raises UserError: no images."""
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give one that holds images, or an .npz file")
         found = images_below(folder)
@@ -87,7 +87,7 @@ class FileImages:
         return len(self.paths)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Decodes the files."""
+        """The files' pixels, uint8 [stop - start, 3, H, W]."""
         images = self.read_each(start, stop)
         for path, image in zip(self.paths[start:stop], images, strict=True):
             if image.shape != images[0].shape:
@@ -109,34 +109,34 @@ class LooseImages:
 
     @property
     def digest(self) -> str:
-        """As the files'."""
+        """Hash of the files' hashes."""
         return self.files.digest
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, start: int, stop: int) -> list[Tensor]:
-        """uint8 [3, H, W] each."""
+        """Each image as uint8 [3, H, W]."""
         return self.files.read_each(start, stop)
 
 
 @dataclass(frozen=True)
 class ImagePairs:
-    """Each image beside the one that it is compared with; implements Source."""
+    """Each image beside the image that it is compared with; implements Source."""
 
     first: FileImages
     second: FileImages
 
     @property
     def digest(self) -> str:
-        """Of both."""
+        """Hash of both sources' digests."""
         return files.digest([self.first.digest, self.second.digest])
 
     def __len__(self) -> int:
         return len(self.first)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Two of uint8 [stop - start, 3, H, W]. Raises UserError, too: the two differ in size."""
+        """Both sources' images, uint8 [stop - start, 3, H, W] each. Raises UserError also if the two differ in size."""
         first, second = self.first.read(start, stop), self.second.read(start, stop)
         if first.shape != second.shape:
             paths = f"{self.first.paths[start]} and {self.second.paths[start]}"
@@ -145,14 +145,14 @@ class ImagePairs:
 
 
 class RoleImages:
-    """One role of the image set that a suite is at. Kept while the files stay: their digest reads them all."""
+    """Images of one role in the set that a suite reads. They are cached, because their digest reads every file."""
 
     def __init__(self, role: str) -> None:
         self._role = role
         self._last: tuple[str, FileImages] | None = None
 
     def of(self, images: ImageSet, items: Sequence[Item]) -> FileImages:
-        """In the order of `items`."""
+        """The role's images, in the order of `items`."""
         found = FileImages.of_set(images, items, self._role)
         state = files.digest([[str(path), *_state(path)] for path in found.paths])
         if self._last is None or self._last[0] != state:
@@ -164,16 +164,16 @@ class RoleImages:
 class NpzImages:
     """`arr_0`, uint8 [N, H, W, 3], of an .npz file as ADM publishes them; implements ImageSource.
 
-    Stored arrays are read in place; compressed ones have no place and are refused.
+    Stored arrays are read in place. Compressed arrays cannot be, and are refused.
     """
 
     path: Path
     shape: tuple[int, int, int, int]  # N, H, W, 3
-    offset: int  # of the first pixel in the file, bytes
+    offset: int  # offset of the first pixel in the file, in bytes
 
     @classmethod
     def open(cls, path: Path) -> NpzImages:
-        """Raises UserError: no such file, no such array, another layout."""
+        """Opens an .npz file. Raises UserError: no such file, no such array, another layout."""
         with reading_npz(path), _zip(path) as archive:
             names = archive.namelist()
             if f"{ARRAY_NAME}.npy" not in names:
@@ -203,7 +203,7 @@ class NpzImages:
         return self.shape[0]
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Reads the images' bytes alone."""
+        """The images' pixels; only their bytes are read."""
         image_bytes = int(np.prod(self.shape[1:]))
         with limits.open_file(self.path) as file:
             file.seek(self.offset + start * image_bytes)
@@ -215,7 +215,7 @@ class NpzImages:
 
 
 def write_npz_set(path: Path, out: Path) -> int:
-    """An image set (`result`) of an .npz file's images, so that they can be scored and looked at; their number.
+    """Writes an .npz file's images as an image set (role `result`) to score and look at; returns their number.
 
     Images of an earlier run are kept; a set of another file is refused. Raises UserError as NpzImages.open.
     """
@@ -233,19 +233,19 @@ def write_npz_set(path: Path, out: Path) -> int:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    """Size and time of the last change: another file of this name differs in one of them."""
+    """Size and modification time: another file of this name differs in one of them."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
 
 
 def _size(image: Tensor) -> str:
-    """Of [..., H, W], as people say it."""
+    """The size of [..., H, W] in words."""
     return f"{image.shape[-1]} x {image.shape[-2]}"
 
 
 @contextlib.contextmanager
 def reading_npz(path: Path) -> Iterator[None]:
-    """Around reading an .npz file: one that is none, or damaged, ends in one line. Raises UserError."""
+    """Context for reading an .npz file. Raises UserError: a damaged file, or none of this format."""
     try:
         yield
     except UserError:
@@ -276,7 +276,7 @@ def _zip(path: Path) -> zipfile.ZipFile:
 
 
 def _data_offset(path: Path, entry: zipfile.ZipInfo) -> int:
-    """Where a stored entry's bytes begin: after its local header, whose own lengths count."""
+    """Offset of a stored entry's bytes: after its local header, which gives its own lengths."""
     with limits.open_file(path) as file:
         return _local_header_end(file, entry.header_offset)
 

@@ -1,8 +1,8 @@
-"""What judges of edits are told: the benchmarks' own sentences, read from the benchmarks' own files.
+"""Instructions to the judges of edits: the benchmarks' own sentences, read from the benchmarks' own files.
 
 Another wording gives other scores, so the files are downloaded with their hashes, or given; none is part of this
-project. EditScore keeps its sentences in a Python file (Apache-2.0), which is parsed, never run; ImgEdit-Bench in a
-JSON file, one text for each kind of edit.
+project. EditScore keeps its sentences in a Python file (Apache-2.0), which is parsed, never run. ImgEdit-Bench keeps
+one text for each kind of edit in a JSON file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from base.config import UserError
 from data.samples.captions import check_whole
 from data.sources.text_files import read_text
 
-SCALE = 25  # EditScore's; its sentences are written for 10 and say 25 to the judge
+SCALE = 25  # EditScore's scale: its sentences, written for 10, say 25 to the judge
 INSTRUCTION, EDIT_PROMPT = "<instruction>", "<edit_prompt>"
 CONTEXT, EDIT_RULE, EDIT_SCORES, PICTURE_SCORES = (
     "_context_no_delimit_reasoning_first",
@@ -33,11 +33,11 @@ class VieInstructions:
 
     edit: str  # about source and result; holds INSTRUCTION
     picture: str  # about the result alone
-    sha256: str  # of the file
+    sha256: str  # hash of the file
 
     @classmethod
     def read(cls, path: Path, scale: int = SCALE) -> VieInstructions:
-        """From EditScore's vie_prompts.py. Raises UserError: no such file, another one."""
+        """Reads EditScore's vie_prompts.py. Raises UserError: no such file, another content."""
         texts = _constants(path)
         absent = [name for name in (CONTEXT, EDIT_RULE, EDIT_SCORES, PICTURE_SCORES) if name not in texts]
         if absent or INSTRUCTION not in texts[EDIT_SCORES]:
@@ -61,7 +61,7 @@ class ImgEditInstructions:
 
     @classmethod
     def read(cls, path: Path) -> ImgEditInstructions:
-        """From ImgEdit-Bench's prompts.json. Raises UserError: no such file, another one."""
+        """Reads ImgEdit-Bench's prompts.json. Raises UserError: no such file, another content."""
         try:
             tree = json.loads(read_text(path))
         except (ValueError, RecursionError) as error:
@@ -80,7 +80,7 @@ class ImgEditInstructions:
 
 
 def _constants(path: Path) -> dict[str, str]:
-    """Strings that a Python file gives names to at its top level."""
+    """String constants at the top level of a Python file, by name."""
     try:
         tree = ast.parse(read_text(path))
     except (SyntaxError, ValueError, RecursionError) as error:

@@ -1,11 +1,11 @@
 """DINOv2's published linear head on a tokenizer's encoder: how much of DINOv2 is left (paper: 84.56 -> 84.18).
 
 Protocol of the head (DINOv2, one layer): short side to 256 px (bicubic), centre crop 224, class token and mean
-patch token after the last LayerNorm, side by side, one Linear to ImageNet's 1000 classes. RPiAE strips that
-LayerNorm of its affine; the head was trained with it, so the pretrained model's weight and bias are put back.
+patch token after the last LayerNorm, side by side, one Linear to ImageNet's 1000 classes. RPiAE removes that
+LayerNorm's affine. The head was trained with it, so the pretrained model's weight and bias are put back.
 
-What could not be checked without a network: the two downloads, and that the untouched ViT-B with registers gives
-about 84.4. See that first; another number means that something here is not as it should be.
+Two things could not be checked without a network: the two downloads, and that the untouched ViT-B with registers
+gives about 84.4. Check that number first; another number means that something here is wrong.
 
 Shapes: B images, D width, S = 224 input px, K classes.
 """
@@ -50,7 +50,7 @@ NORM_NAMES = ("norm", "layernorm")  # the last LayerNorm in timm's and DINOv2's 
 
 
 class LinearHead(nn.Module):
-    """A published head and the affine of the LayerNorm that it expects; fp32."""
+    """A published head, and the affine of the LayerNorm that the head was trained with; fp32."""
 
     norm_weight: Tensor  # [D]
     norm_bias: Tensor  # [D]
@@ -73,7 +73,7 @@ class LinearHead(nn.Module):
     @classmethod
     def load(cls, name: str, head: str = "download", model: str = "download") -> LinearHead:
         """`name`: a key of HEADS. `head`, `model`: `download`, or the path of the head's .pth and of the
-        pretrained model's .safetensors or .pth. Raises UserError: cannot be had, or does not fit."""
+        pretrained model's .safetensors or .pth. Raises UserError: no such file, or weights that do not fit."""
         if name not in HEADS:
             raise ConfigError(f"no published linear head '{name}'; there are {', '.join(HEADS)}")
         url, timm_name = HEADS[name]
@@ -91,10 +91,10 @@ class LinearHead(nn.Module):
 
 
 class HeadClassifier:
-    """Names what images show; implements evaluation.suites.linear_probe.Classifier."""
+    """The classes that a head sees in images; implements evaluation.suites.linear_probe.Classifier."""
 
     def __init__(self, representation: Representation, head: LinearHead, device: str = "cpu") -> None:
-        """Raises ConfigError when the encoder's width or input is not the head's."""
+        """Raises ConfigError: the encoder's width or input differs from the head's."""
         if representation.width != len(head.norm_weight):
             raise ConfigError(
                 f"the linear head is for width {len(head.norm_weight)}, the encoder has {representation.width}; "
@@ -126,7 +126,7 @@ class HeadClassifier:
 
 
 def prepare(image: Tensor) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, 224, 224]: the evaluation transform of DINOv2, by the same library."""
+    """uint8 [3, H, W] -> uint8 [3, 224, 224]: DINOv2's evaluation transform, by torchvision as in DINOv2."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     picture = transforms.resize(picture, RESIZE_PX, transforms.InterpolationMode.BICUBIC)
     picture = transforms.center_crop(picture, CROP_PX)

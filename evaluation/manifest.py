@@ -1,7 +1,7 @@
 """Image sets: a directory of images and manifest.jsonl, the input of every suite.
 
 One line an item: {"key": unique name, "images": {role: file name, ...}, "meta": json of the sample}.
-Roles: `result` is what is judged; `original`, `source` and `target` are truths a suite may ask for.
+Roles: a suite judges `result`; `original`, `source` and `target` are references that a suite may ask for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Item:
     meta: Mapping[str, Any]  # the sample's json: caption or instruction, scene or scenes
 
     def field(self, name: str) -> Any:
-        """meta[name]. Raises UserError when the sample has none."""
+        """meta[name]. Raises UserError: the sample has no such field."""
         if name not in self.meta:
             raise UserError(f"item '{self.key}': its meta has no '{name}', which this suite compares with")
         return self.meta[name]
@@ -44,12 +44,12 @@ class Item:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A directory of images and what each was made for."""
+    """A directory of images with a manifest that says what each image was made for."""
 
     directory: Path
     items: tuple[Item, ...]
     follow_links: bool = False
-    """Whether links may lead out of the folder: in a set that was made by walking through it they may."""
+    """Whether links may lead out of the folder. A set that was listed from an existing folder of images allows them."""
 
     @classmethod
     def open(
@@ -83,7 +83,7 @@ class ImageSet:
         return cls(Path(directory), tuple(items.values()), follow_links)
 
     def path(self, item: Item, role: str) -> Path:
-        """File of an item's image. Raises UserError: the manifest names none in this role, one outside the folder."""
+        """File of an item's image. Raises UserError: no file in this role, or a file outside the folder."""
         where = f"{self.directory / MANIFEST_NAME}: item '{item.key}'"
         if role not in item.images:
             raise UserError(f"{where} names no '{role}' image")
@@ -98,7 +98,7 @@ class ImageSet:
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def read_all(self, items: Sequence[Item], role: str) -> Tensor:
-        """uint8 [N, 3, H, W]. Raises UserError as `read` does, and when sizes differ."""
+        """uint8 [N, 3, H, W]. Raises UserError as `read` does, or if sizes differ."""
         images = [self.read(item, role) for item in items]
         for item, image in zip(items, images, strict=True):
             if image.shape != images[0].shape:
@@ -109,23 +109,24 @@ class ImageSet:
         return torch.stack(images)
 
     def missing(self, roles: Iterable[str]) -> list[Item]:
-        """Items of which a named image is not there."""
+        """Items with a file in one of `roles` that does not exist."""
         return [item for item in self.items if not all(self.path(item, role).is_file() for role in roles)]
 
 
 def write_manifest(directory: str | Path, items: Iterable[Item]) -> None:
-    """Writes manifest.jsonl beside the images, last, so that a half-written set has none."""
+    """Writes manifest.jsonl beside the images. Call it last, so that a half-written set has no manifest."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     rows = [{"key": item.key, "images": dict(item.images), "meta": dict(item.meta)} for item in items]
     files.write_text(Path(directory) / MANIFEST_NAME, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_class_folders(images: str | Path, out: str | Path, suffixes: Sequence[str]) -> int:
-    """Manifest, in `out`, of a folder with one folder per class, as ImageNet's validation set is kept; the number of
-    classes.
+    """Writes to `out` the manifest of a folder with a folder for each class (ImageNet's validation set).
 
-    `original` is the file below `images`, meta.label the place of its folder in the sorted list of folders. Raises
-    UserError: no such folders, one without images.
+    Returns the number of classes.
+
+    `original` is the file below `images`; meta.label is the index of its folder in the sorted list of folders. Raises
+    UserError: no such folders, a folder without images.
     """
     found = images_below(Path(images), suffixes)
     labels = {name: label for label, name in enumerate(found.classes())}
@@ -139,7 +140,7 @@ def write_class_folders(images: str | Path, out: str | Path, suffixes: Sequence[
 
 
 def write_image(path: str | Path, pixels: Tensor) -> None:
-    """Saves uint8 [3, H, W] as PNG, whole or not at all."""
+    """Saves uint8 [3, H, W] as PNG, atomically."""
     assert pixels.dtype == torch.uint8 and pixels.ndim == 3 and len(pixels) == 3
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""A benchmark's own files -> a file of prompts or edits that launch/sample.py draws from (generator/prompts.py).
+"""Turns a benchmark's own files into a file of prompts or edits for launch/sample.py (generator/prompts.py).
 
-What the suites need later is passed on from line to line into the manifest: GenEval's clauses, DPG-Bench's item_id,
+Each line carries into the manifest what the suites need later: GenEval's clauses, DPG-Bench's item_id,
 the group and instruction of an edit. GenEval's own file can be drawn from as it is.
 """
 
@@ -27,13 +27,13 @@ GEDIT_COLUMNS = ("key", "task_type", "instruction", "instruction_language", "inp
 
 
 def write_dpg(table: Path, out: Path) -> int:
-    """One prompt for each item id of dpg_bench.csv; their number."""
+    """Writes one prompt for each item id of dpg_bench.csv; returns their number."""
     graphs = read_graphs(table)
     return _write(out, ({"key": key, "prompt": g.prompt, "item_id": key} for key, g in graphs.items()))
 
 
 def write_gedit(tables: Sequence[Path], out: Path) -> int:
-    """The English rows of GEdit-Bench's parquet files, their images beside the prompts; the number of rows.
+    """Writes the English rows of GEdit-Bench's parquet files, images beside the prompts; returns the number of rows.
 
     Raises UserError: no parquet files, other columns, an image that cannot be read.
     """
@@ -42,9 +42,9 @@ def write_gedit(tables: Sequence[Path], out: Path) -> int:
 
 
 def write_imgedit(edits: Path, images: Path, out: Path) -> int:
-    """The edits of basic_edit.json, their images of the folder `images` beside the prompts; the number of edits.
+    """Writes the edits of basic_edit.json, with images of folder `images` beside the prompts; returns their number.
 
-    Raises UserError: another file, a missing image, one outside the folder.
+    Raises UserError: another file, a missing image, an image outside the folder.
     """
     try:
         tree = files.read_json(edits)
@@ -124,7 +124,7 @@ def _gedit_row(row: Mapping[str, Any], out: Path, where: Path) -> dict[str, Any]
 
 
 def _check_key(key: object, where: Path) -> None:
-    """Raises UserError: a key that names no file."""
+    """Raises UserError: a key that cannot be a file name."""
     if not isinstance(key, str | int) or not KEY_PATTERN.fullmatch(str(key)):
         raise UserError(f"{where}: key {key!r} names a file; use letters, digits and _ + - . (not first)")
 

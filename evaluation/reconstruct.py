@@ -1,10 +1,10 @@
-"""A folder of images -> their reconstructions by any autoencoder, as an image set that suites score.
+"""Reconstructs a folder of images by any autoencoder, as an image set that suites score.
 
 The set holds original/NAME.png (cropped and resized as the autoencoder sees it), result/NAME.png, if wanted
 latents/NAME.npy, and manifest.jsonl; NAME is the path below the folder, without the suffix.
 
-Images go through the autoencoder in blocks of neighbours, always the same ones: the files are the same bytes on any
-number of ranks and after any interruption.
+Images go through the autoencoder in fixed blocks of neighbours, so the files are the same bytes on any number of
+ranks and after any interruption.
 
 Shapes: B images, C latent channels, Y X latent grid, H W pixels.
 """
@@ -44,52 +44,52 @@ _Block = Sequence[tuple[str, Path]]  # name in the set and file of neighbours
 
 @dataclass(frozen=True)
 class ReconstructConfig:
-    """What is reconstructed."""
+    """What to reconstruct, with which autoencoder, and where to write it."""
 
     autoencoder: Path
     """Directory of any exported or imported autoencoder."""
     images: Path
-    """Folder of images, also in folders below it."""
+    """Folder of images; its subfolders count too."""
     out: Path
     """Folder of the image set."""
     save_latents: bool = False
-    """Also write every latent, float32 [C, Y, X]."""
+    """Whether to write every latent too, float32 [C, Y, X]."""
     batch_images: int = 16
-    """Size of a block, a forward pass; another one may round differently."""
+    """Images in a block, that is in a forward pass. Another size may round differently."""
     device: str = "cpu"
     """Where the autoencoder runs."""
 
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """What came of it."""
+    """The result of a reconstruction."""
 
     num_images: int
-    """Images in the set, with those of an earlier run."""
+    """Images in the set, including those of an earlier run."""
     unreadable: tuple[str, ...]
     """One line for each file that is no readable image."""
     psnr_db: float
-    """Mean over the images; nan without any."""
+    """Mean over the images in dB; nan without images."""
 
 
 def reconstruct(config: ReconstructConfig, team: Team = ALONE) -> Reconstructed:
-    """Writes the blocks of images that are this rank's; when all are done, rank 0 writes the manifest.
+    """Writes this rank's blocks of images; when all ranks are done, rank 0 writes the manifest.
 
-    Images that an earlier run of the same autoencoder wrote are kept. All ranks return what came of the whole set.
-    Raises UserError: no autoencoder, no images, two files that would become the same, a set by another autoencoder
+    Images that an earlier run of the same autoencoder wrote are kept. All ranks return the result of the whole set.
+    Raises UserError: no autoencoder, no images, two files that would get one name, a set by another autoencoder
     in `out`.
     """
     names = image_names(config.images)
     if team.rank == 0:
         _claim(config)
-    team.barrier()  # before this nobody writes into a folder that rank 0 may refuse
+    team.barrier()  # until then no rank writes into a folder that rank 0 may refuse
     mine = share(_blocks(names, config.batch_images), team.rank, team.world)
     found: list[_Share] = team.gather(_reconstruct_share(config, mine, team.rank))
     unreadable = {name: line for part in found for name, line in part.unreadable.items()}
     items = [_item(config, name, path) for name, path in names.items() if name not in unreadable]
     if team.rank == 0:
         write_manifest(config.out, items)
-    # fsum is exact: the mean does not depend on who found which value.
+    # fsum is exact: the mean does not depend on which rank found which value.
     total = math.fsum(value for part in found for value in part.psnr_db)
     mean = total / len(items) if items else math.nan
     return Reconstructed(len(items), tuple(unreadable[name] for name in names if name in unreadable), mean)
@@ -97,7 +97,7 @@ def reconstruct(config: ReconstructConfig, team: Team = ALONE) -> Reconstructed:
 
 @dataclass(frozen=True)
 class _Share:
-    """What came of one rank's blocks."""
+    """The result of one rank's blocks."""
 
     psnr_db: list[float]
     unreadable: dict[str, str]  # name -> one line
@@ -114,7 +114,7 @@ def _reconstruct_share(config: ReconstructConfig, mine: Sequence[_Block], rank: 
     done = 0
     for block, batch in zip(todo, _read_ahead(todo, model.config.image_px), strict=True):
         for name, path in block:
-            if name in batch.unreadable and not _is_done(config, name):  # it may be kept of an earlier run
+            if name in batch.unreadable and not _is_done(config, name):  # an earlier run may have written it
                 unreadable[name] = f"{path}: no readable image ({batch.unreadable[name]})"
                 say(unreadable[name], sys.stderr)
         values |= _write(config, model, batch)
@@ -127,7 +127,7 @@ def _reconstruct_share(config: ReconstructConfig, mine: Sequence[_Block], rank: 
 
 
 def image_names(images: Path) -> dict[str, Path]:
-    """Name in the set -> file, in the order of the files. Raises UserError: no images, two with one name."""
+    """Name in the set -> file, in the order of the files. Raises UserError: no images, two files with one name."""
     if not images.is_dir():
         raise UserError(f"{images}: no such folder; give --images the folder that holds the images")
     found = images_below(images)
@@ -145,7 +145,7 @@ def image_names(images: Path) -> dict[str, Path]:
 
 
 def _claim(config: ReconstructConfig) -> None:
-    """Notes in `out` which autoencoder wrote it."""
+    """Writes a note to `out` of the autoencoder that fills it."""
     path, made_by = config.out / SOURCE_NAME, {"autoencoder": fingerprint(config.autoencoder)}
     if config.images.resolve().is_relative_to(config.out.resolve()):
         raise UserError(f"--out {config.out}: holds the input, {config.images}; give another --out")
@@ -158,7 +158,7 @@ def _claim(config: ReconstructConfig) -> None:
 
 
 def _is_own(out: Path) -> bool:
-    """Whether an earlier version, which left no marker, wrote there."""
+    """Whether an earlier version, which left no marker file, wrote there."""
     try:
         return set(files.read_json(out / SOURCE_NAME)) == {"autoencoder"}
     except (OSError, ValueError, TypeError):
@@ -188,7 +188,7 @@ class _Batch:
 
 
 def _read_ahead(blocks: Sequence[_Block], image_px: int) -> Iterator[_Batch]:
-    """The images of every block, while a thread reads the next one."""
+    """Yields the images of every block, while a thread reads the next block."""
     with ThreadPoolExecutor(max_workers=1) as reader:
         pending = [reader.submit(_read, block, image_px) for block in blocks[:1]]
         for block in blocks[1:]:
@@ -215,7 +215,7 @@ def _read(block: _Block, image_px: int) -> _Batch:
 def _write(config: ReconstructConfig, model: ImageAutoencoder, batch: _Batch) -> dict[str, float]:
     """Writes what is missing of a batch, the result last; returns the PSNR in dB of each image that was written."""
     missing = [index for index, name in enumerate(batch.names) if not _is_done(config, name)]
-    if not missing:  # its block has an unreadable file, which no run can do
+    if not missing:  # the block holds an unreadable file, so it is never finished
         return {}
     originals = torch.stack(batch.pixels)
     z_BCYX = model.encode(originals.to(config.device).float() / 255)
@@ -233,7 +233,7 @@ def _write(config: ReconstructConfig, model: ImageAutoencoder, batch: _Batch) ->
 
 
 def _psnr_db(out: Path, item: Item) -> float:
-    """Of images that were written earlier."""
+    """PSNR in dB of an image that was written earlier."""
     images = ImageSet(out, (item,))
     result, original = (images.read(item, role)[None] for role in ("result", "original"))
     return float(psnr_db(result, original).item())

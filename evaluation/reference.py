@@ -1,7 +1,7 @@
-"""What generated images are compared with: real images, or the statistics that ADM publishes of them.
+"""The reference that generated images are compared with: real images, or the statistics that ADM publishes of them.
 
 An ADM .npz holds `mu`, `sigma` (pool3) and `mu_s`, `sigma_s` (spatial) of the whole data set, and in `arr_0` 10,000
-of its images for precision and recall. A folder or an image set gives images, and statistics are computed of them.
+of its images for precision and recall. From a folder or an image set the statistics are computed.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Reference:
-    """Images, statistics, or both."""
+    """A reference: images, statistics, or both."""
 
     name: str
-    """The file's or folder's, for the record."""
+    """Name of the file or folder, for the record."""
     digest: str
     images: ImageSource | None
     pool: Gaussian | None = None
-    """Of Inception's pool3; None: to be computed from the images."""
+    """Statistics of Inception's pool3; None: computed from the images."""
     spatial: Gaussian | None = None
-    """Of Inception's spatial features; None: to be computed from the images."""
+    """Statistics of Inception's spatial features; None: computed from the images."""
 
     @classmethod
     def open(cls, path: Path) -> Reference:
-        """An .npz file, an image set (its `original` images, else its `result`), or a folder of images.
+        """Opens an .npz file, an image set (its `original` images, else its `result`), or a folder of images.
 
-        Raises UserError: none of these, an incomplete file, no images.
+        Raises UserError: none of the three, an incomplete file, no images.
         """
         if path.suffix == ".npz":
             with reading_npz(path):

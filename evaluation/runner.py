@@ -1,9 +1,9 @@
 """Image set + suite -> scores.json and per_item.jsonl: the contract of every evaluation.
 
-per_item.jsonl has one line an item, scores.json means and 95 % confidence intervals over all items and by
+per_item.jsonl has one line an item. scores.json has means and 95 % confidence intervals over all items and by
 group, with everything needed to know what the numbers are. A score of a whole set (a distance between two sets
-of images, a mean of group means) stands among the means: its value under "mean", "of": "set", an interval where it
-has one and, where it needs one, a "note" on how to read it.
+of images, a mean of group means) stands among the means: its value under "mean", "of": "set", an interval if it
+has one and, if readers need it, a "note".
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ SCORES_NAME = "scores.json"
 PER_ITEM_NAME = "per_item.jsonl"
 
 
-# Of one metric for one item: a number to average (nan: not defined here), or one or several trials of a rate.
+# One metric of one item: a number to average (nan: not defined here), or one or several trials of a rate.
 Value = float | bool | tuple[bool, ...]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a suite says about one item."""
+    """A suite's result for one item."""
 
     values: Mapping[str, Value]
     groups: tuple[str, ...] = ()  # groups the item counts in
@@ -44,17 +44,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class SetScore:
-    """A number that a set has and none of its items."""
+    """A score of the whole set that single items do not have."""
 
     value: float  # nan: not defined
     n: int  # images it was computed from
-    note: str = ""  # what to know before comparing it; "" for nothing
+    note: str = ""  # a caution for comparing it; "" for none
     low: float = math.nan  # 95 % confidence interval, nan where there is none
     high: float = math.nan
 
     @classmethod
     def of(cls, estimate: Estimate, note: str = "") -> SetScore:
-        """A mean of means, which has an interval."""
+        """The score and interval of a mean of means."""
         return cls(estimate.mean, estimate.n, note, estimate.low, estimate.high)
 
 
@@ -63,19 +63,19 @@ class Suite(Protocol):
 
     @property
     def name(self) -> str:
-        """What scores.json calls it."""
+        """The suite's name in scores.json."""
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Images every item must have."""
+        """Roles of the images that every item must have."""
 
     @property
     def protocol(self) -> Mapping[str, Any]:
-        """The choices that define the numbers, JSON-able."""
+        """The choices that define the numbers, as JSON values."""
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        """Hashes of the weights that judge."""
+        """Hashes of the weights that judge the images."""
 
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
         """One measurement for each of `items`, in order."""
@@ -91,10 +91,10 @@ class SetSuite(Protocol):
 
 @runtime_checkable
 class CollectingSuite(Protocol):
-    """A suite with an expensive phase, which keeps what it finds on disk; scoring then only reads it."""
+    """A suite with an expensive phase, whose results stay on disk; scoring then only reads them."""
 
     def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
-        """Finds what is missing of this rank's share; killed and run again it goes on."""
+        """Computes what is missing of this rank's share. A killed run continues where it stopped."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Team:
     world: int = 1
     barrier: Callable[[], None] = lambda: None
     gather: Callable[[Any], list[Any]] = lambda value: [value]
-    """One small value from each process, in the order of ranks, to all; nobody goes on before all have come."""
+    """Gathers one small value from each process, in the order of ranks, at all processes; a barrier."""
 
 
 ALONE = Team()
@@ -123,15 +123,14 @@ def evaluate(
     manifest: str | Path | None = None,
     follow_links: bool = False,
 ) -> dict[str, Any]:
-    """Scores an image set; writes `output_dir`/per_item.jsonl, then scores.json, and returns the latter.
+    """Scores an image set; writes `output_dir`/per_item.jsonl, then scores.json, and returns scores.json's content.
 
-    All of `team` share the expensive phase; rank 0 alone scores, the others return {}. fp32 is exact here: under TF32
-    a network's features, and so an FID, would be a GPU's own.
+    All of `team` share the expensive phase. Rank 0 alone scores; the other ranks return {}. fp32 is exact here: TF32
+    would make a network's features, and so an FID, depend on the GPU.
 
-    `seed` is the one the images were sampled with, for the record; `manifest` stands in for the folder's own, whose
-    links may lead out with `follow_links`. Raises
-    UserError when `output_dir` holds scores of somebody else, and when images are missing and `allow_partial` is not
-    set; when it is, they are counted in `n_failed` and the scores marked partial.
+    `seed`: the images' sampling seed, for the record. `manifest` replaces the folder's own; with
+    `follow_links` its links may lead out of the folder. Raises UserError: `output_dir` holds scores of another origin;
+    images are missing without `allow_partial`. With it they are counted in `n_failed` and the scores marked partial.
     """
     output_dir = Path(output_dir)
     images = ImageSet.open(images_dir, manifest, follow_links=follow_links)
@@ -188,12 +187,12 @@ def evaluate(
 
 
 def check_scores(output_dir: Path) -> None:
-    """Raises UserError: the folder holds a scores.json or per_item.jsonl of somebody else. Touches nothing."""
+    """Raises UserError: the folder holds a scores.json or per_item.jsonl of another origin. Writes nothing."""
     files.check_claim(output_dir, COMMAND, (SCORES_NAME, PER_ITEM_NAME), _has_scores)
 
 
 def _has_scores(folder: Path) -> bool:
-    """Whether an earlier version, which left no marker, scored there."""
+    """Whether an earlier version, which left no marker file, scored there."""
     try:
         return {"suite", "protocol", "scores"} <= set(files.read_json(folder / SCORES_NAME))
     except (OSError, ValueError, TypeError):
@@ -229,7 +228,7 @@ def _set_entry(score: SetScore) -> dict[str, Any]:
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no nan: None instead."""
+    """`values` with None for nan, which JSON does not have."""
     return {
         name: None if isinstance(value, float) and math.isnan(value) else value
         for name, value in values.items()

@@ -1,7 +1,7 @@
-"""A file of prompts and edits -> drawn images, as an image set that suites score; several ranks; resumable.
+"""Draws images of a file of prompts and edits as an image set that suites score; several ranks; resumable.
 
 The set holds result/KEY.png, the sources of edits as the model sees them (source/KEY.png, or source0/KEY.png,
-source1/KEY.png, ...), manifest.jsonl, and sampling.json. How blocks of images are shared out: evaluation/drawn_set.py.
+source1/KEY.png, ...), manifest.jsonl, and sampling.json. evaluation/drawn_set.py shares blocks of images among ranks.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from generator.prompts import Prompt, read_prompts
 from generator.sampling import SamplingConfig
 
 READERS = 8
-"""Threads that read source images to be hashed: files of a network file system are waited for one by one."""
+"""Threads that read source images for hashing, because a network file system answers each read late."""
 
 
 @dataclass(frozen=True)
 class SampledSetConfig:
-    """What is drawn, with what, and where to."""
+    """What to draw, with which models, and where to write it."""
 
     prompts: Path
     """File of prompts and edits (generator/prompts.py)."""
@@ -40,13 +40,13 @@ class SampledSetConfig:
     generator: Path
     """Exported generator."""
     autoencoder: str
-    """Autoencoder that it was trained with."""
+    """The autoencoder that the generator was trained with."""
     text_tokenizer: str
-    """Text tokenizer that it was trained with."""
+    """The text tokenizer that the generator was trained with."""
     sampling: SamplingConfig
-    """How; `batch_images` is the size of a block."""
+    """How images are drawn; `batch_images` is the size of a block."""
     images_per_prompt: int = 1
-    """Images of each item; above 1 their keys are KEY-0, KEY-1, ..."""
+    """Number of images of each item; above 1 their keys are KEY-0, KEY-1, ..."""
     device: str = "cpu"
     """Where the models run."""
 
@@ -65,14 +65,14 @@ class _Drawing:
 
     @property
     def sources(self) -> dict[str, Path]:
-        """Role -> the file that was given."""
+        """Role -> the given source file."""
         images = self.prompt.images
         roles = ["source"] if len(images) == 1 else number_roles("source", len(images))
         return dict(zip(roles, images, strict=True))
 
     @property
     def names(self) -> dict[str, str]:
-        """Role -> file in the set; the result, which is written last, is the last."""
+        """Role -> file in the set; the result comes last, as it is written last."""
         return {role: f"{role}/{self.key}.png" for role in (*self.sources, "result")}
 
     def is_done(self, out: Path) -> bool:
@@ -83,7 +83,7 @@ def draw_set(config: SampledSetConfig, team: Team = ALONE) -> int:
     """Draws with exported models (evaluation/drawn_set.py says how). Returns the set's size.
 
     Raises UserError: as read_prompts and Pipeline.load; an image that cannot be read; a set in `out` that was drawn
-    with something else.
+    with other settings.
     """
     exports = {"generator": export_digest(config.generator)} if team.rank == 0 else {}
     return draw_prompts(
@@ -108,7 +108,7 @@ def draw_prompts(
     team: Team,
     in_step: bool = False,
 ) -> int:
-    """As draw_on_ranks, with models that `load` gives. `drawn_with`: on rank 0, what tells them from others."""
+    """Draws like draw_on_ranks, with models from `load`. `drawn_with`: on rank 0, what tells the models from others."""
     settings = sampling_settings(sampling)
     read = read_prompts(prompts)
     drawings = _drawings(read, images_per_prompt, sampling.seed)
@@ -138,9 +138,9 @@ def draw_prompts(
 
 
 def _sources_digest(prompts: Sequence[Prompt]) -> dict[str, str]:
-    """What is in the images to edit, file after file, as the entry of a set that has any. Raises UserError.
+    """Digest of the images to edit, file after file, as an entry of sampling.json; {} without images. Raises UserError.
 
-    Reads every file, at about half a GB a second; one that only moved or was touched counts as the same.
+    Reads every file, at about half a GB a second. A file that only moved or was touched keeps its digest.
     """
     sources = list(dict.fromkeys(path for prompt in prompts for path in prompt.images))
     try:
@@ -152,7 +152,7 @@ def _sources_digest(prompts: Sequence[Prompt]) -> dict[str, str]:
 
 
 def _drawings(prompts: Sequence[Prompt], count: int, seed: int) -> list[_Drawing]:
-    """Image after image of prompt after prompt."""
+    """The drawings: prompt after prompt, image after image."""
     return [
         _Drawing(
             prompt.key if count == 1 else f"{prompt.key}-{number}",
@@ -166,7 +166,7 @@ def _drawings(prompts: Sequence[Prompt], count: int, seed: int) -> list[_Drawing
 
 @dataclass(frozen=True)
 class _Block:
-    """What a block of drawings became."""
+    """The images of a drawn block."""
 
     results: Tensor  # uint8 [N, 3, H, W]
     sources: dict[Path, Tensor]  # every source, uint8 [3, H, W]

@@ -1,4 +1,4 @@
-"""Validation images and what an autoencoder that is being trained makes of them, as an image set that suites score.
+"""Validation images and their reconstructions by an autoencoder in training, as an image set that suites score.
 
 Shapes: B images, H W pixels.
 """
@@ -28,7 +28,7 @@ ROLES = ("original", "result")
 class _Image:
     """One image to reconstruct."""
 
-    number: int  # in the data set
+    number: int  # index in the data set
 
     @property
     def key(self) -> str:
@@ -53,9 +53,9 @@ def reconstruct_samples(
     team: Team,
     in_step: bool = False,
 ) -> int:
-    """The first images of pixel shards: `original`, and `result` on 8 bits (truncated); as draw_on_ranks.
+    """Writes the first images of pixel shards as `original`, and as `result` on 8 bits (truncated); see draw_on_ranks.
 
-    `pixels`: how images are fitted and how many go through together; the crop is in the centre. Raises UserError: as
+    `pixels`: how images are fitted and the number in a forward pass; the crop is in the centre. Raises UserError: as
     PixelPacker.
     """
     packer = PixelPacker(pixels)

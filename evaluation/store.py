@@ -1,10 +1,10 @@
 """The store of expensive answers: append-only records keyed by item, pass and everything that decides the answer.
 
-DIR/records-RANK.jsonl, one line an answer: {"item", "pass", "config", "value"}, or "refused" with the reason in place
-of the value: such a question is asked again by the next run. A line is complete or it does not
-count: the torn last line of a killed run is cut off when its file is next written. Every rank appends to a file of
-its own and reads all of them, so a run can go on with another number of ranks. Answers under another config (other
-weights, another prompt, another image) stay where they are and are not found.
+DIR/records-RANK.jsonl has one line an answer: {"item", "pass", "config", "value"}, or "refused" with the reason in
+place of the value; the next run asks a refused question again. Only a complete line counts: the torn last line of a
+killed run is cut off when its file is next written. Every rank appends to its own file and reads all files, so a run
+can continue on another number of ranks. Answers under another config (other weights, another prompt, another image)
+stay in the files and are not found.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ T = TypeVar("T")
 
 
 class RefusedError(UserError):
-    """A judge will not answer this question (a content filter); others it may."""
+    """A judge will not answer this question (a content filter); it may answer others."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Stands where an answer would: why there is none."""
+    """The place of an answer that was refused, with the reason."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a judge is asked, once."""
+    """A question to a judge, asked once."""
 
     item: str
-    """Key of the item, with what is asked of it where that is several things: `KEY/sc`."""
+    """Key of the item; with several questions about an item, the key and the question's name: `KEY/sc`."""
     number: int
-    """Of the pass, from 0."""
+    """Number of the pass, from 0."""
     config: str
     """Hash of all that decides the answer."""
     ask: Callable[[], Any]
-    """Gives the answer, JSON-able; minutes may pass."""
+    """Returns the answer as JSON values; it may take minutes."""
 
     @property
     def key(self) -> Key:
-        """Under which the answer is stored."""
+        """Key under which the answer is stored."""
         return self.item, self.number, self.config
 
 
 class RecordStore:
-    """Answers of earlier runs, and a file for those of this one."""
+    """Answers of earlier runs, and a file for this run's answers."""
 
     def __init__(self, directory: Path, rank: int = 0) -> None:
         """Raises UserError: a line that is no record, one question with two answers."""
@@ -72,7 +72,7 @@ class RecordStore:
         return len(self._answers)
 
     def find(self, item: str, number: int, config: str) -> Any:
-        """The answer, or the Refusal of one. Raises UserError: it was not asked yet."""
+        """The answer, or a Refusal. Raises UserError: the question was not asked yet."""
         key = (item, number, config)
         try:
             return self._answers[key] if key in self._answers else self._refusals[key]
@@ -82,7 +82,7 @@ class RecordStore:
             ) from None
 
     def answer(self, questions: Sequence[Question], what: str) -> None:
-        """Asks those that have no answer yet, in order; each answer is on disk before the next question."""
+        """Asks the questions without an answer, in order; each answer is on disk before the next question."""
         todo = [question for question in questions if question.key not in self._answers]
         if not todo:
             return
@@ -126,12 +126,12 @@ class RecordStore:
 
 
 def share(values: Sequence[T], rank: int, world: int) -> Sequence[T]:
-    """This rank's part: fixed by the place in the list, so that ranks never meet."""
+    """This rank's part of `values`, fixed by index, so that no two ranks share a value."""
     return values[rank::world]
 
 
 def config_hash(*parts: Any) -> str:
-    """Of JSON-able values; 16 digits tell the configs of one store apart."""
+    """Hash of JSON values; 16 digits tell the configs of one store apart."""
     return files.digest(list(parts))[:16]
 
 

@@ -1,8 +1,8 @@
-"""Joint attention over a packed batch; the mixed mask is never materialised (contract 4).
+"""Joint attention over a packed batch; the mixed mask is never materialised.
 
-Every split of a sample is one segment of queries whose keys are the visible prefix of its sample and the
-split itself. Two ways to run the same plan: padded buckets through SDPA (any device), and the variable-length
-kernels of generator/flash.py (CUDA, bf16 or fp16).
+Every split of a sample is one segment of queries. Its keys are the visible prefix of its sample and the split
+itself. One plan runs in two ways: padded buckets through SDPA (any device), and the variable-length kernels of
+generator/flash.py (CUDA, bf16 or fp16).
 
 Shape suffixes: T tokens in storage order, S segments of a bucket, L padded segment length, N query heads,
 K key/value heads, H head dim.
@@ -25,15 +25,15 @@ from generator.gather import gather_rows
 
 Kernel = Literal["sdpa"] | VarlenName
 Backend = Literal["auto", "flash"] | Kernel
-"""A kernel, or "flash": the first flash-attn that is here and runs, or "auto": that, else varlen, else SDPA."""
+"""A kernel; "flash": the first flash-attn that is installed and runs; "auto": "flash", else varlen, else SDPA."""
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""cuDNN builds a graph for every shape, and every pack has buckets of other shapes."""
+"""SDPA's kernels without cuDNN. cuDNN builds a graph for every shape, and every pack has buckets of other shapes."""
 JointAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q [T, N, H], k [T, K, H], v [T, K, H]), rotated and in storage order -> [T, N, H]."""
 
 
 def planned_attention(plan: AttentionPlan, forced: Backend) -> JointAttention:
-    """The joint attention of one pack: its plan, on the backend that suits the tensors each layer brings."""
+    """The joint attention of one pack: runs its plan on the backend that suits each layer's tensors."""
 
     def attention(_layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         kernel = choose_backend(q_TNH.device, q_TNH.dtype, forced, q_TNH.shape[2])
@@ -49,7 +49,7 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan, bac
     together.
     """
     if not len(q_TNH):
-        # Nothing, but of all three: ZeRO waits for a gradient of every parameter.
+        # An empty result that depends on all three tensors: ZeRO waits for a gradient of every parameter.
         return q_TNH * (k_TKH.sum() + v_TKH.sum())
     if backend == "sdpa":
         return _attend_buckets(q_TNH, k_TKH, v_TKH, plan)
@@ -92,9 +92,7 @@ def choose_backend(
 
 def _attend_buckets(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, plan: AttentionPlan) -> Tensor:
     share = q_TNH.shape[1] // k_TKH.shape[1]
-    if (
-        q_TNH.is_cuda and share > 1
-    ):  # of the kernels that take a mask there, none but cuDNN takes grouped heads
+    if q_TNH.is_cuda and share > 1:  # cuDNN alone takes a mask and grouped heads
         k_TKH, v_TKH, share = k_TKH.repeat_interleave(share, 1), v_TKH.repeat_interleave(share, 1), 1
     outputs = []
     with sdpa_kernel(NOT_CUDNN):

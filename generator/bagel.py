@@ -1,8 +1,8 @@
-"""Bagel's parameter names <-> ours: its published checkpoints in, ours out for its code.
+"""Imports Bagel's published checkpoints, and exports ours for Bagel's code, by a mapping of parameter names.
 
-Source: ByteDance-Seed/Bagel, modeling/bagel/{bagel,qwen2_navit}.py. A folder of Bagel's holds ema.safetensors (or
-model.safetensors) and llm_config.json. Of the model that its authors published, the part that sees images through a
-vision transformer is left out: this model has none.
+Source: ByteDance-Seed/Bagel, modeling/bagel/{bagel,qwen2_navit}.py. A Bagel folder holds ema.safetensors (or
+model.safetensors) and llm_config.json. The published model also sees images through a vision transformer; that part
+is left out, as this model has none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tokenizer.releases.renaming import Translation, check
 from tokenizer.weights import read_tensors, save
 
 WEIGHTS = ("ema.safetensors", "model.safetensors")
-"""In the order they are looked for: averaged weights are what Bagel's authors evaluate."""
+"""File names in the order of search. Bagel's authors evaluate the averaged weights (ema)."""
 LLM_CONFIG = "llm_config.json"
 POSITIONS = "latent_pos_embed.pos_embed"
 EMBEDDING, LM_HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
@@ -45,11 +45,11 @@ _ENDS = {
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 _TOLERANCE = 1e-5
-"""Of Bagel's stored position table: its float32 sines are taken of float64 angles, ours of float32 ones."""
+"""Tolerance for Bagel's stored position table: its float32 sines are of float64 angles, ours of float32 angles."""
 
 
 def bagel_name(ours: str) -> str:
-    """Their name of one of our parameters."""
+    """Bagel's name of our parameter `ours`."""
     for start, theirs in _ENDS.items():
         if ours.startswith(start):
             return theirs + ours.removeprefix(start)
@@ -61,10 +61,10 @@ def bagel_name(ours: str) -> str:
 
 
 def import_bagel(folder: Path, latents: LatentInfo) -> ImportedGenerator[Generator]:
-    """Reads a folder of Bagel's. `latents`: what the generator will draw; its channels must be the checkpoint's.
+    """Reads a Bagel folder. `latents` describes what the generator will draw; its channels must be the checkpoint's.
 
-    An LM head that differs from the embedding is kept as one of its own. Raises UserError: a file is missing or
-    damaged, another kind of language model, positions that are not the fixed table.
+    An LM head that differs from the embedding is kept as a separate matrix. Raises UserError: a missing or damaged
+    file, another kind of language model, positions that are not the fixed table.
     """
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
@@ -103,12 +103,12 @@ def import_bagel(folder: Path, latents: LatentInfo) -> ImportedGenerator[Generat
 def export_bagel(model: Generator, folder: Path) -> None:
     """Writes ema.safetensors and llm_config.json for Bagel's code into an existing folder.
 
-    Raises UserError: a DDT head, which that code does not know.
+    Raises UserError: a DDT head, which Bagel's code does not know.
     """
     if model.head is not None:
         raise UserError("Bagel's code knows no DDT head; export a generator without one")
     tensors = {bagel_name(name): tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    # Their code builds an LM head in any case; one that is tied is a copy here, as safetensors asks.
+    # Bagel's code always builds an LM head. A tied head is copied, because safetensors stores no shared tensors.
     tensors.setdefault(LM_HEAD, tensors[EMBEDDING].clone())
     places = torch.arange(model.config.max_side**2)
     width, period = model.config.backbone.width, model.config.position_max_period

@@ -1,7 +1,7 @@
-"""torch.compile on functions of modules: what is compiled serves every layer, and a copy of a model its own weights.
+"""torch.compile for functions of modules: all layers share the compiled code, and a model's copy uses its own weights.
 
-A compiled function takes the module as an argument. Nothing compiled is kept in a module, so copies, state dicts and
-exports are those of the plain model; parameters are inputs of the graph, so layers of one shape share it.
+A compiled function takes the module as an argument. Modules hold nothing compiled, so copies, state dicts and exports
+equal the plain model's. Parameters are inputs of the graph, so layers of one shape share it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 Compiler = str | Callable[..., Any]
-"""torch.compile's: a name ("inductor" makes kernels, "aot_eager" only traces), or a function."""
+"""A backend of torch.compile: a name ("inductor" makes kernels, "aot_eager" only traces), or a function."""
 FEWEST_ROWS = 2
-"""The compiler takes sizes 0 and 1 for constants: it would compile anew for them."""
+"""Fewest rows to compile for. The compiler takes sizes 0 and 1 for constants and would compile again for each."""
 
 
 def backend_for(backend: Compiler | None, *tensors: Tensor) -> Compiler | None:
@@ -31,12 +31,12 @@ def backend_for(backend: Compiler | None, *tensors: Tensor) -> Compiler | None:
 
 
 def whole(function: FunctionT, backend: Compiler | None) -> FunctionT:
-    """`function` compiled without a graph break, or as it is if `backend` is None or operations are being counted."""
+    """`function` compiled without a graph break; unchanged if `backend` is None or operations are being counted."""
     return function if backend is None or _is_watched() else _compiled(function, backend)
 
 
 def _is_watched() -> bool:
-    """Whether a mode sees every operation (pre-flight counts bytes so on a CPU): the compiler refuses to run there."""
+    """Whether a mode watches every operation, as pre-flight's count of bytes; the compiler refuses to run in one."""
     mode = _get_current_dispatch_mode()
     return mode is not None and not mode.is_infra_mode()
 

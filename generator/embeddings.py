@@ -1,4 +1,4 @@
-"""What enters the generation expert and what leaves it: latent tokens, time, place; velocities.
+"""What the generation expert reads: latent tokens, with time and position embedded.
 
 Nothing here is a buffer: sinusoids are computed from their few numbers in fp32 at every call, so no cast of
 the module to bf16 can touch them.
@@ -54,7 +54,7 @@ class TimeEmbedding(nn.Module):
 
 
 class LatentEmbedding(nn.Module):
-    """Linear(C -> D)(x_t) + time embedding + position row (Bagel): what the generation expert reads."""
+    """The generation expert's input: Linear(C -> D)(x_t) + time embedding + position row (Bagel)."""
 
     def __init__(self, channels: int, width: int, max_side: int, max_period: float) -> None:
         super().__init__()

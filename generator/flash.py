@@ -1,8 +1,8 @@
 """Variable-length attention kernels: flash-attn 4, 3 and 2 and PyTorch's own, behind one call.
 
-Each is a package of its own, seen without importing it and imported only where it is about to be chosen. All take
-packed tokens, cumulative lengths and grouped heads, and align causal at the bottom right. Their forward passes are
-deterministic; their backward passes where torch.use_deterministic_algorithms asks for it.
+Each kernel comes from a package of its own, which is looked for without an import and imported only when its kernel
+may be chosen. All kernels take packed tokens, cumulative lengths and grouped heads, and align a causal mask at the
+bottom right. Forward passes are deterministic; backward passes are if torch.use_deterministic_algorithms is on.
 
 Shape suffixes: T tokens, N query heads, K key/value heads, H head dim.
 """
@@ -27,7 +27,7 @@ from data.packs.attention_plan import VarlenGroup
 VarlenName = Literal["flash4", "flash3", "flash2", "varlen"]
 HALF = (torch.float16, torch.bfloat16)
 HEAD_DIM_STEP = 8
-"""All of them read 16 bytes of a head at once."""
+"""Step of the head dim: every kernel reads 16 bytes of a head at once."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class VarlenPackage:
     """Where a kernel comes from and what it runs on."""
 
     module: str
-    """Holds the function. flash-attn 2 and 4 share the folder flash_attn, and either may be there alone."""
+    """The module that holds the function. flash-attn 2 and 4 share the folder flash_attn; either may be missing."""
     function: str
-    """Its name there."""
+    """The function's name in the module."""
     install: str
-    """What a person would install."""
+    """The package that a person installs."""
     head_dims: Mapping[int, int]
     """Major compute capability -> largest head dim, forward and backward."""
     deterministic_head_dim: int = 256
@@ -49,22 +49,22 @@ class VarlenPackage:
 FROM_AMPERE = dict.fromkeys((8, 9, 10, 11, 12), 256)
 _FLASH = "flash_attn_varlen_func"
 PACKAGES: Mapping[VarlenName, VarlenPackage] = {
-    # Written for capability 9 alone; 4 is not measured there yet.
+    # flash-attn 3 is written for capability 9 alone, where flash-attn 4 is not measured yet.
     "flash3": VarlenPackage(
         "flash_attn_interface", _FLASH, "flash-attn-3", {9: 256}, deterministic_head_dim=192
     ),
-    # No backward on capability 8, few shapes on 12, and a kernel of its own for 256 on 10 and 11.
+    # flash-attn 4: no backward on capability 8, few shapes on 12, a separate kernel for head dim 256 on 10 and 11.
     "flash4": VarlenPackage("flash_attn.cute", _FLASH, "flash-attn-4", {9: 256, 10: 128, 11: 128}),
     "flash2": VarlenPackage("flash_attn.flash_attn_interface", _FLASH, "flash-attn", FROM_AMPERE),
     "varlen": VarlenPackage("torch.nn.attention.varlen", "varlen_attn", "torch 2.11 or newer", FROM_AMPERE),
 }
-"""In the order of preference."""
+"""The packages in order of preference."""
 
 
 def why_not(name: VarlenName, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
     """Why this kernel cannot run on such tensors, in a few words; None if it can. `head_dim` None: not checked.
 
-    Imports the package only when nothing else stands in its way.
+    Imports the package only if nothing else rules the kernel out.
     """
     package = PACKAGES[name]
     if device.type != "cuda" or dtype not in HALF:
@@ -80,7 +80,7 @@ def why_not(name: VarlenName, device: torch.device, dtype: torch.dtype, head_dim
         return problem
     if head_dim is not None and head_dim > package.deterministic_head_dim:
         return f"its backward pass is not deterministic for head_dim {head_dim}"
-    # PyTorch's own kernel reads the switch itself.
+    # PyTorch's own kernel reads torch.use_deterministic_algorithms itself.
     if name != "varlen" and "deterministic" not in _parameters(_function(name)):
         return f"this {package.install} has no deterministic backward pass"
     return None
@@ -91,7 +91,7 @@ def varlen_attention(
 ) -> Tensor:
     """One variable-length call, [T, N, H]. `k_TKH`, `v_TKH`: gathered, segment after segment.
 
-    Causal is aligned at the bottom right: the last query sees the last key.
+    A causal mask is aligned at the bottom right: the last query sees the last key.
     """
     function = _function(name)
     if name == "varlen":
@@ -122,9 +122,9 @@ def _torch_call(
     *,
     causal: bool,
 ) -> Tensor:
-    """torch 2.12 took `enable_gqa`; before, every query head needs keys and values of its own.
+    """Calls PyTorch's kernel. `enable_gqa` exists from torch 2.12 on; before, every query head needs its own k and v.
 
-    From 2.15 on it would take cuDNN where that is new enough, which builds a graph for the lengths of every new pack.
+    From 2.15 on PyTorch would choose a new enough cuDNN, which builds a graph for the lengths of every new pack.
     """
     options: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
     if "enable_gqa" in _parameters(function):
@@ -162,7 +162,7 @@ def _installed(module: str) -> bool:
 
 @lru_cache
 def _import_problem(name: VarlenName) -> str | None:
-    """What goes wrong when the package is imported: a build for another PyTorch, most often."""
+    """Why importing the package fails, most often as a build for another PyTorch; None if it works."""
     package = PACKAGES[name]
     try:
         function = _function(name)

@@ -17,17 +17,17 @@ from base.config import ConfigError
 
 TimeShift = float | Literal["auto"]
 SHIFT_BASE_NUMEL = 4096
-"""n of s = sqrt(m / n): the number of values of the latent for which no shift is needed."""
+"""n of s = sqrt(m / n): a latent of this many values needs no shift."""
 
 
 def check_shift(shift: TimeShift) -> None:
-    """Raises ConfigError: neither "auto" nor a finite number above 0."""
+    """Raises ConfigError unless `shift` is "auto" or a finite number above 0."""
     if shift != "auto" and not 0 < shift < math.inf:
         raise ConfigError(f'time_shift is {shift}; give "auto" or a number above 0 (1: none)')
 
 
 def resolve_shift(shift: TimeShift, latent_shape: Sequence[int]) -> float:
-    """s = sqrt(m / n), m = C * Y * X of one image, n = 4096 (RAE); a number is taken as it is."""
+    """s = sqrt(m / n), m = C * Y * X of one image, n = 4096 (RAE); a given number is the shift itself."""
     if shift == "auto":
         return math.sqrt(math.prod(latent_shape) / SHIFT_BASE_NUMEL)
     return float(shift)
@@ -39,10 +39,10 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 def pack_generator(seed: int, device: torch.device) -> torch.Generator:
-    """Where a pack's times and noise come from, drawn where they are used: a pack of 12,288 tokens has 800,000 values.
+    """The random generator of a pack's times and noise, on the device that uses them (800,000 values in 12,288 tokens).
 
-    The numbers depend on the pack's seed, not on the rank or the number of ranks. CPU and GPU draw different ones; so
-    may GPUs of different models.
+    The numbers depend on the pack's seed, not on the rank or the number of ranks. CPU and GPU draw different numbers,
+    and so may GPUs of different models.
     """
     return torch.Generator(device).manual_seed(seed)
 
@@ -56,9 +56,8 @@ def draw_times(count: int, shift: float, generator: torch.Generator) -> Tensor:
 
 
 def interpolate(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) z + t eps. `t` broadcasts over `z` and `noise` (the same shape); t = 0 returns `z`
-    exactly.
-    """
+    """x_t = (1 - t) z + t eps. `t` broadcasts over `z` and `noise`, which have one shape; t = 0 returns `z`
+    exactly."""
     return (1 - t) * z + t * noise
 
 

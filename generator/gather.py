@@ -1,4 +1,4 @@
-"""Rows of keys and values for a variable-length call, and the way back of their gradients, without atomics.
+"""Gathers rows of keys and values for a variable-length call, and sums their gradients without atomics.
 
 Shape suffixes: R rows of the pack, P gathered rows, K key/value heads, H head dim.
 """
@@ -28,7 +28,7 @@ def gather_rows(x_RKH: Tensor, group: VarlenGroup) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """index_select, whose own gradient is an index_add: atomic adds on a GPU, rounded to bf16 one by one."""
+    """index_select with its own backward pass; PyTorch's is an index_add: atomic adds on a GPU, rounded to bf16."""
 
     @staticmethod
     def forward(ctx: Any, x_RKH: Tensor, group: VarlenGroup) -> Tensor:
@@ -38,9 +38,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_PKH: Tensor) -> tuple[Tensor, None]:
-        """[R, K, H]: of every row the sum over the places it was copied to, in rising order."""
+        """[R, K, H]: each row's gradient, summed over the places that the row was copied to, in rising order."""
         positions, starts = ctx.group.occurrences
-        # One kernel: a thread walks through the bag of its value and keeps the sum in fp32.
+        # One kernel: a thread walks through the bag of its value and sums in fp32.
         sums_RC = F.embedding_bag(
             positions, gradient_PKH.flatten(1), starts, mode="sum", include_last_offset=True
         )

@@ -16,15 +16,15 @@ from base.config import ConfigError
 from generator.drawing import check_interval, check_scale, is_guided
 
 Branch = Literal["none", "source", "full"]
-"""What a velocity knows: nothing, the source images, or sources and text."""
+"""What a velocity is conditioned on: nothing, the source images, or sources and text."""
 Renorm = Literal["none", "global", "channel"]
 
-EPSILON = 1e-8  # beside a norm that may be 0
+EPSILON = 1e-8  # added to a norm that may be 0
 
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """How strongly an image follows what it is drawn from."""
+    """How strongly an image follows its text and its sources."""
 
     text_guidance: float = 4.0
     """Scale of the text: 1 = plain conditional, larger follows the text more closely."""
@@ -39,7 +39,7 @@ class GuidanceConfig:
     token (Bagel's cfg_renorm_type).
     """
     renorm_min: float = 0.0
-    """The least factor of that (Bagel's cfg_renorm_min); 1 = never shorten."""
+    """Least factor of the shortening (Bagel's cfg_renorm_min); 1 = never shorten."""
 
     def __post_init__(self) -> None:
         check_interval(self.guidance_interval)
@@ -50,7 +50,7 @@ class GuidanceConfig:
 
 
 def branch_weights(config: GuidanceConfig, t: float, *, editing: bool) -> dict[Branch, float]:
-    """The guided velocity at time t as a weighted sum; branches that are not needed are left out.
+    """The guided velocity at time t as weights of branches; branches that are not needed are left out.
 
     Text-to-image: v = v_none + s_txt (v_full - v_none) (Ho and Salimans 2022, eq. 6).
     Editing: v = v_none + s_src (v_src - v_none) + s_txt (v_full - v_src) (Brooks et al. 2023, eq. 3).
@@ -63,17 +63,17 @@ def branch_weights(config: GuidanceConfig, t: float, *, editing: bool) -> dict[B
         weights = {"none": 1 - s_source, "source": s_source - s_text, "full": s_text}
     else:
         weights = {"none": 1 - s_text, "full": s_text}
-    kept = "full" if config.renorm != "none" else None  # its length is the measure
+    kept = "full" if config.renorm != "none" else None  # renormalisation compares with its length
     return {branch: weight for branch, weight in weights.items() if weight != 0 or branch == kept}
 
 
 def guide(v_SBPC: Tensor, weights: Mapping[Branch, float], config: GuidanceConfig) -> Tensor:
-    """The sum over the branches, in the order of `weights`, [S, P, C]; then renormalised, if asked.
+    """The weighted sum over the branches, in the order of `weights`, [S, P, C]; then renormalised, if asked.
 
     v |-> v * clamp(|v_full| / |v|, renorm_min, 1), norms over (P, C) or C, as in Bagel (modeling/bagel/bagel.py,
     _forward_flow), where "global" is over all images of a call.
     """
-    # Products and sums, not matmul: previews are drawn under autocast, which would take that in bf16.
+    # Products and sums, not matmul: previews are drawn under autocast, which would run matmul in bf16.
     v_SPC = torch.stack([weight * v_SBPC[:, i] for i, weight in enumerate(weights.values())]).sum(0)
     if config.renorm == "none" or len(weights) == 1:
         return v_SPC

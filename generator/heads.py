@@ -22,19 +22,19 @@ from generator.mot import SwiGlu
 from tokenizer.norms import RmsNorm
 
 WithinImages = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q, k, v [T, N, H] -> [T, N, H], every image attending to itself."""
+"""Attention within each image: q, k, v [T, N, H] -> [T, N, H]."""
 
 
 @dataclass(frozen=True)
 class DdtHeadConfig:
-    """Shape of the head."""
+    """Shape of the DDT head."""
 
     width: int = 2048
-    """Width of its layers."""
+    """Width of the head's layers."""
     num_layers: int = 2
-    """Layers."""
+    """Number of layers."""
     num_heads: int = 16
-    """Attention heads."""
+    """Number of attention heads."""
     norm_eps: float = 1e-6
     """Epsilon inside every RMSNorm."""
 
@@ -52,7 +52,7 @@ class DdtHeadConfig:
 
 
 class DdtHead(nn.Module):
-    """Noisy latents once more, through layers that the backbone's output modulates token by token (adaLN-Zero)."""
+    """Layers that read the noisy latents again, modulated token by token by the backbone's output (adaLN-Zero)."""
 
     def __init__(
         self, config: DdtHeadConfig, channels: int, backbone_width: int, max_side: int, max_period: float
@@ -73,7 +73,7 @@ class DdtHead(nn.Module):
         grid_T: Tensor,
         attention: WithinImages,
     ) -> Tensor:
-        """[T, W], for the linear map to velocities. `x_TC`, `t_I`, ...: as of LatentEmbedding."""
+        """[T, W], the input of the linear map to velocities. `x_TC`, `t_I`, ...: see LatentEmbedding."""
         x_TW = self.latent_embedding(x_TC, t_I, image_index_T, grid_T)
         time_IW = self.latent_embedding.time_embedding(t_I)
         condition_TW = F.silu(self.condition(hidden_TD) + time_IW.index_select(0, image_index_T))
@@ -83,7 +83,7 @@ class DdtHead(nn.Module):
         return _modulate(self.norm(x_TW), shift_TW, scale_TW)
 
     def compile_layers(self, backend: Compiler) -> None:
-        """As Mot.compile_layers."""
+        """Compiles every layer; see Mot.compile_layers."""
         for layer in self.layers:
             assert isinstance(layer, DdtLayer)
             layer.backend = backend
@@ -98,7 +98,7 @@ class DdtHead(nn.Module):
 
 
 class DdtLayer(nn.Module):
-    """LightningDiT's block: adaLN, QK-norm, SwiGLU. `backend`: as of MotLayer."""
+    """LightningDiT's block: adaLN, QK-norm, SwiGLU. `backend`: see MotLayer."""
 
     def __init__(self, config: DdtHeadConfig) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class DdtLayer(nn.Module):
     def finish(
         self, x_TW: Tensor, attended_TNH: Tensor, modulation_TE: Tensor, wide: Tensor | None
     ) -> Tensor:
-        """Output projection, residual, MLP (`wide`: its own), residual."""
+        """Output projection, residual, MLP (`wide`: its stacked weights), residual."""
         _, _, gate_a, shift_m, scale_m, gate_m = modulation_TE.chunk(6, dim=1)
         x_TW = x_TW + gate_a * self.o_proj(attended_TNH.flatten(1))
         out: Tensor = x_TW + gate_m * self.mlp(_modulate(self.mlp_norm(x_TW), shift_m, scale_m), wide)

@@ -1,6 +1,6 @@
-"""What an import gives of a generator: the report, and if all of it fits, the model.
+"""The result of importing a generator: a report, and the model if every tensor fits.
 
-Of an autoencoder: tokenizer/releases/imported.py.
+For autoencoders: tokenizer/releases/imported.py.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ ModelT = TypeVar("ModelT", Generator, ClassGenerator)
 
 @dataclass(frozen=True)
 class ImportedGenerator(Generic[ModelT]):
-    """A generator from somebody else's weights."""
+    """A generator made from published weights."""
 
     report: Report
     kind: str
-    """In words."""
+    """The kind of model, in words."""
     allocate: Callable[[], ModelT]
-    """The model on the CPU, not filled."""
+    """Allocates the model on the CPU, without filling it."""
     tensors: Mapping[str, Tensor]
-    """By our names; only where the report has no problems."""
+    """Tensors by our names; only if the report has no problems."""
 
     def build(self) -> ModelT:
-        """On the CPU in fp32; only where the report has no problems."""
+        """The filled model on the CPU in fp32; only if the report has no problems."""
         model = self.allocate()
         load_exact(model, self.tensors, where="the imported weights")
         return model
 
     def write(self, folder: Path) -> str:
-        """Saves it into an existing folder and says what it is."""
+        """Saves the model into an existing folder and returns a line that describes it."""
         model = self.build()
         model.save(folder)
         return f"{self.kind} of latents {'x'.join(map(str, model.latents.shape))}"

@@ -38,25 +38,22 @@ class GeneratorConfig:
     """Shape and start of the generator."""
 
     backbone: MotConfig
-    """Both experts."""
+    """Shape of both experts."""
     max_side: int
     """Largest latent grid side the position table holds, in latent tokens; its rows are y * max_side + x."""
     position_max_period: float = MAX_PERIOD
-    """Base of the position table's periods (MAE, Bagel: 10,000). On a small grid a small one tells places apart:
-    with 10,000, neighbours of a 4x4 grid differ in a few of the table's columns only.
-    """
+    """Base of the position table's periods (MAE, Bagel: 10,000). A small grid needs a small base: with 10,000,
+    neighbours of a 4x4 grid differ in only a few columns of the table."""
     head: DdtHeadConfig | None = None
     """A DDT head between the backbone and the velocities; None: a linear map."""
     text_output: bool = False
-    """Whether text is an output too (a text loss): keeps what only it reads trainable."""
+    """Whether text is an output too, for a text loss. True keeps trainable the weights that only this output reads."""
     tied_text_output: bool = True
     """Whether logits are products with the rows of the text embedding (Qwen2.5 up to 3B, Qwen3 up to 4B); false: with
-    a matrix of their own (larger Qwens, Bagel), which is there only where text is an output.
-    """
+    a separate matrix (larger Qwens, Bagel), which exists only if text is an output."""
     init: str = "random"
-    """Start of both experts: "random"; "mimetic", random but for attention that looks for its like (small models from
-    nothing learn to copy much sooner); or "qwen:" and a Hugging Face name or checkpoint folder.
-    """
+    """Start of both experts: "random"; "mimetic", random except that attention starts by looking for similar tokens
+    (small new models then learn to copy much sooner); or "qwen:" and a Hugging Face name or checkpoint folder."""
 
     def __post_init__(self) -> None:
         if self.position_max_period <= 1:
@@ -68,12 +65,11 @@ class GeneratorConfig:
 
 
 class TextLoss(nn.Module):
-    """Cross entropy of text, summed. A module of its own, because ZeRO-3 gathers the weights that a module's forward
-    reads whenever that forward runs, also when checkpointing runs it again in the backward pass.
-    """
+    """Cross entropy of text, summed. It is a separate module because ZeRO-3 gathers the weights that a module's forward
+    reads whenever that forward runs, also when checkpointing runs it again in the backward pass."""
 
     def forward(self, rows_TD: Tensor, ids_T: Tensor, matrix: nn.Embedding | nn.Linear) -> Tensor:
-        """Logits are products with the rows of `matrix` [V, D]: of the text embedding, or of an LM head. Nats, fp32."""
+        """Logits are products with rows of `matrix` [V, D], a text embedding or an LM head. Returns nats, fp32."""
         logits = F.linear(rows_TD, matrix.weight.to(rows_TD.dtype))
         return F.cross_entropy(logits.float(), ids_T, reduction="sum")
 
@@ -81,7 +77,7 @@ class TextLoss(nn.Module):
 class Generator(nn.Module):
     """Bagel's generator: latent tokens in, a mixture of transformers, velocities out; with `text_output`, text as well.
 
-    `latents` says what the model was trained on; it travels with the weights. `attention_backend` may be
+    `latents` says what the model was trained on; it is saved with the weights. `attention_backend` may be
     forced to one of generator.attention.Kernel; "auto" follows the device.
     """
 
@@ -112,7 +108,7 @@ class Generator(nn.Module):
 
     @classmethod
     def create(cls, config: GeneratorConfig, latents: LatentInfo, seed: int) -> Generator:
-        """On the CPU: random from `seed`, experts as `config.init` says, velocities exactly zero."""
+        """Builds a generator on the CPU, random from `seed`, experts as `config.init` says, velocities exactly zero."""
         model = cls.uninitialised(config, latents)
         generator = torch.Generator().manual_seed(seed)
         init_weights(model, generator)
@@ -127,17 +123,16 @@ class Generator(nn.Module):
         return model
 
     def compile_layers(self, backend: Compiler = "inductor") -> None:
-        """Compiles every layer's work before its attention and behind it. Layers, and models of one shape, share it;
-        copies and exports are those of the plain model.
-        """
+        """Compiles each layer's work before its attention and after it. Layers and models of one shape share the
+        compiled code; copies and exports equal the plain model's."""
         self.backbone.compile_layers(backend)
         if self.head is not None:
             self.head.compile_layers(backend)
 
     def set_text_output(self, text_output: bool) -> None:
-        """Whether text is an output from now on: what only it reads is trained, or frozen and its LM head dropped.
+        """Sets whether text is an output: its weights become trainable, or are frozen and the LM head is dropped.
 
-        Raises UserError: an LM head of its own would be needed, and there is none.
+        Raises UserError: a separate LM head is needed, and the model has none.
         """
         if not text_output:
             self.lm_head = None
@@ -155,9 +150,9 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def _take_lm_head(self, weight: Tensor | None) -> None:
-        """`weight`: the checkpoint's, None where it is tied to the embedding."""
+        """`weight`: the checkpoint's LM head, None if it is tied to the text embedding."""
         if not self.config.text_output:
-            return  # nothing would read it
+            return  # no output reads it
         tied = weight is None
         if tied != self.config.tied_text_output:
             raise UserError(
@@ -179,14 +174,14 @@ class Generator(nn.Module):
         return self._velocity(batch, x_GC, t_I, hidden_GD)
 
     def forward_with_text(self, batch: PackedBatch, x_GC: Tensor, t_I: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward`, and the cross entropy summed over the batch's `text_loss_ids` (nats), fp32."""
+        """`forward`'s velocities, and the cross entropy summed over the batch's `text_loss_ids` (nats), fp32."""
         assert self.config.text_output, "the config names no text output"
         hidden_UD, hidden_GD = self._hidden(batch, x_GC, t_I, None, text_output=True)
         assert hidden_UD is not None
         rows = hidden_UD.index_select(0, batch.text_loss_rows)
         loss = (
             rows.new_zeros((), dtype=torch.float32) + 0 * rows.sum()
-        )  # ZeRO waits for a gradient of all of them
+        )  # ZeRO waits for a gradient of every parameter
         matrix = self.backbone.embed_tokens if self.lm_head is None else self.lm_head
         chunks = (torch.split(whole, LOGIT_ROWS) for whole in (rows, batch.text_loss_ids))
         for few, ids in zip(*chunks, strict=True):
@@ -204,7 +199,7 @@ class Generator(nn.Module):
         *,
         text_output: bool,
     ) -> tuple[Tensor | None, Tensor]:
-        """The backbone's outputs: of text tokens if asked for, and of noisy latents."""
+        """The backbone's outputs: for text tokens if `text_output`, and for noisy latents."""
         x_UD = self.backbone.embed_tokens(batch.text_ids)
         x_GD = self.latent_embedding(x_GC, t_I, batch.image_index, batch.grid_positions)
         if attention is None:
@@ -243,7 +238,7 @@ class Generator(nn.Module):
 
     @classmethod
     def load(cls, directory: str | Path) -> Generator:
-        """Reads what `save` wrote, onto the CPU in fp32.
+        """Loads a folder that `save` wrote, onto the CPU in fp32.
 
         Raises UserError: no such export, another kind of model, or weights that do not fit (named in one
         line).
@@ -262,7 +257,7 @@ class Generator(nn.Module):
 
     @classmethod
     def uninitialised(cls, config: GeneratorConfig, latents: LatentInfo) -> Generator:
-        """Allocated but not filled, so that no weight is drawn twice or from the global random state."""
+        """Allocates a generator without filling it: no weight is drawn twice or from the global random state."""
         with torch.device("meta"):
             model = cls(config, latents)
         return model.to_empty(device="cpu")
@@ -275,7 +270,7 @@ def normalise(z: Tensor, latents: LatentInfo) -> Tensor:
 
 
 def unnormalise(z: Tensor, latents: LatentInfo) -> Tensor:
-    """The inverse of `normalise`: what the autoencoder decodes."""
+    """The inverse of `normalise`: raw latents, as the autoencoder decodes them."""
     mean, std = _statistics(z, latents)
     return z * std + mean
 

@@ -14,7 +14,7 @@ from generator.sampling import SamplingConfig
 
 Task = Literal["t2i", "edit"]
 LAST_WINDOWS = 10
-"""Log windows at the end whose mean loss is told."""
+"""Number of log windows, at the end of training, over which the card averages losses."""
 CALLS = {
     "t2i": 'images = pipeline.generate(["a red apple on a blue table"], sampling=sampling)',
     "edit": 'images = pipeline.edit(["photo.jpg"], ["make the table blue"], sampling=sampling)',
@@ -25,7 +25,7 @@ PIPELINE_TAGS = {"t2i": "text-to-image", "edit": "image-to-image"}
 
 @dataclass(frozen=True)
 class Card:
-    """What the card tells; facts that are not known are left out of it."""
+    """The facts on the card; unknown facts are left out."""
 
     name: str  # on the hub, "owner/name"
     task: Task
@@ -34,13 +34,13 @@ class Card:
     optimizer: Mapping[str, object]
     steps: int
     metrics: Sequence[Mapping[str, float | None]]  # the lines of metrics.jsonl
-    started_from: str | None  # the weights, None: new ones
-    commit: str | None  # of the code
-    time_shift: TimeShift = "auto"  # of the training
+    started_from: str | None  # origin of the initial weights; None: new ones
+    commit: str | None  # commit of the code
+    time_shift: TimeShift = "auto"  # time shift of the training
 
 
 def model_card(card: Card, model: Generator, sampling: SamplingConfig) -> str:
-    """Markdown with the hub's front matter."""
+    """The card as Markdown with the hub's front matter."""
     front = [f"license: {card.license}", "library_name: rpiae", f"pipeline_tag: {PIPELINE_TAGS[card.task]}"]
     front += ["tags:", *(f"- {tag}" for tag in ("rpiae", "flow-matching", "mixture-of-transformers"))]
     base = model.config.init.removeprefix(QWEN_PREFIX) if model.config.init.startswith(QWEN_PREFIX) else None
@@ -88,7 +88,7 @@ def _total(metrics: Sequence[Mapping[str, float | None]], name: str) -> str:
 
 
 def _losses(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, str]:
-    """Mean over the last log windows of every loss that is logged."""
+    """Every logged loss, averaged over the last log windows."""
     last = metrics[-LAST_WINDOWS:]
     losses: dict[str, str] = {}
     for name in ("loss", "text_loss"):

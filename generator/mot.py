@@ -1,8 +1,8 @@
 """Mixture of transformers in Qwen2's shape (Bagel): two experts, one joint attention in every layer.
 
 Text and special tokens run through the understanding expert, latent tokens through the generation expert.
-Tokens are stored expert-contiguous, so each expert works on a plain slice and only the attention sees all of
-them.
+Tokens are stored expert-contiguous, so each expert works on a plain slice. Only the attention sees the tokens
+of both.
 
 Shape suffixes: T tokens (U understanding, G generation, T = U + G), D width, N query heads, K key/value
 heads, H head dim.
@@ -26,11 +26,11 @@ from generator.wide import stacked
 from tokenizer.norms import RmsNorm
 
 EMBEDDING_STD = 0.02
-MIMETIC_SHARE = 0.7  # of the shared basis in W_q and W_k
-MIMETIC_OUTPUT = 0.5  # of what is found that is added to the residual stream, over the heads of one key
+MIMETIC_SHARE = 0.7  # share of the common basis in W_q and W_k
+MIMETIC_OUTPUT = 0.5  # scale of the attended values in W_o, shared by the query heads of one key
 
 Rope = tuple[Tensor, Tensor]
-"""cos and sin of `rope_table`."""
+"""cos and sin, as `rope_table` returns them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MotConfig:
     width: int
     """Width of the residual stream (896)."""
     num_layers: int
-    """Layers (24)."""
+    """Number of layers (24)."""
     num_heads: int
     """Query heads of each expert (14)."""
     num_kv_heads: int
@@ -81,7 +81,7 @@ class SwiGlu(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x_TD: Tensor, wide: Tensor | None = None) -> Tensor:
-        """[T, D] -> [T, D]. `wide`: what `wide` gives, for one product; None: two."""
+        """[T, D] -> [T, D]. `wide`: the result of `wide()`, for one product; None: two products."""
         if wide is None:
             gate_TM, up_TM = self.gate_proj(x_TD), self.up_proj(x_TD)
         else:
@@ -90,12 +90,12 @@ class SwiGlu(nn.Module):
         return out
 
     def wide(self) -> Tensor:
-        """The weights of gate and up above one another."""
+        """The weights of gate and up, stacked by rows."""
         return stacked(self.gate_proj, self.up_proj)
 
 
 class Expert(nn.Module):
-    """One expert's share of one layer: everything of a Qwen2 decoder layer but the attention itself.
+    """One expert's share of one layer: everything of a Qwen2 decoder layer except the attention itself.
 
     Parameter names follow Qwen2's, so that published weights map by prefix.
     """
@@ -127,8 +127,8 @@ class Expert(nn.Module):
         return k_TKH, v_TKH
 
     def heads(self, x_TD: Tensor, wide: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, D] -> q [T, N, H], k, v [T, K, H], before rotation. `wide`: what `wide` gives, for one product; None:
-        three."""
+        """[T, D] -> q [T, N, H], k, v [T, K, H], before rotation. `wide`: the result of `wide()`, for one
+        product; None: three products."""
         normed_TD = self.input_layernorm(x_TD)
         if wide is None:
             k_TKH, v_TKH = self.keys_values(normed_TD)
@@ -141,26 +141,26 @@ class Expert(nn.Module):
         return self.q_norm(q_TNH), self.k_norm(k_TKH), v_TKH
 
     def wide(self) -> Tensor:
-        """The weights of q, k and v above one another."""
+        """The weights of q, k and v, stacked by rows."""
         return stacked(self.q_proj, self.k_proj, self.v_proj)
 
     def finish(self, x_TD: Tensor, attended_TNH: Tensor, wide: Tensor | None) -> Tensor:
-        """Output projection, residual, MLP (`wide`: its own), residual."""
+        """Output projection, residual, MLP (`wide`: the MLP's stacked weights), residual."""
         x_TD = x_TD + self.o_proj(attended_TNH.flatten(1))
         out: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD), wide)
         return out
 
     def after_keys(self) -> Iterator[nn.Parameter]:
-        """Parameters that only shape this expert's own output, not the keys and values others attend to."""
+        """Parameters that shape only this expert's own output, not the keys and values that others attend to."""
         for module in (self.q_proj, self.q_norm, self.o_proj, self.post_attention_layernorm, self.mlp):
             yield from module.parameters()
 
 
 class MotLayer(nn.Module):
-    """Both experts around one joint attention.
+    """One layer: both experts around one joint attention.
 
-    What lies before the attention and what lies behind it are whole functions, which `backend`, where it is set,
-    compiles; then weights that meet the same input are one matrix (generator/wide.py).
+    The work before the attention and the work after it are whole functions. `backend`, if set, compiles them; weights
+    with one input are then one matrix (generator/wide.py).
     """
 
     def __init__(self, config: MotConfig, index: int) -> None:
@@ -178,11 +178,11 @@ class MotLayer(nn.Module):
         attention: JointAttention,
         num_outputs: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """[U, D], [G, D] -> the same. Both experts are always called, on [0, D] if they have no token: a rank
+        """[U, D], [G, D] -> [U, D], [G, D]. Both experts always run, on [0, D] if they have no token: a rank
         that skipped one would leave its gradients unreduced (ZeRO-1/2) or hang the others (ZeRO-3).
 
-        `num_outputs` (last layer, no text loss): only the last so many generation tokens are read, so only they ask;
-        all others give keys and values. Returns x_UD as it came, and [num_outputs, D].
+        `num_outputs` (last layer, no text loss): only the last `num_outputs` generation tokens are queries; all tokens
+        give keys and values. Returns x_UD unchanged, and [num_outputs, D].
         """
         text, latent = experts = (self.understanding, self.generation)
         if num_outputs is not None:
@@ -226,7 +226,7 @@ def both_finish(
     wide_text: Tensor | None,
     wide_latent: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What leaves the layer, [U, D] and [G, D]."""
+    """The layer's outputs, [U, D] and [G, D]."""
     num_text = x_UD.shape[0]
     x_UD = text.finish(x_UD, attended_TNH[:num_text], wide_text)
     return x_UD, latent.finish(x_GD, attended_TNH[num_text:], wide_latent)
@@ -235,7 +235,7 @@ def both_finish(
 def last_heads(
     text: Expert, latent: Expert, x_UD: Tensor, x_GD: Tensor, rope: Rope, asking: Rope
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`both_heads`, but that only the last generation tokens ask: those whose rotations `asking` holds."""
+    """`both_heads`, with queries of only the last generation tokens, whose rotations `asking` holds."""
     normed_UD, normed_GD = text.input_layernorm(x_UD), latent.input_layernorm(x_GD)
     k_UKH, v_UKH = text.keys_values(normed_UD)
     k_GKH, v_GKH = latent.keys_values(normed_GD)
@@ -268,9 +268,8 @@ class Mot(nn.Module):
     ) -> tuple[Tensor | None, Tensor]:
         """Embedded tokens [U, D], [G, D] and int64 RoPE positions [T] -> normed outputs [U, D], [num_outputs, D].
 
-        The second is of the last `num_outputs` generation tokens (None: of all). The first is None unless
-        `text_output` is asked for: without a text loss nothing reads it, nor the last layer's other outputs, which are
-        then not computed.
+        The second output covers the last `num_outputs` generation tokens (None: all). The first output is None unless
+        `text_output`: only a text loss reads it. Outputs of the last layer that nothing reads are not computed.
         """
         rope = rope_table(positions_T, self.config.head_dim, self.config.rope_theta)
         last = len(self.layers) - 1
@@ -286,15 +285,14 @@ class Mot(nn.Module):
         return self.understanding_norm(x_UD) if text_output else None, noisy_GD
 
     def compile_layers(self, backend: Compiler = "inductor") -> None:
-        """See Generator.compile_layers."""
+        """Compiles every layer; see Generator.compile_layers."""
         for layer in self.layers:
             assert isinstance(layer, MotLayer)
             layer.backend = backend
 
     def text_output_parameters(self) -> Iterator[nn.Parameter]:
-        """What `forward(text_output=False)` never reads. Without a text loss these can get no gradient and
-        must not require one: ZeRO waits for every parameter that does.
-        """
+        """Parameters that `forward(text_output=False)` never reads. Without a text loss they get no gradient and must
+        not require one: ZeRO waits for every parameter that does."""
         last = self.layers[-1]
         assert isinstance(last, MotLayer)
         yield from last.understanding.after_keys()
@@ -302,9 +300,8 @@ class Mot(nn.Module):
 
 
 def rope_table(positions_T: Tensor, head_dim: int, theta: float) -> Rope:
-    """cos and sin of p theta^(-2k/H), k < H/2 (Su et al. 2021, eq. 15): two fp32 tensors [T, 1, H/2], once
-    per batch.
-    """
+    """cos and sin of p theta^(-2k/H), k < H/2 (Su et al. 2021, eq. 15): two fp32 tensors [T, 1, H/2], computed
+    once per batch."""
     exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
     angles = positions_T.float()[:, None] * theta**-exponents
     return angles.cos()[:, None], angles.sin()[:, None]
@@ -319,7 +316,7 @@ def rotate(x_TNH: Tensor, rope: Rope, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def init_weights(module: nn.Module, generator: torch.Generator) -> None:
-    """Random start of every layer below `module`, from `generator` alone.
+    """Fills every layer below `module` at random, from `generator` alone.
 
     Linear: U(-a, a), a = 1 / sqrt(fan_in), which keeps the variance law of nn.Linear at every width and is
     Qwen2's 0.02 at width 896 (std a / sqrt(3) = 0.019); biases 0; norms 1; embeddings N(0, 0.02^2).
@@ -338,11 +335,11 @@ def init_weights(module: nn.Module, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def init_mimetic(backbone: Mot, generator: torch.Generator) -> None:
-    """Starts the generation experts' attention as a trained model's looks (Trockman and Kolter 2023, section 3).
+    """Starts the generation experts' attention like a trained model's (Trockman and Kolter 2023, section 3).
 
-    A query meets the keys that are like it, and what it finds is added as it is: per head, W_q and W_k are pulled
-    towards the same rows B of an orthonormal basis, W_v is B and W_o adds B^T. Called after `init_weights`. A small
-    model that starts from nothing needs it to learn copying, which editing is made of, in few steps.
+    A query attends to similar keys, and the attended input is added unchanged. Per head, W_q and W_k are pulled
+    towards shared rows B of an orthonormal basis; W_v is B, and B^T is added to W_o. Call it after `init_weights`. A
+    small new model then learns in few steps to copy, which editing needs.
     """
     width, head_dim = backbone.config.width, backbone.config.head_dim
     heads_per_key = backbone.config.num_heads // backbone.config.num_kv_heads

@@ -38,7 +38,7 @@ from generator.sampling import Condition, SamplingConfig, sample_latents
 from generator.sizing import PackSize, training_flops
 
 ENOUGH_SAMPLES = 1000
-"""Without any text that is marked for a loss: then the data are taken to have none."""
+"""Samples without a text marked for a loss, after which the data are taken to have none."""
 Decode = Callable[[Tensor], Tensor]
 """Raw latents float32 [N, C, Y, X] -> pixels_01 [N, 3, H, W]."""
 
@@ -60,13 +60,12 @@ class FlowConfig:
     0 = none. Above it, generator.text_output must be true. Data that mark no text raise an alarm (engine.on_alarm).
     """
     compile: bool = False
-    """torch.compile on all of a layer before its attention and all behind it: fused norms, rotations and SwiGLU, one
-    product for q, k and v and one for gate and up. Not with engine.zero_stage 3, which takes weights away between uses.
-    """
+    """Whether torch.compile compiles each layer's work before and after its attention: fused norms, rotations and
+    SwiGLU, one product for q, k and v and one for gate and up. Not with engine.zero_stage 3, which takes weights
+    away between uses."""
     activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass: about a third more time, activations of one layer instead of
-    all.
-    """
+    """Whether the backward pass recomputes each layer: about a third more time, activations of one layer instead of
+    all."""
 
     def __post_init__(self) -> None:
         check_shift(self.time_shift)
@@ -121,22 +120,21 @@ class FlowObjective(WithoutAdversary):
         self.model.to(device)
 
     def count(self, batch: PackedBatch) -> int:
-        """Noisy latent tokens."""
+        """Number of noisy latent tokens."""
         return batch.num_loss_tokens
 
     def further_counts(self, batch: PackedBatch) -> Mapping[str, int]:
-        """Text tokens that are predicted, where there is a text loss."""
+        """Number of predicted text tokens, if there is a text loss."""
         return {"text": len(batch.text_loss_ids)} if self._config.text_loss_weight else {}
 
     def loss(self, batch: PackedBatch, step: int) -> LossOutput:
         """Sum over noisy tokens of mean_c (v - (eps - z))^2; t per noisy image and eps are drawn from the batch's seed.
-        With a text loss also the sum of the cross entropies.
-        """
+        A text loss adds the term `text`, the sum of the cross entropies."""
         device, num_noisy = batch.latents.device, batch.num_loss_tokens
         num_clean = len(batch.latents) - num_noisy
         num_targets = batch.num_targets
         generator = pack_generator(batch.seed, device)
-        t_I = torch.zeros(len(batch.image_noisy), device=device)  # clean images enter at t = 0, as themselves
+        t_I = torch.zeros(len(batch.image_noisy), device=device)  # clean images enter at t = 0, without noise
         t_I[len(t_I) - num_targets :] = draw_times(num_targets, self._shift, generator)
         noise_TC = torch.randn((num_noisy, batch.latents.shape[1]), generator=generator, device=device)
         z_TC, times_T = batch.latents[num_clean:], t_I[batch.image_index[num_clean:]]
@@ -168,7 +166,7 @@ class FlowObjective(WithoutAdversary):
         self.model.save(directory)
 
     def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
-        """A text loss that no text has been met for, in ENOUGH_SAMPLES or in all windows that are seen; told once."""
+        """Alarms once if the text loss met no text in ENOUGH_SAMPLES samples, or in HISTORY_WINDOWS log windows."""
         num_samples = sum(window.get("samples", 0.0) for window in history)
         if any("text_loss" in window for window in history):
             self._awaits_text = False
@@ -183,7 +181,7 @@ class FlowObjective(WithoutAdversary):
         ]
 
     def describe(self) -> list[str]:
-        """Size, start, time shift, attention kernel. Raises UserError: a forced kernel cannot run here."""
+        """Size, weights' origin, time shift, attention kernel. Raises UserError: a forced kernel cannot run here."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in self.model.parameters()) - trained
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -195,7 +193,7 @@ class FlowObjective(WithoutAdversary):
         ]
 
     def fingerprints(self) -> Mapping[str, str]:
-        """Autoencoder and text tokenizer of the latents, and what the weights started from."""
+        """Fingerprints of the latents' autoencoder and text tokenizer, and origin of the weights."""
         return {
             "tokenizer": self.model.latents.tokenizer_fingerprint,
             "text_tokenizer": self.model.latents.text_tokenizer_fingerprint,
@@ -213,10 +211,10 @@ def build_objective(
     seed: int,
     preview: Preview | None = None,
 ) -> FlowObjective:
-    """The objective of train_t2i and train_edit, on the CPU. `latents`: of the training shards' manifest.
+    """Builds the objective of train_t2i or train_edit, on the CPU. `latents`: from the training shards' manifest.
 
     Weights are new (random from `seed`, or Qwen's) or those of `flow.init_from`, which then train on.
-    Raises UserError: text tokenizer or latents (or their statistics) of another kind than the model's.
+    Raises UserError: another text tokenizer, other latents or other statistics than the model's.
     """
     if text_tokenizer.fingerprint != latents.text_tokenizer_fingerprint:
         raise UserError(
@@ -244,7 +242,7 @@ def build_objective(
 
 
 def _differences(found: GeneratorConfig, wanted: GeneratorConfig) -> list[str]:
-    """Fields whose values differ, but for `init`."""
+    """Names of the fields whose values differ, except `init`."""
     differences = []
     for part, ours, runs in (("backbone.", found.backbone, wanted.backbone), ("", found, wanted)):
         for field in dataclasses.fields(ours):
@@ -255,10 +253,10 @@ def _differences(found: GeneratorConfig, wanted: GeneratorConfig) -> list[str]:
 
 
 def check_latents(found: LatentInfo, expected: LatentInfo, where: str) -> None:
-    """Refuses latents that the weights in `where` were not trained on, in one line.
+    """Raises UserError in one line: latents that the weights in `where` were not trained on.
 
-    Tokenizers, shape and statistics must be equal: under another mean and deviation the same image would be
-    another input.
+    Tokenizers, shape and statistics must be equal: with another mean and deviation an image would become another
+    input.
     """
     for field, meaning in (
         ("shape", "latent shape"),

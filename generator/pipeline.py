@@ -1,4 +1,4 @@
-"""Prompts -> images, images and instructions -> images: everything a user needs, in five lines.
+"""Draws images from prompts, and edits images by instructions:
 
 pipeline = Pipeline.load("runs/t2i/export", "runs/decoder/export", "runs/text_tokenizer")
 pipeline.generate(["a red apple on a blue background"])[0].save("apple.png")
@@ -28,9 +28,9 @@ ImageInput = Image.Image | str | Path
 
 
 class Pipeline:
-    """Generator, autoencoder and text tokenizer that belong together.
+    """A generator with its autoencoder and its text tokenizer.
 
-    On a GPU the generator computes in bf16 from fp32 weights, as it is trained; the autoencoder in fp32.
+    On a GPU the generator computes in bf16 from fp32 weights, as in training, and the autoencoder in fp32.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Pipeline:
         *,
         bf16: bool = False,
     ) -> None:
-        """`bf16`: the generator computes in it on a CPU, too."""
+        """`bf16`: whether the generator computes in bf16 on a CPU too."""
         self.generator = generator.eval()
         self.autoencoder = autoencoder.eval()
         self.text_tokenizer = text_tokenizer
@@ -55,10 +55,9 @@ class Pipeline:
         text_tokenizer: str | Path,
         device: str | torch.device = "cpu",
     ) -> Pipeline:
-        """Reads two exports and a text tokenizer (folder, or Qwen's name on Hugging Face).
+        """Loads two exports and a text tokenizer (folder, or Qwen's name on Hugging Face).
 
-        Raises UserError: one is missing, the generator was trained on another autoencoder or text tokenizer, there is
-        no such device.
+        Raises UserError: a missing part, a generator trained on another autoencoder or text tokenizer, no such device.
         """
         place = usable(device)
         model, text = Generator.load(generator), load_text_tokenizer(str(text_tokenizer))
@@ -90,11 +89,10 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         sampling: SamplingConfig = DEFAULT_SAMPLING,
     ) -> list[Image.Image]:
-        """One RGB image per (image, instruction); in place of an image a list of several sources.
+        """One RGB image per (image, instruction); a list in place of an image gives several sources.
 
-        Sources are fitted to the model as its training data was: the short side resized to it, the square in the
-        centre kept. So is the result: the model's square. Raises UserError: an empty instruction, an image that cannot
-        be read.
+        Sources are fitted to the model's square as its training data was: the short side is resized to it, the central
+        square kept. The result is that square. Raises UserError: an empty instruction, an image that cannot be read.
         """
         _same_length("instructions", instructions, images)
         several = [[given] if isinstance(given, Image.Image | str | Path) else given for given in images]
@@ -105,13 +103,13 @@ class Pipeline:
         return _images(self.draw(conditions, seeds, sampling))
 
     def read_pixels(self, image: ImageInput) -> Tensor:
-        """`read_pixels` in the size of this model: what `condition` takes."""
+        """Reads an image at this model's image size, as `condition` takes it."""
         return read_pixels(image, self.autoencoder.config.image_px)
 
     @torch.no_grad()
     def condition(self, text: str, sources: Sequence[Tensor] = ()) -> Condition:
-        """What `draw` takes; `sources`: uint8 [3, image_px, image_px] each. Raises UserError: an empty text."""
-        # One by one: then a source's latents do not depend on what they are encoded with.
+        """Encodes a text and `sources` (uint8 [3, image_px, image_px]) for `draw`. Raises UserError: an empty text."""
+        # Sources are encoded one by one, so that their latents do not depend on the other sources.
         latents = [self.autoencoder.encode(source[None].to(self._device).float() / 255) for source in sources]
         return make_condition(self.text_tokenizer, text, [latent[0].cpu() for latent in latents])
 
@@ -122,7 +120,7 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         sampling: SamplingConfig = DEFAULT_SAMPLING,
     ) -> Tensor:
-        """uint8 [N, 3, image_px, image_px] on the CPU. Raises UserError: not one seed for each."""
+        """Draws uint8 [N, 3, image_px, image_px] on the CPU. Raises UserError: not one seed for each condition."""
         side = self.autoencoder.config.image_px
         if not conditions:
             return torch.zeros((0, 3, side, side), dtype=torch.uint8)
@@ -139,12 +137,12 @@ class Pipeline:
 
 
 def in_bf16(device: torch.device, always: bool = False) -> torch.autocast:
-    """The arithmetic of drawing: bf16 on a GPU, and where `always` is set."""
+    """Autocast to bf16: on a GPU, and wherever `always` is set."""
     return torch.autocast(device.type, torch.bfloat16, enabled=always or device.type == "cuda")
 
 
 def check_trained_with(generator: str | Path, what: str, path: str | Path, found: str, expected: str) -> None:
-    """Raises UserError: `path` has another fingerprint than what the generator was trained with."""
+    """Raises UserError if `path`'s fingerprint `found` is not the one `expected` by the generator."""
     if found != expected:
         raise UserError(
             f"{path}: {generator} was trained with another {what} ({expected[:12]}, not {found[:12]}); give that one"
@@ -154,7 +152,7 @@ def check_trained_with(generator: str | Path, what: str, path: str | Path, found
 def decode_uint8(
     autoencoder: ImageAutoencoder, latents: Tensor, batch_images: int, device: torch.device
 ) -> Tensor:
-    """Raw latents [N, C, Y, X] -> uint8 [N, 3, image_px, image_px] on the CPU."""
+    """Decodes raw latents [N, C, Y, X] to uint8 [N, 3, image_px, image_px] on the CPU."""
     drawn = []
     for part in torch.split(latents, batch_images):
         pixels_01 = autoencoder.decode(part.to(device))
@@ -163,10 +161,10 @@ def decode_uint8(
 
 
 def read_pixels(image: ImageInput, image_px: int) -> Tensor:
-    """uint8 [3, image_px, image_px], upright; transparency is laid on white.
+    """Reads uint8 [3, image_px, image_px], upright, with transparency laid on white.
 
-    Another size: the short side is resized, the square in the centre kept (data.samples.images.fit_image).
-    Raises UserError: no such file, not an image, so long and thin that it cannot be enlarged.
+    The short side of another size is resized, and the central square kept (data.samples.images.fit_image).
+    Raises UserError: no such file, not an image, an image so long and thin that it cannot be enlarged.
     """
     name = "the image" if isinstance(image, Image.Image) else str(image)
     try:

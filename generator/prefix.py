@@ -1,8 +1,7 @@
-"""Sampling computes a pack's prefix once: text and clean images do not change while the noisy images are
-denoised.
+"""Computes a pack's prefix once for all sampling steps, as text and clean images do not change between steps.
 
-A noisy image is seen by no other split, so a pack falls apart into a prefix, which needs nothing of the noisy
-rows, and the noisy rows, which need the prefix only as keys and values.
+No other split sees a noisy image. A pack therefore falls into a prefix, which needs nothing of the noisy rows, and
+the noisy rows, which need the prefix only as keys and values.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from generator.attention import Backend, JointAttention, attend, choose_backend
 
 
 def split_prefix(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch]:
-    """(prefix, noisy): two packs of the rows of `batch` (on the CPU), in its order.
+    """Splits `batch` into (prefix, noisy): two packs of its rows, on the CPU, in its order.
 
-    The plan of the second counts its keys in [rows of the prefix, rows of the noisy part]: see PrefixCache.
+    The noisy pack's plan counts its keys in [rows of the prefix, rows of the noisy part]: see PrefixCache.
     """
     texts, images = _splits(batch)
     noisy = batch.image_noisy.tolist()
@@ -59,7 +58,7 @@ class PrefixCache:
         self._layers: list[tuple[Tensor, Tensor]] = []
 
     def fill(self, plan: AttentionPlan) -> JointAttention:
-        """The attention of the prefix's own pass, which also keeps its keys and values."""
+        """The attention of the prefix's own pass, which also stores the prefix's keys and values."""
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             assert layer == len(self._layers), "the cache is filled by one pass"
@@ -101,7 +100,7 @@ def _image_rows(batch: PackedBatch, image: int) -> Rows:
 
 
 def _rows(batch: PackedBatch, keep: Tensor, plan: AttentionPlan, *, noisy: bool) -> PackedBatch:
-    """The kept rows of `batch` under another plan; images are numbered anew."""
+    """The kept rows of `batch` under another plan, with images numbered anew."""
     keep_text, keep_latent = keep[: len(batch.text_ids)], keep[len(batch.text_ids) :]
     kept_images = batch.image_noisy == noisy
     new_number = kept_images.cumsum(0) - 1

@@ -24,7 +24,7 @@ from generator.sampling import SamplingConfig
 GENERATOR, AUTOENCODER, TEXT_TOKENIZER = "generator", "autoencoder", "text_tokenizer"
 SAMPLING = "sampling.json"
 WEIGHTS = ("model.safetensors", "config.json")
-"""Of the generator and of the autoencoder."""
+"""Files of the generator's folder and of the autoencoder's."""
 PATTERNS = [
     SAMPLING,
     *(f"{part}/{name}" for part in (GENERATOR, AUTOENCODER) for name in WEIGHTS),
@@ -35,9 +35,9 @@ PATTERNS = [
 def load_pretrained(
     name_or_folder: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None
 ) -> tuple[Pipeline, SamplingConfig]:
-    """The pipeline, and the sampling it was made for; `revision`: of a name on the hub.
+    """Loads the pipeline and the sampling it was made for; `revision`: of a name on the hub.
 
-    Raises UserError: neither a folder nor a name that can be had, a file is missing, parts that do not belong together.
+    Raises UserError: neither a folder nor a name that can be downloaded, a missing file, parts that do not match.
     """
     folder = _folder(name_or_folder, revision)
     sampling = folder / SAMPLING

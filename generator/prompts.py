@@ -1,9 +1,9 @@
-"""Files of prompts and edits: what shall be drawn, item by item.
+"""Reads files of prompts and edits, one item for each image to draw.
 
-NAME.txt    one prompt a line; empty lines are passed over
+NAME.txt    one prompt a line; empty lines are skipped
 NAME.jsonl  one object a line: {"prompt": text} draws, {"image": file or list of files, "instruction": text} edits.
-            "key" names the images (default: the item's number), "seed" is that of its first image (default: of key and
-            the run's seed); whatever else stands there is passed on. Files are looked for beside this file.
+            "key" names the images (default: the item's number), "seed" is that of its first image (default: derived
+            from key and the run's seed); all other fields are passed on. Files are looked for beside this file.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Prompt:
     images: tuple[Path, ...]
     """Sources to edit; none for a prompt."""
     seed: int | None
-    """Seed of its first image; None: of key and the run's seed."""
+    """Seed of the item's first image; None: derived from key and the run's seed."""
     meta: Mapping[str, Any]
-    """The item as it stands in the file, without key, seed and image."""
+    """The item as in the file, without key, seed and image."""
 
     def image_seed(self, number: int, run_seed: int) -> int:
-        """Seed of its image `number`, 32 bits: the same wherever the item stands in the file."""
+        """Seed of the item's image `number`, 32 bits. It does not depend on the item's place in the file."""
         if self.seed is not None:
             return (self.seed + number) % SEEDS
         return int(files.digest(["image", run_seed, self.key, number])[:8], 16)
@@ -48,9 +48,8 @@ class Prompt:
 def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     """All items, in the file's order.
 
-    Raises UserError naming the line: no such file, another suffix, no items, bad JSON, no text of the item's kind, half
-    a character in it, an
-    image file that is not there, a key that is no file name or stands there twice, a bad seed.
+    Raises UserError naming the line: no such file, another suffix, no items, bad JSON, an item without its text, half
+    a character in a text, a missing image file, a key that is no file name or is used twice, a bad seed.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):

@@ -35,20 +35,20 @@ QWEN2_5_0_5B = MotConfig(
 
 EXPERTS = ("understanding", "generation")
 UNUSED = {"rotary_emb.inv_freq": "computed from rope_theta"}
-"""Checkpoint tensors (by the end of their name) that have no place here, each with its reason."""
+"""Checkpoint tensors (by the end of their name) that the model does not need, each with the reason."""
 LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ADDED = ("q_norm.weight", "k_norm.weight")
-"""Our parameters that Qwen2 lacks (Bagel's QK-norm) and Qwen3 has; without them they start at one."""
+"""Our parameters that Qwen2 lacks (Bagel's QK-norm) and Qwen3 has. Those that a checkpoint lacks start at one."""
 BIASED = {"qwen2": True, "qwen3": False}
-"""Dense models whose layers are our experts' -> whether q, k and v have biases where the config does not say."""
+"""Dense Qwens that fit our experts -> whether q, k and v have biases if the config does not say."""
 
 
 def load_qwen(model: Mot, source: str) -> Tensor | None:
     """Starts both experts and the text embedding from one Qwen2, Qwen2.5 or dense Qwen3 checkpoint, in place.
 
     `source`: a folder with config.json and safetensors, or a Hugging Face name. Every tensor is used, listed in UNUSED
-    or returned: the LM head [vocab_size, width], None where it is the text embedding. Raises UserError: not found,
-    another kind of model, another shape.
+    or returned. Returns the LM head [vocab_size, width], None if it is tied to the text embedding. Raises UserError: no
+    such checkpoint, another kind of model, another shape.
     """
     folder = _checkpoint_folder(source)
     shape = qwen_shape(folder / "config.json")
@@ -126,7 +126,7 @@ def _read_checkpoint(folder: Path) -> dict[str, Tensor]:
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index}: has no weight_map from names to files; fetch it again")
-        names = sorted({Path(name).name for name in weight_map.values()})  # files of this folder
+        names = sorted({Path(name).name for name in weight_map.values()})  # only names in this folder
     tensors: dict[str, Tensor] = {}
     for name in names:
         tensors.update(read_tensors(folder / name))
@@ -134,7 +134,7 @@ def _read_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 
 def _targets(name: str) -> list[str]:
-    """Our names for one Qwen2 tensor; an unknown one keeps its name, so that the copy refuses it."""
+    """Our names for one Qwen2 tensor. An unknown name is kept, so that the copy refuses it."""
     if any(name.endswith(ending) for ending in UNUSED):
         return []
     path = name.removeprefix("model.")

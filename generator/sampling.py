@@ -34,7 +34,7 @@ from generator.solvers import integrate
 
 @dataclass(frozen=True)
 class SamplingConfig(GuidanceConfig, DrawingConfig):
-    """How an image is drawn."""
+    """How an image is drawn: guidance, steps, solver, seed."""
 
     def __post_init__(self) -> None:
         GuidanceConfig.__post_init__(self)
@@ -43,7 +43,7 @@ class SamplingConfig(GuidanceConfig, DrawingConfig):
 
 @dataclass(frozen=True)
 class Condition:
-    """What one image is drawn from."""
+    """What one image is drawn from: a text, and the images to edit."""
 
     text_ids: tuple[int, ...]
     """Prompt or instruction with <|im_start|> and <|im_end|>."""
@@ -52,7 +52,7 @@ class Condition:
 
     @property
     def source(self) -> Tensor | None:
-        """The first source, which a preview shows; None without."""
+        """The first source, which a preview shows; None without sources."""
         return self.sources[0] if self.sources else None
 
 
@@ -90,10 +90,10 @@ def sample_latents(
     config: SamplingConfig,
     text_tokenizer: TextTokenizer,
 ) -> Tensor:
-    """Draws one image per condition. Returns float32 [N, C, Y, X] on the CPU, un-normalised: what a decoder takes.
+    """Draws one image per condition: float32 [N, C, Y, X] on the CPU, un-normalised, as a decoder takes it.
 
-    Noise comes from each image's own seed, so an image does not depend on what it is drawn together with (up to
-    rounding). Prompts and edits, of any number of sources, may be mixed.
+    Noise comes from each image's own seed, so up to rounding an image does not depend on the others of its batch.
+    Prompts and edits, with any number of sources, may be mixed.
     """
     assert len(conditions) == len(seeds) > 0
     latents = []
@@ -123,8 +123,8 @@ def _sample_batch(
 class GuidedVelocity:
     """The velocity of a batch of images under guidance: a `Velocity` of generator/solvers.py.
 
-    The prefix of all branches (texts, sources) is computed here, once; a branch that sees less of it has the keys of
-    its part. A time at which branches are not needed does not compute them.
+    The constructor computes the prefix of all branches (texts, sources) once. A branch that sees less of the prefix has
+    the keys of its part. A branch that is not needed at a time is not computed.
     """
 
     def __init__(
@@ -135,20 +135,18 @@ class GuidedVelocity:
         config: GuidanceConfig,
         text_tokenizer: TextTokenizer,
     ) -> None:
-        """`times`: all at which it will be asked for."""
+        """`times`: every time at which the velocity will be asked for."""
         self._config = config
         self._editing = any(condition.sources for condition in conditions)
         device = model.latent_out.weight.device
         every = [branch_weights(config, t, editing=self._editing) for t in times]
-        needed = {
-            tuple(weights): weights for weights in every
-        }  # the branches of a time say how they are weighed
+        needed = {tuple(weights): weights for weights in every}  # a time's branches determine their weights
         seen = {branch for branches in needed for branch in branches}
         packs = {
             branches: split_prefix(pack_branches(model, conditions, branches, seen, text_tokenizer))
             for branches in needed
         }
-        prefix = next(iter(packs.values()))[0].to(device)  # of all packs the same
+        prefix = next(iter(packs.values()))[0].to(device)  # equal in all packs
         cache = PrefixCache(model.attention_backend)
         clean_times = torch.zeros(len(prefix.image_noisy), device=device)
         model(prefix, prefix.latents, clean_times, attention=cache.fill(prefix.attention))
@@ -159,7 +157,7 @@ class GuidedVelocity:
             self._velocities[branches] = Graphed(velocity, [model])
 
     def __call__(self, x_SPC: Tensor, t: float) -> Tensor:
-        """[S, P, C] -> the same."""
+        """[S, P, C] -> [S, P, C]."""
         branches = tuple(branch_weights(self._config, t, editing=self._editing))
         return self._velocities[branches](x_SPC, torch.full((), t, device=x_SPC.device))
 
@@ -189,8 +187,8 @@ def pack_branches(
 ) -> PackedBatch:
     """One pack (on the CPU) with one sample for each condition: [none] [sources] [source] [text] [full].
 
-    A noisy image is seen by nothing after it, so the noisy images of `branches` stand where they see what they should.
-    `seen`: of all branches that share the prefix.
+    A branch's noisy image stands right after the parts that the branch may see. Nothing else sees a noisy image, so one
+    sample serves all branches. `seen`: all branches that share the prefix.
     """
     target = ImageSplit(torch.zeros(model.latents.shape), noisy=True)
     samples: list[list[TextSplit | ImageSplit]] = []

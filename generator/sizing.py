@@ -1,7 +1,7 @@
-"""How much work a training step is, and how much memory it keeps for its backward pass.
+"""Counts the FLOPs of a training step, and the bytes that it keeps for its backward pass.
 
-Work counts what the model needs: each token through its own expert, attention over the pairs that the mask allows, and
-of the last layer what is read (design contract 5). What a kernel pads, or a checkpointed layer computes again, is not.
+The counts cover what the model needs: each token through its own expert, attention over the pairs that the mask
+allows, and of the last layer only what is read. A kernel's padding and a checkpointed layer's second run do not count.
 
 Symbols: U understanding tokens, G generation tokens, N noisy latent tokens, D width, C latent channels.
 """
@@ -25,23 +25,23 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class PackSize:
-    """What the work of a pack depends on."""
+    """The numbers that the work of a pack depends on."""
 
     num_understanding: int  # U
     num_generation: int  # G
     num_noisy: int  # N
     num_images: int
-    num_targets: int  # of them, noisy
+    num_targets: int  # noisy images
     num_predicted: int  # text tokens with a loss
     attended_area: int  # query-key pairs of a layer
-    output_area: int  # of the last layer, where noisy latents alone ask
-    noisy_area: int  # of the head
+    output_area: int  # query-key pairs of the last layer, where only noisy latents are queries
+    noisy_area: int  # query-key pairs of the head
     num_keys: int  # rows of keys and values that a layer keeps for its backward pass
-    output_keys: int  # of the last layer, where noisy latents alone ask
+    output_keys: int  # rows of keys and values in the last layer, where only noisy latents are queries
 
     @classmethod
     def of(cls, batch: PackedBatch) -> PackSize:
-        """Read from tensor shapes and the plan's lengths: no device is asked."""
+        """Read from tensor shapes and the plan's lengths, without waiting for a device."""
         assert batch.attention.outputs is not None
         return cls(
             num_understanding=len(batch.text_ids),
@@ -58,14 +58,14 @@ class PackSize:
         )
 
     def times(self, num_packs: float) -> PackSize:
-        """So many packs, rounded."""
+        """The size of `num_packs` packs, rounded."""
         return PackSize(*(round(value * num_packs) for value in astuple(self)))
 
 
 def typical_pack(
     num_tokens: int, text_tokens: int, grid: tuple[int, int], *, num_sources: int, num_draws: int = 1
 ) -> PackSize:
-    """`num_tokens` of equal samples: so many clean images of `grid`, `text_tokens`, `num_draws` noisy images."""
+    """`num_tokens` of equal samples: `num_sources` clean images of `grid`, a text, `num_draws` noisy images each."""
     clean, noisy = (ImageSplit(torch.zeros(1, *grid), is_noisy) for is_noisy in (False, True))
     sample = build_packed_batch(
         [[*[clean] * num_sources, TextSplit([0] * text_tokens), *[noisy] * num_draws]],
@@ -79,12 +79,12 @@ def typical_pack(
 
 
 def training_flops(size: PackSize, config: GeneratorConfig, channels: int) -> float:
-    """Forward and backward pass of one pack."""
+    """FLOPs of the forward and backward pass of one pack."""
     return (1.0 + BACKWARD) * forward_flops(size, config, channels)
 
 
 def forward_flops(size: PackSize, config: GeneratorConfig, channels: int) -> float:
-    """2 FLOPs a multiply-add."""
+    """FLOPs of the forward pass of one pack, 2 for a multiply-add."""
     mot = config.backbone
     query_width, kv_width = mot.num_heads * mot.head_dim, mot.num_kv_heads * mot.head_dim
     keys = 2 * mot.width * kv_width
@@ -106,7 +106,7 @@ def forward_flops(size: PackSize, config: GeneratorConfig, channels: int) -> flo
 
 
 def attention_flops(size: PackSize, config: GeneratorConfig) -> float:
-    """The part of `training_flops` that is scores and sums, over the pairs that the mask allows."""
+    """The part of `training_flops` for attention's scores and sums, over the pairs that the mask allows."""
     mot = config.backbone
     last = size.attended_area if config.text_output else size.output_area
     pairs = ((mot.num_layers - 1) * size.attended_area + last) * mot.num_heads * mot.head_dim
@@ -119,9 +119,7 @@ def _head(size: PackSize, head: DdtHeadConfig, backbone_width: int, channels: in
     width = head.width
     layer = size.num_noisy * (10 * width * width + 3 * width * head.mlp_width) + 2 * size.noisy_area * width
     return (
-        _embedding(
-            size.num_noisy, 2 * size.num_images, channels, width
-        )  # its time embedding is asked for twice
+        _embedding(size.num_noisy, 2 * size.num_images, channels, width)  # the head embeds time twice
         + size.num_noisy * (backbone_width * width + 2 * width * width)
         + head.num_layers * layer
     )
@@ -134,10 +132,11 @@ def _embedding(num_tokens: int, num_images: int, channels: int, width: int) -> i
 def activation_bytes(
     size: PackSize, config: GeneratorConfig, channels: int, *, precision: str, checkpointing: bool
 ) -> int:
-    """What a pack holds on a GPU at its fullest: tensors saved for the backward pass, and gradients under way in it.
+    """Peak bytes of a pack on a GPU: tensors saved for the backward pass, and gradients in flight during it.
 
-    `precision`: EngineConfig's. With a kernel that saves q, k, v, its output and the log-sum-exp (flash-attn, varlen);
-    SDPA's padding and masks come on top. `checkpointing`: every layer keeps its input, one layer is there as a whole.
+    `precision`: EngineConfig's. The attention kernel saves q, k, v, its output and the log-sum-exp (flash-attn,
+    varlen); SDPA's padding and masks come on top. `checkpointing`: every layer keeps its input, and one layer at a time
+    holds all its tensors.
     """
     mot, sizes = config.backbone, _Sizes.of(precision)
     complete, skipping = _layer_bytes(size, mot, sizes), _last_layer_bytes(size, mot, sizes)
@@ -154,12 +153,12 @@ def activation_bytes(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes of one value. Norms keep the dtype of the residual; autocast casts an fp32 one anew for each product."""
+    """Bytes of one value. Norms keep the residual's dtype; autocast casts an fp32 input anew for each product."""
 
     product: int  # inputs and outputs of matrix products and of the attention
     residual: int
-    copies_qkv: int  # of a normed token, for q, k and v
-    copies_mlp: int  # for gate and up
+    copies_qkv: int  # casts of a normed token, for q, k and v
+    copies_mlp: int  # casts of a normed token, for gate and up
 
     @classmethod
     def of(cls, precision: str) -> _Sizes:
@@ -176,7 +175,7 @@ def _layer_bytes(size: PackSize, mot: MotConfig, sizes: _Sizes) -> int:
     token = mot.width * normed + sizes.product * (
         3 * query_width + 4 * mot.mlp_width
     )  # q, and the output twice
-    token += FP32_BYTES * (2 + mot.num_heads)  # of norms and of the softmax
+    token += FP32_BYTES * (2 + mot.num_heads)  # statistics of norms and of the softmax
     if mot.qk_norm:
         token += (mot.num_heads + mot.num_kv_heads) * (mot.head_dim * sizes.product + FP32_BYTES)
     num_tokens = size.num_understanding + size.num_generation
@@ -184,7 +183,7 @@ def _layer_bytes(size: PackSize, mot: MotConfig, sizes: _Sizes) -> int:
 
 
 def _last_layer_bytes(size: PackSize, mot: MotConfig, sizes: _Sizes) -> int:
-    """All tokens give keys and values; the rest is for noisy latents."""
+    """Bytes of the last layer: all tokens give keys and values; only noisy latents need the rest."""
     query_width, kv_width = mot.num_heads * mot.head_dim, mot.num_kv_heads * mot.head_dim
     copies = min(2, sizes.copies_qkv)
     token = mot.width * (sizes.residual + copies * sizes.product) + FP32_BYTES
@@ -198,7 +197,8 @@ def _last_layer_bytes(size: PackSize, mot: MotConfig, sizes: _Sizes) -> int:
 
 
 def _end_bytes(size: PackSize, config: GeneratorConfig, channels: int, sizes: _Sizes) -> int:
-    """Latents in, rotary table, final norm, head, velocities out; logits of a chunk, their fp32 copy and gradient."""
+    """Bytes outside the layers: latents, rotary table, final norm, head, velocities; a chunk's logits, their fp32 copy
+    and their gradient."""
     mot = config.backbone
     num_tokens = size.num_understanding + size.num_generation
     total = size.num_generation * channels * sizes.product + num_tokens * mot.head_dim * FP32_BYTES
@@ -213,15 +213,14 @@ def _end_bytes(size: PackSize, config: GeneratorConfig, channels: int, sizes: _S
 
 
 def head_kept_bytes(head: DdtHeadConfig, channels: int, precision: str) -> int:
-    """What a DDT head keeps of a noisy token. `precision`: EngineConfig's."""
+    """Bytes that a DDT head keeps for each noisy token. `precision`: EngineConfig's."""
     return _head_token_bytes(head, channels, _Sizes.of(precision))
 
 
 def _head_token_bytes(head: DdtHeadConfig, channels: int, sizes: _Sizes) -> int:
-    """A layer: both norms (input and output), 1 + scale, what enters the products: 8 values; q, k and v as one tensor,
-    of which v is a view; q, k, the attention's output and its projection, six modulations, the MLP's output; in the MLP
-    four wide values.
-    """
+    """Bytes of one noisy token in the head. A layer keeps 8 values for both norms (input and output), 1 + scale and the
+    products' inputs; q, k and v as one tensor, of which v is a view; q, k, the attention's output and its
+    projection, six modulations, the MLP's output; and four wide values in the MLP."""
     layer = (8 + 3 + 11) * head.width * sizes.product + 4 * head.mlp_width * sizes.product
     layer += FP32_BYTES * (2 + 3 * head.num_heads)
     ends = 6 * head.width * sizes.product + channels * sizes.product
@@ -229,7 +228,7 @@ def _head_token_bytes(head: DdtHeadConfig, channels: int, sizes: _Sizes) -> int:
 
 
 def _num_keys(plan: AttentionPlan) -> int:
-    """Copies for the segments; where a range needs none, it is a view that keeps all rows."""
+    """Rows of keys that a layer keeps: copies for the segments; segments that are a range keep a view of all rows."""
     groups = (plan.causal, plan.full)
     copied = sum(len(group.kv_index) for group in groups if group.first_row is None)
     return copied + (plan.full.num_rows if any(group.first_row is not None for group in groups) else 0)

@@ -14,10 +14,11 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 
 def integrate(velocity: Velocity, x: Tensor, times: Sequence[float], solver: Solver) -> Tensor:
-    """x at the last of the falling `times`, from `x` at the first.
+    """Integrates from `x` at the first of the falling `times`; returns x at the last one.
 
     Euler: one evaluation a step, error of first order. Heun: the mean of the velocities at both ends of a step, error
-    of second order (Karras et al. 2022, algorithm 1); a step that ends at 0 is Euler's, for no image was trained there.
+    of second order (Karras et al. 2022, algorithm 1). A step that ends at 0 is Euler's, as no image was trained at time
+    0.
     """
     for t, t_next in pairwise(times):
         v = velocity(x, t)
@@ -28,5 +29,5 @@ def integrate(velocity: Velocity, x: Tensor, times: Sequence[float], solver: Sol
 
 
 def num_evaluations(num_steps: int, solver: Solver) -> int:
-    """Velocities that `integrate` asks for on the way to 0: num_steps, of Heun 2 num_steps - 1."""
+    """Velocities that `integrate` evaluates on the way to 0: num_steps with Euler, 2 num_steps - 1 with Heun."""
     return num_steps if solver == "euler" else 2 * num_steps - 1

@@ -1,9 +1,9 @@
-"""Bytes that a pack moves on a GPU beside its matrix products and its attention, forward and backward pass.
+"""Counts the bytes that a pack moves on a GPU outside matrix products and attention, forward and backward pass.
 
-Norms, rotations, SwiGLU, residual sums and casts do little arithmetic: their time is what they read and write. Values
-a token are counted: eager as PyTorch's kernels run one by one, compiled (`flow.compile`) as functions that are fused
-whole, each of which reads a value once and writes one once. Two counts of the eager code on tensors without values
-(2026-11-30), of norms in fp32 and in bf16, are the test.
+Norms, rotations, SwiGLU, residual sums and casts do little arithmetic: their time is what they read and write. The
+count is in values a token. Eager code runs PyTorch's kernels one by one; compiled code (`flow.compile`) runs fused
+functions, each of which reads a value once and writes one once. The test compares with two counts of the eager code
+on tensors without values (2026-11-30), with norms in fp32 and in bf16.
 
 Symbols: D width, Q query width, K key width, M the MLP's inner width.
 """
@@ -17,32 +17,32 @@ from generator.mot import MotConfig
 from generator.sizing import FP32_BYTES, PackSize, head_kept_bytes
 
 MOVED_PER_KEPT = {False: 5.3, True: 2.1}
-"""Bytes moved over bytes kept for the backward pass, eager and compiled, in a layer of the 0.5B mixture: what stands in
-where no count was made (a DDT head, class-conditional generators, tokenizer stages)."""
+"""Bytes moved over bytes kept for the backward pass, eager and compiled, in a layer of the 0.5B mixture. It stands in
+where nothing was counted (a DDT head, class-conditional generators, tokenizer stages)."""
 LAYER_LAUNCHES = {False: 178, True: 70}
-"""Kernels of a layer, both experts and attention, eager (counted on tensors without values) and compiled (24 products,
-what lies between them, and the attention)."""
+"""Kernels that a layer launches, both experts and attention: eager (counted on tensors without values) and compiled
+(24 products, the functions between them, and the attention)."""
 END_LAUNCHES = 60
-"""Kernels before and behind the layers."""
-RMS_BACKWARD = 5  # the gradient and x for dx, dx; both again for the weight's
+"""Kernels before and after the layers."""
+RMS_BACKWARD = 5  # reads the gradient and x, writes dx; reads both again for the weight
 
 
 @dataclass(frozen=True)
 class ValueBytes:
-    """Bytes of one value, and how many products take a normed token."""
+    """Bytes of one value, and the number of products that take a normed token."""
 
     stream: int
-    """Of the residual stream."""
+    """Bytes of a value in the residual stream."""
     norm: int
-    """Of what a norm gives."""
+    """Bytes of a value that a norm gives."""
     product: int
-    """Of what enters and leaves a matrix product, and of the attention."""
+    """Bytes of a value that enters or leaves a matrix product or the attention."""
     copies_qkv: int = 1
     copies_mlp: int = 1
 
     @classmethod
     def of(cls, precision: str) -> ValueBytes:
-        """`precision`: EngineConfig's. Norms keep the dtype of the stream."""
+        """Sizes for EngineConfig's `precision`. Norms keep the dtype of the stream."""
         if precision == "fp32":
             return cls(FP32_BYTES, FP32_BYTES, FP32_BYTES)
         stream = 2 if precision == "bf16" else FP32_BYTES
@@ -52,7 +52,7 @@ class ValueBytes:
 def moved_bytes(
     size: PackSize, config: GeneratorConfig, channels: int, sizes: ValueBytes, *, compiled: bool
 ) -> float:
-    """Of one pack. `compiled`: flow.compile."""
+    """Bytes that one pack moves. `compiled`: flow.compile."""
     mot = config.backbone
     keys, rest = (_compiled if compiled else _eager)(mot, sizes)
     num_tokens = size.num_understanding + size.num_generation
@@ -66,28 +66,28 @@ def moved_bytes(
 
 
 def num_launches(config: GeneratorConfig, *, compiled: bool) -> int:
-    """Kernels of one pack."""
+    """Kernels that one pack launches."""
     head = 0 if config.head is None else config.head.num_layers * LAYER_LAUNCHES[False]
     return config.backbone.num_layers * LAYER_LAUNCHES[compiled] + head + END_LAUNCHES
 
 
 def _eager(mot: MotConfig, sizes: ValueBytes) -> tuple[float, float]:
-    """Of a token in a layer: for its keys and values, and for the rest."""
+    """Bytes of a token in a layer: (for its keys and values, for the rest)."""
     s, p = sizes.stream, sizes.product
     width, query, key = mot.width, mot.num_heads * mot.head_dim, mot.num_kv_heads * mot.head_dim
-    bias: float = p if mot.qkv_bias else 0  # its gradient is a sum over tokens
+    bias: float = p if mot.qkv_bias else 0  # a bias's gradient is a sum over tokens
     head = _eager_head(mot, sizes) + bias
     keys = width * (_norm(s, sizes.norm) + 3 * s + _taken(sizes, 1)) + key * (head + 2 * p + bias)
     rest: float = width * (_taken(sizes, sizes.copies_qkv) - _taken(sizes, 1))
-    rest += query * (head + 2 * p)  # the attention's two parts are joined
+    rest += query * (head + 2 * p)  # both parts of the attention are joined
     rest += width * (_norm(s, sizes.norm) + _taken(sizes, sizes.copies_mlp))
-    # Two sums forward, one of gradients backward; the gradients that enter products.
+    # The residual sums: two forward, one of gradients backward. Then the casts of gradients that enter products.
     rest += width * (2 * (p + 2 * s) + 3 * s + 2 * _cast(s, p))
-    return keys, rest + (2 + 3 + 3 + 3 + 3) * mot.mlp_width * p  # silu, times up; their three gradients
+    return keys, rest + (2 + 3 + 3 + 3 + 3) * mot.mlp_width * p  # silu, times up; the gradients of both
 
 
 def _eager_head(mot: MotConfig, sizes: ValueBytes) -> float:
-    """Of a value of q or k: QK-norm, joining both experts, and the rotation in fp32 with its gradient."""
+    """Bytes for one value of q or k: QK-norm, joining both experts, and the rotation in fp32 with its gradient."""
     n, p, f = sizes.norm, sizes.product, FP32_BYTES
     rotated = 2 * (n + f) + 3 * f + 2 * f + _cast(f, p)
     gradient = _cast(f, p) + 2 * (2 * f + _cast(f, n)) + 3 * n + 2 * n
@@ -95,25 +95,25 @@ def _eager_head(mot: MotConfig, sizes: ValueBytes) -> float:
 
 
 def _compiled(mot: MotConfig, sizes: ValueBytes) -> tuple[float, float]:
-    """As `_eager`: what enters and what leaves a function that lies between products."""
+    """Bytes as in `_eager`, but of what enters and what leaves each function between products."""
     s, p = sizes.stream, sizes.product
     width, query, key = mot.width, mot.num_heads * mot.head_dim, mot.num_kv_heads * mot.head_dim
     norm = (s + p) + (p + 3 * s)  # x in, normed out; its gradient, x, the stream's gradient, their sum
-    keys = width * norm + 2 * key * 5 * p  # k and v before and behind, and their gradients
+    keys = width * norm + 2 * key * 5 * p  # k and v before and after, and their gradients
     rest = query * (5 * p + 2 * p)
     rest += width * (
         norm + (p + s) + (p + 2 * s) + 2 * _cast(s, p)
-    )  # x' is written; what comes of the MLP is added to it
+    )  # x' is written; the MLP's output is added to it
     return keys, rest + (3 + 6) * mot.mlp_width * p  # gate, up, out; all three, a gradient, two gradients
 
 
 def _norm(entering: int, leaving: int) -> int:
-    """Forward and backward, a cast to the norm's dtype and back included."""
+    """Bytes a norm moves forward and backward, with a cast to its dtype and back."""
     return entering + leaving + 2 * _cast(entering, leaving) + RMS_BACKWARD * leaving
 
 
 def _taken(sizes: ValueBytes, copies: int) -> int:
-    """A normed value that so many products take: casts and their gradients, and the sum of the gradients."""
+    """Bytes of a normed value that `copies` products take: casts, their gradients, and the gradients' sum."""
     return copies * 2 * _cast(sizes.norm, sizes.product) + (copies - 1) * 3 * sizes.norm
 
 
@@ -122,7 +122,7 @@ def _cast(one: int, other: int) -> int:
 
 
 def _key_bytes(size: PackSize, config: GeneratorConfig, sizes: ValueBytes) -> float:
-    """Keys and values gathered for each segment: read and written; their gradients read, added to what is there."""
+    """Keys and values gathered for each segment are read and written; their gradients are read and added to a sum."""
     mot = config.backbone
     last = size.num_keys if config.text_output else size.output_keys
     rows = (mot.num_layers - 1) * size.num_keys + last
@@ -130,13 +130,13 @@ def _key_bytes(size: PackSize, config: GeneratorConfig, sizes: ValueBytes) -> fl
 
 
 def _end_bytes(size: PackSize, config: GeneratorConfig, channels: int, sizes: ValueBytes) -> float:
-    """Latents with their noise, embeddings, the last norm, the loss; the text embedding's gradient is written whole."""
+    """Latents with noise, embeddings, last norm, loss; the text embedding's gradient is written as a whole."""
     mot, s, p, f = config.backbone, sizes.stream, sizes.product, FP32_BYTES
     total = size.num_generation * (channels * 8 * f + mot.width * (3 * 3 * s + 3 * s))
     total += size.num_noisy * (mot.width * (_norm(s, sizes.norm) + 3 * s) + channels * 10 * f)
     total += 4 * size.num_understanding * mot.width * s + mot.vocab_size * mot.width * p
     if (
         config.text_output
-    ):  # logits in p, in fp32, their exponentials and gradients, a chunk's forward pass twice
+    ):  # logits in p and in fp32, exponentials, gradients; a chunk's forward pass runs twice
         total += size.num_predicted * mot.vocab_size * (4 * p + 6 * f)
     return float(total)

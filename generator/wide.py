@@ -1,7 +1,7 @@
-"""Several products with one input as one: x [a; b]^T in the place of x a^T and x b^T.
+"""Several products with one input as one product: x [a; b]^T in place of x a^T and x b^T.
 
-The weights stay parameters of their own, as checkpoints, Muon and published names know them; only the product sees them
-as one matrix. In DeepSpeed's flat buffers they lie one behind the other already, so nothing is copied.
+The weights stay separate parameters, as checkpoints, Muon and published names know them; only the product sees them
+as one matrix. They are neighbours in DeepSpeed's flat buffers, so nothing is copied.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 
 def stacked(*linears: nn.Module) -> Tensor:
-    """Their weights above one another, [sum of the rows, columns], with gradients to each. Nothing is copied where they
-    lie so in memory.
-    """
+    """The linears' weights stacked by rows, [sum of the rows, columns], with gradients to each. Weights that are
+    neighbours in memory are not copied."""
     joined: Tensor = _Stacked.apply(*[linear.weight for linear in linears])
     return joined
 
@@ -35,7 +34,7 @@ class _Stacked(torch.autograd.Function):
 
 
 def _follows(first: Tensor, second: Tensor) -> bool:
-    """Whether `second` begins where `first` ends."""
+    """Whether `second` begins in memory where `first` ends."""
     return bool(
         first.is_contiguous()
         and second.is_contiguous()

@@ -1,3 +1,3 @@
-"""The miniature: the whole pipeline on one small machine, with data, encoder and judge of its own."""
+"""The miniature: the whole pipeline on one small machine, with its own data, encoder and judge."""
 
 import base  # noqa: F401  # before torch: base/__init__.py says how its threads wait

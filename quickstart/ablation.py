@@ -27,16 +27,16 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class AblationRun:
-    """What is not in the config of a single step."""
+    """Settings of the ablation that no step's config holds."""
 
     root: str = "runs/ablation"
-    """Folder of the variants, beside the quickstart's."""
+    """Folder of the variants, beside the quickstart's folder."""
     num_ranks: Count = 2
-    """Processes of each training."""
+    """Number of processes of each training."""
     scores: ablation_scores.ScoresConfig = field(default_factory=ablation_scores.ScoresConfig)
-    """On how much the variants are compared."""
+    """Size of the comparison between variants."""
     out: str = "docs/results/ablation.md"
-    """The page that is written."""
+    """The page to write."""
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def build_steps(run: AblationRun, root: Path, base: Path) -> list[Step]:
-    """Every variant in order, then the scores."""
+    """The steps: every variant in order, then the scores."""
 
     trained_on = identity_of(base, LAST_OF_BASE)
 

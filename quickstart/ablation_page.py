@@ -1,4 +1,4 @@
-"""The ablation's page: what each variant reached, and which of the paper's trends appear."""
+"""The ablation's page: the scores of each variant, and which of the paper's trends appear."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One variant."""
+    """One variant with its scores."""
 
     name: str
     psnr_db: float
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Trend:
-    """`better` should stand above `worse` in `metric`, as in the paper."""
+    """A trend of the paper: `better` has a better `metric` than `worse`."""
 
     claim: str
     metric: str  # "distance" (less is better) or "probe" (more is better)
@@ -96,7 +96,7 @@ TRENDS = (
 
 
 def page(rows: Sequence[Row], machine: str, *, num_images: int, num_probe: int, num_classes: int) -> str:
-    """Markdown. Variants that are missing leave their trends out."""
+    """The page as Markdown. A missing variant leaves out the trends that need it."""
     known = {row.name: row for row in rows}
     lines = [
         "# Ablations in miniature",

@@ -1,4 +1,4 @@
-"""The last step of the ablation: every variant on the same images, as one page."""
+"""The last step of the ablation: scores every variant on common images and writes one page."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from tokenizer.rpiae import Autoencoder
 DATA = "configs/quickstart/data.yaml"
 DISTANCE = "feature_distance"
 PROBE_TOLERANCE = 1e-5
-"""Of the gradient: 1e-6 gave the same accuracy (at l2 = 0.01) and took four times as long."""
+"""Largest entry of the probe's gradient: 1e-6 gave equal accuracy (at l2 = 0.01) and took four times as long."""
 
 
 @dataclass(frozen=True)
 class ScoresConfig:
-    """On how much the variants are compared."""
+    """Size of the comparison between variants."""
 
     num_images: Count = 600
-    """Held-out scenes that are reconstructed."""
+    """Number of held-out scenes that are reconstructed."""
     num_probe_train: Count = 6000
-    """Identities that the linear probe is fitted to."""
+    """Number of identity images that the linear probe is fitted to."""
     num_probe_test: Count = 1280
-    """Identities of another split that it is tested on."""
+    """Number of identity images of another split that the probe is tested on."""
 
 
 def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
-    """Reconstruction scores of every variant, a linear probe of its encoder; the page."""
+    """Scores the reconstructions and the encoder of every variant (by a linear probe); writes the page."""
     features = RepresentationFeatures.load(root / "features" / EXPORT)
     emoji = load(EmojiConfig, DATA)
     scenes = emoji_images.read_samples(base / "data/scenes-validation", config.num_images)

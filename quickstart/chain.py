@@ -17,26 +17,26 @@ from report import render_report
 
 COMMAND = "quickstart"
 PAGE_SIGN = "Written by `make "
-"""In the pages of further chains."""
+"""Beginning of the signature in the pages of further chains."""
 CONFIGS = "configs/quickstart"
 
 
 @dataclass(frozen=True)
 class QuickstartRun:
-    """Everything that is not in the config of a single step."""
+    """Settings of the quickstart that no step's config holds."""
 
     root: str = "runs/quickstart"
-    """Folder of all results; the configs beside this one write below it."""
+    """Folder of all results. The configs beside this one write below it."""
     num_ranks: Count = 2
-    """Processes of each training."""
+    """Number of processes of each training."""
     num_text_tokens: Count = 512
     """Vocabulary of the text tokenizer."""
     scores: chain_scores.ScoresConfig = field(default_factory=chain_scores.ScoresConfig)
-    """What is sampled and judged at the end."""
+    """What is sampled and judged at the end, and how much."""
 
 
 def main() -> None:
-    """Data -> tokenizer -> latents -> text-to-image -> editing -> report."""
+    """Runs the chain: data -> tokenizer -> latents -> text-to-image -> editing -> report."""
     parser = entry.config_parser(__doc__ or "", f"{CONFIGS}/run.yaml")
     parser.add_argument("--fresh", action="store_true", help="remove what is there and start over")
     arguments = parser.parse_args()
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
-    """Every step in order, with the command a person would type."""
+    """The steps in order, each with the command that a person would type."""
 
     def training(name: str, about: str) -> Step:
         script = name if name in ("standin", "judge", "t2i", "edit") else "tokenizer"
@@ -90,15 +90,15 @@ def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
 
 
 class FurtherRun(Protocol):
-    """The config of a chain on the quickstart's results."""
+    """The config of a further chain, which builds on the quickstart's results."""
 
     @property
     def root(self) -> str:
-        """Folder of its results."""
+        """Folder of the chain's results."""
 
     @property
     def out(self) -> str:
-        """The page it writes."""
+        """The page that the chain writes."""
 
 
 RunT = TypeVar("RunT", bound=FurtherRun)
@@ -107,7 +107,7 @@ RunT = TypeVar("RunT", bound=FurtherRun)
 def run_further(
     about: str, cls: type[RunT], config: str, last: str, build: Callable[[RunT, Path, Path], list[Step]]
 ) -> None:
-    """The command of a chain that goes on from here: this one up to the step `last`, then what `build` gives.
+    """The command of a further chain: the quickstart up to the step `last`, then the steps that `build` gives.
 
     `config`: the YAML file of its `cls`. `build`: (run, its root, the quickstart's root) -> steps.
     """

@@ -1,6 +1,6 @@
-"""The folder of a chain of steps: which of its files the chain made, and --fresh, which removes these and no others.
+"""The folder of a chain of steps: which files the chain made, and --fresh, which removes these files alone.
 
-Before a step is worked on, what lies in the folder is written down; what is new after it is the step's own.
+Before a step runs, the paths in the folder are written down. Paths that are new afterwards are the step's own.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from base.config import UserError
 from engine import run_lock
 
 LISTS = ".files"
-"""Folder of a list for each step: {"own": paths}, and while it runs "before": paths that were there."""
+"""Folder of the lists, one for each step: {"own": paths}, and while the step runs "before": paths that were there."""
 OWN = (
     *("notes.json", "durations.json", "report.html", "report.json", f"{files.MADE_BY}*"),
     *("steps/*.json", "logs/*.log", f"{LISTS}/*.json"),
 )
-"""What the chain writes between its steps."""
+"""Patterns of the files that the chain writes between its steps."""
 FOLDERS = ("steps", "logs", LISTS, "data", "latents", "text_tokenizer", "evaluation")
 
 
 def claim(root: Path, command: str) -> None:
-    """The chain `command` may write to `root`, as base.files.claim. Raises UserError."""
+    """Lets the chain `command` write to `root`, as base.files.claim does. Raises UserError."""
     files.claim(root, command, (*OWN, *FOLDERS), lambda folder: bool(_steps(folder)))
 
 
 def check(root: Path, command: str) -> None:
-    """Raises UserError: `claim` would. Touches nothing."""
+    """Raises UserError if `claim` would. Writes nothing."""
     files.check_claim(root, command, (*OWN, *FOLDERS), lambda folder: bool(_steps(folder)))
 
 
 @contextmanager
 def recorded(root: Path, step: str) -> Iterator[None]:
-    """What is new in `root` at the end is the step's own, after a kill and another run, too."""
+    """Context of a step: paths new in `root` at its end are the step's own, also after a kill and another run."""
     path = root / LISTS / f"{step}.json"
     state = _read(path)
     if "before" not in state:
@@ -52,9 +52,9 @@ def recorded(root: Path, step: str) -> Iterator[None]:
 
 
 def remove(root: Path, command: str, steps: Collection[str]) -> None:
-    """--fresh: empties `root`. `steps`: names of the chain's.
+    """Empties `root` for --fresh. `steps`: names of the chain's steps.
 
-    Raises UserError, and removes nothing: as check_removable.
+    Raises UserError, and removes nothing, where check_removable raises it.
     """
     check_removable(root, command, steps)
     for entry in root.iterdir() if root.is_dir() else ():
@@ -65,9 +65,9 @@ def remove(root: Path, command: str, steps: Collection[str]) -> None:
 
 
 def check_removable(root: Path, command: str, steps: Collection[str] | None = None) -> None:
-    """Whether `remove` may; None: before it is known which steps the chain has.
+    """Checks that `remove` may empty `root`; `steps` None: the chain's steps are not known yet.
 
-    Raises UserError: another chain's folder or none, a file that no step wrote, a training that runs there.
+    Raises UserError: a folder of another chain or of none, a file that no step wrote, a training that runs there.
     """
     if not root.is_dir() or not any(root.iterdir()):
         return
@@ -86,7 +86,7 @@ def check_removable(root: Path, command: str, steps: Collection[str] | None = No
 
 
 def _strange(root: Path, steps: Collection[str]) -> list[str]:
-    """Paths below `root` that are none of the chain's; entries of `root` where an earlier version kept no lists."""
+    """Paths below `root` that the chain did not make; entries of `root` if an earlier version kept no lists."""
     if not (root / LISTS).is_dir():
         names = {*FOLDERS, *steps, *OWN}
         return sorted(entry.name for entry in root.iterdir() if entry.name not in names)
@@ -101,7 +101,7 @@ def _own(root: Path, state: dict[str, Any]) -> set[str]:
 
 
 def _below(root: Path) -> set[str]:
-    """Files and links below `root`, by their paths from there; links are not followed."""
+    """Paths of files and links below `root`, relative to it; links are not followed."""
     found = set()
     for folder, folders, names in os.walk(root):
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
@@ -114,7 +114,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _steps(root: Path) -> set[str]:
-    """Names of the steps that a chain has noted in `root`; empty where there is anything else among the notes."""
+    """Names of the steps that a chain has noted in `root`; empty if there is anything else among the notes."""
     found = set()
     for path in (root / "steps").glob("*"):
         try:

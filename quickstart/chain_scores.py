@@ -1,4 +1,4 @@
-"""The quickstart's last step: making image sets with what was trained, and judging them."""
+"""The quickstart's last step: makes image sets with the trained models and judges them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ NOTES = [
 
 @dataclass(frozen=True)
 class ScoresConfig:
-    """How much is judged, and how it is sampled."""
+    """How many images are judged, and how they are sampled."""
 
     num_images: Count = 300
-    """Held-out scenes that are reconstructed and drawn."""
+    """Number of held-out scenes that are reconstructed and drawn."""
     num_edits: Count = 150
-    """Held-out edits."""
+    """Number of held-out edits."""
     t2i: SamplingConfig = field(default_factory=SamplingConfig)
     edit: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -43,7 +43,7 @@ class ScoresConfig:
 def score(root: Path, config: ScoresConfig) -> None:
     """Makes the image sets and scores them into evaluation/{judge,reconstruction,t2i,generation,edit}.
 
-    The judge also looks at the reconstructions: no drawing can be better than what the decoder shows.
+    The judge also sees the reconstructions, because no drawing can be better than the decoder's images.
     """
     judge = Judge.load(root / "judge" / EXPORT)
     autoencoder_dir = root / "decoder" / EXPORT

@@ -20,26 +20,26 @@ LAST_OF_BASE = "judge"
 
 @dataclass(frozen=True)
 class QuickstartClassRun:
-    """What is not in the config of a single step."""
+    """Settings of the chain that no step's config holds."""
 
     root: str = "runs/quickstart_class"
-    """Folder of all results, beside the quickstart's."""
+    """Folder of all results, beside the quickstart's folder."""
     num_ranks: Count = 2
-    """Processes of each training."""
+    """Number of processes of each training."""
     scores: class_scores.ScoresConfig = field(default_factory=class_scores.ScoresConfig)
-    """What is drawn and judged at the end."""
+    """What is drawn and judged at the end, and how much."""
     out: str = "docs/results/class.md"
-    """The page that is written."""
+    """The page to write."""
 
 
 def main() -> None:
-    """The quickstart up to its judge; two more tokenizers; latents, a training and scores of each."""
+    """Runs the quickstart up to its judge, two more tokenizers, and for each its latents, a training and scores."""
     about = __doc__ or ""
     chain.run_further(about, QuickstartClassRun, f"{CONFIGS}/run.yaml", LAST_OF_BASE, build_steps)
 
 
 def build_steps(run: QuickstartClassRun, root: Path, base: Path) -> list[Step]:
-    """Every step in order."""
+    """The steps in order."""
     trained_on = identity_of(base, LAST_OF_BASE)
 
     def on_ranks(name: str, about: str, script: str, config: str, *options: str) -> Step:

@@ -1,4 +1,4 @@
-"""The page of `make quickstart-class`: what each kind of latents reached by time and by step; the paper's order?"""
+"""The page of `make quickstart-class`: scores of each kind of latents by time and by step, and the paper's order."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from report.charts import Axis, Curve, chart_file
 from report.order import OVERLAP_TEXT, SAME_TEXT, has_less, has_more
 
 LABELS = {"rpiae": "RPiAE", "rae": "RAE", "vae": "VAE"}
-"""In the paper's order of generation, best first."""
+"""Names of the latents, in the paper's order of generation, best first."""
 PAPER_GFID = {"rpiae": "1.68", "rae": "1.87", "vae": "2.17"}
-"""Table 8: 800 epochs, without guidance."""
+"""The paper's Table 8: 800 epochs, without guidance."""
 TITLES = {
     "distance": "Feature distance (less is better) over training seconds; dashed: reconstructions",
     "right": "Class right (more is better) over training seconds; dashed: reconstructions",
 }
-"""Of `charts`, by name."""
+"""Titles of `charts`, by name."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One export of one training."""
+    """The scores of one export of one training."""
 
     latents: str  # key of LABELS
     step: int
-    seconds: float | None  # of training, up to this step; None: not logged
+    seconds: float | None  # training time up to this step; None: not logged
     distance: float
     class_right: Estimate
 
@@ -44,7 +44,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Reference:
-    """What no drawing can be better than: the autoencoder's reconstructions of real images."""
+    """The upper bound of drawings: scores of the autoencoder's reconstructions of real images."""
 
     distance: float
     class_right: Estimate
@@ -60,7 +60,7 @@ def page(
     num_images: int,
     num_real: int,
 ) -> str:
-    """Markdown. `images`: name of each file of `charts` -> where it lies, seen from the page; `network`: its shape."""
+    """The page as Markdown. `images`: name in `charts` -> path from the page; `network`: the network's shape."""
     lines = [
         "# Class-conditional generation in miniature",
         "",
@@ -88,7 +88,7 @@ def page(
 
 
 def at_equal_time(points: Sequence[Point]) -> list[str]:
-    """Lines for the page and the console: every training when the fastest was done, and the verdict there."""
+    """Lines for page and console: every training at the time when the fastest was done, and the verdict there."""
     runs = _timed(points)
     ends = {name: times[-1] for name, (times, _) in runs.items()}
     fastest = min(ends, key=lambda name: ends[name], default="")
@@ -124,9 +124,9 @@ def at_equal_time(points: Sequence[Point]) -> list[str]:
 
 
 def at_time(times: Sequence[float], run: Sequence[Point], seconds: float) -> Point | None:
-    """A training after `seconds`, between two exports linearly; None: before its first or after its last.
+    """A training's scores after `seconds`, interpolated linearly between two exports; None: outside its exports.
 
-    `times`: of the points of `run`, ascending.
+    `times`: seconds of the points of `run`, ascending.
     """
     if not times[0] <= seconds <= times[-1]:
         return None
@@ -145,7 +145,7 @@ def at_time(times: Sequence[float], run: Sequence[Point], seconds: float) -> Poi
 
 
 def verdict(points: Mapping[str, Point], where: str) -> str:
-    """Whether the paper's order appears, pair by pair, by both measures. `points`: by kind of latents."""
+    """Whether the paper's order appears, pair by pair, by both measures. `points`: kind of latents -> its point."""
     pairs = list(itertools.combinations([name for name in LABELS if name in points], 2))
 
     def judged(holds: Callable[[Point, Point], bool | None], unclear: str) -> str:
@@ -164,7 +164,7 @@ def verdict(points: Mapping[str, Point], where: str) -> str:
 
 
 def charts(points: Sequence[Point], references: Mapping[str, Reference]) -> dict[str, str]:
-    """SVG files by name: a curve for each training whose seconds are known; {} where none are."""
+    """SVG files by name: a curve for each training whose seconds are known; {} without such trainings."""
     runs = _timed(points)
     if not runs:
         return {}
@@ -186,7 +186,7 @@ def charts(points: Sequence[Point], references: Mapping[str, Reference]) -> dict
 
 
 def _by_step(points: Sequence[Point], references: Mapping[str, Reference]) -> Iterator[str]:
-    """Three tables with a column for every step, and the verdict at each training's last one."""
+    """Three tables with a column for every step, and the verdict at each training's last step."""
     runs = _runs(points)
     steps = sorted({point.step for point in points})
 
@@ -225,7 +225,7 @@ def _runs(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def _timed(points: Sequence[Point]) -> dict[str, tuple[list[float], list[Point]]]:
-    """Those of `_runs` whose training seconds are all known, with them."""
+    """The trainings of `_runs` whose seconds are all known, each with its seconds."""
     timed = {}
     for name, run in _runs(points).items():
         times = [point.seconds for point in run if point.seconds is not None]
@@ -239,7 +239,7 @@ def _rate(right: Estimate) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown, aligned so that a terminal shows it as well."""
+    """A Markdown table, aligned so that it reads well in a terminal too."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |"

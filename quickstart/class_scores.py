@@ -1,4 +1,4 @@
-"""The last step of `make quickstart-class`: every export of every training on the same classes, as one page."""
+"""The last step of `make quickstart-class`: scores every export of every training, as one page."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from tokenizer.autoencoders import load_autoencoder
 
 @dataclass(frozen=True)
 class ScoresConfig:
-    """How much is drawn, and how."""
+    """How many images are drawn, and how."""
 
     num_images: Count = 440
-    """Images drawn with each export."""
+    """Number of images drawn with each export."""
     sampling: ClassSamplingConfig = field(default_factory=ClassSamplingConfig)
 
 
 def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
-    """Draws and judges; reconstructions of real images as the mark; the page `out`, its charts beside it, its table."""
+    """Scores drawings, and reconstructions of real images as their bound; writes page `out`, its charts and table."""
     images = root / "evaluation" / "images"
     samples = emoji_images.read_samples(root / "data/classes-validation", 1 << 30)
     autoencoders = {name: files.read_json(root / name / "config.json")["autoencoder"] for name in LABELS}
@@ -81,7 +81,7 @@ def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
 
 
 def _exports(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every export that is there, steps ascending; the last one must be."""
+    """(step, folder) of every existing export, steps ascending; the last step's export must exist."""
     engine = files.read_json(run_dir / "config.json")["engine"]
     early = [(step, run_dir / f"{EXPORT}_step_{step:08d}") for step in sorted({*engine["export_at_steps"]})]
     there = [(step, export) for step, export in early if export.is_dir() and step < engine["steps"]]

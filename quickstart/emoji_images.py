@@ -1,4 +1,4 @@
-"""Image sets of the emoji data: what the suites judge, made from shards and trained models."""
+"""Image sets of the emoji data for the suites, made from shards and trained models."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def read_samples(shards: str | Path, num_samples: int) -> list[Sample]:
 
 
 def real_renders(samples: Sequence[Sample], out: Path, image_px: int) -> None:
-    """The samples' own images as `result`: on these the judge shows its own accuracy."""
+    """Writes the samples' own images as `result`: the judge's scores on them are its accuracy."""
     _write(out, samples, {"result": _pixels(samples, "png", image_px)})
 
 
 def reconstructions(samples: Sequence[Sample], autoencoder: ImageAutoencoder, out: Path) -> None:
-    """`original`, and `result` = decode(encode(original)) on 8 bits (protocol: truncated)."""
+    """Writes `original`, and `result` = decode(encode(original)) on 8 bits (protocol: truncated)."""
     originals = _pixels(samples, "png", autoencoder.config.image_px)
     with torch.no_grad():
         decoded = [
@@ -44,14 +44,14 @@ def reconstructions(samples: Sequence[Sample], autoencoder: ImageAutoencoder, ou
 
 
 def drawings(samples: Sequence[Sample], pipeline: Pipeline, sampling: SamplingConfig, out: Path) -> None:
-    """`result` drawn from each sample's first caption; image i with seed + i."""
+    """Draws `result` from each sample's first caption; image i with seed + i."""
     captions = [read_captions(sample)[0] for sample in samples]
     results = _stack(pipeline.generate(captions, sampling=sampling))
     _write(out, samples, {"result": results}, [{"caption": caption} for caption in captions])
 
 
 def edits(samples: Sequence[Sample], pipeline: Pipeline, sampling: SamplingConfig, out: Path) -> None:
-    """`source`, `target` (the truth) and `result`: the source edited by the sample's first instruction."""
+    """Writes `source`, `target` (ground truth) and `result`: the source edited by the sample's first instruction."""
     image_px = pipeline.autoencoder.config.image_px
     sources, targets = (_pixels(samples, part, image_px) for part in ("source.png", "target.png"))
     instructions = [read_captions(sample)[0] for sample in samples]
@@ -62,12 +62,12 @@ def edits(samples: Sequence[Sample], pipeline: Pipeline, sampling: SamplingConfi
 
 
 def _pixels(samples: Sequence[Sample], part: str, image_px: int) -> Tensor:
-    """uint8 [N, 3, H, W]."""
+    """The samples' images, uint8 [N, 3, H, W]."""
     return torch.stack([fit_image(decode_image(sample, part), image_px) for sample in samples])
 
 
 def _stack(images: Sequence[Image.Image]) -> Tensor:
-    """uint8 [N, 3, H, W]."""
+    """The images as uint8 [N, 3, H, W]."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
 

@@ -1,7 +1,7 @@
 """The judge of emoji scenes: which objects an image shows, and on which background colour.
 
-Trained on real renders by the same loop as everything else; it never sees an image that a model made, so
-light augmentation keeps it from judging by a decoder's softness instead of by what is shown.
+The common training loop trains the judge on real renders. It never sees an image that a model made. Light
+augmentation keeps it from judging a decoder's softness instead of the image's content.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ __all__ = ["Judge", "JudgeConfig", "JudgeObjective", "SceneClasses", "Verdict"]
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-THRESHOLD = 0.5  # probability from which an object counts as seen
-BACKGROUND_WEIGHT = 0.5  # of the background's loss; an easy task that needs little
+THRESHOLD = 0.5  # probability at and above which an object counts as seen
+BACKGROUND_WEIGHT = 0.5  # factor of the background's loss; an easy task needs little
 IMAGES_PER_CALL = 64
-BLURS = 3  # 3 x 3 boxes, one after the other, each mixed in by a random share
-BLUR_PROBABILITY = 0.6  # of each
+BLURS = 3  # 3 x 3 boxes, one after the other, each mixed in with a random share
+BLUR_PROBABILITY = 0.6  # probability of each blur
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in one image."""
+    """The objects and the background that the judge sees in one image."""
 
     objects: tuple[str, ...]  # names with a score of at least THRESHOLD, best first
     object_scores: Mapping[str, float]  # probability in [0, 1] of every object's presence
@@ -56,7 +56,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class JudgeExport:
-    """config.json beside the weights."""
+    """The content of config.json beside the weights."""
 
     judge: JudgeConfig
     classes: SceneClasses
@@ -72,7 +72,7 @@ class Judge:
 
     @classmethod
     def load(cls, directory: str | Path) -> Judge:
-        """Reads what JudgeObjective exported. Raises UserError: missing, damaged or mismatched files."""
+        """Loads what JudgeObjective exported. Raises UserError: missing, damaged or mismatched files."""
         directory = Path(directory)
         path = directory / CONFIG_NAME
         if not path.is_file():
@@ -113,7 +113,7 @@ class JudgeObjective(WithoutAdversary):
 
     def __init__(self, judge_config: JudgeConfig, classes: SceneClasses) -> None:
         self.config = JudgeExport(judge_config, classes)
-        # Every layer draws its initial weights from the CPU's generator: seeded here, put back afterwards.
+        # Every layer draws its initial weights from the CPU's generator; its state is restored afterwards.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(judge_config.seed)
             self.model = JudgeNetwork(judge_config, classes)
@@ -154,7 +154,7 @@ class JudgeObjective(WithoutAdversary):
         )
 
     def samples(self) -> npt.NDArray[np.uint8] | None:
-        """A classifier has nothing to show."""
+        """None: a classifier makes no images."""
         return None
 
     def export(self, directory: Path) -> None:
@@ -163,11 +163,11 @@ class JudgeObjective(WithoutAdversary):
         files.write_json(directory / CONFIG_NAME, config.to_dict(self.config))
 
     def fingerprints(self) -> Mapping[str, str]:
-        """Classes, sizes and seed: nothing else was loaded."""
+        """Hash of classes, sizes and seed; no weights were loaded."""
         return {"judge": files.digest(config.to_dict(self.config))}
 
     def describe(self) -> list[str]:
-        """One line for people."""
+        """A description of the judge, in one line."""
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         classes = self.config.classes
         num_objects, num_backgrounds = len(classes.objects), len(classes.backgrounds)
@@ -177,8 +177,8 @@ class JudgeObjective(WithoutAdversary):
 def augment(pixels_01: Tensor, generator: torch.Generator) -> Tensor:
     """Small changes that a decoder also makes: gain and offset per channel, blur, pixel noise.
 
-    float32 [B, 3, H, W] in [0, 1], in and out. Weak enough that skin tones stay apart, strong enough
-    that renders blurred down to 26 dB are judged as well as sharp ones (docs/architecture.md).
+    float32 [B, 3, H, W] in [0, 1], in and out. The changes are weak enough that skin tones stay apart, and strong
+    enough that renders blurred down to 26 dB are judged as well as sharp ones (docs/architecture.md).
     """
     B, device = len(pixels_01), pixels_01.device
 
@@ -195,7 +195,7 @@ def augment(pixels_01: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _box_blur(x: Tensor) -> Tensor:
-    """Mean over 3 x 3 pixels, edges repeated; separable, on the CPU three times as fast as pooling."""
+    """Mean over 3 x 3 pixels, edges repeated. The separable form is three times as fast as pooling on the CPU."""
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")
     x = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     return (x[..., :-2] + x[..., 1:-1] + x[..., 2:]) / 9

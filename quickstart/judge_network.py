@@ -24,7 +24,7 @@ CORE = 0.18  # half side of an object's core, as a share of its box side
 
 @dataclass(frozen=True)
 class SceneClasses:
-    """What a scene can hold; written beside the judge's weights."""
+    """The classes that a scene can hold; written beside the judge's weights."""
 
     objects: tuple[str, ...]
     backgrounds: tuple[str, ...]
@@ -40,7 +40,7 @@ class JudgeConfig:
     """Size of the judge."""
 
     channels: tuple[Count, Count, Count] = (24, 48, 128)  # at 2, 4 and 8 px a cell; multiples of NORM_GROUPS
-    seed: Seed = 0  # of the initial weights
+    seed: Seed = 0  # seed of the initial weights
 
     def __post_init__(self) -> None:
         if any(width < 1 or width % NORM_GROUPS for width in self.channels):
@@ -48,10 +48,10 @@ class JudgeConfig:
 
 
 class JudgeNetwork(nn.Module):
-    """Pixels -> for every cell the object there (or none), and the background of the whole.
+    """Pixels -> for every cell its object (or none), and for the whole image its background.
 
-    Group norm, not batch norm: no running statistics that would differ between ranks or lag behind averaged
-    weights.
+    The norms are group norms: batch norms have running statistics that would differ between ranks and lag behind
+    averaged weights.
     """
 
     def __init__(self, config: JudgeConfig, classes: SceneClasses) -> None:
@@ -76,19 +76,19 @@ class JudgeNetwork(nn.Module):
 
 
 def object_evidence(cell_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each object is most probable: [B, K+1, Y, X] -> probabilities float32 [B, K], cells int64 [B, K].
+    """The cell where each object is most probable: [B, K+1, Y, X] -> probabilities float32 [B, K], cells int64 [B, K].
 
-    A cell is numbered y * X + x. The probability counts as the one that the object is there at all.
+    A cell is numbered y * X + x. Its probability counts as the probability that the object is in the image at all.
     """
     probabilities, cells = cell_logits.float().softmax(1)[:, :-1].flatten(2).max(2)
     return probabilities, cells
 
 
 def cell_targets(objects: Sequence[tuple[int, Sequence[float]]], size_px: int, none: int) -> Tensor:
-    """What each cell should answer, int64 [Y, X].
+    """The target of each cell, int64 [Y, X].
 
-    `objects`: (class, box x0 y0 x1 y1 in pixels). A cell in an object's core is of its class k; one elsewhere
-    in its box may say k or none and is marked -1 - k; every other cell is `none`.
+    `objects`: (class, box x0 y0 x1 y1 in pixels). A cell in an object's core has the object's class k. A cell elsewhere
+    in its box may say k or none, and has the target -1 - k. Every other cell is `none`.
     """
     centres = torch.arange(CELL_PX / 2, size_px, CELL_PX)
     targets = torch.full((len(centres), len(centres)), none)
@@ -100,7 +100,7 @@ def cell_targets(objects: Sequence[tuple[int, Sequence[float]]], size_px: int, n
         core_x, core_y = max(2 * CORE * half_x, CELL_PX / 2), max(2 * CORE * half_y, CELL_PX / 2)
         marks.append((-1 - kind, (offset_y < half_y)[:, None] & (offset_x < half_x)))
         marks.append((kind, (offset_y <= core_y)[:, None] & (offset_x <= core_x)))
-    for value, cells in sorted(marks, key=lambda mark: mark[0]):  # cores last
+    for value, cells in sorted(marks, key=lambda mark: mark[0]):  # cores last, over the boxes
         targets[cells] = value
     return targets
 

@@ -12,7 +12,7 @@ from quickstart.pictures.source import EmojiConfig, emoji_sources
 
 
 def main() -> None:
-    """Writes scenes, edits, identities, and classes where the config asks for them, each to its folder below --out."""
+    """Writes scenes, edits, identities and, if the config asks for them, classes; each to its folder below --out."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default=entry.REPOSITORY / "configs/quickstart/data.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config to change")

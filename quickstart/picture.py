@@ -20,21 +20,21 @@ from evaluation.manifest import MANIFEST_NAME, ImageSet, Item
 from launch.runs import entry
 
 SIGN = "RPiAE quickstart/picture.py"
-"""EXIF's Software, of the picture that the command may replace."""
+"""EXIF's Software in the picture; the command may replace a file with it."""
 IMAGES = Path("evaluation/images")
-"""Below the quickstart's root: the image sets `reconstruction`, `t2i` and `edit` (quickstart/chain_scores.py)."""
+"""Folder of the image sets `reconstruction`, `t2i` and `edit` below the quickstart's root (chain_scores.py)."""
 COLUMNS, TILE_PX, GAP_PX, LINE_PX = 6, 128, 8, 15
 TITLE_PT, TEXT_PT = 16, 12
 LETTERS_PER_TILE = 20
-"""Of a caption's line: as many fit into TILE_PX at TEXT_PT."""
+"""Letters in a line of a caption: as many fit into TILE_PX at TEXT_PT."""
 GROUND, INK = "white", "black"
 
 Tile = tuple[Path, str]
-"""A file and what stands below it."""
+"""An image file, and the text below it."""
 
 
 def main() -> None:
-    """Reads the three image sets, writes the picture."""
+    """Reads the three image sets and writes the picture."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,9 +53,9 @@ def main() -> None:
 
 
 def draw(root: Path) -> Image.Image:
-    """Three sections: originals above reconstructions, drawings with captions, sources beside their edits.
+    """The picture in three sections: originals above reconstructions, drawings with captions, sources beside edits.
 
-    Raises UserError: the quickstart has not made an image set yet, or a file of it cannot be read.
+    Raises UserError: an image set that the quickstart has not made yet, a file that cannot be read.
     """
     reconstruction, t2i, edit = (_open(root, name) for name in ("reconstruction", "t2i", "edit"))
     rows: list[str | Sequence[Tile]] = [
@@ -96,7 +96,7 @@ def _edit(edits: ImageSet, item: Item) -> list[Tile]:
 
 
 def _paint(rows: Sequence[str | Sequence[Tile]]) -> Image.Image:
-    """Titles and rows of tiles, one below the other."""
+    """Paints titles and rows of tiles, one below the other."""
     width = COLUMNS * (TILE_PX + GAP_PX) + GAP_PX
     heights = [_height(row) for row in rows]
     picture = Image.new("RGB", (width, sum(heights) + GAP_PX), GROUND)

@@ -1,4 +1,4 @@
-"""A small stand-in for DINOv2: a ViT trained to name what an image shows, where no pretrained one can be had.
+"""A small stand-in for DINOv2, where no pretrained model can be downloaded: a ViT trained to name images.
 
 Shapes: B batch, D feature width, Y X token grid, K classes, H W pixels.
 """
@@ -27,17 +27,17 @@ from tokenizer.weights import write_tensors
 
 @dataclass(frozen=True)
 class StandInConfig:
-    """The representation model to train, and its task."""
+    """The representation model to train, and its training task."""
 
     representation: RepresentationConfig
     """Shape of the model; weights must be `random`."""
     num_classes: Count
     """Number of identities; each sample's json has "label", an integer in [0, num_classes)."""
     pixel_weight: Weight = 10.0
-    """Weight of reading each patch's pixels from its token by one Linear (mean absolute error). DINOv2's patch
-    tokens keep local detail; those of a mere classifier of whole images do not, and could not be decoded."""
+    """Weight of the pixel loss (mean absolute error): one Linear reads each patch's pixels from its token. DINOv2's
+    patch tokens keep local detail. Those of a mere classifier of whole images do not, and could not be decoded."""
     seed: Seed = 0
-    """Of the initial weights."""
+    """Seed of the initial weights."""
 
     def __post_init__(self) -> None:
         check_rebuildable(self.representation)
@@ -48,7 +48,7 @@ class StandInConfig:
 
 
 class Classifier(nn.Module):
-    """Mean of the patch tokens of f, then one Linear; and each patch's pixels from its token, by another."""
+    """One Linear on the mean of f's patch tokens; another Linear reads each patch's pixels from its token."""
 
     def __init__(self, config: StandInConfig) -> None:
         super().__init__()
@@ -67,15 +67,15 @@ class Classifier(nn.Module):
 class IdentityObjective(WithoutAdversary):
     """Cross-entropy on the identity and the error of the patches read back; implements base.objective.Objective.
 
-    The head sees the very patch tokens that become f, so that these, not a class token, learn what things
-    are.
+    The head reads the patch tokens that become f, so that these tokens learn the identities, not a class
+    token.
     """
 
     name = "standin"
 
     def __init__(self, config: StandInConfig) -> None:
         self.config = config
-        # Every layer draws its initial weights from the CPU's generator: seeded here, put back afterwards.
+        # Every layer draws its initial weights from the CPU's generator; its state is restored afterwards.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             self.model = Classifier(config)
@@ -101,20 +101,20 @@ class IdentityObjective(WithoutAdversary):
         return LossOutput(loss_sum, {**terms, "accuracy": correct})
 
     def samples(self) -> npt.NDArray[np.uint8] | None:
-        """A classifier has nothing to show."""
+        """None: a classifier makes no images."""
         return None
 
     def export(self, directory: Path) -> None:
-        """Writes the ViT without its head: model.safetensors is what representation.weights can name."""
+        """Writes the ViT without its head; representation.weights can name the model.safetensors."""
         write_tensors(directory / WEIGHTS_NAME, self.model.representation.vit)
         files.write_json(directory / CONFIG_NAME, {"representation": to_dict(self.config.representation)})
 
     def fingerprints(self) -> Mapping[str, str]:
-        """Nothing was loaded: the seed and the shape say it all."""
+        """Hash of the config, seed and shape included; no weights were loaded."""
         return {"standin": files.digest(to_dict(self.config))}
 
     def describe(self) -> list[str]:
-        """One line for people."""
+        """A description of the model, in one line."""
         size = sum(p.numel() for p in self.model.representation.parameters()) / 1e6
         name, classes = self.config.representation.name, self.config.num_classes
         return [

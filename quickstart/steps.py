@@ -1,4 +1,4 @@
-"""A chain of commands, each done once: killed or failed, the same call continues at the step that is missing."""
+"""Runs a chain of commands, each once: after a kill or a failure the next call continues at the missing step."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from engine.logs import seconds_text
 from quickstart import chain_folder
 
 NOISE = re.compile(r"^(\[\d{4}-|\[W\d|\[rank|W\d{4}|\s*$)|Warning|warn")
-"""Log lines of libraries: kept in the step's log file, not shown."""
+"""Log lines of libraries. They stay in the step's log file and are not shown."""
 LINES_ON_FAILURE = 15
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: a command line, or a function of this process. `inputs` are the configs (YAML) it depends on."""
+    """One step: a command line, or a function of this process. `inputs` are the configs (YAML) that it depends on."""
 
     name: str
     about: str
     work: Sequence[str] | Callable[[], None]
     inputs: tuple[str, ...] = ()
     settings: Any = None
-    """Further JSON-able values it depends on."""
+    """Further JSON values that the step depends on."""
 
 
 def run_steps(root: Path, steps: Sequence[Step]) -> None:
-    """Runs what is not done yet. Refuses when the command or inputs of a done step changed.
+    """Runs the steps that are not done yet. Refuses if the command or inputs of a done step changed.
 
     Seconds of all runs of a step add up in durations.json. Raises UserError naming the step that failed.
     """
@@ -73,7 +73,7 @@ def run_steps(root: Path, steps: Sequence[Step]) -> None:
 
 
 def write_durations(root: Path, names: Sequence[str]) -> None:
-    """durations.json: [{"name", "seconds"}] of the steps so far, in order."""
+    """Writes durations.json: [{"name", "seconds"}] of the steps so far, in order."""
     markers = [(name, _marker(root, name)) for name in names]
     rows = [
         {"name": name, "seconds": files.read_json(path)["seconds"]} for name, path in markers if path.exists()
@@ -82,7 +82,7 @@ def write_durations(root: Path, names: Sequence[str]) -> None:
 
 
 def identity_of(root: Path, name: str) -> str:
-    """What the step, and all before it, were done with: a setting of steps elsewhere that build on it."""
+    """What the step and all steps before it were done with, as a setting for steps elsewhere that build on it."""
     return str(files.read_json(_marker(root, name))["identity"])
 
 
@@ -108,7 +108,7 @@ def _work(step: Step, log_path: Path) -> None:
         step.work()
         return
     command = list(step.work)
-    if Path(command[0]).name == "deepspeed":  # every run on this machine would otherwise ask for port 29500
+    if Path(command[0]).name == "deepspeed":  # otherwise every run on this machine asks for port 29500
         command[1:1] = ["--master_port", str(free_port())]
     log_path.parent.mkdir(parents=True, exist_ok=True)
     tail: deque[str] = deque(maxlen=LINES_ON_FAILURE)

@@ -14,13 +14,13 @@ from quickstart.pictures.source import BACKGROUND_NAMES, OBJECT_NAMES
 
 @dataclass(frozen=True)
 class JudgeRun(PixelRun):
-    """Training of the classifier that judges samples."""
+    """Training of the judge, a classifier."""
 
     judge: JudgeConfig
 
 
 def main() -> None:
-    """Reads the config, trains or resumes."""
+    """Reads the config; trains or resumes."""
     arguments = entry.config_parser(__doc__ or "", "configs/quickstart/judge.yaml").parse_args()
     run = entry.read_config(JudgeRun, arguments)
     classes = SceneClasses(objects=tuple(OBJECT_NAMES), backgrounds=tuple(BACKGROUND_NAMES))

@@ -1,4 +1,4 @@
-"""Trains a small stand-in for DINOv2 where that cannot be downloaded: quickstart/train_standin.py --config FILE"""
+"""Trains a small stand-in for DINOv2, for machines without a download: quickstart/train_standin.py --config FILE"""
 
 import sys
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from quickstart.standin import IdentityObjective, StandInConfig
 
 @dataclass(frozen=True)
 class StandInRun(PixelRun):
-    """Training of a small representation model where DINOv2 cannot be had."""
+    """Training of a small representation model that stands in for DINOv2."""
 
     standin: StandInConfig
 
@@ -28,7 +28,7 @@ class StandInRun(PixelRun):
 
 
 def main() -> None:
-    """Reads the config, trains or resumes."""
+    """Reads the config; trains or resumes."""
     arguments = entry.config_parser(__doc__ or "", "configs/quickstart/standin.yaml").parse_args()
     run = entry.read_config(StandInRun, arguments)
     if arguments.dry_run:

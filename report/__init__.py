@@ -1,4 +1,4 @@
-"""Scores, runs and data sets -> pages for people."""
+"""Pages for people, made from scores, runs and data sets."""
 
 import base  # noqa: F401  # before torch: base/__init__.py says how its threads wait
 from report.page import render_report

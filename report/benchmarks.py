@@ -1,4 +1,4 @@
-"""One page of benchmark scores: runs beside the paper's tables and beside each other, and what failed, with images."""
+"""One page of benchmark scores: runs beside the paper's tables and each other, and failed items with their images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from report.markup import Html, absent, document, facts, fill, section, together
 from report.paper_tables import TABLES, Column, PaperTable
 from report.style import CSS
 
-MAX_FAILED = 60  # shown of each suite and run, the first in manifest order
+MAX_FAILED = 60  # failed items shown of each suite and run, the first in manifest order
 MAX_ANSWER_CHARACTERS = 400
-FAILED_BELOW = {"rating": 2.0, "o": 3.0, "image_score": 50.0}  # numbers at which an item is shown as failed
+FAILED_BELOW = {"rating": 2.0, "o": 3.0, "image_score": 50.0}  # an item below its number is shown as failed
 ROLES = ("source", "original", "result")
 STYLE = """
 td.ours { background: color-mix(in srgb, var(--accent) 9%, transparent); }
@@ -87,14 +87,14 @@ _CARD = """\
 
 @dataclass(frozen=True)
 class Run:
-    """A folder and all it was scored on."""
+    """A run folder and all its scores."""
 
     name: str
-    evaluations: tuple[Evaluation, ...]  # by the path of their scores
+    evaluations: tuple[Evaluation, ...]  # ordered by the path of their scores
 
 
 def read_run(folder: Path) -> Run:
-    """Every scores.json in the folder or below it. Raises UserError: none."""
+    """Reads every scores.json in the folder or below it. Raises UserError: no scores."""
     paths = sorted(folder.rglob(SCORES_NAME))
     if not paths:
         raise UserError(f"{folder}: no {SCORES_NAME} in or below it; score a set of images first")
@@ -126,7 +126,7 @@ def page(runs: Sequence[Run], max_failed: int = MAX_FAILED) -> str:
 
 
 def find(run: Run, column: Column) -> Mapping[str, Any] | None:
-    """The run's number for a column: of the first evaluation that has it."""
+    """The run's number for a column, from the first evaluation that has it; None without one."""
     for evaluation in run.evaluations:
         scores = evaluation.scores
         if scores["suite"] == column.suite and (not column.beside or column.beside in scores["scores"]):
@@ -143,7 +143,7 @@ def find(run: Run, column: Column) -> Mapping[str, Any] | None:
 
 
 def _paper_table(table: PaperTable, runs: Sequence[Run]) -> Html | None:
-    """None when no run has a number of its columns."""
+    """The paper's table with a row for each run; None if no run has a number of its columns."""
     ours = [(run, [find(run, column) for column in table.columns]) for run in runs]
     ours = [(run, cells) for run, cells in ours if any(cells)]
     if not ours:
@@ -161,7 +161,7 @@ def _paper_table(table: PaperTable, runs: Sequence[Run]) -> Html | None:
 
 
 def _all_scores(runs: Sequence[Run]) -> Html:
-    """A row for every suite, metric and group; a column a run."""
+    """A table with a row for every suite, metric and group, and a column for each run."""
     rows: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
     for run in runs:
         for evaluation in run.evaluations:
@@ -177,7 +177,7 @@ def _all_scores(runs: Sequence[Run]) -> Html:
 
 
 def _item_by_item(runs: Sequence[Run]) -> Html:
-    """The first run against each other one, on the items that both were scored on."""
+    """The first run against each other run, on the items that both have scores of."""
     rows = [(run.name, one) for run in runs[1:] for one in paired(runs[0].evaluations, run.evaluations)]
     if not rows:
         return absent("No items that two runs were scored on.")
@@ -185,7 +185,7 @@ def _item_by_item(runs: Sequence[Run]) -> Html:
 
 
 def failed_items(evaluation: Evaluation) -> list[Item]:
-    """Items with a wrong or unreadable answer, or a number that is low on its scale."""
+    """Items with a wrong or unreadable answer, or with a number that is low on its scale."""
     found = []
     for item in evaluation.images.items if evaluation.images else ():
         line = evaluation.per_item.get(item.key)
@@ -268,7 +268,7 @@ def _beside(cell: Mapping[str, Any] | None, column: Column) -> tuple[str, str]:
 
 
 def _measured(cell: Mapping[str, Any] | None) -> tuple[str, str, int | None]:
-    """Value, interval and number of items."""
+    """Value, interval and number of items of a score."""
     if cell is None or cell["mean"] is None:
         return "–", "", None
     low, high = cell["low"], cell["high"]

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, coloured by the page's style sheet, or as files that bring its rules along."""
+"""Charts as SVG: inline, coloured by the page's style sheet, or as files that contain the style rules."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from report.style import chart_file_style
 
 WIDTH, HEIGHT = 320, 180  # user units; the page scales them
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 22  # margins around the plot
-FILE_SIZE = (720, 300)  # of the chart in a file
-FILE_HEAD = 52  # title and legend above it
-CHARACTER_WIDTH = 7  # at most, of the legend
+FILE_SIZE = (720, 300)  # size of a chart in a file
+FILE_HEAD = 52  # height of title and legend above the plot
+CHARACTER_WIDTH = 7  # upper bound for a character of the legend
 MAX_POINTS = 400
 BAR_HEIGHT = 24
-NUM_COLOURS = 8  # in the style sheet
+NUM_COLOURS = 8  # number of colours in the style sheet
 
 _CURVES = """\
 <svg viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ label }}">
@@ -77,7 +77,7 @@ _BARS = """\
 
 @dataclass(frozen=True)
 class Axis:
-    """Values -> 0 (lowest) to 1 (highest), on a logarithmic scale where all are positive and span a factor of 5."""
+    """Maps values to 0 (lowest) to 1 (highest), on a logarithmic scale if all are positive and span a factor of 5."""
 
     low: float
     high: float
@@ -85,7 +85,7 @@ class Axis:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Axis:
-        """An axis that holds all of them; at least one."""
+        """An axis that holds all of `values`, at least one."""
         low, high = min(values), max(values)
         if low > 0 and high > 5 * low:
             return cls(low, high, True)
@@ -93,13 +93,13 @@ class Axis:
         return cls(low - margin, high + margin, False) if low == high else cls(low, high, False)
 
     def place(self, value: float) -> float:
-        """0 to 1."""
+        """Position of `value` on the axis, 0 to 1."""
         if self.logarithmic:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Three to six round numbers, with labels that tell them apart."""
+        """Three to six round numbers, with labels that differ from each other."""
         values = _log_ticks(self.low, self.high) if self.logarithmic else _ticks(self.low, self.high)
         labels = [short(value) for value in values]
         if len(set(labels)) < len(labels):  # a narrow range far from zero
@@ -114,12 +114,12 @@ class Curve:
     name: str
     points: Sequence[tuple[float, float]]  # x ascending; at least one
     colour: int = 0  # number of the colour in the style sheet
-    is_faint: bool = False  # what a smoothed curve was made of
-    level: float | None = None  # what it is measured against: a dashed line across
+    is_faint: bool = False  # drawn faintly, under its smoothed curve
+    level: float | None = None  # reference value: a dashed line across
 
     @property
     def classes(self) -> str:
-        """In the style sheet."""
+        """The curve's classes in the style sheet."""
         return "curve" + (f" c{self.colour}" if self.colour else "") + (" faint" if self.is_faint else "")
 
 
@@ -138,10 +138,10 @@ def curve_chart(
     axis: Axis | None = None,
     is_detailed: bool = False,
 ) -> Html:
-    """Curves on the same axes, at least one. `unit`: of x; `marks`: (x, what happened there), dashed lines.
+    """Curves on shared axes, at least one. `unit`: the unit of x; `marks`: (x, what happened there), dashed lines.
 
-    `axis`: of the values (default: one that holds them all). `is_detailed`: with rings at the points and round numbers
-    along x.
+    `axis`: the axis of the values (default: one that holds them all). `is_detailed`: with rings at the points and round
+    numbers along x.
     """
     width, height = size
     curves = [dataclasses.replace(curve, points=thinned(curve.points)) for curve in curves]
@@ -187,7 +187,7 @@ def curve_chart(
 def chart_file(curves: Sequence[Curve], title: str, axis: Axis | None = None) -> str:
     """The chart as an SVG file that stands alone: styles, white ground (for dark pages too), title and legend inside.
 
-    `title` says what is drawn over what. Curves without a name are not in the legend.
+    `title` names the two axes. Curves without a name are not in the legend.
     """
     width, height = FILE_SIZE
     legend, left = [], float(LEFT)
@@ -201,7 +201,7 @@ def chart_file(curves: Sequence[Curve], title: str, axis: Axis | None = None) ->
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MAX_POINTS of them and the last: lowest and highest of each stretch, so that no spike is lost."""
+    """At most MAX_POINTS points and the last one: lowest and highest of each stretch, so that no spike is lost."""
     stride = 2 * -(-len(points) // MAX_POINTS)
     if stride == 2:
         return list(points)
@@ -214,7 +214,7 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def smoothed(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[float, float]]:
-    """The mean of each point and its neighbours, up to `reach` on both sides; as many on either, so nothing lags."""
+    """The mean of each point and its neighbours, up to `reach` on either side, as many on both: nothing lags."""
     sums = [0.0, *itertools.accumulate(value for _, value in points)]
     result = []
     for place, (step, _) in enumerate(points):
@@ -260,7 +260,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten in [low, high], with their double and fivefold where that leaves at most six."""
+    """Powers of ten in [low, high], with 2 and 5 times a power if that leaves at most six."""
     powers = [10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     fine = [factor * power for power in powers for factor in (1, 2, 5) if low <= factor * power <= high]
     return fine if len(fine) <= 6 else [power for power in powers if low <= power <= high]

@@ -1,4 +1,4 @@
-"""Two runs scored on the same items: which of them is right where, and whether that can be chance."""
+"""Two runs scored on the same items: which run is right where, and whether the difference can be chance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from report.inputs import Evaluation
 
 @dataclass(frozen=True)
 class Paired:
-    """Right and wrong of one metric over the items that both have."""
+    """Right and wrong answers of one metric over the items that both runs have."""
 
     suite: str
     metric: str
@@ -22,14 +22,14 @@ class Paired:
 
     @property
     def p_value(self) -> float:
-        """Two-sided exact sign test on the items where they differ (McNemar 1947): 1 where they never do."""
+        """Two-sided exact sign test on the items where the runs differ (McNemar 1947); 1 if they never differ."""
         differ, fewer = self.only_first + self.only_second, min(self.only_first, self.only_second)
         tail = sum(math.comb(differ, k) for k in range(fewer + 1))
         return min(1.0, float(2 * tail / 2**differ))
 
 
 def paired(first: Sequence[Evaluation], second: Sequence[Evaluation]) -> list[Paired]:
-    """Every yes-or-no metric of every suite that both were scored on; items are matched by key."""
+    """Every yes-or-no metric of every suite that both runs have; items are matched by key."""
     others = {str(evaluation.scores["suite"]): evaluation for evaluation in reversed(second)}
     found = []
     for evaluation in first:

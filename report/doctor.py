@@ -23,11 +23,11 @@ from report.markup import Html, document, facts, fill, section, together
 from report.style import CSS
 
 MAX_PX = 192  # long side of an image on the page
-MIN_PX = 96  # smaller ones are shown larger, pixel by pixel
+MIN_PX = 96  # smaller images are shown larger, pixel by pixel
 MAX_PROBLEMS = 200
-MAX_TEXTS = 4  # captions of a sample
+MAX_TEXTS = 4  # captions shown of a sample
 MAX_TEXT_CHARACTERS = 400
-LATENT_RANGE = 2.5  # deviations from black to white
+LATENT_RANGE = 2.5  # standard deviations from black to white
 STYLE = """
 table, svg.bars { max-width: 800px; }
 .strip { flex-wrap: wrap; }
@@ -61,7 +61,7 @@ LEAD = '<p class="soft">Those with the smallest hash of their key: a random choi
 
 
 def write_page(diagnosis: Diagnosis, path: Path) -> None:
-    """Writes the page. Raises UserError: a file there that is none of our pages."""
+    """Writes the page. Raises UserError: the file exists and is not one of our pages."""
     files.write_page(path, page(diagnosis))
 
 
@@ -89,7 +89,7 @@ def _head(diagnosis: Diagnosis, name: str) -> Html:
 
 
 def _problems(diagnosis: Diagnosis) -> Html:
-    """Problems and notes; nothing if there are none."""
+    """Problems and notes; nothing without any."""
     parts = []
     if diagnosis.num_problems:
         listed = diagnosis.problems[:MAX_PROBLEMS]
@@ -101,7 +101,7 @@ def _problems(diagnosis: Diagnosis) -> Html:
 
 
 def _bars(histogram: Histogram) -> Html:
-    """One bar says nothing that the summary does not."""
+    """The histogram's summary, and its bars if there are several: one bar only repeats the summary."""
     bars = [(name, count, f"{count:,}") for name, count in histogram.bars]
     chart = bar_chart(bars, histogram.title) if len(bars) > 1 else ""
     return fill("<p>{{ summary }}</p>{{ chart }}", summary=histogram.summary, chart=chart)
@@ -130,7 +130,7 @@ def _pictures(sample: Sample, latent: LatentInfo | None) -> Iterator[Html]:
 
 
 def _latent_image(payload: bytes, latent: LatentInfo) -> Image.Image:
-    """The first three channels of the first view as red, green, blue. Raises ValueError: another size, not finite."""
+    """The first view's first three channels as red, green, blue. Raises ValueError: another size, not finite."""
     z_CYX = normalised(stored_values(payload, latent)[0, 0], latent)[:3]
     if not np.isfinite(z_CYX).all():
         raise ValueError("not finite")
@@ -145,7 +145,7 @@ def _img(image: Image.Image, part: str) -> Html:
 
 
 def _texts(sample: Sample) -> list[str]:
-    """The sample's captions, or its class; as much as fits."""
+    """The sample's captions, or its class; at most MAX_TEXTS."""
     try:
         tree = json.loads(sample.parts.get("json", b"{}"))
     except (ValueError, RecursionError):

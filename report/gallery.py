@@ -1,4 +1,4 @@
-"""Image sections of the report: the first items of every group in manifest order, never picked by hand."""
+"""Image sections of the report: the first items of every group in manifest order, never hand-picked."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from report.inputs import Evaluation
 from report.markup import Html, fill, together
 
 MAX_SMALL_PX = 128  # images up to this side are shown larger, pixel by pixel
-MAX_PX = 256  # larger ones are shown smaller
+MAX_PX = 256  # larger images are shown smaller
 MAX_RECONSTRUCTIONS = 20
-MAX_SAMPLES = 18  # of each group
-MAX_EDITS = 8  # of each group
+MAX_SAMPLES = 18  # shown of each group
+MAX_EDITS = 8  # shown of each group
 
 
 _IMAGE = """\
@@ -42,11 +42,11 @@ _CARD = """\
 {% if seen %}<br>judge sees: {{ seen }}{% endif %}</span></figcaption></figure>"""
 
 Mark = tuple[bool | None, str]
-"""Right or wrong (None: neither), and of what."""
+"""(right, wrong or neither (None); the name of the judged thing)."""
 
 
 def reconstructions(evaluation: Evaluation) -> Html:
-    """Originals beside what the autoencoder makes of them."""
+    """Originals beside their reconstructions."""
     cards = []
     items = [item for group in evaluation.groups().values() for item in group]
     for item in items[:MAX_RECONSTRUCTIONS]:
@@ -58,7 +58,7 @@ def reconstructions(evaluation: Evaluation) -> Html:
 
 
 def text_to_image(evaluation: Evaluation) -> Html:
-    """Samples with their captions and what the judge says."""
+    """Drawn images with their captions and the judge's answers."""
 
     def card(item: Item) -> Html:
         words = {"objects": "object_right", "background": "background_right", "order": "relation_right"}
@@ -84,9 +84,9 @@ def edits(evaluation: Evaluation) -> Html:
 
 
 def inlined(image: Image.Image, alt: str, min_px: int, max_px: int) -> Html:
-    """An <img> that holds its bytes: at most `max_px` a side; up to `min_px` enlarged, pixel by pixel.
+    """An <img> with the image's bytes inside: at most `max_px` a side; up to `min_px` enlarged, pixel by pixel.
 
-    Small images as PNG, others as JPEG, which is a tenth of it.
+    Small images are PNG; larger ones are JPEG, at a tenth of PNG's size.
     """
     image.thumbnail((max_px, max_px))
     is_small = max(image.size) <= min_px
@@ -104,7 +104,7 @@ def inlined(image: Image.Image, alt: str, min_px: int, max_px: int) -> Html:
 
 
 def grid(cards: Sequence[Html], cell_px: int) -> Html:
-    """Figures side by side, each at least that wide."""
+    """Figures side by side, each at least `cell_px` wide."""
     return fill(_GRID, cards=cards, cell_px=cell_px)
 
 
@@ -114,7 +114,7 @@ def strip(evaluation: Evaluation, item: Item, roles: Sequence[tuple[str, str]]) 
 
 
 def _groups(evaluation: Evaluation, card: Callable[[Item], Html], max_shown: int, cell_px: int) -> Html:
-    """The first items of every group, under its name."""
+    """The first items of every group, under the group's name."""
     sections = []
     for group, items in evaluation.groups().items():
         cards = [card(item) for item in items[:max_shown]]
@@ -127,7 +127,7 @@ def _groups(evaluation: Evaluation, card: Callable[[Item], Html], max_shown: int
 def _card(
     evaluation: Evaluation, item: Item, roles: Sequence[tuple[str, str]], text: str, marks: Sequence[Mark]
 ) -> Html:
-    """Images, the text that was asked for, the marks and, where one of them is a cross, what the judge saw instead."""
+    """Images, the requested text and the marks; with a cross among the marks, also what the judge saw instead."""
     seen = ""
     if any(right is False for right, _ in marks):
         detail = evaluation.per_item[item.key]["detail"]
@@ -144,13 +144,13 @@ def _image(evaluation: Evaluation, item: Item, role: str) -> Html:
 
 
 def _value(evaluation: Evaluation, item: Item, name: str) -> Any:
-    """A number or a yes of an item; None: it has none of this name."""
+    """The item's number or yes-or-no value called `name`; None without one."""
     value = evaluation.per_item[item.key]["values"].get(name)
     return None if isinstance(value, list) else value
 
 
 def _text(item: Item, field: str) -> str:
-    """The caption or instruction that was used: `field`, or the first of its plural."""
+    """The caption or instruction that was used: `field`, or the first text of its plural."""
     several = item.meta.get(f"{field}s")
     first = several[0] if isinstance(several, list) and several else ""
     return str(item.meta.get(field) or first)

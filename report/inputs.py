@@ -1,7 +1,7 @@
-"""What a report shows, read from a run folder. Everything is optional: what is absent is said on the page.
+"""Reads a report's contents from a run folder. Every file is optional; the page says what is missing.
 
 durations.json               [{"name", "seconds"}, ...] in the order the steps ran
-notes.json                   ["sentence", ...]: what stands in for what, and other plain words
+notes.json                   ["sentence", ...]: which part is a stand-in for which, and other remarks
 TRAINING/metrics.jsonl       one line a logged step, with "step", "loss" and other numbers
 evaluation/NAME/scores.json  and per_item.jsonl beside it, written by evaluation.runner
 """
@@ -71,7 +71,7 @@ class _Duration(TypedDict):
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-# What somebody else may have written: nothing else of it is taken for granted.
+# Strangers may have written these files: only what the types name is checked and used.
 _SCORES, _LINES = TypeAdapter(_Scores), TypeAdapter(list[_Line])
 _DURATIONS, _NOTES = TypeAdapter(list[_Duration]), TypeAdapter(list[str])
 
@@ -84,16 +84,16 @@ class Training:
     rows: tuple[Mapping[str, float | None], ...]  # in step order; each has "step"
 
     def series(self, metric: str) -> list[tuple[float, float]]:
-        """(step, value) wherever the metric was logged and finite."""
+        """(step, value) of every step at which the metric was logged and finite."""
         pairs = [(row["step"], row.get(metric)) for row in self.rows]
         return [(step, value) for step, value in pairs if step is not None and value is not None]
 
     def seconds_at(self, step: int) -> float | None:
-        """Seconds that the first `step` steps took; None: not logged so far.
+        """Seconds that the first `step` steps took; None: no line covers them.
 
-        They are the sum of `step_s`: data, forward, backward, optimizer and what they wait for. The start of a process,
-        samples, checkpoints, exports and steps that were done again later do not count. A line's mean counts for all
-        steps since the line before it, and inside that stretch the time grows evenly.
+        The seconds are the sum of `step_s`: data, forward, backward, optimizer and the waits between them. The start of
+        a process, samples, checkpoints, exports and repeated steps do not count. A line's mean counts for all steps
+        since the line before it, and inside that stretch the time grows evenly.
         """
         steps, seconds = [0.0], [0.0]
         for last, step_s in self.series("step_s"):
@@ -102,18 +102,18 @@ class Training:
         return float(np.interp(step, steps, seconds)) if step <= steps[-1] else None
 
     def last(self) -> dict[str, float | None]:
-        """Every logged number of the last row; {} before the first."""
+        """Every logged number of the last row; {} without rows."""
         return dict(self.rows[-1]) if self.rows else {}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One scored image set."""
+    """One scored image set, with its images if they still exist."""
 
     name: str
     scores: Mapping[str, Any]  # scores.json
     per_item: Mapping[str, Mapping[str, Any]]  # key -> line of per_item.jsonl
-    images: ImageSet | None  # None when the images are gone
+    images: ImageSet | None  # None: the images are gone
 
     def groups(self) -> dict[str, list[Item]]:
         """Scored items by their first group ("" without one), groups and items in manifest order."""
@@ -127,7 +127,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ReportInput:
-    """A run as far as it got."""
+    """Everything that a run, finished or not, has written so far."""
 
     durations: tuple[tuple[str, float], ...]  # step name, seconds
     notes: tuple[str, ...]
@@ -138,7 +138,7 @@ class ReportInput:
 
 
 def read_report_input(root: Path) -> ReportInput:
-    """Reads what is there. Raises UserError: a file that is not what it should be."""
+    """Reads the files that exist. Raises UserError: a malformed file."""
     durations = _read(root / "durations.json", _DURATIONS)
     order = {step["name"]: place for place, step in enumerate(durations)}
     trainings = [read_training(path.parent) for path in sorted(root.glob(f"*/{METRICS_NAME}"))]
@@ -156,14 +156,14 @@ def read_report_input(root: Path) -> ReportInput:
 
 
 def read_training(run_dir: Path) -> Training:
-    """What a training logged; no rows where it logged nothing. Raises UserError: as logged."""
+    """The logged rows of a training; none if nothing was logged. Raises UserError: as `logged`."""
     return logged(run_dir.name, run_dir / METRICS_NAME)
 
 
 def logged(name: str, path: Path) -> Training:
-    """The lines of a log that have a step; what is no finite number in them is None, as a run writes it.
+    """The lines of a log that have a step. A value that is no finite number becomes None, as a run writes it.
 
-    No rows where there is no such file. Raises UserError: as read_lines.
+    Without the file there are no rows. Raises UserError: as read_lines.
     """
     rows = [{key: _number(value) for key, value in row.items()} for row in read_lines(path)]
     return Training(name, tuple(row for row in rows if row.get("step") is not None))
@@ -172,12 +172,12 @@ def logged(name: str, path: Path) -> Training:
 def _number(value: object) -> float | None:
     try:
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # an integer larger than any float
         return None
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """What stands beside a scores.json. Raises UserError: a file that is not what evaluation.runner writes."""
+    """Reads scores.json and the files beside it. Raises UserError: a file that evaluation.runner does not write."""
     scores = files.checked(_SCORES, files.read_json(path), path)
     lines = read_lines(path.with_name(PER_ITEM_NAME), "an evaluation")
     images_dir = path.parent / scores["images"]
@@ -195,7 +195,7 @@ def _read(path: Path, kind: TypeAdapter[Any]) -> Any:
 
 
 def read_lines(path: Path, writer: str = "a training") -> list[dict[str, Any]]:
-    """Objects, one a line; [] without the file; the last line may be torn while `writer` is still writing it.
+    """Reads objects, one a line; [] without the file. The last line may be torn, as `writer` may still write it.
 
     Raises UserError naming the line: no JSON object, not UTF-8.
     """

@@ -1,4 +1,4 @@
-"""The one place where HTML and SVG are made: templates whose values are escaped, all but what was made here.
+"""The one place that makes HTML and SVG: templates escape every value except markup made here.
 
 A template is a constant of the module that uses it (Jinja2's language). Attributes stand in double quotes.
 """
@@ -35,17 +35,17 @@ _FACTS = "<dl>{% for name, value in pairs %}<dt>{{ name }}</dt><dd>{{ value }}</
 
 
 def fill(template: str, **values: object) -> Html:
-    """`template`, a constant, with `values` escaped; what `fill` has made stays as it is."""
+    """Fills `template`, a constant, with `values`. Values are escaped, except markup that `fill` made."""
     return Html(_compiled(template).render(values))  # noqa: S704  # autoescape is on
 
 
 def together(parts: Iterable[object]) -> Html:
-    """One after the other, each escaped unless it was made here."""
-    return Html("").join(parts)  # type: ignore[arg-type]  # it escapes whatever has a text
+    """Joins the parts; a part is escaped unless it was made here."""
+    return Html("").join(parts)  # type: ignore[arg-type]  # join escapes every part without __html__
 
 
 def section(title: str, body: Html, lead: str = "") -> Html:
-    """A heading, a sentence about what follows, and that."""
+    """A heading, a sentence about the body, and the body."""
     return fill(_SECTION, title=title, body=body, lead=lead)
 
 
@@ -55,18 +55,18 @@ def facts(pairs: Iterable[tuple[str, object]]) -> Html:
 
 
 def absent(text: str) -> Html:
-    """Stands where there is nothing to show."""
+    """A note in the place of something that does not exist."""
     return fill('<p class="absent">{{ text }}</p>', text=text)
 
 
 def document(title: str, style: str, body: Html, refresh_s: float | None = None) -> str:
-    """A whole page. `style`: CSS of ours, a constant; `refresh_s`: a browser loads it again after so many seconds."""
+    """A whole page. `style`: our own CSS, a constant; `refresh_s`: seconds after which a browser reloads the page."""
     css = Html(style)  # noqa: S704  # a constant
     return whole(fill(_DOCUMENT, title=title, style=css, body=body, refresh_s=refresh_s))
 
 
 def whole(made: Html) -> str:
-    """As a file holds it: plain text, question marks for halves of characters, which UTF-8 has no bytes for."""
+    """The page as plain text for a file. Lone surrogates become question marks, as UTF-8 cannot encode them."""
     return str(made).encode("utf-8", "replace").decode()
 
 

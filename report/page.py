@@ -1,4 +1,4 @@
-"""Puts the page together: sections of HTML, images inlined as PNG, one file that can be sent to anybody."""
+"""Puts the page together: sections of HTML, images inlined as PNG, one file to send to anybody."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from report.verdicts import TARGETS, Outcome, outcomes
 
 REPORT_NAME = "report.html"
 SUMMARY_NAME = "report.json"
-# Logged, but no result of a training; nor is what stands under "system/".
+# Logged numbers that are no results of a training; nor is anything under "system/".
 BOOKKEEPING = {"step", "loss", "lr", "nonfinite_steps", "epoch", "time_s", "num_steps"}
 ATTRIBUTION = """\
 <p>Emoji graphics: Twemoji, copyright Twitter, Inc and other contributors, licensed under \
@@ -85,7 +85,7 @@ GALLERIES = (
 def render_report(root: Path) -> Path:
     """Writes `root`/report.html and report.json from what the run folder holds; returns the page's path.
 
-    Works on a run that has not finished: what is missing is named on the page and is null in the JSON.
+    The run may be unfinished: the page names what is missing, and the JSON has null there.
     """
     report = read_report_input(root)
     found = outcomes(report)
@@ -95,7 +95,7 @@ def render_report(root: Path) -> Path:
 
 
 def summary(report: ReportInput, found: Sequence[Outcome]) -> dict[str, Any]:
-    """Everything a machine may want: targets, scores, durations, last logged numbers, environment."""
+    """The report for machines: targets, scores, durations, last logged numbers, environment."""
     return {
         "targets": [{**dataclasses.asdict(outcome), "passed": outcome.passed} for outcome in found],
         "scores": {name: dict(evaluation.scores) for name, evaluation in report.evaluations.items()},
@@ -126,7 +126,7 @@ def page(report: ReportInput, found: Sequence[Outcome]) -> str:
 
 
 def _targets(report: ReportInput, found: Sequence[Outcome]) -> Html:
-    """Title, what to know first, and the table of targets."""
+    """Title, opening notes, and the table of targets."""
     signs = {True: ("✓ reached", "good"), False: ("✗ falls short", "bad"), None: ("not yet", "none")}
     targets = []
     for one in found:
@@ -151,7 +151,7 @@ def _scores(report: ReportInput) -> Html:
 
 
 def _score_table(evaluation: Evaluation) -> Html:
-    """One table an evaluation: a row for everything and for each group, a column a metric."""
+    """One table for each evaluation: a row for all items and for each group, a column for each metric."""
     scores = evaluation.scores
     metrics = list(scores["scores"])
     partial = f", partial: {scores['n_failed']} images missing" if scores["partial"] else ""
@@ -172,7 +172,7 @@ def _score_table(evaluation: Evaluation) -> Html:
 
 
 def _cell(estimate: Mapping[str, Any] | None) -> tuple[str, int]:
-    """Value ("" where there is none) and number of items."""
+    """Value ("" without one) and number of items."""
     if estimate is None or estimate["mean"] is None:
         return "", 0
     value = estimate["mean"]

@@ -1,6 +1,6 @@
-"""The rows of the paper's tables that a run can be set beside (RPiAE, Tables 3, 4, 5, 8 and 9).
+"""The rows of the paper's tables that a run can be compared with (RPiAE, Tables 3, 4, 5, 8 and 9).
 
-Every column says where its number stands in a scores.json. Tables whose columns repeat those of another one name it.
+Every column says where its number stands in a scores.json. A table that repeats another table's columns names it.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ Row = tuple[str, tuple[float | None, ...]]
 
 @dataclass(frozen=True)
 class Column:
-    """One number of a row."""
+    """One number of a table's row."""
 
     label: str
     suite: str
     metric: str
-    """Name in scores.json, or its beginning where a judge's name follows (it ends with _)."""
+    """Name in scores.json; a name that ends with _ is the part before a judge's name."""
     group: str | None = None
     scale: float = 1.0
     """The table's number = scale times the score."""
     less_is_better: bool = False
     digits: int = 2
-    """After the point, as the paper prints them."""
+    """Digits after the point, as the paper prints them."""
     beside: str = ""
-    """Metric that must stand in the same scores, where the suite's name does not say enough."""
+    """A metric that must be in the same scores, if the suite's name alone is ambiguous."""
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table, or the part of it that has these columns."""
+    """A table of the paper, or the part of it with these columns."""
 
     title: str
     columns: tuple[Column, ...]

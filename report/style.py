@@ -1,4 +1,4 @@
-"""The page's style sheet: light and dark, no fonts or files from elsewhere."""
+"""The page's style sheet: light and dark, without external fonts or files."""
 
 import re
 
@@ -92,7 +92,7 @@ a { color: var(--accent); }
 
 
 def chart_file_style() -> str:
-    """The charts' rules for an image of its own: always light, and without variables, which not every viewer knows."""
+    """Style rules of a chart in a file of its own: always light, without CSS variables, which some viewers lack."""
     colours = dict(re.findall(r"--(\w+): (#\w+);", _LIGHT))
     rules = re.sub(r"var\(--(\w+)\)", lambda found: colours[found[1]], _CHARTS)
     return f"svg {{ font-family: system-ui, Segoe UI, sans-serif; }}\n{rules}"

@@ -1,4 +1,4 @@
-"""What the quickstart must show, and whether it does."""
+"""The targets of the quickstart, and whether a run reaches them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from report.inputs import ReportInput
 
 @dataclass(frozen=True)
 class Target:
-    """A number to reach."""
+    """A number to reach, and where it is measured."""
 
     label: str
     evaluation: str  # folder under evaluation/
@@ -21,11 +21,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A target beside what was measured; `value` None: not measured yet."""
+    """A target beside the measured value; `value` None: not measured yet."""
 
     label: str
     value: float | None
-    low: float | None  # 95 % confidence interval, None where there is none
+    low: float | None  # 95 % confidence interval, None without one
     high: float | None
     n: int
     asked: float
@@ -34,7 +34,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool | None:
-        """None: not measured."""
+        """Whether the target is reached; None: not measured."""
         if self.value is None:
             return None
         return self.value <= self.asked if self.at_most else self.value >= self.asked
@@ -52,7 +52,7 @@ MAX_MINUTES = 25.0
 
 
 def outcomes(report: ReportInput) -> list[Outcome]:
-    """Every target in order, then the time it all took."""
+    """Every target in order, then the total time."""
     found = [_outcome(target, report) for target in TARGETS]
     minutes = sum(seconds for _, seconds in report.durations) / 60 if report.durations else None
     time = Outcome(

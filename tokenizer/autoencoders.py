@@ -1,4 +1,4 @@
-"""Any saved autoencoder by its folder: RPiAE, RAE, or a convolutional VAE."""
+"""Loads a saved autoencoder of any kind: RPiAE, RAE, or a convolutional VAE."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CLASSES: dict[Kind, type[Autoencoder] | type[KlAutoencoder]] = {
 
 
 def load_autoencoder(directory: str | Path) -> ImageAutoencoder:
-    """Reads what `save` of any autoencoder wrote, on the CPU, in evaluation mode.
+    """Loads a folder that `ImageAutoencoder.save` wrote, on the CPU, in evaluation mode.
 
-    Raises UserError: nothing there, another format, parameters that do not fit.
+    Raises UserError: no autoencoder in the folder, another format version, parameters that do not fit.
     """
     kind, _ = read_tree(directory)
     return CLASSES[kind].load(directory)

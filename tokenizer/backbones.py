@@ -1,4 +1,4 @@
-"""What a library's vision transformer must offer to be a representation model, and timm's models as such.
+"""The interface of a representation model's vision transformer, and timm's models behind it.
 
 Shapes: B batch, D width, N patch tokens in row-major order, P prefix tokens (class, then registers), S input
 px.
@@ -29,8 +29,8 @@ SWITCHES = (
     "use_rot_pos_emb",
 )  # fmt: skip
 CHOICES = {"act_layer": ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu"), "pos_embed": ("learn", "none")}
-"""These four: what an override of a timm model may be. timm.create_model takes more, such as a path of weights; and a
-stranger's export brings overrides, too."""
+"""SIZES, FACTORS, SWITCHES and CHOICES list all that an override of a timm model may be. timm.create_model takes more,
+such as a path of weights, and a stranger's export brings overrides too."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Traits:
 
 
 class Backbone(Protocol):
-    """A vision transformer without head, whose last LayerNorm has no affine. Holds no weights but `vit`'s."""
+    """A vision transformer without head; its last LayerNorm has no weight and bias. Only `vit` holds weights."""
 
     @property
     def vit(self) -> nn.Module:
@@ -62,7 +62,7 @@ class Backbone(Protocol):
 
     @property
     def traits(self) -> Traits:
-        """Its sizes and pixel statistics."""
+        """The model's sizes and pixel statistics."""
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -73,15 +73,15 @@ class Backbone(Protocol):
         """The MLP of the last block."""
 
     def checkpoint_activations(self) -> None:
-        """From now on training keeps each block's input only and computes the block again in a backward pass."""
+        """Turns on activation checkpointing: training keeps each block's input and recomputes the block later."""
 
     def patch_tokens(self, x_BCSS: Tensor) -> Tensor:
         """Normalised pixels -> [B, N, D] after the last norm."""
 
     def intermediates(self, x_BCSS: Tensor, depths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """After each block in `depths`, increasing, before the last norm: patches [B, N, D], prefix [B, P, D].
+        """Tokens after each block in `depths` (increasing), before the last norm: patches [B, N, D], prefix [B, P, D].
 
-        Blocks after the last of them do not run.
+        Blocks after the last of `depths` do not run.
         """
 
 
@@ -93,7 +93,7 @@ def output_weight(mlp: nn.Module) -> nn.Parameter:
 
 
 def without_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
-    """The same normalisation with neither weight nor bias."""
+    """A LayerNorm of `norm`'s shape and eps, without weight and bias."""
     return LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
 
 
@@ -104,7 +104,7 @@ class TimmBackbone:
     vit: Any
     """The model as timm builds it, so that state dicts keep timm's names."""
     traits: Traits
-    """Its sizes and pixel statistics."""
+    """The model's sizes and pixel statistics."""
 
     @property
     def last_mlp(self) -> nn.Module:
@@ -114,12 +114,12 @@ class TimmBackbone:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """timm's."""
+        """timm's transformer blocks, first to last."""
         blocks: nn.ModuleList = self.vit.blocks
         return blocks
 
     def checkpoint_activations(self) -> None:
-        """timm's own switch."""
+        """Turns on timm's own activation checkpointing."""
         self.vit.set_grad_checkpointing(True)
 
     def patch_tokens(self, x_BCSS: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class TimmBackbone:
         return tokens
 
     def intermediates(self, x_BCSS: Tensor, depths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """After each block in `depths`, before the last norm: patches [B, N, D] and prefix [B, P, D]."""
+        """Tokens after each block in `depths`, before the last norm: patches [B, N, D] and prefix [B, P, D]."""
         has_prefix = self.traits.num_prefix_tokens > 0
         outputs = self.vit.forward_intermediates(
             x_BCSS,
@@ -144,7 +144,7 @@ class TimmBackbone:
 def build_timm(
     name: str, input_px: int, *, pretrained: bool, overrides: Mapping[str, FieldValue]
 ) -> TimmBackbone:
-    """The timm model without head. A short name gets the position table of `input_px`, resampled by timm.
+    """Builds timm's model without head. For a short name timm resamples the position table to `input_px`.
 
     Raises UserError: weights that cannot be downloaded, an unknown name, arguments timm refuses, no ViT.
     """

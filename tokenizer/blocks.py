@@ -1,4 +1,4 @@
-"""torch.compile for the blocks that networks repeat: names of parameters, exports and checkpoints stay.
+"""torch.compile for a network's repeated blocks; names of parameters, exports and checkpoints do not change.
 
 A block's `forward` is compiled in place (nn.Module.compile). A copy of a compiled block runs uncompiled, with its own
 weights, until it is compiled itself.
@@ -15,10 +15,10 @@ from tokenizer.representation import Representation
 
 
 def compile_blocks(network: nn.Module, *, leave: int = 0) -> None:
-    """Compiles the blocks of an encoder, a bridge or a decoder, the last `leave` excepted.
+    """Compiles the blocks of an encoder, a bridge or a decoder, except the last `leave` blocks.
 
-    What comes after them stays visible to autograd: the layer whose weight an adaptive loss weight is measured at. A
-    compiled block's backward pass always computes its parameters' gradients, asked for or not.
+    Blocks left out stay visible to autograd, which an adaptive loss weight needs: it is measured at one layer's weight.
+    A compiled block's backward pass always computes its parameters' gradients, asked for or not.
     """
     # A donated buffer is overwritten in the backward pass; the adaptive weights pass twice through some blocks.
     torch._functorch.config.donated_buffer = False
@@ -28,7 +28,7 @@ def compile_blocks(network: nn.Module, *, leave: int = 0) -> None:
 
 
 def repeated(network: nn.Module) -> nn.ModuleList:
-    """The list of blocks that is most of the network."""
+    """The list of blocks that makes up most of the network."""
     if isinstance(network, Representation):
         return network.blocks
     if isinstance(network, CnnDecoder):

@@ -20,7 +20,7 @@ LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """Size of the Variational Bridge; its width is the representation model's."""
+    """Size of the Variational Bridge. Its width D is the representation model's."""
 
     latent_channels: int = 64
     """Channels C of the latent z."""
@@ -81,7 +81,7 @@ class BridgeDecoder(nn.Module):
 
 
 class Bridge(nn.Module):
-    """VB_e and VB_d."""
+    """The Variational Bridge: VB_e and VB_d."""
 
     def __init__(self, config: BridgeConfig, width: int) -> None:
         super().__init__()
@@ -90,6 +90,6 @@ class Bridge(nn.Module):
 
 
 def sample_latent(mu_BCYX: Tensor, logvar_BCYX: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws z = mu + exp(logvar / 2) eps, eps ~ N(0, I) (reparameterisation, Kingma and Welling 2014)."""
+    """Draws z = mu + exp(logvar / 2) eps, eps ~ N(0, I), [B, C, Y, X] (reparameterisation, Kingma and Welling 2014)."""
     eps = torch.randn(mu_BCYX.shape, generator=generator, device=mu_BCYX.device, dtype=mu_BCYX.dtype)
     return mu_BCYX + torch.exp(0.5 * logvar_BCYX) * eps

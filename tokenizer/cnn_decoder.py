@@ -1,4 +1,4 @@
-"""The pixel decoder D as convolutions: Stable Diffusion's decoder on the feature map (ablations, Table 5b).
+"""The pixel decoder D as a convolutional network: Stable Diffusion's decoder on the feature map (paper, Table 5b).
 
 Shapes: B batch, D feature width, Y X token grid, P side in pixels of the square that a token becomes.
 """
@@ -22,9 +22,9 @@ NORM_GROUPS = 32
 class CnnDecoder(nn.Module):
     """f or f_hat -> pixels_01: LDM's decoder (Rombach et al. 2022), diffusers' implementation.
 
-    Attention in the middle and, as LDM's attention at 16x16, in every block at the token grid. `mean` and `std`
-    are the representation model's pixel statistics: the last convolution predicts normalised pixels, as the
-    last Linear of the ViT does.
+    Attention stands in the middle and in every block at the token grid (LDM's attention at 16x16). `mean` and `std`
+    are the representation model's pixel statistics: the last convolution predicts normalised pixels, as the ViT
+    decoder's last Linear does.
     """
 
     pixel_mean: Tensor
@@ -63,7 +63,7 @@ class CnnDecoder(nn.Module):
             norm_num_groups=NORM_GROUPS,
         )
         replace_norms(self.net)
-        # Where its models get it from enable_gradient_checkpointing, a decoder alone must be told how.
+        # diffusers' models set this function in enable_gradient_checkpointing; a bare Decoder has no such method.
         self.net._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -83,8 +83,8 @@ class CnnDecoder(nn.Module):
 
 
 def channels_last_on_gpu(x_BCYX: Tensor) -> Tensor:
-    """The same values, on a GPU in the order that its convolutions are fastest in.
+    """`x_BCYX` in channels-last order on a GPU, whose convolutions are fastest in it; unchanged on a CPU.
 
-    Convolutions hand the order of their input on; weights need none: ZeRO lays them out flat anyway.
+    Convolutions keep the order of their input. Weights are not reordered, because ZeRO flattens them anyway.
     """
     return x_BCYX.contiguous(memory_format=torch.channels_last) if x_BCYX.is_cuda else x_BCYX

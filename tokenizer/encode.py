@@ -1,4 +1,4 @@
-"""Pixel shards -> latent shards: same shard names, keys and json; several ranks; resumable by shard.
+"""Encodes pixel shards into latent shards: equal shard names, keys and json; several ranks; resumable by shard.
 
 Batches are cut inside a shard, in its order, so a shard's bytes do not depend on which rank wrote it, nor on
 whether the run was interrupted. Threads decode the next batch and write the last one while the encoder runs.
@@ -44,9 +44,9 @@ from tokenizer.moments import Moments
 from tokenizer.views import Views, ahead, read_crops
 from tokenizer.weights import usable
 
-VIEWS_AT_ONCE = 8  # whose moments are taken together: as many in fp64 as stay in the cache
+VIEWS_AT_ONCE = 8  # views whose moments are computed together; their fp64 values fit in the cache
 COMMAND = "encode_latents"
-MOMENTS_DIRECTORY = "moments"  # below the latent shards: one JSON a shard
+MOMENTS_DIRECTORY = "moments"  # below the latent shards: one JSON file for each shard
 
 
 @dataclass(frozen=True)
@@ -63,27 +63,27 @@ class EncodeConfig:
     """Name or directory of the text tokenizer that counts the caption tokens for packing; null where the samples have
     class labels and no captions."""
     statistics_from: str | None = None
-    """Latent shards whose mean and deviation are taken over: those that the model to fine-tune was trained on.
-    None: this data set's own."""
+    """Latent shards whose mean and deviation this data set takes over, so that a model trained on them can be
+    fine-tuned. None: mean and deviation are measured on this data set."""
     resize_px: Count | None = None
     """Short side of an image before the crop, pixels; None: the autoencoder's image_px."""
     num_crops: Few = 1
-    """Crops of an image: the one in the centre, then random ones. A training step reads one view; an edit's source and
-    target share theirs."""
+    """Crops of an image: the centre crop, then random ones. A training step reads one view; an edit's source and
+    target share their crops."""
     horizontal_flip: bool = False
-    """Every crop also as its mirror image: twice the views. Not for captions that say left and right."""
+    """Whether every crop is stored with its mirror image: twice the views. Not for captions that say left and right."""
     seed: Seed = 0
-    """Of the random crops."""
+    """Seed of the random crops."""
     logvar: bool = False
     """Store the posterior's log variance beside its mean, for packing.sample_latents: twice the bytes."""
     batch_images: Count = 64
     """Views per forward pass. Part of the run's identity: another batch size may round differently."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of the stored latents; the encoder runs in fp32."""
+    """Dtype of the stored latents; the encoder runs in fp32."""
     num_decode_threads: Few = 4
     """Threads that decode images, per rank; the latents do not depend on it."""
     storage: StorageConfig = field(default_factory=StorageConfig)
-    """How shards behind a url are read."""
+    """How shards behind a URL are read."""
     device: str = "cpu"
     """Where the encoder runs, e.g. cpu or cuda."""
 
@@ -96,10 +96,10 @@ class EncodeConfig:
 def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Callable[[], None]) -> None:
     """Encodes the shards i with i % world == rank; after `barrier`, rank 0 writes the manifest.
 
-    Every image part (png, source.jpg, ...) becomes a latent part (latent, source.latent, ...). A shard that
-    an earlier run finished is skipped. Raises UserError: no such autoencoder, shards or text tokenizer; log variances
-    of an autoencoder without; shards in `out` made from something else; a sample without image, or with neither
-    caption nor class; latents that are constant, not finite or too large for the dtype.
+    Every image part (png, source.jpg, ...) becomes a latent part (latent, source.latent, ...). A shard that an earlier
+    run finished is skipped. Raises UserError: no such autoencoder, shards or text tokenizer; log variances asked of an
+    autoencoder that has none; shards in `out` made from other inputs; a sample without image, or with neither caption
+    nor class; latents that are constant, not finite or too large for the dtype.
     """
     check_out(config)
     job = _Job(config)
@@ -129,7 +129,7 @@ def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Calla
 
 
 def check_out(config: EncodeConfig) -> None:
-    """Raises UserError: `out` is the input, or holds shards of something else. Touches nothing."""
+    """Raises UserError when `out` is the input folder or holds shards made from other inputs. Writes nothing."""
     if Path(config.out).resolve() == Path(config.shards).resolve():
         raise UserError(f"out {config.out}: is the input, shards; give another folder")
     check_shards(Path(config.out), COMMAND)
@@ -163,14 +163,14 @@ class _Job:
         )
 
     def is_finished(self, name: str) -> bool:
-        """Raises UserError when the shard there was made from something else."""
+        """Whether the shard is complete. Raises UserError: the shard there was made from other inputs."""
         return (
             finished_shard(self.out / name, source=self.source) is not None
             and self._moments_path(name).is_file()
         )
 
     def write(self, name: str, indices: range) -> Callable[[], None]:
-        """Encodes one shard into a file under a temporary name; what is returned makes it final."""
+        """Encodes one shard into a file under a temporary name; the function returned makes the name final."""
         self.out.mkdir(parents=True, exist_ok=True)
         shard, moments = OpenShard(self.out / name), Moments(self.model.latent_shape[0])
         try:
@@ -178,7 +178,7 @@ class _Job:
                 images = iter(latents)
                 for sample in samples:
                     shard.add(*latent_sample(sample, images, self.text_tokenizer))
-                means = latents[:, :, 0].flatten(0, 1)  # as they are stored
+                means = latents[:, :, 0].flatten(0, 1)  # in the stored dtype
                 for few in torch.split(means, VIEWS_AT_ONCE):
                     moments.add(few.double().numpy())
         except BaseException:
@@ -223,7 +223,7 @@ class _Job:
         return self.out / MOMENTS_DIRECTORY / f"{name.removesuffix('.tar')}.json"
 
     def _encode(self, indices: range) -> Iterator[tuple[list[Sample], Tensor]]:
-        """Samples, and the latents [I, V, M, C, Y, X] of all their images, as they are stored, on the CPU."""
+        """Yields samples and the latents [I, V, M, C, Y, X] of all their images, in the stored dtype, on the CPU."""
         images_per_sample = len(image_parts(self.dataset.read(indices[:1])[0].parts))
         step = max(1, self.config.batch_images // max(1, images_per_sample * self.views.num_views))
         batches = [indices[i : i + step] for i in range(0, len(indices), step)]

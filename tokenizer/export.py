@@ -1,4 +1,4 @@
-"""What every autoencoder is to the rest of the code, and the folder that it is saved in.
+"""The interface of every autoencoder, and the folder that an autoencoder is saved in.
 
 The folder holds model.safetensors and config.json: {"format_version", KIND: config, "provenance"}, where KIND
 tells which class reads it (tokenizer/autoencoders.py).
@@ -29,7 +29,7 @@ KINDS: tuple[Kind, ...] = ("autoencoder", "kl")
 
 
 class ImageConfig(Protocol):
-    """What the config of every autoencoder has."""
+    """The fields that every autoencoder's config has."""
 
     @property
     def image_px(self) -> int:
@@ -49,7 +49,7 @@ class ImageAutoencoder(nn.Module, ABC):
 
     @property
     def has_logvar(self) -> bool:
-        """Whether z has a posterior, whose log variance `encode_moments` gives."""
+        """Whether z has a posterior; `encode_moments` then gives its log variance."""
         return True
 
     @abstractmethod
@@ -74,9 +74,9 @@ class ImageAutoencoder(nn.Module, ABC):
 
 
 def read_tree(directory: str | Path) -> tuple[Kind, dict[str, Any]]:
-    """Kind and config of a saved autoencoder, as they stand in the file.
+    """Kind and config of a saved autoencoder, as config.json states them.
 
-    Raises UserError: no autoencoder there, or another format version.
+    Raises UserError: no autoencoder in the folder, or another format version.
     """
     path = Path(directory) / CONFIG_NAME
     try:

@@ -1,7 +1,7 @@
-"""Frozen networks on a GPU: they hold in bf16 what autocast would cast to bf16 at every use.
+"""Frozen networks on a GPU keep in bf16 the weights that autocast would cast to bf16 at every use.
 
-That is the weights of products, Linear layers and convolutions. Autocast leaves the rest in fp32 (norms, embeddings,
-scales), so it stays: a network that holds its products' weights computes the bits of one whose weights are cast.
+Such weights belong to products: Linear layers and convolutions. Autocast leaves norms, embeddings and scales in fp32,
+and so do these functions. A network with bf16 products computes bit for bit what it computes under autocast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 def product_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes products in on a GPU; None without autocast, and on a CPU, whose runs keep their casts."""
+    """The dtype of autocast's products on a GPU; None without autocast, and on a CPU (weights are cast at each use)."""
     if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
         return None
     return torch.get_autocast_dtype("cuda")
@@ -31,7 +31,7 @@ def products(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def hold(module: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the weights of `module`'s products, once and for all; those of images' convolutions to channels last."""
+    """Casts the weights of `module`'s products in place, for good; those of 2-D convolutions become channels-last."""
     for child in products(module):
         for name, parameter in list(child.named_parameters(recurse=False)):
             cast = parameter.detach().to(dtype)
@@ -41,30 +41,30 @@ def hold(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def holds(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether `module`'s products have weights of `dtype`; all have the same one."""
+    """Whether `module`'s products have weights of `dtype`, judged by the first one: `hold` casts all."""
     return all(child.weight.dtype == dtype for child in itertools.islice(products(module), 1))
 
 
 def hold_under_autocast(module: nn.Module, device: torch.device) -> None:
-    """`hold`, where a forward pass on `device` would cast; nothing is left to do from the second one on."""
+    """Calls `hold` if a forward pass on `device` would cast weights; further calls do nothing."""
     dtype = product_dtype(device)
     if dtype is not None and not holds(module, dtype):
         hold(module, dtype)
 
 
 class Twins:
-    """Frozen parts of a model that must keep its fp32 weights, to be exported: each gets a copy that holds bf16."""
+    """bf16 copies of a model's frozen parts. The model keeps its fp32 weights, which it exports."""
 
     def __init__(self, *, compiled: bool) -> None:
-        """compiled: whether the copies' blocks are (a copy of a compiled block is not)."""
+        """compiled: whether to compile the copies' blocks (a copy of a compiled block is uncompiled)."""
         self._compiled = compiled
         self._twins: dict[nn.Module, nn.Module] = {}
 
     def of(self, part: nn.Module, device: torch.device) -> nn.Module:
-        """What computes for `part` in a forward pass on `device`: its twin, or `part` where nothing would be cast.
+        """The module that computes for `part` on `device`: its bf16 twin, or `part` itself if autocast casts nothing.
 
-        The twin is made at the first call, after a checkpoint was read. Under ZeRO-3 `part` has its weights in pieces
-        and works itself.
+        The first call makes the twin, so call after the checkpoint is read. Under ZeRO-3 `part` holds only pieces of
+        its weights and has no twin.
         """
         dtype = product_dtype(device)
         if dtype is None or holds(part, dtype) or any(p.numel() == 0 for p in part.parameters()):

@@ -32,21 +32,21 @@ class KlConfig:
     norm_groups: int = 32
     """Groups of the group norms; must divide every level's channels."""
     coarsest_attention: bool = False
-    """Attention after every block of the coarsest level (VA-VAE: LDM's attention at 16x16), not just in the middle."""
+    """Whether attention follows every block of the coarsest level (VA-VAE: LDM's attention at 16x16)."""
     middle_attention: bool = True
-    """Attention between the two blocks in the middle."""
+    """Whether attention stands between the two blocks in the middle."""
     quant_conv: bool = True
-    """A 1x1 convolution after the encoder (Flux has none)."""
+    """Whether a 1x1 convolution follows the encoder (Flux has none)."""
     post_quant_conv: bool = True
-    """A 1x1 convolution before the decoder (Flux has none)."""
+    """Whether a 1x1 convolution precedes the decoder (Flux has none)."""
 
 
 class KlAutoencoder(ImageAutoencoder):
     """pixels_01 <-> latents: the posterior's mean, raw.
 
-    No scaling_factor and no shift_factor: the shards keep each channel's mean and deviation, with which a
-    generator sees every autoencoder's latents normalised alike. Flux's latents stay [16, H/8, W/8]; a 2x2
-    patching is the generator's affair.
+    No scaling_factor and no shift_factor is applied: the shards keep each channel's mean and deviation, with which a
+    generator normalises every autoencoder's latents alike. Flux's latents stay [16, H/8, W/8]; the generator does the
+    2x2 patching.
     """
 
     kind: ClassVar[Kind] = "kl"

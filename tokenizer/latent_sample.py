@@ -22,11 +22,11 @@ from data.shards import Sample
 def latent_sample(
     sample: Sample, latents: Iterator[Tensor], text_tokenizer: TextTokenizer | None
 ) -> tuple[Sample, int, int]:
-    """Latent sample, image tokens, text tokens of the longest caption (0 for a class; of splits: see num_split_tokens).
+    """Returns the latent sample, its image tokens, and its longest caption's text tokens.
 
-    `latents` gives the next image's values [V, M, C, Y, X] in the stored dtype, images in sorted order.
-    Raises UserError naming the sample: neither caption nor class, bad splits, a text without a text tokenizer, values
-    that are not finite.
+    A class counts 0 text tokens; num_split_tokens counts those of splits. `latents` gives the next image's values
+    [V, M, C, Y, X] in the stored dtype, images in sorted order. Raises UserError naming the sample: neither caption nor
+    class, bad splits, a text without a text tokenizer, values that are not finite.
     """
     parts = dict(sample.parts)
     num_image_tokens = tokens_per_image = 0

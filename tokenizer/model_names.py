@@ -17,12 +17,12 @@ WORDS = {"s": "small", "b": "base", "l": "large", "so400m": "so400m"}
 
 @dataclass(frozen=True)
 class KnownModel:
-    """One pretrained model in both libraries."""
+    """One pretrained model, as timm and transformers know it."""
 
     timm: str
-    """Its name in timm."""
+    """timm's name of the model."""
     hub: str
-    """Its repository on the Hugging Face hub, for transformers."""
+    """The model's repository on the Hugging Face hub, for transformers."""
     input_px: int
     """Side of the input that gives 16x16 tokens."""
     model_type: str
@@ -30,11 +30,11 @@ class KnownModel:
     fields: Mapping[str, FieldValue]
     """Fields of transformers' config class, so that the architecture is known without the hub."""
     timm_arguments: Mapping[str, FieldValue] = field(default_factory=dict)
-    """For timm.create_model, where timm's own default is another function than the one that was trained."""
+    """Arguments of timm.create_model where timm's default differs from the trained model."""
 
 
 def find(name: str) -> KnownModel | None:
-    """The model of a short name, or of a repository on the hub that has one."""
+    """The model with this short name, or with this hub repository; None if there is none."""
     return MODELS.get(name) or next((model for model in MODELS.values() if model.hub == name), None)
 
 
@@ -71,7 +71,7 @@ def _siglip2(size: str) -> KnownModel:
     rest = {"image_size": 256, "patch_size": 16, "layer_norm_eps": 1e-6}
     fields = {**_sizes(size), "intermediate_size": hidden, **rest}
     timm_name = f"vit_{WORDS[size]}_patch16_siglip_256.v2_webli"
-    # The checkpoints of fixed resolution are of the first SigLIP's classes; Siglip2's are for NaFlex.
+    # Checkpoints of fixed resolution belong to transformers' Siglip classes; the Siglip2 classes are for NaFlex.
     hub = f"google/siglip2-{WORDS[size]}-patch16-256"
     # Trained with the tanh form of GELU, as transformers has it; timm's base and large have the exact form.
     return KnownModel(timm_name, hub, 256, "siglip_vision_model", fields, {"act_layer": "gelu_tanh"})

@@ -34,7 +34,7 @@ class Moments:
         self.merge(other)
 
     def merge(self, other: Moments) -> None:
-        """Adds what `other` has seen."""
+        """Adds the values that `other` has seen."""
         count = self.count + other.count
         if count == 0:
             return
@@ -44,12 +44,12 @@ class Moments:
         self.count = count
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able; JSON keeps every bit of a double."""
+        """The state as JSON values; JSON keeps every bit of a double."""
         return {"count": self.count, "mean": self.mean.tolist(), "squares": self.squares.tolist()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Moments:
-        """What `state_dict` gave."""
+        """Rebuilds the Moments that gave `state`."""
         moments = cls(len(state["mean"]))
         moments.count = int(state["count"])
         moments.mean = np.array(state["mean"], np.float64)

@@ -1,8 +1,8 @@
-"""The norms of every module, in the dtype of what they norm.
+"""Norm layers that compute in the dtype of their input.
 
-Under CUDA's autocast PyTorch's own run in fp32 and return fp32, so that each reads, writes and keeps for the backward
-pass twice the bytes, and so does what follows. Their kernels sum in fp32 whatever they read, so autocast is off inside
-these, and a weight of another dtype is cast to that of the activations.
+Under CUDA's autocast PyTorch's norms run in fp32 and return fp32. Such a norm and the layer after it read, write and
+save twice the bytes. PyTorch's kernels sum in fp32 for any input dtype, so the layers here run with autocast off and
+cast their weight to the dtype of the activations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class RmsNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, eq. 4)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> the same shape and dtype."""
+        """[..., D] -> [..., D] in the dtype of x."""
         with _without_autocast(x):
             return F.rms_norm(x, self.normalized_shape, _as(self.weight, x), self.eps)
 
@@ -27,22 +27,22 @@ class LayerNorm(nn.LayerNorm):
     """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> the same shape and dtype."""
+        """[..., D] -> [..., D] in the dtype of x."""
         with _without_autocast(x):
             return F.layer_norm(x, self.normalized_shape, _as(self.weight, x), _as(self.bias, x), self.eps)
 
 
 class GroupNorm(nn.GroupNorm):
-    """LayerNorm of each group of channels, over all places (Wu and He 2018)."""
+    """LayerNorm of each group of channels, over all positions (Wu and He 2018)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, ...] -> the same shape and dtype."""
+        """[B, C, ...] -> [B, C, ...] in the dtype of x."""
         with _without_autocast(x):
             return F.group_norm(x, self.num_groups, _as(self.weight, x), _as(self.bias, x), self.eps)
 
 
 def replace_norms(model: nn.Module) -> None:
-    """Puts these in the place of a library's norms, below `model`: other modules, their parameters and names."""
+    """Replaces PyTorch's norms inside `model` by the layers here; parameters and their names stay."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.LayerNorm | nn.GroupNorm) and not isinstance(
@@ -52,7 +52,7 @@ def replace_norms(model: nn.Module) -> None:
 
 
 def _ours(norm: nn.LayerNorm | nn.GroupNorm) -> nn.Module:
-    """The parameters themselves, not copies."""
+    """`norm` as a layer of this file. It gets the parameters themselves, not copies."""
     new: LayerNorm | GroupNorm
     with torch.device("meta"):
         if isinstance(norm, nn.LayerNorm):
@@ -68,7 +68,7 @@ def _as(weight: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A context costs 20 microseconds, so it is entered only where autocast is on; meta tensors know none."""
+    """Turns autocast off only where it is on, as a context costs 20 microseconds; meta tensors have no autocast."""
     kind = x.device.type
     is_on = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if is_on else nullcontext()

@@ -1,4 +1,4 @@
-"""The pixel decoder D: a ViT from the feature map to pixels (RAE's layout, spec "Modules").
+"""The pixel decoder D: a ViT from the feature map to pixels, in RAE's layout.
 
 Shapes: B batch, D feature width, W decoder width, Y X token grid, N = Y * X, P patch side in pixels.
 """
@@ -22,7 +22,7 @@ SMALL_STD = 0.02
 
 @dataclass(frozen=True)
 class PixelDecoderConfig:
-    """Kind and size of the pixel decoder. `vit` has RAE's three sizes as width, layers, heads, mlp_width:
+    """Kind and size of the pixel decoder. RAE has three sizes of `vit`, given as width, layers, heads, mlp_width:
     768, 12, 12, 3072 (ViT-B); 1024, 24, 16, 4096 (ViT-L); the defaults (ViT-XL)."""
 
     width: int = 1152

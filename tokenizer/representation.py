@@ -23,11 +23,11 @@ from tokenizer.transformers_backbone import build_transformers
 from tokenizer.weights import check_fits, load_exact, read_tensors
 
 SUM_NORM_EPS = 1e-6
-"""Of the LayerNorm behind a sum of layers; DINOv2's own."""
+"""eps of the LayerNorm that follows a sum of layers; DINOv2's value."""
 
 
 MIN_STD = 1e-6
-"""Of pixels in [0, 1], which have 256 steps; less would make numbers of no model."""
+"""Least `std` that a config may give. Pixels in [0, 1] have 256 steps, so no model's pixels vary less."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class RepresentationConfig:
     std: tuple[float, float, float] | None = None
     """Per-channel standard deviation; None: the one the model was trained with."""
     library: Literal["timm", "transformers"] = "timm"
-    """Where the model comes from. It decides the names of the weights and how position tables are resampled:
-    an export keeps its library."""
+    """The library that builds the model. It decides the names of the weights and how position tables are resampled,
+    so an export keeps its library."""
     num_summed_layers: int = 1
-    """k: f is the LayerNorm of the sum of the last k blocks' patch tokens; 1: of the last block's, as in the paper.
-    RAEv2 (arXiv 2605.18324) finds that more reconstruct better; that the LayerNorm follows the sum is our choice, so
-    that f keeps its scale."""
+    """k: f is the LayerNorm of the sum of the last k blocks' patch tokens. k = 1, the last block alone, is the paper's.
+    RAEv2 (arXiv 2605.18324) finds that sums over more blocks reconstruct better. Normalising after the sum is our
+    choice: f keeps its scale."""
 
     def __post_init__(self) -> None:
         if self.input_px == 0:
@@ -78,7 +78,7 @@ class RepresentationConfig:
 def check_rebuildable(config: RepresentationConfig) -> None:
     """Raises ConfigError: a name that sends timm to a folder or repository for the model's shape.
 
-    What is exported must be rebuilt from its config.json alone, and a stranger's must not choose what timm reads.
+    An export is rebuilt from its config.json alone, and a stranger's config.json must not choose what timm reads.
     """
     if config.library == "timm" and ":" in config.name:
         raise ConfigError(
@@ -88,7 +88,7 @@ def check_rebuildable(config: RepresentationConfig) -> None:
 
 
 def without_weights(config: RepresentationConfig) -> RepresentationConfig:
-    """The same model, with nothing to download: its weights are left to the caller."""
+    """`config` with random weights, so that nothing is downloaded."""
     return dataclasses.replace(config, weights="random")
 
 
@@ -140,7 +140,7 @@ class Representation(nn.Module):
         return self._backbone.blocks
 
     def checkpoint_activations(self) -> None:
-        """Less memory for more time in training (tokenizer/backbones.py)."""
+        """Activation checkpointing: less memory for more time in training (tokenizer/backbones.py)."""
         self._backbone.checkpoint_activations()
 
     def forward(self, pixels_01: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Representation(nn.Module):
         return tokens_BND.transpose(1, 2).reshape(-1, self.width, *self.grid)
 
     def intermediates(self, pixels_01: Tensor, depths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """After each block in `depths` (0-based): patch tokens [B, N, D] and prefix tokens [B, P, D]."""
+        """Tokens after each block in `depths` (0-based): patches [B, N, D] and prefix [B, P, D]."""
         return self._backbone.intermediates(self._prepare(pixels_01), depths)
 
     def check_depths(self, depths: Sequence[int], where: str) -> None:

@@ -1,4 +1,4 @@
-"""The representation-pivoted autoencoder: encoder E, Variational Bridge, pixel decoder D, as one saved thing.
+"""The representation-pivoted autoencoder (RPiAE): encoder E, Variational Bridge and pixel decoder D as one module.
 
 Shapes: B batch, D feature width, C latent channels, Y X token grid, H W pixels.
 """
@@ -38,14 +38,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Everything that fixes the shapes of an RPiAE, or without a bridge of an RAE."""
+    """Everything that fixes the shapes of an RPiAE, or of an RAE (no bridge)."""
 
     representation: RepresentationConfig
     """The encoder E."""
     decoder: PixelDecoderConfig
     """The pixel decoder D."""
     image_px: int
-    """Side of the square images, in pixels; decoder.patch_px times the encoder's token grid."""
+    """Side of the square images, in pixels: decoder.patch_px times the side of the encoder's token grid."""
     bridge: BridgeConfig | None = None
     """The Variational Bridge; None before the bridge stage (D then reads f itself)."""
 
@@ -88,7 +88,7 @@ class Autoencoder(ImageAutoencoder):
         self.bridge = Bridge(bridge, width)
 
     def checkpoint_activations(self) -> None:
-        """Training keeps one layer's input instead of all its activations, and computes more."""
+        """Activation checkpointing in every part: training keeps each layer's input and recomputes its activations."""
         self.encoder.checkpoint_activations()
         self.decoder.activation_checkpointing = True
         if self.bridge is not None:
@@ -102,7 +102,7 @@ class Autoencoder(ImageAutoencoder):
 
     @property
     def has_logvar(self) -> bool:
-        """Whether there is a bridge."""
+        """Whether the autoencoder has a bridge: its posterior has a log variance."""
         return self.config.bridge is not None
 
     def features(self, pixels_01: Tensor) -> Tensor:
@@ -126,10 +126,10 @@ class Autoencoder(ImageAutoencoder):
 
     @classmethod
     def load(cls, directory: str | Path) -> Autoencoder:
-        """Reads what `save` wrote, on the CPU, in evaluation mode.
+        """Loads a folder that `save` wrote, on the CPU, in evaluation mode.
 
-        Raises UserError: nothing there, another format, parameters that are missing, unexpected or
-        mis-shaped.
+        Raises UserError: no autoencoder in the folder, another format version, parameters that are missing, unexpected
+        or mis-shaped.
         """
         config, weights = without_download(read_config(directory)), Path(directory) / WEIGHTS_NAME
         tensors = read_tensors(weights)
@@ -137,7 +137,7 @@ class Autoencoder(ImageAutoencoder):
 
 
 def read_config(directory: str | Path) -> AutoencoderConfig:
-    """The config of a saved RPiAE or RAE. Raises UserError: none there, another format version or kind."""
+    """The config of a saved RPiAE or RAE. Raises UserError: no autoencoder there, another format version or kind."""
     kind, tree = read_tree(directory)
     if kind != Autoencoder.kind:
         raise UserError(f"{directory}: holds a convolutional VAE; this needs an RPiAE or an RAE")
@@ -145,5 +145,5 @@ def read_config(directory: str | Path) -> AutoencoderConfig:
 
 
 def without_download(config: AutoencoderConfig) -> AutoencoderConfig:
-    """The same shapes, with E's weights left to the caller."""
+    """`config` with random weights for E, for a caller that loads weights or needs only shapes."""
     return dataclasses.replace(config, representation=without_weights(config.representation))

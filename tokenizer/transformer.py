@@ -66,8 +66,8 @@ class Layer(nn.Module):
 
 
 def run_layers(layers: Iterable[nn.Module], x_BND: Tensor, checkpointing: bool) -> Tensor:
-    """One layer after the other. `checkpointing`: in training only each layer's input is kept, and the layer is
-    computed again in every backward pass through it."""
+    """Runs the layers in order. With `checkpointing`, training keeps only each layer's input and recomputes the layer
+    in every backward pass through it."""
     for layer in layers:
         if checkpointing and torch.is_grad_enabled():
             x_BND = checkpoint(layer, x_BND, use_reentrant=False, preserve_rng_state=False)

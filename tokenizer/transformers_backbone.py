@@ -1,7 +1,7 @@
 """Models of the transformers library as representation models: DINOv2, DINOv3, SigLIP and SigLIP2, MAE.
 
-Their blocks are called one by one, not through the models' forward: so nothing runs past the last block that
-is asked for, and the last norm can be left out.
+A model's blocks are called one by one, not through its forward: nothing runs past the last block that is asked
+for, and the last norm can be left out.
 
 Shapes: B batch, D width, N patch tokens in row-major order, P prefix tokens (class, then registers), T = P + N,
 S input px.
@@ -39,7 +39,7 @@ def _embed_interpolating(vit: Any, x_BCSS: Tensor) -> Tensor:
 
 
 def _embed_unmasked(vit: Any, x_BCSS: Tensor) -> Tensor:
-    """MAE sorts the patches by noise even when it masks none: rising noise leaves them in their order."""
+    """MAE sorts the patches by noise even when it masks none; rising noise keeps the patches in order."""
     patch_y, patch_x = _pair(vit.config.patch_size)
     num_patches = (x_BCSS.shape[2] // patch_y) * (x_BCSS.shape[3] // patch_x)
     order_BN = torch.arange(num_patches, device=x_BCSS.device).expand(len(x_BCSS), -1)
@@ -49,7 +49,7 @@ def _embed_unmasked(vit: Any, x_BCSS: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """Where an architecture keeps its parts. Position tables are interpolated as the library does it."""
+    """Where an architecture keeps its parts. The library itself interpolates position tables."""
 
     layers: str
     """Path of the list of blocks in the model."""
@@ -58,7 +58,7 @@ class Family:
     has_class_token: bool
     """Whether a class token comes first."""
     statistics: tuple[Statistics, Statistics]
-    """Mean and standard deviation of the pixels it was trained with."""
+    """Mean and standard deviation of the pixels that the models were trained with."""
     embed: Callable[[Any, Tensor], Tensor] = _embed_plainly
     """(model, normalised pixels) -> tokens [B, T, D] before the first block."""
 
@@ -77,11 +77,11 @@ class TransformersBackbone:
     """A vision model of transformers."""
 
     vit: Any
-    """The model as transformers builds it, so that state dicts keep its names."""
+    """The model as transformers builds it, so that state dicts keep the library's names."""
     family: Family
-    """Where its parts are."""
+    """Where the model's parts are."""
     traits: Traits
-    """Its sizes and pixel statistics."""
+    """The model's sizes and pixel statistics."""
 
     @property
     def last_mlp(self) -> nn.Module:
@@ -91,7 +91,7 @@ class TransformersBackbone:
         return mlp
 
     def checkpoint_activations(self) -> None:
-        """transformers' own switch; in force while the model is in training mode."""
+        """Turns on transformers' own activation checkpointing, which works only in training mode."""
         self.vit.gradient_checkpointing_enable({"use_reentrant": False})
 
     def patch_tokens(self, x_BCSS: Tensor) -> Tensor:
@@ -101,13 +101,13 @@ class TransformersBackbone:
         return normed_BTD[:, self.traits.num_prefix_tokens :]
 
     def intermediates(self, x_BCSS: Tensor, depths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """After each block in `depths`, before the last norm: patches [B, N, D] and prefix [B, P, D]."""
+        """Tokens after each block in `depths`, before the last norm: patches [B, N, D] and prefix [B, P, D]."""
         num_prefix = self.traits.num_prefix_tokens
         return [(out[:, num_prefix:], out[:, :num_prefix]) for out in self._after(x_BCSS, depths)]
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """transformers' layers."""
+        """transformers' transformer blocks, first to last."""
         layers: nn.ModuleList = self.vit.get_submodule(self.family.layers)
         return layers
 
@@ -128,11 +128,11 @@ class TransformersBackbone:
 def build_transformers(
     name: str, *, pretrained: bool, overrides: Mapping[str, FieldValue]
 ) -> TransformersBackbone:
-    """The transformers model of a short name, a hub repository or a folder, without head.
+    """Builds transformers' model of a short name, a hub repository or a folder, without head.
 
-    The architecture of a short name is known here; overrides replace fields of transformers' config. For
-    other names `overrides.model_type` gives the architecture, or else the hub or folder does.
-    Raises UserError: what cannot be downloaded, an unknown name, another architecture, fields it lacks.
+    The architecture of a short name is known here; overrides replace fields of transformers' config. For any other
+    name the architecture comes from `overrides.model_type`, or else from the hub or folder.
+    Raises UserError: a failed download, an unknown name, an unsupported architecture, a field that the config lacks.
     """
     from transformers import AutoModel  # takes seconds to import: only where it is needed
 

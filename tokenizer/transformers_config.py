@@ -12,7 +12,7 @@ from base.config import ConfigError, UserError
 from tokenizer import model_names
 from tokenizer.model_names import FieldValue, KnownModel
 
-# What decides the function that given weights compute, in one architecture or another.
+# Config fields, over all architectures, that decide which function given weights compute.
 DECISIVE_FIELDS = {
     "hidden_size",
     "num_hidden_layers",
@@ -34,8 +34,8 @@ DECISIVE_FIELDS = {
     "use_swiglu_ffn",
     "use_gated_mlp",
 }
-# Off, whatever a config says: masking and pooling are no part of f, and augmented positions would be drawn from
-# the global random state, for E and not for its replica.
+# These fields are off whatever a config says. Masking and pooling are no part of f. Augmented positions would be
+# drawn from the global random state, for E and not for its replica.
 FIXED_FIELDS: dict[str, float | None] = {
     "mask_ratio": 0.0,
     "vision_use_head": False,
@@ -46,7 +46,7 @@ FIXED_FIELDS: dict[str, float | None] = {
 
 
 def vision_config(name: str, known: KnownModel | None, overrides: Mapping[str, FieldValue]) -> Any:
-    """The transformers config with the overrides in it."""
+    """The transformers config with the overrides applied."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, PreTrainedConfig
 
@@ -61,7 +61,7 @@ def vision_config(name: str, known: KnownModel | None, overrides: Mapping[str, F
         except ValueError:
             raise ConfigError(f"'{name}': transformers has no overrides.model_type {model_type!r}") from None
     fields = {field.name for field in dataclasses.fields(config)}
-    # The architecture's own: what every config has (names of classes, types of outputs) is none of a user's.
+    # A user may set only the architecture's own fields, not those of every config (names of classes, types of outputs).
     settable = {
         name
         for name in fields
@@ -92,7 +92,7 @@ def _known_config(known: KnownModel) -> Any:
 
 
 def _read_config(name: str) -> Any:
-    """The config in a folder or on the hub; of a model for images and text, the part for images."""
+    """The config in a folder or on the hub; for a model of images and text, the config of its image part."""
     from transformers import AutoConfig
 
     hint = model_names.closest(name, [model.hub for model in model_names.MODELS.values()])
@@ -111,7 +111,7 @@ def _read_config(name: str) -> Any:
 
 
 def check_against_hub(name: str, known: KnownModel) -> None:
-    """An export is rebuilt from the table of short names: the hub must not have trained something else."""
+    """Raises ConfigError where the hub's config differs from the table of short names, which rebuilds exports."""
     ours, theirs = _known_config(known), _read_config(known.hub)
     for key in sorted(DECISIVE_FIELDS & {field.name for field in dataclasses.fields(ours)}):
         if getattr(ours, key) != getattr(theirs, key, None):

@@ -1,4 +1,4 @@
-"""The views of an image that are encoded: crops and their mirror images; and reading them ahead, in threads.
+"""The views of an image that are encoded (crops and their mirror images), read ahead by threads.
 
 Shapes: I images, K crops, V views, H W pixels.
 """
@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Views:
-    """View 0 is the crop in the centre. Mirrored, every crop is followed by its mirror image."""
+    """View 0 is the centre crop. With mirror images, each crop is followed by its own."""
 
     image_px: int  # side of each view
     resize_px: int  # short side of the image before the crop
     num_crops: int
     horizontal_flip: bool
-    seed: int  # of the corners of the crops after the first, with the sample's key and the crop's number
+    seed: int  # seeds the corners of every crop after the first, with the sample's key and the crop's number
 
     def __post_init__(self) -> None:
         if self.resize_px < self.image_px:
@@ -39,7 +39,7 @@ class Views:
 
     @property
     def num_views(self) -> int:
-        """V = K, or with mirror images 2 K."""
+        """V: K, or 2 K with mirror images."""
         return self.num_crops * (2 if self.horizontal_flip else 1)
 
     def __str__(self) -> str:
@@ -48,9 +48,9 @@ class Views:
         return f"{self.num_crops} crops of {self.image_px} px{corners} at short side {self.resize_px}{flips}"
 
     def crops(self, sample: Sample) -> Tensor:
-        """Of all images of a sample, at the same places: uint8 [I, K, 3, H, W].
+        """Crops of all images of a sample, cut at equal places: uint8 [I, K, 3, H, W].
 
-        Raises UserError naming the sample: no image, one that cannot be decoded.
+        Raises UserError naming the sample: no image, or an image that cannot be decoded.
         """
         parts = image_parts(sample.parts)
         if not parts:
@@ -81,10 +81,10 @@ class Views:
 def read_crops(
     dataset: ShardDataset, batches: Sequence[range], views: Views, num_threads: int
 ) -> Iterator[tuple[list[Sample], Tensor]]:
-    """The samples of each batch and the crops of their images, uint8 [I, K, 3, H, W].
+    """Yields the samples of each batch and the crops of their images, uint8 [I, K, 3, H, W].
 
-    Decoding leaves Python's lock, so threads decode side by side; the order is that of the samples. Raises
-    UserError: as ShardDataset.read and Views.crops.
+    Decoding releases the GIL, so threads decode side by side; samples keep their order. Raises UserError where
+    ShardDataset.read or Views.crops does.
     """
     with ThreadPoolExecutor(num_threads) as decoders:
         for batch in batches:
@@ -93,7 +93,7 @@ def read_crops(
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; a thread makes the next one while the caller uses this one."""
+    """Yields `items` in order; a thread makes the next item while the caller uses this one."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         pending = thread.submit(next, items, None)
         while (item := pending.result()) is not None:

@@ -22,7 +22,7 @@ from base.config import UserError, describing
 
 MAX_NAMES_IN_MESSAGE = 4
 MOST_UNSAVED = 4
-"""Times the saved values that a model may register while it is built: norms are replaced, heads dropped."""
+"""A model may register this many times the saved values while it is built: norms are replaced, heads dropped."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -51,7 +51,7 @@ def write_tensors(path: str | Path, module: nn.Module) -> None:
 
 
 def save(tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Writes contiguous CPU tensors. Raises OSError, which safetensors has in words only."""
+    """Writes contiguous CPU tensors. Raises OSError; safetensors' own error names the cause only in its text."""
     try:
         save_file(tensors, str(path), metadata={"format": "pt"})
     except SafetensorError as error:
@@ -62,7 +62,7 @@ def save(tensors: dict[str, Tensor], path: str | Path) -> None:
 
 
 def load_exact(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copies `tensors` into `module`; raises UserError naming what is missing, unexpected or mis-shaped."""
+    """Copies `tensors` into `module`. Raises UserError naming tensors that are missing, unexpected or mis-shaped."""
     own = module.state_dict()
     wrong_shape = [
         f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
@@ -81,10 +81,10 @@ def load_exact(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> 
 
 
 def load_model(build: Callable[[], M], tensors: Mapping[str, Tensor], where: str, config: str | Path) -> M:
-    """What `build` makes of a `config`, with `tensors` in it.
+    """Returns the model that `build` makes from the file `config`, filled with `tensors`.
 
-    Raises UserError: it has more parameters than `tensors` can fill, or does
-    not fit them; nothing can be built of the config.
+    Raises UserError: a model with more parameters than `tensors` can fill, tensors that do not fit, a config from which
+    no model can be built.
     """
     with describing(config):
         check_fits(build, tensors, where)
@@ -94,14 +94,14 @@ def load_model(build: Callable[[], M], tensors: Mapping[str, Tensor], where: str
 
 
 def check_fits(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raises UserError: what `build` makes has more parameters than `tensors` can fill. Takes no memory for them."""
+    """Raises UserError when `build` makes more parameters than `tensors` can fill. Allocates none."""
     with torch.device("meta"), _at_most(MOST_UNSAVED * sum(map(Tensor.numel, tensors.values())), where):
         build()
 
 
 @contextlib.contextmanager
 def _at_most(num_values: int, where: str) -> Iterator[None]:
-    """Around building a model in this thread. Raises UserError: parameters with more than `num_values` values."""
+    """Context in which this thread builds a model. Raises UserError: parameters of more than `num_values` values."""
     builder, found = threading.get_ident(), 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -124,7 +124,7 @@ def _at_most(num_values: int, where: str) -> Iterator[None]:
 def state_hash(*modules: nn.Module) -> str:
     """Hex SHA-256 over names, dtypes, shapes and bytes of every parameter and persistent buffer.
 
-    On the meta device, where a model is built to be measured, there are no bytes.
+    A tensor on the meta device, where a model is built to be measured, has no bytes.
     """
     digest = hashlib.sha256()
     for module in modules:
@@ -138,7 +138,7 @@ def state_hash(*modules: nn.Module) -> str:
 
 
 def freeze(module: nn.Module) -> None:
-    """Parameters take no gradient; evaluation mode."""
+    """Turns gradients off for every parameter and sets evaluation mode."""
     module.requires_grad_(False)
     module.eval()
 
@@ -150,7 +150,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def usable(device: str | torch.device) -> torch.device:
-    """The device of that name. Raises UserError: there is none here."""
+    """The torch device named `device`. Raises UserError: it cannot be used on this machine."""
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

@@ -1,1 +1,1 @@
-"""What `make gpu` runs: tests/gpu, then every measurement of the page benchmarks/results/gpu_DEVICE.md."""
+"""The contents of `make gpu`: tests/gpu, then every measurement of the page benchmarks/results/gpu_DEVICE.md."""

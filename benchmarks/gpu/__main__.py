@@ -1,8 +1,8 @@
 """Proof on one GPU, in at most 8 minutes and without a network: python -m benchmarks.gpu (`make gpu`)
 
-tests/gpu, then training throughput, tokenizer stages, encoding and sampling, each group in a process of its own and
-within a time of its own, the most important first. Writes benchmarks/results/gpu_DEVICE.json and .md (--out: elsewhere)
-and prints what falls short. Ends with 0; 1: a test failed; 3: there is no GPU.
+It runs tests/gpu, then training throughput, tokenizer stages, encoding and sampling, the most important first. Each
+group has a process and a time limit of its own. Writes benchmarks/results/gpu_DEVICE.json and .md (--out: elsewhere)
+and prints what falls short. Exit status 0; 1: a test failed; 3: there is no GPU.
 `--device cpu --small`: the same code on tiny shapes, to see that it runs.
 """
 
@@ -36,10 +36,10 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 TESTS_FAILED, NO_GPU = 1, 3
 BUDGET_S = 470.0
 GROUPS = {"tests": 150.0, "training": 190.0, "tokenizer": 70.0, "sampling": 45.0, "encoding": 15.0}
-"""Seconds of each, in the order in which they run; what one leaves, the next ones have."""
+"""Seconds of each group, in the order of the groups. Time that a group leaves goes to the next."""
 PACK_TOKENS = (49_152, 12_288, 24_576)
 WAYS = (True, False)
-"""Whether compiled: in this order."""
+"""Whether compiled, in order of measurement."""
 TINY = {
     "width": 32,
     "num_layers": 2,
@@ -60,11 +60,11 @@ SMALL_IMAGES = Images(
     CONFIGS / "quickstart", CONFIGS / "quickstart" / "t2i.yaml", CONFIGS / "quickstart_class" / "rpiae.yaml",
     latents=(4, 4, 4), pack_images=2, batch_images=2, num_steps=2, at_least_s=0.0,
 )  # fmt: skip
-SMALL_TOKENS, SMALL_WAYS = (800, 400), (False,)  # to compile takes a CPU a minute
+SMALL_TOKENS, SMALL_WAYS = (800, 400), (False,)  # compiling takes a CPU a minute
 
 
 def main() -> int:
-    """The exit status."""
+    """Runs all groups; returns the exit status."""
     arguments = _parser().parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(f"no GPU: torch {torch.__version__} finds no CUDA device here", file=sys.stderr)
@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def _run_groups(arguments: argparse.Namespace, lines: Path, begin_s: float) -> None:
-    """Every group in its turn: one that dies or hangs takes nothing but its own time."""
+    """Runs every group in turn. A group that dies or hangs costs only its own time."""
     due_s = 0.0
     for group, seconds in GROUPS.items():
         due_s += seconds * arguments.budget / BUDGET_S
@@ -110,7 +110,7 @@ def _run_groups(arguments: argparse.Namespace, lines: Path, begin_s: float) -> N
 
 
 def _tests(left_s: float) -> dict[str, Any]:
-    """pytest's exit status (5: it collected none) and its counts."""
+    """Runs tests/gpu; returns pytest's exit status (5: no tests collected) and its counts."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     try:
         done = subprocess.run(  # noqa: S603  # our own command
@@ -143,7 +143,7 @@ def _measure(group: str, lines: Path, budget_s: float, *, small: bool) -> None:
 def _train(
     shape: Shape, sizes: tuple[int, ...], ways: tuple[bool, ...], ranks: Ranks, record: Recorder
 ) -> None:
-    """Largest packs first, compiled before eager, every size on the first kernel before any on the others."""
+    """Measures large packs before small, compiled before eager, all sizes on the first kernel before other kernels."""
     first, *others = usable_kernels(ranks.device)
     for kernels, needs_s in ([first], 12.0), (others, 15.0):
         for tokens, compiled in itertools.product(sizes if kernels else (), ways):

@@ -31,12 +31,12 @@ from tokenizer.training.stages import autoencoder_config, build_untrained
 
 CONFIGS = CONFIG.parents[1]
 RING = 8
-GUIDANCE = 2.05  # of classes: the paper's AutoGuidance; both models are as large here
+GUIDANCE = 2.05  # scale for classes: the paper's AutoGuidance; here both models have one size
 
 
 @dataclass(frozen=True)
 class Images:
-    """Configs and sizes."""
+    """Configs and sizes of the measurements."""
 
     stages: Path = CONFIGS / "tokenizer"
     """Folder of pivot.yaml, bridge.yaml and decoder.yaml."""
@@ -44,16 +44,16 @@ class Images:
     classes: Path = CONFIGS / "generator" / "class" / "rpiae64_80.yaml"
     latents: tuple[int, int, int] = PAPER_LATENTS
     pack_images: int | None = None
-    """None: the config's."""
+    """Images of a pack; None: the config's."""
     batch_images: int = 64
-    """That are encoded and drawn together."""
+    """Images that are encoded and drawn together."""
     num_steps: int = 50
-    """Of the solver."""
+    """Number of the solver's steps."""
     at_least_s: float = 1.5
 
 
 def measure_stages(images: Images, ranks: Ranks, record: Recorder) -> None:
-    """One line for each of a stage's phases: with the adversary's loss, without, and in between."""
+    """Records one line for each phase of each stage: with the adversary's loss, without, and in between."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("pivot", "bridge", "decoder"):
             record.run(name, lambda name=name: _stage(images, ranks, name, Path(folder)), needs_s=8)
@@ -88,7 +88,7 @@ def _stage(images: Images, ranks: Ranks, name: str, folder: Path) -> Values:
 
 
 def _around(ring: list[object]) -> Callable[[], object]:
-    """The packs in turn, without end."""
+    """A function that returns the packs in turn, without end."""
     place = -1
 
     def following() -> object:
@@ -100,7 +100,7 @@ def _around(ring: list[object]) -> Callable[[], object]:
 
 
 def stage_run(images: Images, name: str, folder: Path) -> TokenizerRun:
-    """The stage's config; what it starts from has the earlier stage's shape and random weights."""
+    """The stage's config. An export to start from gets the earlier stage's shape and random weights."""
     run = _read(images.stages / f"{name}.yaml")
     assert isinstance(run, TokenizerRun)
     if name == "pivot":
@@ -113,13 +113,13 @@ def stage_run(images: Images, name: str, folder: Path) -> TokenizerRun:
 
 
 def write_shape(folder: Path, config: AutoencoderConfig) -> None:
-    """An export's config.json without its weights: all that `build_untrained` reads."""
+    """Writes an export's config.json without weights: `build_untrained` reads nothing else."""
     tree = {"format_version": FORMAT_VERSION, Autoencoder.kind: to_dict(config), "provenance": {}}
     write_json(folder / CONFIG_NAME, tree)
 
 
 def measure_encoding(images: Images, ranks: Ranks, record: Recorder) -> None:
-    """uint8 pixels on the host to stored latents there, as launch/encode_latents.py does it."""
+    """Times uint8 pixels on the host to stored latents on the host, as launch/encode_latents.py encodes them."""
 
     def measure() -> Values:
         with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +140,7 @@ def measure_encoding(images: Images, ranks: Ranks, record: Recorder) -> None:
 
 
 def measure_sampling(images: Images, ranks: Ranks, record: Recorder) -> None:
-    """Latents of text-to-image under guidance, and of LightningDiT under guidance, in bf16."""
+    """Times latents of text-to-image and of LightningDiT, both under guidance, in bf16."""
     record.run("text-to-image", lambda: _draw_text(images, ranks.device), needs_s=15)
     record.run("LightningDiT", lambda: _draw_classes(images, ranks.device), needs_s=15)
 

@@ -17,17 +17,17 @@ CLASSES = (
     ("copies", r"memcpy|memset|copy|catarray|::cat$|index|gather|scatter|embedding|fill|zero_|transpose|nchw|nhwc"),
     ("norms and elementwise", r"elementwise|norm|reduce|softmax|silu|welford|vectorized|::(add|mul|sub|sum|mean)"),
 )  # fmt: skip
-"""The first pattern that is found decides: names of CUDA, CUTLASS, Triton and cuDNN kernels, and of CPU operators."""
+"""Class -> pattern of kernel names (CUDA, CUTLASS, Triton, cuDNN, CPU operators). The first match decides."""
 OTHER = "other"
 
 
 def kernel_class(name: str) -> str:
-    """Of one kernel."""
+    """Class of one kernel."""
     return next((kind for kind, pattern in CLASSES if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
 def shares(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Share of each class in the sum of the seconds; of all classes, so that pages can be compared."""
+    """Share of each class in the sum of the seconds. Every class is named, so that pages can be compared."""
     total = dict.fromkeys([*(kind for kind, _ in CLASSES), OTHER], 0.0)
     for name, seconds in kernels:
         total[kernel_class(name)] += seconds
@@ -36,7 +36,7 @@ def shares(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def profiled(step: Callable[[], object], device: torch.device) -> tuple[dict[str, float], list[str]]:
-    """Shares of one call of `step`, and the names of its slowest kernels that no class has."""
+    """Shares of one call of `step`, and the names of the slowest kernels that no class matches."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:

@@ -1,4 +1,4 @@
-"""The page of a GPU: every number of the JSON beside the goals that there are, and what falls short."""
+"""The page of a GPU: every number of the JSON beside its goal, if any, and what falls short."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BAGEL_TOKENS_PER_S = 5_200  # a GPU, which users of Bagel's code report
+BAGEL_TOKENS_PER_S = 5_200  # speed of one GPU, as users of Bagel's code report it
 Entry = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A value of the best training measurement at one size of pack."""
+    """A value that the best training measurement at one size of pack must reach."""
 
     text: str
     pack_tokens: int
@@ -21,7 +21,7 @@ class Goal:
     form: str
 
     def verdict(self, entries: Sequence[Entry]) -> tuple[float | None, str]:
-        """The best value measured, and the goal beside it in a line."""
+        """The best measured value, and a line with it and the goal."""
         found = [
             entry["values"][self.value]
             for entry in _measured(entries, "training")
@@ -46,7 +46,7 @@ GOALS = (
 
 
 def falls_short(entries: Sequence[Entry]) -> list[str]:
-    """A line for each goal that is not reached, each measurement that failed and each that was left out."""
+    """A line for each goal that is not reached, each failed measurement and each measurement left out."""
     lines = []
     for goal in GOALS:
         best, text = goal.verdict(entries)
@@ -60,7 +60,7 @@ def falls_short(entries: Sequence[Entry]) -> list[str]:
 
 
 def render(machine: Mapping[str, str], versions: Mapping[str, str], entries: Sequence[Entry]) -> str:
-    """Markdown."""
+    """The page as Markdown."""
     lines = [
         f"# {machine['gpu']}",
         "",

@@ -1,4 +1,4 @@
-"""The loop's own step (engine.step.Stepper) in one process, on DeepSpeed; where that is missing on a plain engine."""
+"""The loop's own step (engine.step.Stepper) in one process, on DeepSpeed; without DeepSpeed on a plain engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HOW_TO_BRING_DEEPSPEED = (
 
 
 class PlainEngine:
-    """What Stepper asks of a DeepSpeed engine, on one device: fp32 masters and sums, torch's fused AdamW."""
+    """The part of a DeepSpeed engine that Stepper uses, on one device: fp32 masters and sums, torch's fused AdamW."""
 
     skipped_steps = 0
 
@@ -55,11 +55,11 @@ class PlainEngine:
             master.grad = torch.zeros_like(master)
 
     def __call__(self, batch: Batch, step: int) -> Any:
-        """The forward pass."""
+        """Runs the forward pass."""
         return self.module(batch, step)
 
     def backward(self, loss: Tensor, **_scaling: Any) -> None:
-        """The gradients of this pack are added to the sums."""
+        """Adds the gradients of this pack to the sums."""
         loss.backward()  # type: ignore[no-untyped-call]
         for weight, master in zip(self._weights, self._masters, strict=True):
             if weight.grad is not None:
@@ -69,7 +69,7 @@ class PlainEngine:
 
     @torch.no_grad()
     def step(self) -> None:
-        """After the last pack of a step."""
+        """Runs the optimizer after the last pack of a step."""
         self._pack += 1
         if self._pack % self._num_packs:
             return
@@ -82,11 +82,11 @@ class PlainEngine:
             master.grad.zero_()
 
     def destroy(self) -> None:
-        """DeepSpeed's engines have this."""
+        """Does nothing; DeepSpeed's engines have this method."""
 
 
 def start() -> Ranks:
-    """This process alone."""
+    """The ranks: this process alone."""
     if HAS_DEEPSPEED:
         return distributed.start()
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}.items():
@@ -100,7 +100,7 @@ def start() -> Ranks:
 def stepping(
     objective: Objective, config: EngineConfig, ranks: Ranks, num_packs: int
 ) -> Iterator[Callable[[Sequence[Batch], int], None]]:
-    """Gives what takes one step of `num_packs` packs: (packs on the device, number of the step)."""
+    """Yields a function that takes one step of `num_packs` packs: (packs on the device, number of the step)."""
     objective.to(ranks.device)
     plain = (
         contextlib.nullcontext()

@@ -1,1 +1,1 @@
-"""Images -> feature vectors, by which sets of images are compared."""
+"""Networks that turn images into feature vectors, by which sets of images are compared."""

@@ -1,8 +1,8 @@
-"""Rows of numbers of many images on disk: one append-only file a shard, resumable, spread over ranks, read in blocks.
+"""Stores a row of numbers for each image: an append-only file a shard, resumable, spread over ranks, read in blocks.
 
 Images go through the network in blocks of IMAGES_PER_CALL that never depend on ranks or interruptions, because
-another batch may round differently. A killed run leaves whole blocks and at most one torn one, which is dropped:
-the files, hence every score, are the same bytes on any number of ranks and after any number of kills.
+another batch may round differently. A killed run leaves whole blocks and at most one torn block, which is dropped.
+Hence the files, and every score, are the same bytes on any number of ranks and after any number of kills.
 
 DIR/DIGEST/about.json       network, images, sizes
 DIR/DIGEST/00000.f32        float32 rows of images 0 to SHARD_IMAGES - 1, little-endian; .f64: float64
@@ -30,20 +30,20 @@ from evaluation.features.interface import IMAGES_PER_CALL, RowFunction
 from evaluation.image_source import Source
 
 SHARD_IMAGES = 32 * IMAGES_PER_CALL
-READ_IMAGES = 1024  # rows of a block when they are read back
+READ_IMAGES = 1024  # rows of a block when files are read back
 
 BlockT = TypeVar("BlockT")
 
 
 class RowFiles(Generic[BlockT]):
-    """Rows of one source by one function: FeatureFiles or ScoreFiles."""
+    """Rows of one source, computed by one function; a subclass is FeatureFiles or ScoreFiles."""
 
     KIND: ClassVar[str]
     DTYPE: ClassVar[np.dtype[Any]]
     ALLOWS_NAN: ClassVar[bool]
 
     def __init__(self, directory: Path, function: RowFunction[BlockT], source: Source[BlockT]) -> None:
-        """Below `directory`, in a folder named after function and images: others are never mistaken for these."""
+        """The rows lie below `directory`, in a folder named after function and images: no other rows share it."""
         self.fingerprint = function.fingerprint
         self.dim = function.dim
         self.count = len(source)
@@ -53,7 +53,7 @@ class RowFiles(Generic[BlockT]):
         self._function, self._source = function, source
 
     def collect(self, rank: int = 0, world: int = 1) -> None:
-        """Computes what is missing of shards rank, rank + world, ... Raises UserError as the source does."""
+        """Computes the missing rows of shards rank, rank + world, ... Raises UserError as the source does."""
         self._directory.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             files.write_json(self._directory / "about.json", self._about)
@@ -72,11 +72,11 @@ class RowFiles(Generic[BlockT]):
         return self.count
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[stop - start, D], float32 or float64 as they are kept."""
+        """[stop - start, D], float32 or float64 as stored."""
         return torch.from_numpy(self.take(range(start, min(stop, self.count))))
 
     def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """[len(indices), D] of any images, in this order. Raises UserError: not computed yet."""
+        """[len(indices), D], the rows of any images, in the order of `indices`. Raises UserError: not computed yet."""
         places = np.asarray(indices, np.int64)
         rows = np.empty((len(places), self.dim), self.DTYPE.newbyteorder("="))
         for shard in np.unique(places // SHARD_IMAGES):
@@ -90,12 +90,12 @@ class RowFiles(Generic[BlockT]):
         return rows
 
     def blocks(self, count: int = READ_IMAGES) -> Iterator[Tensor]:
-        """All rows in order, `count` at a time."""
+        """All rows in order, in blocks of `count`."""
         for start in range(0, self.count, count):
             yield self.read(start, start + count)
 
     def _extend(self, shard: int) -> Iterator[int]:
-        """Appends block after block; yields the number of images of each."""
+        """Appends the missing blocks of a shard; yields the number of images of each."""
         path, first, size = self._path(shard), shard * SHARD_IMAGES, self._num_rows(shard)
         block_bytes = IMAGES_PER_CALL * self.dim * self.DTYPE.itemsize
         whole = path.stat().st_size // block_bytes if path.is_file() else 0
@@ -129,20 +129,20 @@ class RowFiles(Generic[BlockT]):
 
 
 class FeatureFiles(RowFiles[Tensor]):
-    """Vectors of images by a FeatureExtractor: float32, all finite."""
+    """Feature vectors of a FeatureExtractor: float32, all finite."""
 
     KIND, DTYPE, ALLOWS_NAN = "features", np.dtype("<f4"), False
 
 
 class ScoreFiles(RowFiles[BlockT]):
-    """Numbers that are scores themselves: float64; nan says that one is not defined for an image."""
+    """Scores of single images: float64; nan means that a score is not defined for the image."""
 
     KIND, DTYPE, ALLOWS_NAN = "scores", np.dtype("<f8"), True
 
 
 @dataclass(frozen=True)
 class FeatureRows:
-    """Some columns of stored features: what metrics read."""
+    """Some columns of stored features, as metrics read them."""
 
     features: FeatureFiles
     begin: int

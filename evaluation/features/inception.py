@@ -1,10 +1,10 @@
-"""FID's InceptionV3: the network of 2015-12-05 that every published FID looks through, in torch.
+"""FID's InceptionV3 in torch: the network of 2015-12-05 behind every published FID.
 
-It is torchvision's InceptionV3 but for its pooling branches: averages leave out the padding, and the last
+It is torchvision's InceptionV3 except for the pooling branches: averages leave out the padding, and the last
 block takes a maximum. Input: TF1's resize to 299, (x - 128) / 128; output: pool3, 2048 values. ADM's protocol also
 reads the first 7 channels of a 17 x 17 layer (sFID) and the classifier of 1008 classes (inception score).
 
-What could not be checked without a network: that the published weights give the published numbers (a faithful
+Two things could not be checked without a network: that the published weights give the published numbers (a faithful
 port has FID 3.9410 where TensorFlow has 3.9426 on ADM's samples), and the file itself. Checked with random
 weights: names and shapes, wiring against torchvision's, resize against a scalar loop.
 
@@ -37,10 +37,10 @@ WEIGHTS_URL = (
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INPUT_PX = 299
 NUM_FEATURES = 2048
-HEAD = ("fc.weight", "fc.bias")  # in the file: the classifier, of which ADM uses the weight alone
+HEAD = ("fc.weight", "fc.bias")  # the classifier in the file; ADM uses its weight alone
 SPATIAL_LAYER = "Mixed_6d.branch1x1"
-NUM_SPATIAL_CHANNELS = 7  # of the first branch of the seventh mixed block, "mixed_6/conv" in TensorFlow
-COUNTER = ".num_batches_tracked"  # of batch norms; without effect, and absent from older files
+NUM_SPATIAL_CHANNELS = 7  # in the seventh mixed block's first branch, TensorFlow's "mixed_6/conv"
+COUNTER = ".num_batches_tracked"  # a buffer of batch norms without effect, absent from older files
 
 Pool = Callable[[Tensor], Tensor]
 
@@ -52,7 +52,7 @@ class InceptionFeatures:
     dim = NUM_FEATURES
 
     def __init__(self, network: nn.Module, device: str = "cpu", weights: str = "given") -> None:
-        """`weights`: where they come from, for the record."""
+        """`weights`: where the weights come from, for the record."""
         self._device = torch.device(device)
         self._network = network.to(self._device)
         freeze(self._network)
@@ -65,7 +65,7 @@ class InceptionFeatures:
 
     @classmethod
     def load(cls, weights: str = "download", device: str = "cpu") -> InceptionFeatures:
-        """`weights`: `download`, or the path of the .pth file. Raises UserError: cannot be had, does not fit."""
+        """`weights`: `download`, or the path of the .pth file. Raises UserError: no such file, other weights."""
         path = _weights_path(weights)
         return cls(fid_inception(read_checkpoint(path).tensors, str(path)), device, _source(path))
 
@@ -79,9 +79,9 @@ class InceptionFeatures:
 
 
 class AdmInception:
-    """pool3, then the spatial features of sFID, in one vector; implements FeatureExtractor.
+    """pool3 and the spatial features of sFID in one vector; implements FeatureExtractor.
 
-    The spatial ones are NUM_SPATIAL_CHANNELS channels of `spatial_layer`'s output, in ADM's order (y, x, channel).
+    The spatial features are NUM_SPATIAL_CHANNELS channels of `spatial_layer`'s output, in ADM's order (y, x, channel).
     """
 
     name = "inception"
@@ -94,7 +94,7 @@ class AdmInception:
         device: str = "cpu",
         weights: str = "given",
     ) -> None:
-        """`classifier`: [K, D] of the inception score; `weights`: where they come from, for the record."""
+        """`classifier`: the inception score's, [K, D]; `weights`: where the weights come from, for the record."""
         self._pool = InceptionFeatures(network, device, weights)
         self._seen: list[Tensor] = []
         spatial_layer.register_forward_hook(lambda _, __, output: self._seen.append(output))
@@ -111,7 +111,7 @@ class AdmInception:
 
     @classmethod
     def load(cls, weights: str = "download", device: str = "cpu") -> AdmInception:
-        """As InceptionFeatures.load."""
+        """Loads the weights as InceptionFeatures.load does."""
         path = _weights_path(weights)
         tensors = read_checkpoint(path).tensors
         network = fid_inception(tensors, str(path))
@@ -142,11 +142,11 @@ def _source(path: Path) -> str:
 
 
 def fid_inception(tensors: Mapping[str, Tensor], where: str) -> nn.Module:
-    """The network with the file's weights: [B, 3, 299, 299] -> [B, 2048].
+    """Builds the network with the file's weights: [B, 3, 299, 299] -> [B, 2048].
 
-    Raises UserError unless every tensor but the classifier's two has its place and every place its tensor.
+    Raises UserError unless every tensor but the classifier's two has a parameter, and every parameter a tensor.
     """
-    with torch.device("meta"):  # no initial weights: they would cost seconds and random numbers
+    with torch.device("meta"):  # initial weights would cost seconds and random numbers
         network = inception.Inception3(
             aux_logits=False,
             init_weights=False,
@@ -170,7 +170,7 @@ def fid_inception(tensors: Mapping[str, Tensor], where: str) -> nn.Module:
 
 
 def _average(x_BCHW: Tensor) -> Tensor:
-    """3 x 3 mean over the pixels that exist; torchvision's blocks count the zeros of the padding too."""
+    """3 x 3 mean over existing pixels; torchvision's blocks also count the zeros of the padding."""
     return F.avg_pool2d(x_BCHW, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -180,7 +180,7 @@ def _maximum(x_BCHW: Tensor) -> Tensor:
 
 
 class _BlockA(inception.InceptionA):  # type: ignore[misc]
-    """35 x 35 cells."""
+    """A block at 35 x 35 cells."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
@@ -189,7 +189,7 @@ class _BlockA(inception.InceptionA):  # type: ignore[misc]
 
 
 class _BlockC(inception.InceptionC):  # type: ignore[misc]
-    """17 x 17 cells."""
+    """A block at 17 x 17 cells."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
@@ -199,7 +199,7 @@ class _BlockC(inception.InceptionC):  # type: ignore[misc]
 
 
 class _BlockE(inception.InceptionE):  # type: ignore[misc]
-    """8 x 8 cells; `pool` differs between the first and the last of the two."""
+    """A block at 8 x 8 cells; `pool` differs between the first and the second of the two blocks."""
 
     def __init__(self, in_channels: int, pool: Pool = _average) -> None:
         super().__init__(in_channels)

@@ -1,4 +1,4 @@
-"""What every feature network offers, so that a distance between sets does not know which one it is.
+"""The interface of every feature network: distances between sets work with any of them.
 
 Shapes: B images, H W pixels, D features.
 """
@@ -19,11 +19,11 @@ BlockT_contra = TypeVar("BlockT_contra", contravariant=True)
 
 
 class RowFunction(Protocol[BlockT_contra]):
-    """What gives one row of numbers for an image, or for what else a source holds."""
+    """A function that gives one row of numbers for each image, or for each element of another source."""
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name that people read."""
 
     @property
     def fingerprint(self) -> str:
@@ -31,18 +31,18 @@ class RowFunction(Protocol[BlockT_contra]):
 
     @property
     def dim(self) -> int:
-        """D."""
+        """D, the numbers in a row."""
 
     def __call__(self, block: BlockT_contra, /) -> Tensor:
         """A block of evaluation.image_source.Source, on the CPU -> float [B, D] on the CPU."""
 
 
 class FeatureExtractor(RowFunction[Tensor], Protocol):
-    """A frozen network that gives one vector for an image."""
+    """A frozen network that gives one vector for each image."""
 
     @property
     def protocol(self) -> Mapping[str, Any]:
-        """Network, layer and preparation in words, JSON-able."""
+        """Network, layer and preparation in words, as JSON values."""
 
     def __call__(self, pixels: Tensor, /) -> Tensor:
         """uint8 [B, 3, H, W], any size, on the CPU -> float32 [B, D] on the CPU."""

@@ -1,4 +1,4 @@
-"""Features of a representation model: a local stand-in for Inception, and what linear probes read.
+"""Features of a representation model: a local stand-in for Inception, and the input of linear probes.
 
 Shapes: B images, H W pixels, D width, N patch tokens, P prefix tokens (class and registers).
 """
@@ -25,9 +25,8 @@ Pooling = Literal["mean_patch", "class"]
 class RepresentationFeatures:
     """One token of a representation model; implements evaluation.features.interface.FeatureExtractor.
 
-    `mean_patch`: the mean over the patch tokens of f. `class`: the class token, where the model has one. Both
-    after the last LayerNorm without affine. Distances between sets in this space are compared with each other
-    only: they are no FID.
+    `mean_patch`: the mean over the patch tokens of f. `class`: the class token, if the model has one. Both tokens come
+    after the last LayerNorm without affine. Distances in this space compare only with each other: they are no FID.
     """
 
     def __init__(
@@ -49,22 +48,22 @@ class RepresentationFeatures:
             "network": f"{name} ({representation.config.name})",
             **prepared,
         }
-        self.fingerprint = files.digest([prepared, state_hash(representation)])  # whatever it is called
+        self.fingerprint = files.digest([prepared, state_hash(representation)])  # not the model's name
 
     @classmethod
     def load(
         cls, directory: str | Path, pooling: Pooling = "mean_patch", device: str = "cpu"
     ) -> RepresentationFeatures:
-        """The encoder of an exported autoencoder, or one exported alone; named after its run folder.
+        """Loads the encoder of an exported autoencoder, or an encoder exported alone; it is named after its run.
 
-        Raises UserError: neither stands there, or files that do not fit.
+        Raises UserError: no such export, or files that do not fit.
         """
         directory = Path(directory)
         path = directory / CONFIG_NAME
         if not path.is_file():
             raise UserError(f"{path}: no such file; give the export of an autoencoder or of a stand-in")
         tree = files.read_object(path)
-        if "representation" in tree:  # the encoder alone
+        if "representation" in tree:  # an encoder exported alone
             config = from_dict(RepresentationConfig, tree["representation"], where=str(path))
             weights = str(directory / WEIGHTS_NAME)
             representation = Representation(dataclasses.replace(config, weights=weights))
@@ -90,7 +89,7 @@ def last_tokens(representation: Representation, pixels_01: Tensor) -> tuple[Tens
     """
     if not representation.has_class_token:
         raise ConfigError(f"{representation.config.name} has no class token; take the mean of its patches")
-    # `Representation` strips the last norm, and no other, of its affine.
+    # `Representation` removes the affine of the last norm, and of no other.
     layers = representation.vit.modules()
     (norm,) = (x for x in layers if isinstance(x, nn.LayerNorm) and not x.elementwise_affine)
     ((patches, prefix),) = representation.intermediates(pixels_01, (representation.depth - 1,))

@@ -17,7 +17,7 @@ def resize_tf1(pixels_BCHW: Tensor, size_px: int) -> Tensor:
     x = pixels_BCHW.float()
     rows_low, rows_high, row_weight = _taps(x.shape[2], size_px, x.device)
     columns_low, columns_high, column_weight = _taps(x.shape[3], size_px, x.device)
-    # First along x, then along y, each as a + (b - a) * w: the kernel's order of roundings.
+    # First along x, then along y, each as a + (b - a) * w: TF's kernel rounds in this order.
     left, right = x[:, :, :, columns_low], x[:, :, :, columns_high]
     x = left + (right - left) * column_weight
     top, bottom = x[:, :, rows_low], x[:, :, rows_high]
@@ -25,7 +25,7 @@ def resize_tf1(pixels_BCHW: Tensor, size_px: int) -> Tensor:
 
 
 def _taps(num_in: int, num_out: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Both neighbours' indices, int64 [S], and the second one's weight, float32 [S]."""
+    """Indices of both neighbours, int64 [S], and weight of the second neighbour, float32 [S]."""
     scale = torch.tensor(num_in, dtype=torch.float32, device=device) / num_out
     position = torch.arange(num_out, dtype=torch.float32, device=device) * scale
     low = position.floor()

@@ -4,7 +4,7 @@ FD-DINOv2 (Stein et al. 2023): class token of DINOv2 ViT-L/14 after the last Lay
 al. 2024): image embedding of CLIP ViT-L/14 at 336 px. Both resize the whole image, bicubic with antialiasing on 8
 bits, as Pillow does.
 
-What could not be checked without a network: that the published weights give the published numbers.
+One thing could not be checked without a network: that the published weights give the published numbers.
 
 Shapes: B images, H W pixels, D features.
 """
@@ -34,7 +34,7 @@ STATISTICS: Mapping[Kind, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 
 class VisionFeatures:
-    """One vector of a transformers vision model; implements evaluation.features.interface.FeatureExtractor."""
+    """One vector from a transformers vision model; implements evaluation.features.interface.FeatureExtractor."""
 
     def __init__(
         self, kind: Kind, model: nn.Module, input_px: int, device: str = "cpu", source: str = "given"
@@ -56,7 +56,7 @@ class VisionFeatures:
 
     @classmethod
     def load(cls, kind: Kind, name: str = "download", device: str = "cpu") -> VisionFeatures:
-        """`name`: `download`, or a folder of transformers. Raises UserError: cannot be had, another input."""
+        """`name`: `download`, or a folder of transformers. Raises UserError: no such model, another input."""
         name = NAMES[kind] if name == "download" else name
         library = AutoModel if kind == "dinov2" else CLIPVisionModelWithProjection
         try:

@@ -1,1 +1,1 @@
-"""Classifiers that look at generated images."""
+"""Models that judge images: detectors, colour namers, vision-language models."""

@@ -1,7 +1,7 @@
-"""Colours of objects for GenEval: CLIP ViT-L/14 compares an object's crop with sentences about ten colours.
+"""Names colours of objects for GenEval: CLIP ViT-L/14 compares an object's crop with sentences about ten colours.
 
-Everything outside the object's mask is painted grey (#999), then its box is cut out. A colour's direction is the
-mean of three sentences' unit vectors. The published weights were trained with QuickGELU; a model with another
+Everything outside the object's mask is painted grey (#999), then the object's box is cut out. A colour's direction is
+the mean of three sentences' unit vectors. The published weights were trained with QuickGELU; a model with another
 activation gives other colours and is refused.
 
 Shapes: n crops, C colours, D embedding.
@@ -45,17 +45,17 @@ class ColourNamer(Protocol):
 
     @property
     def protocol(self) -> Mapping[str, Any]:
-        """In words, JSON-able."""
+        """The choices that decide the colours, in words, as JSON values."""
 
     def __call__(self, image: Tensor, objects: Sequence[FoundObject]) -> list[str]:
-        """uint8 [3, H, W] and objects of one name in it -> one of COLOURS each."""
+        """uint8 [3, H, W] and objects of one name in it -> one of COLOURS for each object."""
 
 
 class ClipColours:
-    """Implements ColourNamer."""
+    """CLIP as a ColourNamer."""
 
     def __init__(self, model: Any, tokenizer: Any, device: str = "cpu", source: str = "given") -> None:
-        """`model`: transformers' CLIPModel; `tokenizer`: its own. Raises UserError: no QuickGELU."""
+        """`model`: transformers' CLIPModel; `tokenizer`: the model's. Raises UserError: no QuickGELU."""
         activations = {model.config.text_config.hidden_act, model.config.vision_config.hidden_act}
         if activations != {"quick_gelu"}:
             raise UserError(
@@ -77,7 +77,7 @@ class ClipColours:
 
     @classmethod
     def load(cls, name: str = "download", device: str = "cpu") -> ClipColours:
-        """`name`: `download`, or a folder of transformers. Raises UserError: cannot be had, no QuickGELU."""
+        """`name`: `download`, or a folder of transformers. Raises UserError: no such model, no QuickGELU."""
         name = MODEL if name == "download" else name
         try:
             model = hub.from_pretrained(CLIPModel, name, dtype=torch.float32)
@@ -91,7 +91,7 @@ class ClipColours:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, objects: Sequence[FoundObject]) -> list[str]:
-        """As the protocol says; objects of one name."""
+        """One of COLOURS for each object; all objects have one name."""
         if not objects:
             return []
         x = torch.stack([self._prepared(masked_crop(image, one)) for one in objects]).to(self._device)
@@ -101,7 +101,7 @@ class ClipColours:
         return [COLOURS[index] for index in best.tolist()]
 
     def _of(self, name: str) -> Tensor:
-        """Unit vector of every colour of an object, [C, D]."""
+        """Unit vectors of every colour of an object, [C, D]."""
         if name not in self._directions:
             sentences = [t.format(colour=colour, name=name) for colour in COLOURS for t in TEMPLATES]
             ids = self._tokenizer(sentences, padding=True, return_tensors="pt")
@@ -114,7 +114,7 @@ class ClipColours:
         return self._directions[name]
 
     def _prepared(self, crop: Image.Image) -> Tensor:
-        """float32 [3, S, S]."""
+        """The crop as CLIP's input, float32 [3, S, S]."""
         picture = transforms.resize(crop, self._input_px, transforms.InterpolationMode.BICUBIC)
         picture = transforms.center_crop(picture, self._input_px)
         pixels_01 = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255

@@ -1,12 +1,12 @@
-"""Object detection for GenEval: Mask2Former of transformers, read the way mmdetection reads it.
+"""Object detection for GenEval: Mask2Former of transformers, with mmdetection's pre- and post-processing.
 
 GenEval's detector is mmdetection's Mask2Former Swin-S; `facebook/mask2former-swin-small-coco-instance` is the same
-architecture (COCO AP 46.3, theirs 46.1). What mmdetection does around the network is done here, because it decides
-scores: short side to 800 px (long side at most 1333), padding to multiples of 32; of all queries and classes the 100
-surest pairs; score = class probability times the mean probability of the mask where it is above one half; box = the
+architecture (COCO AP 46.3, theirs 46.1). mmdetection's steps around the network decide scores, so they are done here:
+short side to 800 px (long side at most 1333), padding to multiples of 32; of all queries and classes the 100 most
+certain pairs; score = class probability times the mean probability of the mask where it is above one half; box = the
 mask's extent.
 
-Shapes: H W pixels of the image, Q queries, K classes, n = pairs that are kept.
+Shapes: H W pixels of the image, Q queries, K classes, n pairs that are kept.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ class Detector(Protocol):
 
     @property
     def protocol(self) -> Mapping[str, Any]:
-        """In words, JSON-able."""
+        """The choices that decide the detections, in words, as JSON values."""
 
     def __call__(self, image: Tensor) -> list[FoundObject]:
-        """uint8 [3, H, W] -> every detection, however unsure."""
+        """uint8 [3, H, W] -> every detection, however uncertain."""
 
 
 class Mask2FormerDetector:
-    """Implements Detector."""
+    """Mask2Former as a Detector."""
 
     def __init__(self, model: nn.Module, device: str = "cpu", source: str = "given") -> None:
-        """Raises UserError: a model of other classes."""
+        """Raises UserError: a model whose classes are not COCO's."""
         config: Any = model.config
         if config.num_labels != len(NAMES):
             raise UserError(
@@ -88,7 +88,7 @@ class Mask2FormerDetector:
 
     @classmethod
     def load(cls, name: str = "download", device: str = "cpu") -> Mask2FormerDetector:
-        """`name`: `download`, or a folder of transformers. Raises UserError: cannot be had, other classes."""
+        """`name`: `download`, or a folder of transformers. Raises UserError: no such model, other classes."""
         name = MODEL if name == "download" else name
         try:
             model = hub.from_pretrained(Mask2FormerForUniversalSegmentation, name, dtype=torch.float32)
@@ -99,7 +99,7 @@ class Mask2FormerDetector:
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> list[FoundObject]:
-        """uint8 [3, H, W]."""
+        """uint8 [3, H, W] -> at most MAX_DETECTIONS objects, the most certain first."""
         assert image.dtype == torch.uint8 and image.ndim == 3
         x, (height, width) = prepare(image.to(self._device))
         output = self._model(pixel_values=x)
@@ -133,9 +133,9 @@ def post_process(
     inside: tuple[int, int],
     original: tuple[int, int],
 ) -> list[FoundObject]:
-    """float32 [Q, K + 1] (last: no object) and [Q, h, w] -> at most MAX_DETECTIONS objects, the surest class first.
+    """float32 [Q, K + 1] (last: no object) and [Q, h, w] -> at most MAX_DETECTIONS objects, the most certain first.
 
-    Sizes are (height, width): of the padded input, of the image in it, of the image as it was given.
+    Sizes are (height, width): `padded` of the padded input, `inside` of the image in it, `original` of the given image.
     """
     scores = class_logits.softmax(dim=-1)[:, :-1]
     num_classes = scores.shape[1]

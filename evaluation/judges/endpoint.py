@@ -1,7 +1,7 @@
 """A judge behind an OpenAI-compatible endpoint: vLLM, a gateway, or a vendor.
 
-The key is read from an environment variable when a question is asked, goes into one header, and is in no log, record
-or message. What weights stand behind an endpoint cannot be known; the scores say so.
+The key is read from an environment variable when a question is asked. It goes into one header, and into no log, record
+or message. The weights behind an endpoint cannot be known; the scores say so.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from evaluation.store import RefusedError
 KEY_VARIABLE = "OPENAI_API_KEY"
 TRIES = 6
 TIMEOUT_S = 300
-MAX_WAIT_S = 600.0  # of what a server asks for in Retry-After
+MAX_WAIT_S = 600.0  # limit on the wait that a server asks for in Retry-After
 MAX_ANSWER_BYTES = 8 << 20
-PASSING = (408, 409, 429, 500, 502, 503, 504)  # statuses that may be other the next time
-OF_ONE_ITEM = (400, 413, 415, 422)  # what a content filter, or a limit of one request, answers
+PASSING = (408, 409, 429, 500, 502, 503, 504)  # statuses of errors that may pass: ask again
+OF_ONE_ITEM = (400, 413, 415, 422)  # statuses of a content filter, or of a limit on one request
 FIRST_REFUSALS = 5
-"""So many refusals before any answer mean the address, the model or the key, not the items."""
+"""This many refusals before any answer mean that the address, model or key is wrong, not the items."""
 
 
 class EndpointJudge:
-    """Implements evaluation.judges.interface.VisionLanguageJudge."""
+    """An HTTP client as evaluation.judges.interface.VisionLanguageJudge."""
 
     def __init__(
         self,
@@ -63,10 +63,10 @@ class EndpointJudge:
         }
         self.fingerprint = files.digest(["endpoint", model, vars(decoding)])
         self._client = _client()
-        self._num_refused: int | None = 0  # None: something was answered
+        self._num_refused: int | None = 0  # None once a question was answered
 
     def __call__(self, images: Sequence[Tensor], text: str, seed: int, text_first: bool = False) -> str:
-        """uint8 [3, H, W] each. Raises RefusedError: this question alone; UserError: no answer after several tries."""
+        """uint8 [3, H, W] each. Raises RefusedError: this question is refused; UserError: every try failed."""
         pictures = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
         words = [{"type": "text", "text": text}]
         body = {
@@ -90,7 +90,7 @@ class EndpointJudge:
         return mended(said).strip()
 
     def _post(self, payload: bytes) -> Any:
-        """The parsed answer. What passes is tried again, after the server's own waiting time if it names one."""
+        """The parsed answer. Errors that may pass are tried again, after the wait that the server asks for, if any."""
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         key = os.environ.get(self._key_variable)
         if key:
@@ -104,7 +104,7 @@ class EndpointJudge:
                 if status == 200:
                     return json.loads(content)
             except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RecursionError) as error:
-                # No connection; half an answer; one that is no JSON.
+                # No connection; half an answer; an answer that is no JSON.
                 is_deep = isinstance(error, RecursionError)
                 reason, wait_s = "JSON nested too deep" if is_deep else type(error).__name__, 0.0
                 continue
@@ -119,15 +119,16 @@ class EndpointJudge:
         )
 
     def _send(self, payload: bytes, headers: Mapping[str, str]) -> tuple[int, float, bytes]:
-        """Status, seconds that the server asks to wait (0: none) and body.
+        """Returns status, seconds that the server asks to wait (0: none) and body.
 
-        Raises ValueError: too long a body; TimeoutError: all of it takes too long, which httpx asks of each read only.
+        Raises ValueError: too long a body; TimeoutError: the whole reply takes too long, as httpx limits each read
+        only.
         """
         pool = futures.ThreadPoolExecutor(1)
         try:
             return pool.submit(self._stream, payload, headers).result(TIMEOUT_S)
-        except futures.TimeoutError:  # another class in Python 3.10
-            self._client.close()  # and with its connection ends the thread
+        except futures.TimeoutError:  # another class than TimeoutError in Python 3.10
+            self._client.close()  # ends the thread with its connection
             self._client = _client()
             raise TimeoutError from None
         finally:
@@ -138,7 +139,7 @@ class EndpointJudge:
         with self._client.stream(
             "POST", f"{self._url}/chat/completions", content=payload, headers=headers
         ) as reply:
-            for chunk in reply.iter_raw():  # not unpacked: 64 KiB could stand for much
+            for chunk in reply.iter_raw():  # not unpacked: 64 KiB could unpack to much more
                 content += chunk
                 if len(content) > MAX_ANSWER_BYTES:
                     raise ValueError("an answer without an end")
@@ -147,7 +148,7 @@ class EndpointJudge:
             return reply.status_code, wait_s, bytes(content)
 
     def _refuse(self, reason: str, content: bytes) -> None:
-        """Raises RefusedError for one question, UserError where no question would be answered."""
+        """Raises RefusedError for one question, UserError if the endpoint would refuse every question."""
         if self._num_refused is not None:
             self._num_refused += 1
             if _is_about_the_model(content) or self._num_refused == FIRST_REFUSALS:
@@ -163,7 +164,7 @@ def _client() -> httpx.Client:
 
 
 def _said(content: bytes) -> str:
-    """What a refusal says, printable and short."""
+    """The text of a refusal, short and printable."""
     text = content.decode("utf-8", "replace")
     try:
         error = json.loads(text)["error"]

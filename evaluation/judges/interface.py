@@ -1,4 +1,4 @@
-"""What every judge that reads images and answers in words offers, and how a suite asks it.
+"""The interface of every judge that reads images and answers in words, and how a suite asks a judge.
 
 Shapes: H W pixels.
 """
@@ -26,13 +26,13 @@ class Decoding:
     """How a judge's answer is drawn. Defaults: EditScore's."""
 
     temperature: float = 0.7
-    """0: always the most probable token."""
+    """Temperature of the drawing; 0: always the most probable token."""
     top_p: float = 0.9
     """Tokens beyond this cumulative probability are left out."""
     top_k: int = 20
     """Tokens beyond this rank are left out."""
     max_new_tokens: int = 512
-    """An answer is cut off there."""
+    """Length limit; an answer is cut off there."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 1 or self.max_new_tokens < 1:
@@ -44,22 +44,22 @@ YES_NO = Decoding(temperature=0.0, max_new_tokens=8)
 
 
 class VisionLanguageJudge(Protocol):
-    """Answers questions about images. Raises evaluation.store.RefusedError: this one it does not answer."""
+    """Answers questions about images. Raises evaluation.store.RefusedError for a question that it refuses."""
 
     @property
     def name(self) -> str:
-        """Letters, digits and _; part of every metric's name, because another judge gives other numbers."""
+        """Letters, digits and _. The name is part of every metric's name, because another judge gives other numbers."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides an answer but the question and the seed."""
+        """Hash of all that decides an answer except the question and the seed."""
 
     @property
     def protocol(self) -> Mapping[str, Any]:
-        """In words, JSON-able."""
+        """The choices that decide the answers, in words, as JSON values."""
 
     def __call__(self, images: Sequence[Tensor], text: str, seed: int, text_first: bool = False) -> str:
-        """uint8 [3, H, W] each, of any sizes, before the text (or after it) -> the answer."""
+        """Images, uint8 [3, H, W] each, of any sizes, stand before the text (or after it). Returns the answer."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,20 @@ class Asked:
     """One question about an item, without its images."""
 
     about: str
-    """What tells it from others about the item and pass."""
+    """Name of the question among those about this item in this pass."""
     roles: tuple[str, ...]
-    """Images, in order."""
+    """Roles of the images to show, in order."""
     text: str
     seed: int
     number: int = 0
-    """Of the pass."""
+    """Number of the pass, from 0."""
     text_first: bool = False
     like: str | None = None
-    """Role whose image's size all images take; None: each has its own."""
+    """Role whose image's size all images take; None: each image keeps its own."""
 
 
 def question(judge: VisionLanguageJudge, images: ImageSet, item: Item, asked: Asked) -> Question:
-    """For the store. The key's hash covers judge, words, seed and the bytes of the images."""
+    """The question for the store. The hash in its key covers judge, words, seed and the bytes of the images."""
     read = asked.roles if asked.like is None else (*asked.roles, asked.like)
     hashes = [files.sha256(images.path(item, role)) for role in read]
     config = config_hash(judge.fingerprint, asked.text, asked.seed, asked.text_first, asked.like, hashes)
@@ -101,7 +101,7 @@ def metric_name(model: str) -> str:
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [3, H, W] -> [3, *size] by Pillow's bicubic; unchanged when it fits."""
+    """uint8 [3, H, W] -> [3, *size] by Pillow's bicubic; unchanged if it has that size."""
     if tuple(image.shape[1:]) == size:
         return image
     picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size[1], size[0]))

@@ -1,6 +1,6 @@
 """A vision-language model of transformers as a judge: Qwen3-VL, or any AutoModelForImageTextToText.
 
-Questions are asked one by one, each from its own seed, so an answer depends on no other question, on no rank and on
+Questions are asked one by one, each with its own seed. An answer depends on no other question, on no rank and on
 no interruption (on one kind of device; other kernels may round differently).
 """
 
@@ -27,7 +27,7 @@ ADAPTER_PREFIX = "base_model.model."
 
 
 class TransformersJudge:
-    """Implements evaluation.judges.interface.VisionLanguageJudge."""
+    """A model of transformers as evaluation.judges.interface.VisionLanguageJudge."""
 
     def __init__(
         self,
@@ -62,9 +62,10 @@ class TransformersJudge:
         decoding: Decoding = EDITSCORE,
         device: str = "cpu",
     ) -> TransformersJudge:
-        """`model`: a name of the hub or a folder; `adapter`: a folder with a LoRA of it, such as EditScore's.
+        """`model`: a name of the hub or a folder; `adapter`: a folder with a LoRA of the model, such as EditScore's.
 
-        `name`: default the model's and the adapter's. bf16 on a GPU, fp32 on a CPU. Raises UserError: cannot be had.
+        `name`: default the model's and the adapter's. bf16 on a GPU, fp32 on a CPU. Raises UserError: no such model or
+        adapter.
         """
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         try:
@@ -81,7 +82,7 @@ class TransformersJudge:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor], text: str, seed: int, text_first: bool = False) -> str:
-        """uint8 [3, H, W] each."""
+        """uint8 [3, H, W] each, any sizes -> the answer."""
         pictures = [{"type": "image", "image": Image.fromarray(x.permute(1, 2, 0).numpy())} for x in images]
         words = [{"type": "text", "text": check_whole(text, "a question")}]
         content = [*words, *pictures] if text_first else [*pictures, *words]
@@ -110,8 +111,8 @@ class TransformersJudge:
 def merge_adapter(model: nn.Module, folder: Path) -> None:
     """Adds a LoRA (Hu et al. 2021) to the weights it was trained for: W + s B A, in fp32.
 
-    s = alpha / r, or alpha / sqrt(r) where the config says so. Raises UserError: no such files, a kind of adapter that
-    is not a plain LoRA, a tensor without its place.
+    s = alpha / r, or alpha / sqrt(r) if the config says so. Raises UserError: no such files, an adapter that
+    is not a plain LoRA, a tensor without a matching weight.
     """
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():

@@ -1,1 +1,1 @@
-"""Numbers from images, and how sure they are."""
+"""Metrics of images, with confidence intervals."""

@@ -1,12 +1,12 @@
 """DPG-Bench's arithmetic (Hu et al. 2024): yes/no questions in a dependency graph, read from its CSV file.
 
-A question counts 1 when it and all questions it depends on, near and far, are answered yes. An image's score is the
-share of its questions that count; a prompt's the mean over its images; the benchmark's 100 times the mean over prompts.
-Categories count the answers themselves, without dependencies. A dependency on a question that is not in the table is
-passed over (and counted, see `num_dangling`); in a circle every question stands on its own answer.
+A question counts 1 when it and all its ancestors are answered yes. An image's score is the share of its questions that
+count, a prompt's the mean over its images, the benchmark's 100 times the mean over prompts. Categories count the
+answers themselves, without dependencies. A dependency on a question that is not in the table is ignored (and counted,
+see `num_dangling`); in a circle every question depends on its own answer alone.
 
 The official script differs in three ways, which `official_faults` repeats: it skips the file's first row; a prompt
-whose questions depend on a missing one fails and is left out; categories see the last of a prompt's images only.
+whose questions depend on a missing question fails and is left out; categories use only the last of a prompt's images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUM_PROMPTS, IMAGES_PER_PROMPT = 1065, 4
 
 @dataclass(frozen=True)
 class Node:
-    """One question."""
+    """One question of a graph."""
 
     number: int
     parents: tuple[int, ...]  # numbers of the questions it depends on
@@ -45,13 +45,13 @@ class Graph:
 
     @property
     def num_dangling(self) -> int:
-        """Dependencies on questions that are not there."""
+        """Number of dependencies on questions that are not in the graph."""
         numbers = {node.number for node in self.nodes}
         return sum(parent not in numbers for node in self.nodes for parent in node.parents)
 
 
 def read_graphs(path: Path, official_faults: bool = False) -> dict[str, Graph]:
-    """Graph of every item id. Raises UserError naming the row: no such file, another table, no number."""
+    """The graph of every item id. Raises UserError naming the row: no such file, another table, no number."""
     try:
         reader = csv.DictReader(io.StringIO(read_text(path, "CSV"), newline=""))
         rows = list(enumerate(reader, start=2))
@@ -85,19 +85,19 @@ def read_graphs(path: Path, official_faults: bool = False) -> dict[str, Graph]:
 
 
 def answer(text: str) -> bool | None:
-    """Whether a judge says yes; None when its first word is neither yes nor no."""
+    """Whether a judge says yes; None if its first word is neither yes nor no."""
     word = re.match(r"\W*([a-z]+)", text.lower())
     return {"yes": True, "no": False}.get(word[1]) if word else None
 
 
 def image_score(graph: Graph, answers: Mapping[int, bool]) -> float:
-    """Share of the questions that count, 0 to 1. `answers`: yes or not, by number."""
+    """Share of the questions that count, 0 to 1. `answers`: question number -> yes."""
     counts: dict[int, bool] = {}
     by_number = {node.number: node for node in graph.nodes}
 
     def holds(number: int) -> bool:
         if number not in counts:
-            counts[number] = answers[number]  # what a circle finds when it closes
+            counts[number] = answers[number]  # the value that a circle finds when it closes
             parents = [parent for parent in by_number[number].parents if parent in by_number]
             counts[number] = answers[number] and all(holds(parent) for parent in parents)
         return counts[number]

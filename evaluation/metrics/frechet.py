@@ -1,7 +1,7 @@
 """Fréchet distance between two sets of features, from streamed statistics (FID: Heusel et al. 2017, eq. 6).
 
-Counts, means and scatters are added up in fp64, in any number of parts, on any number of machines: parts that
-are merged give what a single pass gives, up to the rounding of fp64 (1e-9 relative is tested).
+Counts, means and scatters are added up in fp64, in any number of parts, on any number of machines. Merged parts
+equal a single pass up to the rounding of fp64 (1e-9 relative is tested).
 
 Shapes: n images, D features.
 """
@@ -27,9 +27,9 @@ F64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """What the distance needs to know of a set of features."""
+    """The statistics of a set of features that the distance needs."""
 
-    features: str  # fingerprint of the network that made them
+    features: str  # fingerprint of the feature network
     count: int
     mean: F64  # [D]
     scatter: F64  # [D, D], sum over images of (x - mean)(x - mean)^T
@@ -46,13 +46,13 @@ class FeatureStatistics:
 
     @classmethod
     def stream(cls, features: str, batches: Iterable[Tensor]) -> FeatureStatistics:
-        """Statistics of all batches together, at least one; none is kept."""
+        """Statistics of all batches together, at least one. No batch is kept."""
         return reduce(cls.merge, (cls.of(features, batch) for batch in batches))
 
     def merge(self, other: FeatureStatistics) -> FeatureStatistics:
-        """Statistics of both sets (Chan et al. 1979): no difference of large sums, so nothing cancels.
+        """Statistics of both sets together (Chan et al. 1979). No large sums are subtracted, so no digits cancel.
 
-        Raises UserError when the sets were seen by different networks.
+        Raises UserError: the sets' features come from different networks.
         """
         _check_same_network(self, other)
         count = self.count + other.count
@@ -63,13 +63,13 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> F64:
-        """Unbiased, [D, D]. Raises UserError below two images."""
+        """Unbiased covariance, [D, D]. Raises UserError: fewer than two images."""
         if self.count < 2:
             raise UserError(f"features of {self.count} image: a covariance needs two; give more images")
         return self.scatter / (self.count - 1)
 
     def save(self, path: str | Path) -> None:
-        """Writes a .npz, whole or not at all."""
+        """Writes a .npz file atomically."""
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -82,7 +82,7 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:
-        """Reads what `save` wrote. Raises UserError: no such file, or another one."""
+        """Reads what `save` wrote. Raises UserError: no such file, or a file of another kind."""
         try:
             limits.check_regular(path)
             with np.load(path, allow_pickle=False) as stored:
@@ -95,7 +95,7 @@ class FeatureStatistics:
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Distance of the two sets' Gaussians. Raises UserError: different networks, fewer than two images."""
+    """Fréchet distance of the two sets' Gaussians. Raises UserError: different networks, fewer than two images."""
     _check_same_network(first, second)
     return gaussian_distance(first.mean, first.covariance, second.mean, second.covariance)
 
@@ -104,7 +104,7 @@ def gaussian_distance(mean_a: F64, covariance_a: F64, mean_b: F64, covariance_b:
     """|m_a - m_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2) (Dowson & Landau 1982).
 
     With S = R R^T the last trace is the sum of the singular values of R_a^T R_b. Unlike a square root of the
-    product, which is not symmetric, that stays exact for singular matrices and never turns complex.
+    product, which is not symmetric, this sum stays exact for singular matrices and never turns complex.
     """
     overlap = np.linalg.svd(_root(covariance_a).T @ _root(covariance_b), compute_uv=False).sum()
     shift = np.square(mean_a - mean_b).sum()
@@ -112,7 +112,7 @@ def gaussian_distance(mean_a: F64, covariance_a: F64, mean_b: F64, covariance_b:
 
 
 def caveat(*sets: FeatureStatistics) -> str:
-    """Why a distance from so few images is no estimate of the true one; "" where they are enough."""
+    """Why a distance from so few images is a poor estimate of the true one; "" for enough images."""
     count, dim = min(s.count for s in sets), len(sets[0].mean)
     if count > dim:
         return ""
@@ -123,7 +123,7 @@ def caveat(*sets: FeatureStatistics) -> str:
 
 
 def _root(covariance: F64) -> F64:
-    """R with R R^T = covariance, [D, rank]; directions that are rounding alone are left out."""
+    """R with R R^T = covariance, [D, rank]; directions that are only rounding error are left out."""
     values, vectors = np.linalg.eigh(covariance)
     kept = values > len(values) * np.finfo(np.float64).eps * values.max(initial=0.0)
     root: F64 = vectors[:, kept] * np.sqrt(values[kept])

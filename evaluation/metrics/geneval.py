@@ -1,8 +1,9 @@
 """GenEval's rules (Ghosh et al. 2023): is an image right, given the objects a detector found in it?
 
-A prompt's metadata: `include`, clauses {"class", "count", "color"?, "position"?: [relation, index of an earlier
-clause]} that must all hold, and `exclude`, clauses {"class", "count"} of which none may. Only the `count` surest
-objects of a class take part in colours and positions. Scores are compared in fp32, as the official code does.
+A prompt's metadata has `include`, clauses {"class", "count", "color"?, "position"?: [relation, index of an earlier
+clause]} that must all hold, and `exclude`, clauses {"class", "count"} of which none may hold. Only the `count` most
+certain objects of a class are tested for colours and positions. Scores are compared in fp32, as the official code
+does.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
 MAX_SHOWN = 200  # characters of a clause in a message
-MAX_OBJECTS = 16  # of a class
-POSITION_SLACK = 0.1  # of the sum of both sizes
-POSITION_THRESHOLD = 0.5  # of the normalised offset
+MAX_OBJECTS = 16  # limit for each class
+POSITION_SLACK = 0.1  # as a share of the sum of both sizes
+POSITION_THRESHOLD = 0.5  # least normalised offset
 RELATIONS = ("left of", "right of", "above", "below")
 STANDING_STILL_PX = 1e-3
 NUM_PROMPTS, IMAGES_PER_PROMPT = 553, 4
@@ -30,35 +31,35 @@ NUM_PROMPTS, IMAGES_PER_PROMPT = 553, 4
 
 @dataclass(frozen=True)
 class Detection:
-    """One object that was found."""
+    """One detected object."""
 
     name: str
     score: float
     box: tuple[float, float, float, float]  # x0, y0, x1, y1, pixels
-    colour: str | None = None  # None: nobody asked
+    colour: str | None = None  # None: the colour was not asked for
 
     @property
     def centre(self) -> tuple[float, float]:
-        """x, y."""
+        """x, y of the box's centre, pixels."""
         x0, y0, x1, y1 = self.box
         return (x0 + x1) / 2, (y0 + y1) / 2
 
     @property
     def size(self) -> tuple[float, float]:
-        """Width, height."""
+        """Width, height of the box, pixels."""
         x0, y0, x1, y1 = self.box
         return abs(x1 - x0), abs(y1 - y0)
 
 
 def threshold_of(tag: str) -> float:
-    """Score that an object must exceed. Raises UserError: no tag of GenEval."""
+    """Score that an object must exceed. Raises UserError: a tag that GenEval does not have."""
     if tag not in TAGS:
         raise UserError(f"tag '{tag}': GenEval has {', '.join(TAGS)}; take the metadata of its prompt file")
     return COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
 
 
 def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
-    """Raises UserError naming `where`: no tag of GenEval, clauses that are none."""
+    """Raises UserError naming `where`: a tag that GenEval does not have, malformed clauses."""
     tag = metadata.get("tag")
     threshold_of(tag if isinstance(tag, str) else repr(tag))
     for kind in ("include", "exclude"):
@@ -82,7 +83,7 @@ def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
 
 
 def kept(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]]:
-    """Objects that count, by class, the surest first."""
+    """Objects above the tag's score, by class, the most certain first, at most MAX_OBJECTS a class."""
     least = np.float32(threshold_of(tag))
     found: dict[str, list[Detection]] = {}
     for one in sorted(detections, key=lambda detection: -detection.score):
@@ -92,10 +93,10 @@ def kept(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]
 
 
 def verdict(metadata: Mapping[str, Any], detections: Sequence[Detection]) -> tuple[bool, list[str]]:
-    """Whether the image is right, and why it is not. `metadata`: checked (`check_metadata`)."""
+    """Whether the image is right, and the reasons if it is wrong. `metadata`: checked (`check_metadata`)."""
     objects = kept(detections, str(metadata["tag"]))
     reasons: list[str] = []
-    matched: list[list[Detection] | None] = []  # by clause; None: not fulfilled
+    matched: list[list[Detection] | None] = []  # by clause; None: the clause does not hold
     for clause in metadata.get("include") or []:
         name, count = clause["class"], clause["count"]
         found = objects.get(name, [])[:count]
@@ -112,7 +113,7 @@ def verdict(metadata: Mapping[str, Any], detections: Sequence[Detection]) -> tup
 def _problems(
     clause: Mapping[str, Any], found: Sequence[Detection], matched: Sequence[list[Detection] | None]
 ) -> list[str]:
-    """Why `found`, the surest objects of the clause's class, do not fulfil it."""
+    """Why `found`, the most certain objects of the clause's class, do not fulfil the clause."""
     name, count = clause["class"], clause["count"]
     if len(found) < count:
         return [f"expected {count} {name}, found {len(found)}"]
@@ -136,10 +137,10 @@ def _problems(
 
 
 def relations(one: Detection, other: Detection) -> set[str]:
-    """Where `one` stands, seen from `other`.
+    """The relations of `one` to `other`, such as "left of".
 
-    The offset of the centres, less a tenth of both sizes, over the length of the whole offset: a direction holds
-    when that is more than one half.
+    The offset of the centres, less a tenth of both sizes, is divided by the length of the whole offset. A direction
+    holds if the quotient is more than one half.
     """
     offset = np.subtract(one.centre, other.centre)
     slack = POSITION_SLACK * np.add(one.size, other.size)

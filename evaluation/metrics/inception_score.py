@@ -1,4 +1,4 @@
-"""Inception score (Salimans et al. 2016) as ADM computes it: splits of 5,000 images in the order they stand in.
+"""Inception score (Salimans et al. 2016) as ADM computes it: splits of 5,000 images, in the images' order.
 
 ADM's classifier is softmax(pool3 W) *without* the bias of the published network.
 
@@ -21,7 +21,7 @@ BLOCK_ROWS = 500  # divides SPLIT_IMAGES: a split is whole blocks
 def inception_score(rows: Rows, weight: Tensor, split_images: int = SPLIT_IMAGES) -> list[float]:
     """exp E KL(p(y|x) || p(y)) of every split; their mean is the score. `weight`: [K, D].
 
-    With p = softmax, E KL is the mean of sum p log p minus sum q log q, q the mean of p: one pass, sums in fp64.
+    With p = softmax and q the mean of p, E KL is the mean of sum p log p, minus sum q log q: one pass, sums in fp64.
     """
     scores = []
     for first in range(0, len(rows), split_images):

@@ -12,7 +12,7 @@ Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` items and its 95 % confidence interval; nan where it is not defined (n = 0)."""
+    """A mean over `n` items and its 95 % confidence interval; nan where undefined (n = 0)."""
 
     mean: float
     low: float
@@ -45,7 +45,7 @@ def mean(values: Sequence[float]) -> Estimate:
 def mean_of_means(groups: Sequence[Sequence[float]]) -> Estimate:
     """Unweighted mean of the groups' means; each group's variance of the mean adds up (stratified sampling).
 
-    `n` counts all values. Without an interval (nan) when a group has a single value; nan when one has none.
+    `n` counts all values. The interval is nan if a group has a single value; the mean is nan too if a group is empty.
     """
     parts = [mean(values) for values in groups]
     n = sum(part.n for part in parts)

@@ -29,11 +29,11 @@ CMMD_SCALE = 1000.0
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """KID over subsets."""
+    """KID as mean and spread over subsets."""
 
     mean: float
     std: float
-    """Between subsets, which overlap: no confidence interval."""
+    """Standard deviation between subsets. Subsets overlap, so it is no confidence interval."""
     num_subsets: int
     subset_images: int
 
@@ -46,7 +46,7 @@ def kid(
     subset_images: int = SUBSET_IMAGES,
     seed: int = 0,
 ) -> KernelDistance:
-    """Subsets of equal size from both sets, drawn without replacement from `seed`. Raises UserError: < 2 images."""
+    """KID over subsets of equal size from both sets, drawn by `seed`, no image twice. Raises UserError: < 2 images."""
     size = min(subset_images, len(first), len(second))
     if size < 2:
         raise UserError(f"a kernel distance needs two images in each set, not {size}; give more images")
@@ -62,7 +62,7 @@ def kid(
 
 
 def unbiased_polynomial_mmd(x_ND: Tensor, y_ND: Tensor) -> float:
-    """fp64 [N, D] each, N equal."""
+    """Unbiased squared MMD with KID's kernel of fp64 [N, D] and [N, D]."""
     n, dim = x_ND.shape
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -75,10 +75,10 @@ def unbiased_polynomial_mmd(x_ND: Tensor, y_ND: Tensor) -> float:
 
 
 def cmmd(first: Rows, second: Rows, device: str | torch.device = "cpu") -> float:
-    """Vectors are scaled to length 1; all pairs, block by block, sums in fp64."""
+    """CMMD of vectors scaled to length 1: all pairs, block by block, sums in fp64."""
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
-        # |x - y|^2 = 2 - 2 x y. The ones cancel in the end; k - 1 keeps the digits that they would cost.
+        # |x - y|^2 = 2 - 2 x y. The ones cancel in the end; k - 1 keeps the digits that a 1 would cost.
         return torch.expm1((x @ y.T - 1) / CMMD_SIGMA**2)
 
     def mean(a: Rows, b: Rows) -> float:

@@ -15,7 +15,7 @@ REMEDY = "give torchvision's .pth as --vgg16 FILE, or leave LPIPS out with --vgg
 
 
 class Lpips:
-    """Distance of 8-bit images, which enter the network in [-1, 1]. `fingerprint` hashes VGG16 and the heads."""
+    """Distance of 8-bit images, scaled to [-1, 1] for the network. `fingerprint` hashes VGG16 and the heads."""
 
     def __init__(self, network: LpipsVgg16, device: str = "cpu") -> None:
         self._device = torch.device(device)
@@ -24,7 +24,7 @@ class Lpips:
 
     @classmethod
     def load(cls, vgg16_weights: str = "download", device: str = "cpu") -> Lpips:
-        """`vgg16_weights`: `download`, or the path of torchvision's .pth. Raises UserError: cannot be had."""
+        """`vgg16_weights`: `download`, or a path of torchvision's .pth. Raises UserError: cannot be read."""
         network = LpipsVgg16()
         network.load_vgg16(vgg16_weights, REMEDY)
         return cls(network, device)

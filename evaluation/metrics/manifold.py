@@ -1,6 +1,6 @@
 """Improved precision and recall (Kynkaanniemi et al. 2019) as ADM computes them, in blocks.
 
-A vector lies in a set's manifold when it is at most as far from one of the set's vectors as that one's k-th
+A vector lies in a set's manifold if its distance to some vector v of the set is at most v's distance to v's k-th
 nearest neighbour. Precision: share of samples in the reference's manifold; recall: the reverse.
 
 Squared distances are |u|^2 - 2 u v + |v|^2, at least 0, as in ADM. ADM takes them in fp16 and repeats a block in
@@ -24,7 +24,7 @@ Distances = Literal["fp32", "fp16"]
 
 
 def squared_distances(u_ND: Tensor, v_MD: Tensor, distances: Distances = "fp32") -> Tensor:
-    """float32 [N, M]."""
+    """Squared distances of all pairs, float32 [N, M]."""
     if distances == "fp16":
         half = _squared(u_ND.half(), v_MD.half())
         if bool(half.isfinite().all()):
@@ -42,8 +42,8 @@ def radii(
 ) -> Tensor:
     """Squared distance of every vector to its k-th nearest neighbour, float32 [N].
 
-    The vector itself is among the distances and counts as the zeroth neighbour. With k or fewer others the
-    furthest of them is taken.
+    The vector itself counts as the zeroth neighbour. A set with k or fewer other vectors gives the distance to the
+    furthest of them.
     """
     found = []
     for _, block in blocks(rows):

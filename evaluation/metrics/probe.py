@@ -38,7 +38,7 @@ class LinearProbe:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all its numbers."""
+        """Hash of all the probe's numbers."""
         tensors = (self.mean, self.std, self.weight, self.bias)
         return files.digest([tensor.tolist() for tensor in tensors])
 
@@ -105,5 +105,5 @@ def fit(
 
 
 def accuracy(probe: LinearProbe, features: Tensor, labels: Tensor) -> Estimate:
-    """Top-1 with Wilson's interval: float [N, D], int64 [N]."""
+    """Top-1 accuracy with Wilson's interval; features float [N, D], labels int64 [N]."""
     return rate((probe.predict(features) == labels).tolist())

@@ -1,4 +1,4 @@
-"""Feature vectors that are read in blocks, so that no metric needs all of them in memory.
+"""Feature vectors read in blocks, so that no metric needs all vectors in memory.
 
 Shapes: N vectors, D features.
 """
@@ -17,10 +17,10 @@ BLOCK_ROWS = 2048
 
 
 class Rows(Protocol):
-    """N vectors somewhere."""
+    """N vectors in memory or on disk."""
 
     def __len__(self) -> int:
-        """N."""
+        """N, the number of vectors."""
 
     def read(self, start: int, stop: int) -> Tensor:
         """float32 [min(stop, N) - start, D]."""
@@ -39,15 +39,15 @@ class TensorRows:
         return len(self.values)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """A slice."""
+        """Vectors `start` to `stop` - 1, float32."""
         return self.values[start:stop]
 
     def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
-        """A selection."""
+        """The vectors at `indices`, float32."""
         return self.values[np.asarray(indices, np.int64)]
 
 
 def blocks(rows: Rows, count: int = BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:
-    """(first index, vectors) of all rows in order."""
+    """Yields (first index, vectors) of all rows in order."""
     for start in range(0, len(rows), count):
         yield start, rows.read(start, start + count)

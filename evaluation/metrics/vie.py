@@ -1,8 +1,8 @@
 """VIEScore (Ku et al. 2023) as GEdit-Bench and EditScore use it: two scores for the edit, two for the picture.
 
 SC = min(success, restraint), PQ = min(naturalness, freedom from artefacts), O = sqrt(SC PQ) of each sample, all on a
-scale of 10; a group's score is the mean over its samples, the benchmark's the unweighted mean over groups. Hence G_O
-is not sqrt(G_SC G_PQ).
+scale of 10. A group's score is the mean over its samples; the benchmark's is the unweighted mean over groups. Hence
+G_O is not sqrt(G_SC G_PQ).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NUM_SCORES = 2
 
 
 def read_scores(text: str, scale: float) -> tuple[float, float] | None:
-    """The two numbers of an answer's `"score": [a, b]`, each between 0 and `scale`; None: they are not there.
+    """The two numbers of an answer's `"score": [a, b]`, each between 0 and `scale`; None: there are none.
 
     Nothing is guessed: an answer without the list, with more or fewer numbers, or beyond the scale gives None.
     """
@@ -38,13 +38,13 @@ def read_scores(text: str, scale: float) -> tuple[float, float] | None:
 def sample_scores(
     edit: tuple[float, float], picture: tuple[float, float], scale: float
 ) -> tuple[float, float, float]:
-    """SC, PQ and O on a scale of 10."""
+    """SC, PQ and O of one sample, on a scale of 10."""
     sc, pq = 10 * min(edit) / scale, 10 * min(picture) / scale
     return sc, pq, math.sqrt(sc * pq)
 
 
 def read_three_ratings(text: str) -> tuple[int, int, int] | None:
-    """ImgEdit-Bench: the three lines `Aspect: N` of an answer, N from 1 to 5; None: there are not exactly three."""
+    """ImgEdit-Bench's ratings: an answer's three lines `Aspect: N`, N from 1 to 5; None unless exactly three."""
     found = re.findall(r"^[^:\n]*:[\s*]*([1-5])[\s*.]*(?:/\s*5)?\s*$", text, re.MULTILINE)
     if len(found) != 3:
         return None

@@ -1,1 +1,1 @@
-"""What is measured on which kind of image set."""
+"""Suites: what is measured on each kind of image set."""

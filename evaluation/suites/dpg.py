@@ -1,7 +1,7 @@
-"""DPG-Bench: how much of a long prompt an image shows, by a judge that answers yes or no.
+"""DPG-Bench: how much of a long prompt an image shows, according to a judge that answers yes or no.
 
-The official judge is mPLUG-large of modelscope, which does not run here; the score of any other judge is a metric of
-its own and carries the judge's name: `dpg_qwen3vl`.
+The official judge is mPLUG-large of modelscope, which does not run here. Every other judge's score is a separate
+metric that carries the judge's name: `dpg_qwen3vl`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SEED = 42
 class DpgSuite:
     """Implements Suite, SetSuite and CollectingSuite of evaluation.runner. Items name their prompt in meta.item_id.
 
-    An answer that is neither yes nor no counts as not yes, and in `unparseable`; an image about which the judge refused
+    An answer that is neither yes nor no counts as not yes, and in `unparseable`. An image about which the judge refused
     a question has no score, and counts in `refused`.
     """
 
@@ -61,7 +61,7 @@ class DpgSuite:
         }
 
     def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
-        """Answers about this rank's images."""
+        """Asks the judge about this rank's images."""
         questions = [
             asked
             for item in share(items, rank, world)
@@ -71,7 +71,7 @@ class DpgSuite:
         RecordStore(self._store, rank).answer(questions, f"rank {rank}: DPG-Bench")
 
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
-        """`image_score` of every image, 0 to 100; questions that are not answered yes in detail."""
+        """`image_score` of every image, 0 to 100; the detail lists questions that are not answered yes."""
         found = []
         for graph, said, refusals in self._answers(images, items):
             if graph is None:
@@ -94,7 +94,7 @@ class DpgSuite:
         return found
 
     def measure_set(self, images: ImageSet, items: Sequence[Item]) -> dict[str, SetScore]:
-        """The score over prompts, and every category's share of yes."""
+        """The score over prompts, and the share of yes in every category."""
         by_prompt: dict[str, list[float]] = {}
         categories: dict[str, dict[str, list[list[float]]]] = {}  # category -> item id -> image -> answers
         num_refused = 0
@@ -130,7 +130,7 @@ class DpgSuite:
     def _answers(
         self, images: ImageSet, items: Sequence[Item]
     ) -> Iterator[tuple[Graph | None, dict[int, bool | None], list[str]]]:
-        """Each item's graph, what the judge said, by number, and why it refused."""
+        """Yields each item's graph, the judge's answers by question number, and the reasons of refusals."""
         store = RecordStore(self._store)
         for item in items:
             found = {

@@ -1,8 +1,8 @@
 """GEdit-Bench-EN and ImgEdit-Bench: a vision-language judge rates edits.
 
 Items have the roles `source` and `result`, and in their meta the instruction and the benchmark's group. Every score
-carries the judge's name. Answers that cannot be read are counted in `unparseable`, items that the judge refused to look
-at in `refused`; neither gives a score.
+carries the judge's name. Answers that cannot be read are counted in `unparseable`, items that the judge refused
+in `refused`; neither gives a score.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class GEditSuite:
     def __init__(
         self, instructions: VieInstructions, judge: VisionLanguageJudge, store: Path, *, num_passes: int = 1
     ) -> None:
-        """Every item is judged `num_passes` times, with seeds that follow each other."""
+        """Every item is judged `num_passes` times, with consecutive seeds."""
         if num_passes < 1:
             raise UserError(f"{num_passes} passes; give at least 1")
         self._instructions, self._judge, self._store, self._num_passes = (
@@ -76,7 +76,7 @@ class GEditSuite:
         }
 
     def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
-        """Answers about this rank's edits."""
+        """Asks the judge about this rank's edits."""
         questions = [
             one
             for item in share(items, rank, world)
@@ -86,7 +86,7 @@ class GEditSuite:
         RecordStore(self._store, rank).answer(questions, f"rank {rank}: GEdit-Bench")
 
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
-        """sc, pq and o, means over the passes that could be read; nan without any."""
+        """sc, pq and o, means over the passes that could be read; nan without such passes."""
         store = RecordStore(self._store)
         found = []
         for item in items:
@@ -137,7 +137,8 @@ class GEditSuite:
 class ImgEditSuite:
     """Implements Suite, SetSuite and CollectingSuite of evaluation.runner; groups: meta.edit_type.
 
-    An item's score is the mean of three ratings from 1 to 5; the benchmark's the unweighted mean over kinds of edits.
+    An item's score is the mean of three ratings from 1 to 5; the benchmark's is the unweighted mean over kinds of
+    edits.
     """
 
     name = "imgedit"
@@ -156,12 +157,12 @@ class ImgEditSuite:
         }
 
     def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
-        """Answers about this rank's edits."""
+        """Asks the judge about this rank's edits."""
         questions = [self._question(images, item) for item in share(items, rank, world)]
         RecordStore(self._store, rank).answer(questions, f"rank {rank}: ImgEdit-Bench")
 
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
-        """`rating` of every edit; nan where the answer cannot be read."""
+        """`rating` of every edit; nan if the answer cannot be read."""
         store = RecordStore(self._store)
         found = []
         for item in items:
@@ -199,14 +200,14 @@ class ImgEditSuite:
 
 
 def _told(refusals: Sequence[str]) -> dict[str, Any]:
-    """For an item's detail: why the judge did not answer."""
+    """The reasons of refusals, for an item's detail."""
     return {"refused": list(refusals)} if refusals else {}
 
 
 def _by_group(measured: Sequence[Measurement], metric: str) -> list[list[float]]:
-    """Values that could be read, of every group: a group without any leaves the benchmark without a score.
+    """Values of every group that could be read. A group without values leaves the benchmark without a score.
 
-    What the judge refused is left out, as if the edit were not there: the note of the score counts it.
+    A refused item is left out, as if it were not in the set; the note of the score counts the refusals.
     """
     groups: dict[str, list[float]] = {}
     for one in measured:

@@ -1,8 +1,8 @@
-"""How generated images compare with real ones as a set: FID and its relatives, by ADM's protocol.
+"""Compares generated images with real images as a set: FID and its relatives, by ADM's protocol.
 
-Every number looks through a *feature space*. Inception's gives fid, sfid, inception_score, kid, precision and
+Every number is computed in a *feature space*. Inception's gives fid, sfid, inception_score, kid, precision and
 recall; DINOv2's fd_dinov2; CLIP's cmmd; any other network's a feature_distance with its own kernel distance,
-precision and recall, for places where the published networks cannot be had.
+precision and recall, for places without the published networks.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from evaluation.metrics.rows import blocks
 from evaluation.reference import Gaussian, Reference
 from evaluation.runner import Measurement, SetScore
 
-STANDARD_IMAGES = 50_000  # of the published numbers
+STANDARD_IMAGES = 50_000  # images behind the published numbers
 
 
 @dataclass(frozen=True)
 class Spaces:
-    """The networks that are asked."""
+    """The networks whose feature spaces are used."""
 
     inception: AdmInception | None = None
     dinov2: FeatureExtractor | None = None
@@ -42,7 +42,7 @@ class Spaces:
     other: FeatureExtractor | None = None
 
     def extractors(self) -> dict[str, FeatureExtractor]:
-        """Those there are, by the name of their field."""
+        """The networks that are set, by the name of their field."""
         found = {"inception": self.inception, "dinov2": self.dinov2, "clip": self.clip, "other": self.other}
         return {name: extractor for name, extractor in found.items() if extractor is not None}
 
@@ -68,9 +68,9 @@ class GenerationSuite:
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
-        """`reference_store`: of the reference's features, which serve many sets; None: `store`.
+        """`reference_store`: store of the reference's features, which serve many sets; None: `store`.
 
-        `seed` draws KID's subsets. Raises UserError: no network; a reference that is of no use for one.
+        `seed` draws KID's subsets. Raises UserError: no network; a reference that a network cannot use.
         """
         if not spaces.extractors():
             raise UserError(
@@ -103,7 +103,7 @@ class GenerationSuite:
         }
 
     def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
-        """Features of results and reference images that are not in the store yet."""
+        """Computes features of results and reference images that are not in the store yet."""
         source = self._source(images, items)
         for extractor in self._spaces.extractors().values():
             self._files(extractor, source).collect(rank, world)
@@ -120,7 +120,7 @@ class GenerationSuite:
         ]
 
     def measure_set(self, images: ImageSet, items: Sequence[Item]) -> dict[str, SetScore]:
-        """All but precision."""
+        """All scores except precision."""
         return self._set_scores(self._source(images, items))
 
     def _source(self, images: ImageSet, items: Sequence[Item]) -> FileImages:
@@ -169,7 +169,7 @@ class GenerationSuite:
         return scores
 
     def _manifolds(self, prefix: str = "precision") -> dict[str, str]:
-        """Name of the metric -> space, of the spaces with neighbourhoods."""
+        """Name of the metric -> space, for the spaces with neighbourhoods."""
         if self._reference.images is None:
             return {}
         suffixes = {"inception": "", "other": "_features"}
@@ -180,7 +180,7 @@ class GenerationSuite:
         }
 
     def _frechet(self, source: ImageSource, space: str, known: Gaussian | None) -> SetScore:
-        """Distance of the Gaussians of `source` and of the reference, whose own may be `known`."""
+        """Fréchet distance of `source` from the reference, whose statistics may be `known`."""
         found = _statistics(self._rows(space, source))
         if known is None:
             real = _statistics(self._reference_rows(space))
@@ -200,7 +200,7 @@ class GenerationSuite:
         return FeatureFiles(store, extractor, source)
 
     def _rows(self, space: str, source: ImageSource) -> FeatureRows:
-        """`spatial`: the second part of Inception's vector, `inception` the first."""
+        """Rows of a space: `inception` is the first part of Inception's vector, `spatial` the second."""
         extractor = self._spaces.extractors()["inception" if space == "spatial" else space]
         begin, end = 0, extractor.dim
         if isinstance(extractor, AdmInception):

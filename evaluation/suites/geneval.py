@@ -1,7 +1,7 @@
 """GenEval: do images show the objects, numbers, colours and places that their prompts name?
 
 Items carry GenEval's metadata in their meta (`tag`, `include`, `exclude`, `prompt`), as launch/sample.py passes it on
-from GenEval's prompt file. Detections and colours, the expensive part, go to a store; the rules run on it in seconds.
+from GenEval's prompt file. Detections and colours, the expensive part, go to a store; the rules then run in seconds.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from evaluation.runner import Measurement, SetScore
 from evaluation.store import Question, RecordStore, config_hash, share
 
 PLAIN_START = "a photo of "
-LEAST_STORED = 0.05  # detections below are not kept; the rules ask for more than 0.3
+LEAST_STORED = 0.05  # detections below are not stored; the rules need more than 0.3
 
 
 class GenEvalSuite:
     """Implements Suite, SetSuite and CollectingSuite of evaluation.runner.
 
-    `correct` is a rate over images, by task in the groups; `geneval` (with rewritten prompts: `geneval_rewritten`)
-    the mean of the six tasks' rates, with an interval over prompts, whose images are not independent.
+    `correct` is a rate over images, grouped by task. `geneval` (with rewritten prompts: `geneval_rewritten`) is
+    the mean of the six tasks' rates. Its interval is over prompts, because a prompt's images are not independent.
     """
 
     name = "geneval"
@@ -57,12 +57,12 @@ class GenEvalSuite:
         }
 
     def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
-        """Detections and colours of this rank's images."""
+        """Computes detections and colours of this rank's images."""
         questions = [self._question(images, item) for item in share(items, rank, world)]
         RecordStore(self._store, rank).answer(questions, f"rank {rank}: detection")
 
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
-        """`correct` of every image, its task as group, the reasons in detail."""
+        """`correct` of every image, with its task as group and the reasons in detail."""
         store = RecordStore(self._store)
         found = []
         for item in items:
@@ -112,7 +112,7 @@ class GenEvalSuite:
         return Question(item.key, 0, config, lambda: self._detect(images, item))
 
     def _detect(self, images: ImageSet, item: Item) -> list[list[Any]]:
-        """[name, score, box, colour or None] of every object that is not hopeless."""
+        """[name, score, box, colour or None] of every object above LEAST_STORED."""
         image = images.read(item, "result")
         objects = [one for one in self._detector(image) if one.score > LEAST_STORED]
         detections = [Detection(one.name, one.score, one.box) for one in objects]
@@ -130,5 +130,5 @@ class GenEvalSuite:
 
 
 def _metadata(item: Item) -> dict[str, Any]:
-    """What tells one prompt from another."""
+    """The metadata that distinguishes prompts."""
     return {name: item.meta.get(name) for name in ("tag", "include", "exclude", "prompt")}

@@ -22,16 +22,16 @@ NUM_RANKED = 5
 
 
 def ranked(logits: Tensor) -> Tensor:
-    """[B, K] -> the most probable classes, the best first, int64 [B, min(K, NUM_RANKED)]."""
+    """[B, K] -> the most probable classes, most probable first, int64 [B, min(K, NUM_RANKED)]."""
     return logits.topk(min(NUM_RANKED, logits.shape[1]), dim=1).indices
 
 
 class Classifier(Protocol):
-    """An encoder with a head."""
+    """An encoder with a classification head."""
 
     @property
     def protocol(self) -> Mapping[str, Any]:
-        """Preparation, features and head in words, JSON-able."""
+        """Preparation, features and head in words, as JSON values."""
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
@@ -39,7 +39,7 @@ class Classifier(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """K, the number of classes."""
 
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
         """uint8 [3, H, W] each -> its classes as `ranked` gives them, int64 [B, min(K, NUM_RANKED)]."""
@@ -63,7 +63,7 @@ class ProbeClassifier:
 
 
 class _RankedClasses:
-    """What a classifier says, as rows that are kept; implements RowFunction."""
+    """A classifier's most probable classes as rows to store; implements RowFunction."""
 
     name = "linear probe"
 
@@ -73,7 +73,7 @@ class _RankedClasses:
         self.fingerprint = files.digest([dict(classifier.protocol), dict(classifier.fingerprints)])
 
     def __call__(self, images: list[Tensor], /) -> Tensor:
-        """uint8 [3, H, W] each -> float64 [B, D]: numbers of classes, which it holds exactly."""
+        """uint8 [3, H, W] each -> float64 [B, D]: class numbers, which float64 holds exactly."""
         return self._classifier(images).double()
 
 
@@ -97,13 +97,13 @@ class LinearProbeSuite:
         self.fingerprints = classifier.fingerprints
 
     def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
-        """Classes of the images that are not in the store yet. Raises UserError: a label that is no integer."""
-        for item in items:  # before the hours, not after them
+        """Computes classes of images that are not in the store yet. Raises UserError: a label that is no integer."""
+        for item in items:  # before the hours of work, not after
             _label(item)
         self._classes(images, items).collect(rank, world)
 
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
-        """top1 and top5 of every item, whose intervals are Wilson's."""
+        """top1 and top5 of every item; their intervals are Wilson's."""
         rows = (row for block in self._classes(images, items).blocks() for row in block.long().tolist())
         found = []
         for item, best in zip(items, rows, strict=True):

@@ -1,4 +1,4 @@
-"""How well an autoencoder gives back the images it was shown: each by itself, and all of them as a set."""
+"""How well an autoencoder reconstructs images: each image by itself, and all images as a set."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class PairScores:
 class ReconstructionSuite:
     """`result` against `original`; implements Suite, SetSuite and CollectingSuite of evaluation.runner.
 
-    PSNR and SSIM always; LPIPS where VGG16 is at hand; for every entry of `distances` (metric name -> feature
-    network) the Fréchet distance between all results and all originals: rFID with Inception's features, a
-    number of its own with any other's. Scores of pairs and features go to `store`. `rounding` says how the results
-    became 8 bits, for the record.
+    PSNR and SSIM are always scored, LPIPS if VGG16 is given. Every entry of `distances` (metric name -> feature
+    network) adds the Fréchet distance between all results and all originals: rFID with Inception's features, a separate
+    metric with any other network's. Scores of pairs and features go to `store`. `rounding` says how the results became
+    8 bits, for the record.
     """
 
     name = "reconstruction"
@@ -87,7 +87,7 @@ class ReconstructionSuite:
             self.fingerprints[metric] = extractor.fingerprint
 
     def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
-        """Scores of pairs and features that are not in the store yet. Raises UserError: sizes differ."""
+        """Computes scores of pairs and features that are not in the store yet. Raises UserError: sizes differ."""
         self._pairs(images, items).collect(rank, world)
         for extractor in self._distances.values():
             for features in self._features(extractor, images, items):
@@ -103,7 +103,7 @@ class ReconstructionSuite:
         ]
 
     def measure_set(self, images: ImageSet, items: Sequence[Item]) -> dict[str, SetScore]:
-        """The distance of every feature network. Raises UserError: fewer than two images."""
+        """The Fréchet distance by every feature network. Raises UserError: fewer than two images."""
         scores = {}
         for metric, extractor in self._distances.items():
             result, original = (
@@ -121,7 +121,7 @@ class ReconstructionSuite:
     def _features(
         self, extractor: FeatureExtractor, images: ImageSet, items: Sequence[Item]
     ) -> list[FeatureFiles]:
-        """Of results and of originals."""
+        """Features of results and of originals."""
         return [
             FeatureFiles(self._store, extractor, self._images[role].of(images, items)) for role in self.roles
         ]

@@ -1,8 +1,9 @@
-"""Alignment of an inner layer to the encoder's features, beyond the paper and only in training.
+"""Aligns an inner layer with the encoder's features during training; the paper has no such loss.
 
 Sources: Yu et al. 2024 (REPA: a projected inner layer is drawn to a frozen encoder's features by their cosine), Singh
-et al. 2026 (RAEv2, arXiv 2605.18324: this helps also where the latents are those features). So the target is the clean
-latent itself: of an RAE the encoder's features, of RPiAE what its bridge keeps of them. Nothing else has to be stored.
+et al. 2026 (RAEv2, arXiv 2605.18324: this helps also where the latents are those features). The target is therefore
+the clean latent: an RAE's latent is the encoder's features, RPiAE's is what the bridge keeps of them. No features have
+to be stored.
 
 Shape suffixes: B images, T tokens, D width, O values of a patch (P * P * C).
 """
@@ -27,11 +28,11 @@ class AlignConfig:
     """Which layer is aligned, and how strongly. Defaults: REPA's for XL."""
 
     layer: Count = 8
-    """Blocks of the backbone that come before the projection."""
+    """Number of the backbone's blocks before the projection."""
     weight: Weight = 0.5
-    """Of minus the mean cosine, beside the mean squared error of velocities."""
+    """Weight of the negative mean cosine, which is added to the mean squared error of velocities."""
     width: Count = 2048
-    """Inner width of the projection, three matrices with SiLU between."""
+    """Inner width of the projection, which has three matrices with SiLU between them."""
 
     def __post_init__(self) -> None:
         if self.layer < 1 or self.width < 1 or not 0 < self.weight < math.inf:
@@ -41,7 +42,7 @@ class AlignConfig:
 
 
 class AlignedGenerator(nn.Module):
-    """What a training with alignment optimises: the generator, and a projection that is not exported."""
+    """The module that training with alignment optimises: the generator, and a projection that is not exported."""
 
     def __init__(self, generator: ClassGenerator, config: AlignConfig, seed: int) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class AlignedGenerator(nn.Module):
         init_parts(self.projection, torch.Generator().manual_seed(seed), gain=1.0)
 
     def alignment_loss(self, tokens_BTD: Tensor, z_BCYX: Tensor) -> Tensor:
-        """Sum over images of minus the mean cosine of the projected tokens with the clean latents', fp32 scalar."""
+        """Sum over images of the negative mean cosine between projected tokens and clean latents, fp32 scalar."""
         projected_BTO = self.projection(tokens_BTD).float()
         target_BTO = patchify(z_BCYX, self.generator.config.patch)
         return -F.cosine_similarity(projected_BTO, target_BTO, dim=-1).mean(1).sum()

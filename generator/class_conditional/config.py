@@ -12,11 +12,11 @@ class WideHeadConfig:
     """Shape of DiTDH's head: few, wide layers behind the backbone (RAE: 2048 x 2, 16 heads)."""
 
     width: int = 2048
-    """Width of its layers."""
+    """Width of the head's layers."""
     num_layers: int = 2
-    """Layers."""
+    """Number of layers."""
     num_heads: int = 16
-    """Attention heads."""
+    """Number of attention heads."""
 
     def __post_init__(self) -> None:
         _check("head: ", self.width, self.num_layers, self.num_heads)
@@ -31,15 +31,15 @@ class DitConfig:
     width: int
     """Width of the residual stream (1152)."""
     num_layers: int
-    """Layers (28)."""
+    """Number of layers (28)."""
     num_heads: int
-    """Attention heads (16)."""
+    """Number of attention heads (16)."""
     patch: int = 1
-    """Side of the square of latent places that makes one token (1)."""
+    """Side of the square of latent positions that makes one token (1)."""
     qk_norm: bool = True
-    """RMSNorm over the head dim of queries and keys: LightningDiT has it, RAE's DiTDH has not."""
+    """RMSNorm over the head dim of queries and keys: LightningDiT uses it, RAE's DiTDH does not."""
     head: WideHeadConfig | None = None
-    """None: LightningDiT."""
+    """DiTDH's head; None: LightningDiT."""
 
     def __post_init__(self) -> None:
         _check("", self.width, self.num_layers, self.num_heads)
@@ -50,7 +50,7 @@ class DitConfig:
 
 
 def mlp_width(width: int) -> int:
-    """Inner width of the SwiGLU, 8/3 of the width: its three matrices weigh as much as two of ratio 4."""
+    """Inner width of the SwiGLU, 8/3 of the width: its three matrices hold as many weights as two of ratio 4."""
     return 8 * width // 3
 
 

@@ -69,7 +69,7 @@ class ClassEmbedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every token of an image to every other, turned by their places."""
+    """Attention among all tokens of an image, with 2-D rotary positions."""
 
     def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BTD: Tensor, rope: Rope) -> Tensor:
-        """[B, T, D] -> the same."""
+        """[B, T, D] -> [B, T, D]."""
         parts = self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q_BNTH, k_BNTH, v_BNTH = parts.unbind(0)
         q_BNTH = rotate_pairs(self.q_norm(q_BNTH), rope).to(v_BNTH.dtype)
@@ -99,7 +99,7 @@ class SwiGluMlp(nn.Module):
         self.w3 = nn.Linear(mlp_width(width), width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> the same."""
+        """[B, T, D] -> [B, T, D]."""
         gate, up = self.w12(x_BTD).chunk(2, dim=-1)
         out: Tensor = self.w3(F.silu(gate) * up)
         return out
@@ -117,7 +117,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x_BTD: Tensor, condition: Tensor, rope: Rope) -> Tensor:
-        """[B, T, D] -> the same."""
+        """[B, T, D] -> [B, T, D]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=-1)
         x_BTD = x_BTD + gate_a * self.attn(modulate(self.norm1(x_BTD), shift_a, scale_a), rope)
         out: Tensor = x_BTD + gate_m * self.mlp(modulate(self.norm2(x_BTD), shift_m, scale_m))
@@ -125,7 +125,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens -> velocities of their patches."""
+    """Tokens -> velocities of the tokens' patches."""
 
     def __init__(self, width: int, channels: int, patch: int) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def modulate(x_BTD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def rope_2d(grid: tuple[int, int], head_dim: int, device: torch.device) -> Rope:
-    """cos and sin, fp32 [T, H/2], of p theta^(-k / (H/4)), theta = 10,000: for k < H/4 of y, then of x."""
+    """cos and sin of p theta^(-k / (H/4)), k < H/4, theta = 10,000; first p = y, then p = x. fp32 [T, H/2]."""
     quarter = head_dim // 4
     frequencies = MAX_PERIOD ** (-torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
     y, x = (torch.arange(side, device=device, dtype=torch.float32)[:, None] * frequencies for side in grid)
@@ -157,7 +157,7 @@ def rope_2d(grid: tuple[int, int], head_dim: int, device: torch.device) -> Rope:
 
 
 def rotate_pairs(x_BNTH: Tensor, rope: Rope) -> Tensor:
-    """Turns the pairs (2k, 2k + 1), unlike generator.mot.rotate; fp32."""
+    """Rotates the pairs (2k, 2k + 1) in fp32; generator.mot.rotate pairs k with k + H/2."""
     cos, sin = rope
     first, second = x_BNTH[..., 0::2], x_BNTH[..., 1::2]
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
@@ -184,10 +184,10 @@ def patchify(x_BCYX: Tensor, patch: int) -> Tensor:
 
 @torch.no_grad()
 def init_parts(model: nn.Module, generator: torch.Generator, *, gain: float) -> None:
-    """Random start from `generator` alone, velocities exactly zero.
+    """Fills the weights at random from `generator` alone, so that velocities start at exactly zero.
 
     Linear: U(-a, a), a = gain sqrt(6 / (fan_in + fan_out)), biases 0; embeddings, time MLP: N(0, 0.02^2); norms 1; the
-    layers that modulate and the last one: 0, so that every block is the identity (adaLN-Zero).
+    modulating layers and the last layer: 0, so that every block is the identity (adaLN-Zero).
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -216,7 +216,7 @@ def _linears(modules: nn.Sequential) -> list[nn.Linear]:
 
 
 def zero(linears: Sequence[nn.Linear]) -> None:
-    """Weights and biases become 0."""
+    """Sets weights and biases to 0."""
     for linear in linears:
         linear.weight.zero_()
         linear.bias.zero_()

@@ -1,10 +1,10 @@
 """LightningDiT and DiTDH: noisy latents, time and class -> velocities.
 
 LightningDiT (Yao et al. 2025) is one stack of blocks under one condition, time + class. DiTDH (Zheng et al. 2025, RAE)
-puts a few wide blocks behind it, which read the noisy latents anew and are conditioned, token by token, on what the
-stack made of them. Bagel's DDT head (generator/heads.py) follows the same idea, but is another network: its tokens are
-packed samples without rotary positions, it has a time embedding of its own, norms without weights and matrices without
-biases. Published weights fit each only under its own names.
+puts a few wide blocks behind the stack. They read the noisy latents again and are conditioned, token by token, on the
+stack's output. Bagel's DDT head (generator/heads.py) follows this idea with another network: its tokens are packed
+samples without rotary positions, it has its own time embedding, norms without weights and matrices without biases.
+Published weights fit each network only under that network's names.
 
 Parameter names are those of the published checkpoints (RPiAE's and RAE's code), so that these import.
 
@@ -48,9 +48,9 @@ HEAD_GAIN = 3**-0.5
 
 
 class ClassGenerator(nn.Module):
-    """What both have: tokens in, times and classes in, a stack of blocks, velocities out.
+    """The base of both networks: noisy latents, times and classes in, a stack of blocks, velocities out.
 
-    `latents` says what the model was trained on; it travels with the weights.
+    `latents` says what the model was trained on; it is saved with the weights.
     """
 
     def __init__(self, config: DitConfig, latents: LatentInfo) -> None:
@@ -65,7 +65,7 @@ class ClassGenerator(nn.Module):
         self.t_embedder = FourierTime(config.width)
         self.y_embedder = ClassEmbedding(config.num_classes, config.width)
         num_tokens = self.grid[0] * self.grid[1]
-        # A parameter, as in the published code; it is fixed, so nothing trains it.
+        # A parameter, as in the published code. It is a fixed table, so it is not trained.
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, config.width), requires_grad=False)
         shapes = [(config.width, config.num_heads)] * config.num_layers
         if config.head is not None:
@@ -84,7 +84,7 @@ class ClassGenerator(nn.Module):
     def forward_with_tokens(
         self, x_BCYX: Tensor, t_B: Tensor, labels_B: Tensor, layer: int
     ) -> tuple[Tensor, Tensor]:
-        """`forward`, and the backbone's tokens [B, T, D] after its first `layer` blocks."""
+        """Returns `forward`'s velocities, and the backbone's tokens [B, T, D] after its first `layer` blocks."""
         time_BD, class_BD = self.t_embedder(t_B), self.y_embedder(labels_B)
         out_BTO, tokens_BTD = self._velocities(x_BCYX, time_BD, class_BD, layer)
         velocity = unpatchify(out_BTO, x_BCYX.shape[1], self.grid, self.config.patch).float()
@@ -96,7 +96,7 @@ class ClassGenerator(nn.Module):
         raise NotImplementedError
 
     def compile_layers(self, backend: Compiler = "inductor") -> None:
-        """Compiles every block whole; blocks of one width share what is compiled, for any number of images."""
+        """Compiles every block as a whole. Blocks of one width share the compiled code, for any number of images."""
         self._backend = backend
 
     def save(self, directory: Path) -> None:
@@ -125,7 +125,7 @@ def _run_block(block: nn.Module, x_BTD: Tensor, condition: Tensor, rope: Rope) -
 
 
 class LightningDit(ClassGenerator):
-    """One stack of blocks under one condition."""
+    """LightningDiT: one stack of blocks under one condition."""
 
     def __init__(self, config: DitConfig, latents: LatentInfo) -> None:
         super().__init__(config, latents)
@@ -143,7 +143,7 @@ class LightningDit(ClassGenerator):
 
 
 class DitDh(ClassGenerator):
-    """The stack, then wide blocks conditioned on its output."""
+    """DiTDH: the stack, then wide blocks conditioned on the stack's output."""
 
     def __init__(self, config: DitConfig, latents: LatentInfo) -> None:
         super().__init__(config, latents)
@@ -156,7 +156,7 @@ class DitDh(ClassGenerator):
     def _velocities(
         self, x_BCYX: Tensor, time_BD: Tensor, class_BD: Tensor, layer: int
     ) -> tuple[Tensor, Tensor]:
-        """In the published network SiLU comes twice, here and again inside every block."""
+        """The published network applies SiLU to the condition twice: here, and again inside every block."""
         config, blocks = self.config, list(self.blocks)
         assert config.head is not None
         condition_B1D = F.silu(time_BD + class_BD)[:, None]
@@ -170,12 +170,12 @@ class DitDh(ClassGenerator):
 
 
 def new_generator(config: DitConfig, latents: LatentInfo) -> ClassGenerator:
-    """The network that `config` describes, its weights as torch allocates them (on the device that is set)."""
+    """The network that `config` describes, on torch's default device, with the weights that torch allocates."""
     return LightningDit(config, latents) if config.head is None else DitDh(config, latents)
 
 
 def create_generator(config: DitConfig, latents: LatentInfo, seed: int) -> ClassGenerator:
-    """On the CPU: random from `seed`, velocities exactly zero."""
+    """Builds a generator on the CPU, random from `seed`, with velocities exactly zero."""
     model = uninitialised(config, latents)
     generator = torch.Generator().manual_seed(seed)
     init_parts(model, generator, gain=1.0 if config.head is None else HEAD_GAIN)
@@ -185,7 +185,7 @@ def create_generator(config: DitConfig, latents: LatentInfo, seed: int) -> Class
 
 
 def load_generator(directory: str | Path) -> ClassGenerator:
-    """Reads what `save` wrote, onto the CPU in fp32.
+    """Loads a folder that `save` wrote, onto the CPU in fp32.
 
     Raises UserError: no such export, another kind of model, or weights that do not fit (named in one line).
     """
@@ -207,7 +207,7 @@ def load_generator(directory: str | Path) -> ClassGenerator:
 
 
 def uninitialised(config: DitConfig, latents: LatentInfo) -> ClassGenerator:
-    """Allocated but not filled, so that no weight is drawn twice or from the global random state."""
+    """Allocates a generator without filling it: no weight is drawn twice or from the global random state."""
     with torch.device("meta"):
         model = new_generator(config, latents)
     return model.to_empty(device="cpu")

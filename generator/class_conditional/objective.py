@@ -56,9 +56,9 @@ class ClassFlowConfig:
     compile: bool = False
     """torch.compile on every block. Not with engine.zero_stage 3, which takes weights away between uses."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: about a third more time, activations of one block instead of all."""
+    """Whether the backward pass recomputes each block: a third more time, activations of one block instead of all."""
     align: AlignConfig | None = None
-    """Draw an inner layer to the clean latents as well (REPA, RAEv2); None: the paper's loss alone."""
+    """Whether and how an inner layer is also drawn to the clean latents (REPA, RAEv2); None: the paper's loss alone."""
 
     def __post_init__(self) -> None:
         check_shift(self.time_shift)
@@ -88,7 +88,7 @@ class ClassObjective(WithoutAdversary):
         seed: int = 0,
         preview: ClassPreview | None = None,
     ) -> None:
-        """`seed`: of the alignment's projection."""
+        """`seed`: seed of the alignment's projection."""
         self.generator = model
         self._aligned: AlignedGenerator | None = None
         if config.align is not None:
@@ -107,13 +107,13 @@ class ClassObjective(WithoutAdversary):
         self.model.to(device)
 
     def count(self, batch: ClassBatch) -> int:
-        """Images."""
+        """Number of images."""
         return len(batch.sample_ids)
 
     def loss(self, batch: ClassBatch, step: int) -> LossOutput:
         """Sum over images of mean_cyx (v - (eps - z))^2; t and eps are drawn from the batch's seed.
 
-        With `align` also minus its weight times the mean cosine, logged as `alignment`.
+        `align` adds its weight times the negative cosine; the log shows the mean cosine as `alignment`.
         """
         z_BCYX = batch.latents
         generator = pack_generator(batch.seed, z_BCYX.device)
@@ -134,7 +134,7 @@ class ClassObjective(WithoutAdversary):
 
     @torch.no_grad()
     def samples(self) -> npt.NDArray[np.uint8] | None:
-        """The preview's images in rows of at most 8, white where the last one ends. uint8 [H, W, 3]."""
+        """The preview's images in rows of at most 8, the last row filled up with white. uint8 [H, W, 3]."""
         if self._preview is None:
             return None
         labels, sampling = self._preview.labels, self._preview.sampling
@@ -149,7 +149,7 @@ class ClassObjective(WithoutAdversary):
         self.generator.save(directory)
 
     def describe(self) -> list[str]:
-        """Size, start, time shift."""
+        """Size of the generator, origin of its weights, time shift."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         fixed = sum(p.numel() for p in self.model.parameters()) - trained
         return [
@@ -158,7 +158,7 @@ class ClassObjective(WithoutAdversary):
         ]
 
     def fingerprints(self) -> Mapping[str, str]:
-        """Autoencoder of the latents, and what the weights started from."""
+        """Fingerprint of the latents' autoencoder, and origin of the weights."""
         return {"tokenizer": self.generator.latents.tokenizer_fingerprint, "start": self._start}
 
 
@@ -170,9 +170,9 @@ def build_class_objective(
     seed: int,
     preview: ClassPreview | None = None,
 ) -> ClassObjective:
-    """The objective of train_class, on the CPU. `latents`: of the training shards' manifest.
+    """Builds train_class's objective on the CPU. `latents`: from the training shards' manifest.
 
-    Raises UserError: weights to start from of another shape, or of other latents (or statistics).
+    Raises UserError: initial weights of another shape, or trained on other latents or statistics.
     """
     if flow.init_from is None:
         model = create_generator(generator, latents, seed)

@@ -1,4 +1,4 @@
-"""Classes -> images: generator, autoencoder and, for AutoGuidance, a weaker generator that belong together."""
+"""Draws images of classes: a generator, its autoencoder and, for AutoGuidance, a weaker generator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokenizer.weights import usable
 
 
 class ClassPipeline:
-    """On a GPU the generators compute in bf16 from fp32 weights, as they are trained; the autoencoder in fp32."""
+    """Generators and their autoencoder. Generators compute in bf16 on a GPU, the autoencoder in fp32."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class ClassPipeline:
         *,
         bf16: bool = False,
     ) -> None:
-        """`bf16`: the generators compute in it on a CPU, too."""
+        """`bf16`: whether the generators compute in bf16 on a CPU too."""
         self.generator = generator.eval()
         self.autoencoder = autoencoder.eval()
         self.guide = None if guide is None else guide.eval()
@@ -42,10 +42,10 @@ class ClassPipeline:
         guide: str | Path | None = None,
         device: str | torch.device = "cpu",
     ) -> ClassPipeline:
-        """Reads the exports.
+        """Loads the exports.
 
-        Raises UserError: one is missing, the generator was trained on another autoencoder, the guide on other latents
-        or classes, there is no such device.
+        Raises UserError: a missing export, a generator trained on another autoencoder, a guide of other latents
+        or classes, no such device.
         """
         place = usable(device)
         model = load_generator(generator)
@@ -62,7 +62,7 @@ class ClassPipeline:
 
     @torch.no_grad()
     def draw(self, labels: Sequence[int], seeds: Sequence[int], sampling: ClassSamplingConfig) -> Tensor:
-        """uint8 [N, 3, image_px, image_px] on the CPU, one image for each label and seed."""
+        """Draws uint8 [N, 3, image_px, image_px] on the CPU, one image for each label and seed."""
         device = self.generator.pos_embed.device
         with in_bf16(device, self._bf16):
             latents = sample_class_latents(self.generator, labels, seeds, sampling, self.guide)

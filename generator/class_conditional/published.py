@@ -1,8 +1,8 @@
-"""Published LightningDiT and DiTDH checkpoints (RPiAE's, RAE's) -> our exports.
+"""Imports published LightningDiT and DiTDH checkpoints (RPiAE's, RAE's).
 
-Names are equal (generator/class_conditional/model.py). The shape is read from the tensors; the tables of positions and
-rotations, which are fixed, are compared with ours. LightningDiT's own first checkpoints (hustvl/LightningDiT) embed
-time otherwise, and count it from the other end: they are refused by the names of their time embedding.
+Names are equal (generator/class_conditional/model.py). The shape is read from the tensors. The fixed tables of
+positions and rotations are compared with ours. LightningDiT's own first checkpoints (hustvl/LightningDiT) embed time
+differently and count it from the other end: the names of their time embedding tell them apart, and they are refused.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tokenizer.releases.renaming import Translation, check
 ROPES = {"feat_rope": "backbone", "enc_feat_rope": "backbone", "dec_feat_rope": "head"}
 TABLES = ("freqs_cos", "freqs_sin")
 TOLERANCE = 1e-4
-"""Of the stored tables: their sines are taken of angles in another precision."""
+"""Tolerance for the stored tables, whose sines are of angles in another precision."""
 
 
 def import_dit(source: str | Path, latents: LatentInfo) -> ImportedGenerator[ClassGenerator]:
-    """Reads a checkpoint. `latents`: what the generator draws, of a latent data set's manifest.
+    """Reads a checkpoint. `latents` describes what the generator draws (a latent data set's manifest).
 
-    Raises UserError: not such a checkpoint, a number of heads that nothing tells, tables that are not the fixed ones.
+    Raises UserError: no such checkpoint, a number of heads that no tensor shows, tables that are not the fixed ones.
     """
     stored = read_checkpoint(source)
     tensors = dict(stored.tensors)
@@ -83,7 +83,7 @@ def _shape(tensors: Mapping[str, Tensor], ropes: Mapping[str, list[Tensor]], whe
     head = None
     if has_head:
         head_width = len(tensors["x_embedder.proj.weight"])
-        # Of equal widths nothing tells the stacks apart; RAE's head has two layers.
+        # With equal widths no tensor tells the two stacks apart; RAE's head has two layers.
         num_head_layers = widths.count(head_width) if head_width != width else WideHeadConfig.num_layers
         num_layers -= num_head_layers
         heads = _num_heads(tensors, ropes, "head", head_width, num_layers, where)
@@ -107,7 +107,7 @@ def _num_heads(
     block: int,
     where: str,
 ) -> int:
-    """From the width of a head, which the rotary table or a QK-norm has."""
+    """The number of heads, from the width of one head, which the rotary table or a QK-norm shows."""
     norm = tensors.get(f"blocks.{block}.attn.q_norm.weight")
     if part in ropes:
         return width // ropes[part][0].shape[-1]

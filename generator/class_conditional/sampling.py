@@ -26,12 +26,11 @@ class ClassSamplingConfig(DrawingConfig):
     """How an image of a class is drawn."""
 
     guidance: float = 1.0
-    """Scale s of v_guide + s (v - v_guide): 1 = plain conditional. The guide is the same model without the class
-    (Ho and Salimans 2022), or a weaker model with it (AutoGuidance, Karras et al. 2024; the paper: s = 2.05, the same
-    run at epoch 20).
-    """
+    """Scale s of v_guide + s (v - v_guide): 1 = plain conditional. The guide is this model without the class
+    (Ho and Salimans 2022), or a weaker model with the class (AutoGuidance, Karras et al. 2024; the paper: s = 2.05, the
+    same run at epoch 20)."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times (1 = noise) above the first and up to the second are guided; at others only v is computed."""
+    """Times (1 = noise) above the first and up to the second are guided. At all other times only v is computed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,14 +57,14 @@ class GuidedClassVelocity:
         )
 
     def __call__(self, x_BCYX: Tensor, t: float) -> Tensor:
-        """[B, C, Y, X] -> the same."""
+        """[B, C, Y, X] -> [B, C, Y, X]."""
         is_plain = self._config.guidance == 1 or not is_guided(t, self._config.guidance_interval)
         velocity = self._plain if is_plain else self._guided
         return velocity(x_BCYX, torch.full((), t, device=x_BCYX.device))
 
 
 def _velocity(model: ClassGenerator, labels_B: Tensor, x_BCYX: Tensor, t: Tensor) -> Tensor:
-    """`t`: fp32 scalar."""
+    """The model's velocity at time `t`, an fp32 scalar."""
     v_BCYX: Tensor = model(x_BCYX, t.expand(len(x_BCYX)), labels_B)
     return v_BCYX
 
@@ -92,10 +91,10 @@ def sample_class_latents(
     config: ClassSamplingConfig,
     guide: ClassGenerator | None = None,
 ) -> Tensor:
-    """One image for each label, float32 [N, C, Y, X] on the CPU, un-normalised: what a decoder takes.
+    """Draws one image for each label: float32 [N, C, Y, X] on the CPU, un-normalised, as a decoder takes it.
 
-    Noise comes from each image's own seed, so an image does not depend on what it is drawn together with (up to
-    rounding). `guide`: AutoGuidance's weaker model; None: the same model without the class.
+    Noise comes from each image's own seed, so up to rounding an image does not depend on the others of its batch.
+    `guide`: AutoGuidance's weaker model; None: `model` without the class.
     """
     assert len(labels) == len(seeds) > 0
     shape = model.latents.shape

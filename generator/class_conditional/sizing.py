@@ -1,4 +1,4 @@
-"""How much work a class-conditional training step is, and what it keeps for its backward pass.
+"""Counts the FLOPs of a class-conditional training step, and the bytes that it keeps for its backward pass.
 
 Symbols: B images, T tokens of an image, D width, W head width, C latent channels, P patch side.
 """
@@ -13,13 +13,13 @@ from generator.class_conditional.layers import TIME_FREQUENCIES
 from generator.sizing import BACKWARD, FP32_BYTES
 
 LATENTS = 6
-"""Tensors like the batch's latents when the loss is taken: clean, noise, noisy, velocity, target, difference."""
+"""Tensors as large as the batch's latents in the loss: clean, noise, noisy, velocity, target, difference."""
 
 
 def training_flops(
     config: DitConfig, shape: tuple[int, int, int], num_images: int, align: AlignConfig | None = None
 ) -> float:
-    """Forward and backward pass of so many images; `shape`: of their latents, C, Y, X."""
+    """FLOPs of the forward and backward pass of `num_images`; `shape`: C, Y, X of their latents."""
     work = forward_flops(config, shape, num_images)
     if align is not None:
         tokens, inner = num_images * num_tokens(config, shape), align.width
@@ -28,10 +28,10 @@ def training_flops(
 
 
 def forward_flops(config: DitConfig, shape: tuple[int, int, int], num_images: int) -> float:
-    """2 FLOPs a multiply-add. Modulations are asked for once an image, in a head once a token."""
+    """FLOPs of the forward pass, 2 for a multiply-add. Modulations run once an image, in a head once a token."""
     tokens, patch_values = num_tokens(config, shape), shape[0] * config.patch**2
     width, head = config.width, config.head
-    work = 2 * TIME_FREQUENCIES * width + width * width  # of an image: its time
+    work = 2 * TIME_FREQUENCIES * width + width * width  # the time embedding of one image
     work += config.num_layers * _block(tokens, width, num_conditions=1) + tokens * patch_values * width
     out_width, out_conditions = width, 1
     if head is not None:
@@ -45,12 +45,12 @@ def forward_flops(config: DitConfig, shape: tuple[int, int, int], num_images: in
 
 
 def num_tokens(config: DitConfig, shape: tuple[int, int, int]) -> int:
-    """Of one image."""
+    """Tokens of one image."""
     return (shape[1] // config.patch) * (shape[2] // config.patch)
 
 
 def _block(tokens: int, width: int, num_conditions: int) -> int:
-    """Multiply-adds of one image: q, k, v, out; scores and sums; MLP; modulations."""
+    """Multiply-adds of one block for one image: q, k, v, out; scores and sums; MLP; modulations."""
     products = tokens * (4 * width**2 + 3 * width * mlp_width(width))
     return products + 2 * tokens * tokens * width + num_conditions * 6 * width**2
 
@@ -65,12 +65,12 @@ def activation_bytes(
     num_weights: int,
     align: AlignConfig | None = None,
 ) -> int:
-    """What a batch holds on a GPU at its fullest, in tensors that a fused attention and the other layers save.
+    """Peak bytes of a batch on a GPU, in tensors that a fused attention and the other layers save.
 
-    That is at the end of the forward pass or at the start of the backward pass. `precision`: EngineConfig's.
-    `checkpointing`: every block keeps its input, one block at a time is there as a whole. `num_weights`: of which
-    autocast of fp32 keeps bf16 copies: till the backward pass, with `checkpointing` till the forward pass or one block
-    is done.
+    The peak is at the end of the forward pass or at the start of the backward pass. `precision`: EngineConfig's.
+    `checkpointing`: every block keeps its input, and one block at a time holds all its tensors. `num_weights`: fp32
+    weights of which autocast keeps bf16 copies until the backward pass; with `checkpointing`, until the forward pass or
+    one block is done.
     """
     tokens, product = num_images * num_tokens(config, shape), FP32_BYTES if precision == "fp32" else 2
     is_cast, values = precision == "bf16_autocast", shape[0] * config.patch**2
@@ -103,20 +103,21 @@ class _Stack:
 
     @property
     def num_weights(self) -> int:
-        """Of one block: q, k, v, out; modulations; MLP."""
+        """Weights of one block: q, k, v, out; modulations; MLP."""
         return 10 * self.width**2 + 3 * self.width * mlp_width(self.width)
 
     def input_bytes(self, is_cast: bool, product: int) -> int:
-        """Of one token: under autocast fp32, as the positions are; nothing like them is added before a head."""
+        """Bytes of one token at a block's input: fp32 under autocast, as its positions are. A head adds none."""
         return self.width * (FP32_BYTES if is_cast and not self.is_head else product)
 
     def token_bytes(self, qk_norm: bool, is_cast: bool, product: int) -> int:
-        """Of one token in one block.
+        """Bytes of one token in one block.
 
-        Twice, for attention and MLP: the stream before its norm, the normed values that the scale multiplies, what
-        enters the product, the gated output. Attention: q, k and v as one tensor, q and k turned, the output twice, the
-        log-sum-exp. The stream and what is normed are of one dtype. MLP: two wide values, silu of the first, their
-        product. In a head: silu of the condition, six modulations, and 1 + scale twice, of every token.
+        Attention and MLP each keep the stream before the norm, the normed values that the scale multiplies, the
+        product's input and the gated output. Attention also keeps q, k and v as one tensor, q and k rotated, the output
+        twice and the log-sum-exp. The stream and the normed values have one dtype. The MLP also keeps two wide values,
+        silu of the first, and the product of the two. A head keeps for every token silu of the condition, six
+        modulations, and 1 + scale twice.
         """
         width = self.width
         total = 2 * (2 * self.input_bytes(is_cast, product) + 2 * width * product) + 2 * FP32_BYTES
@@ -128,7 +129,7 @@ class _Stack:
 
 
 def _end_bytes(config: DitConfig, is_cast: bool, product: int) -> int:
-    """Of one token: the last norm and what it enters; a head's condition, and the modulations behind it."""
+    """Bytes of one token after the blocks: last norm, input of the last product; a head's condition, modulations."""
     width, stream = config.width, FP32_BYTES if is_cast else product
     if config.head is None:
         return width * (2 * stream + product)
@@ -136,20 +137,19 @@ def _end_bytes(config: DitConfig, is_cast: bool, product: int) -> int:
 
 
 def _under_way_bytes(config: DitConfig, is_cast: bool, product: int) -> int:
-    """Of one token: gradients of the stream, of the last MLP's wide values, of a head's condition beside itself."""
+    """Bytes of one token's gradients in flight: stream, the last MLP's wide values, a head's condition and its copy."""
     width = config.width if config.head is None else config.head.width
     total = 2 * width * (FP32_BYTES if is_cast else product) + mlp_width(width) * product
     return total if config.head is None else total + 2 * width * product
 
 
 def _alignment_bytes(config: DitConfig, align: AlignConfig, values: int, product: int) -> int:
-    """Of one token: what enters the projection, both inner layers before and behind SiLU, what comes out and the patch
-    that it is compared with, in fp32.
-    """
+    """Bytes of one token: the projection's input, both inner layers before and after SiLU, its output and the patch
+    compared with it, in fp32."""
     total = (config.width + values) * _cast_bytes(product)
     return total + 4 * align.width * product + 2 * values * FP32_BYTES
 
 
 def _cast_bytes(product: int) -> int:
-    """Of an fp32 value that enters a product: its copy, if the product is in bf16."""
+    """Bytes of the copy of an fp32 value that enters a product in bf16; 0 without a cast."""
     return product if product < FP32_BYTES else 0

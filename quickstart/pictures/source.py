@@ -4,7 +4,7 @@ OUT/scenes-*       KEY.png, KEY.json {"captions", "kind", "scene"}
 OUT/edits-*        KEY.source.png, KEY.target.png, KEY.json {"instructions", "kind", "source_scene",
                    "target_scene", "changed"}: the changed boxes, (x0, y0, x1, y1) in pixels
 OUT/identities-*   KEY.png, KEY.json {"label", "name", "background", "box"}
-OUT/classes-*      KEY.png, KEY.json {"label", "name", "scene"}: one object, labelled by its place in OBJECT_NAMES
+OUT/classes-*      KEY.png, KEY.json {"label", "name", "scene"}: one object, labelled by its index in OBJECT_NAMES
 
 Sample i is a pure function of (seed, data set, i).
 """
@@ -48,30 +48,29 @@ __all__ = [
     "scene_at",
 ]
 
-RECIPE = 2  # raise it when the same config would give other samples: unfinished shards are then not continued
+RECIPE = 2  # raise it when an equal config gives other samples: unfinished shards are then not continued
 
 
 @dataclass(frozen=True)
 class EmojiConfig:
-    """How much of the emoji data set is made."""
+    """Sizes and seed of the emoji data sets."""
 
     image_px: Count = 64
     """Side of the square images, pixels."""
     seed: Seed = 0
-    """Of every draw; the split into training and validation does not depend on it."""
+    """Seed of every draw. The split into training and validation does not depend on it."""
     train_scenes: Count = 16000
     validation_scenes: Count = 600
     train_edits: Count = 10000
     validation_edits: Count = 200
     num_identities: Count = 160
-    """Emoji that the stand-in representation model learns to tell apart."""
+    """Number of emoji that the stand-in representation model learns to tell apart."""
     train_identities: Count = 8000
-    """Images of them, spread evenly."""
+    """Number of identity images, spread evenly over the identities."""
     validation_identities: Count = 320
     train_classes: Amount = 0
-    """Scenes of one object with a class label, spread evenly over OBJECT_NAMES; 0: no such set. Nothing is held out: a
-    class is asked for, not its combination with a background.
-    """
+    """Number of scenes of one object with a class label, spread evenly over OBJECT_NAMES; 0: no such set. All
+    combinations are in it: a class is asked for, not its combination with a background."""
     validation_classes: Amount = 0
     max_samples_per_shard: Count = 2000
 
@@ -94,7 +93,7 @@ class EmojiSource:
     """One of the data sets; implements data.sources.base.Source."""
 
     def __init__(self, config: EmojiConfig, name: str, length: int) -> None:
-        self.name = name  # folder, such as "scenes-train"
+        self.name = name  # folder name, such as "scenes-train"
         self._config = config
         self._length = length
         content, split = name.split("-")
@@ -108,7 +107,7 @@ class EmojiSource:
 
     @property
     def description(self) -> str:
-        """Attribution, and a digest of recipe and config: shards of other ones are not continued."""
+        """Attribution, and a digest of recipe and config: shards with another digest are not continued."""
         digest = files.digest([RECIPE, to_dict(self._config)])[:12]
         return f"{attribution()}; {self.name} of emoji config {digest}"
 
@@ -117,7 +116,7 @@ class EmojiSource:
         return self._length
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`; none is bad."""
+        """Sample `index`; every sample is valid."""
         return self._sample(index)
 
     def _scene(self, index: int) -> Sample:
@@ -170,7 +169,7 @@ class EmojiSource:
 
 
 def emoji_sources(config: EmojiConfig) -> tuple[EmojiSource, ...]:
-    """The data sets, the longest to make first."""
+    """The data sets, in the order to make them: the longest first."""
     lengths = {
         "edits-train": config.train_edits,
         "scenes-train": config.train_scenes,

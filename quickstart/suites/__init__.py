@@ -1,1 +1,1 @@
-"""How the miniature's images are scored."""
+"""Suites that score the miniature's images."""

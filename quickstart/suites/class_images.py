@@ -1,4 +1,4 @@
-"""Do images drawn for a class show it, and how far is the whole set from real ones?"""
+"""Do images drawn for a class show the class, and how far is the whole set from real images?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class EmojiClassSuite:
     """Judges `result` against meta["label"]; implements evaluation.runner.Suite and SetSuite.
 
     class_right: the judge sees the class's object and nothing else. class_best: no other object's score is as high.
-    feature_distance: Fréchet's, all results against all real images, in a network's features: no FID.
+    feature_distance: Fréchet distance of all results from all real images, in a network's features; it is no FID.
     """
 
     name = "emoji_class"
@@ -38,7 +38,7 @@ class EmojiClassSuite:
         self.fingerprints = {"judge": judge.fingerprint, "feature_distance": features.fingerprint}
 
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
-        """One measurement an item."""
+        """class_right and class_best of every item."""
         measurements = []
         for item, verdict in zip(items, self._judge(images.read_all(items, "result")), strict=True):
             asked = OBJECT_NAMES[int(item.field("label"))]

@@ -1,4 +1,4 @@
-"""Is the asked change there, and is everything else as it was?"""
+"""Does an edited image show the requested change, and is everything else unchanged?"""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from quickstart.suites.text_to_image import object_names, verdict_detail
 class EmojiEditSuite:
     """Judges `result` against meta["target_scene"], and compares it with `source`; implements Suite.
 
-    change_done: exactly the target's objects and its background are seen. psnr_outside_db: PSNR to the source
-    over the pixels that `kept_pixels` names; nan, hence not counted, where there are none.
+    change_done: the judge sees exactly the target's objects and its background. psnr_outside_db: PSNR to the source
+    over the pixels that `kept_pixels` names; nan, hence not counted, without such pixels.
     """
 
     name = "emoji_edit"
@@ -36,7 +36,7 @@ class EmojiEditSuite:
         self.fingerprints = {"judge": judge.fingerprint}
 
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
-        """Groups: the kind of edit."""
+        """The scores of every item; groups: the kind of edit."""
         results, sources, targets = (images.read_all(items, role) for role in self.roles)
         kept = torch.stack(
             [
@@ -68,11 +68,11 @@ class EmojiEditSuite:
 def kept_pixels(
     source: Tensor, target: Tensor, source_scene: Mapping[str, Any], target_scene: Mapping[str, Any]
 ) -> Tensor:
-    """Pixels an edit must leave alone, bool [H, W].
+    """Pixels that an edit must leave alone, bool [H, W].
 
-    Those that are equal in the true source and target (uint8 [3, H, W]) and lie outside the boxes of all
-    objects that are in only one of the scenes. So a new background leaves the inside of the objects to keep;
-    a replaced object leaves everything outside the old and the new one's box.
+    These pixels are equal in the true source and target (uint8 [3, H, W]) and lie outside the boxes of all
+    objects that are in only one of the scenes. A new background thus leaves the inside of the kept objects; a replaced
+    object leaves everything outside the old and the new object's box.
     """
     kept = (source == target).all(0)
     before, after = _placed(source_scene), _placed(target_scene)

@@ -1,6 +1,6 @@
 """Do images drawn from captions show what the captions say?
 
-The same suite on real held-out renders gives the judge's own accuracy, which belongs beside every score.
+On real held-out renders this suite gives the judge's own accuracy, which belongs beside every score.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from quickstart.judge import THRESHOLD, Judge, Verdict
 class EmojiT2ISuite:
     """Judges `result` against meta["scene"]; implements evaluation.runner.Suite.
 
-    object_right: exactly the asked objects are seen, none missing and none more. objects_found: each asked
-    object by itself is seen. relation_right, of two objects: both are seen, and the first is to the left of or
-    above the second as asked. background_right: the colour asked for.
+    object_right: the judge sees exactly the requested objects. objects_found: a rate over the requested objects, each
+    seen or not. relation_right, for two objects: both are seen, and the first is to the left of or above the second as
+    requested. background_right: the judge sees the requested colour.
     """
 
     name = "emoji_t2i"
@@ -31,7 +31,7 @@ class EmojiT2ISuite:
         self.fingerprints = {"judge": judge.fingerprint}
 
     def measure(self, images: ImageSet, items: Sequence[Item]) -> list[Measurement]:
-        """Groups: single, pair."""
+        """The four scores of every item; groups: single, pair."""
         verdicts = self._judge(images.read_all(items, "result"))
         measurements = []
         for item, verdict in zip(items, verdicts, strict=True):
@@ -53,7 +53,7 @@ class EmojiT2ISuite:
 
 
 def relation_right(scene: Mapping[str, Any], verdict: Verdict) -> float | bool:
-    """Whether two objects stand as the scene's "relation" says ("left" or "above"); nan for a single one."""
+    """Whether two objects stand as the scene's "relation" says ("left" or "above"); nan for a single object."""
     if len(scene["objects"]) == 1:
         return math.nan
     names = [thing["name"] for thing in scene["objects"]]
@@ -68,6 +68,6 @@ def object_names(scene: Mapping[str, Any]) -> set[str]:
 
 
 def verdict_detail(verdict: Verdict) -> dict[str, Any]:
-    """What readers of per_item.jsonl need to understand a verdict: seen objects with scores, background."""
+    """The judge's verdict for readers of per_item.jsonl: seen objects with scores, background."""
     scores = {name: round(verdict.object_scores[name], 4) for name in verdict.objects}
     return {"seen": scores, "background": verdict.background}

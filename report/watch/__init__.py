@@ -1,4 +1,4 @@
-"""A look at trainings from their run folders alone, while they run or later: in a terminal or as an HTML page."""
+"""Shows trainings from their run folders alone, while they run or later: in a terminal or as an HTML page."""
 
 from report.watch.page import page
 from report.watch.run import Run, read_run

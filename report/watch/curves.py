@@ -1,4 +1,4 @@
-"""Every number that a run logs, as small charts under headings; several runs on the same axes."""
+"""Every number that a run logs, as small charts under headings; several runs share axes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from report.markup import Html, absent, fill, together
 from report.watch.run import SECONDS, TROUBLE, Run, Unit
 
 WIDE = (1180, 300)
-SMOOTH_FROM = 80  # points; of a curve with more, the average is drawn over the faint values
-SMOOTH_PART = 60  # the average reaches over one part in so many on either side
+SMOOTH_FROM = 80  # a curve of more points is drawn as an average over the faint values
+SMOOTH_PART = 60  # the average reaches over one part in this many on either side
 UNITS = {"_gib": ", GiB", "_s": ", s", "_w": ", W", "_c": ", °C"}
 HEADINGS = ("Scores", "Losses and quality", "Optimisation", "Speed", "Machine")
 ELSEWHERE = {"step", "time_s", "num_steps", "loss", "samples", "tokens", "samples_seen", "samples_pending"}
@@ -33,12 +33,12 @@ def _curves(runs: Sequence[Run], metric: str, unit: Unit) -> list[Curve]:
 
 
 def gentle(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Few points as they are; of many, the mean of each one's neighbourhood."""
+    """A short series unchanged; of a long series, the mean of each point's neighbourhood."""
     return smoothed(points, len(points) // SMOOTH_PART) if len(points) > SMOOTH_FROM else points
 
 
 def wide_chart(runs: Sequence[Run], metric: str, unit: Unit) -> Html:
-    """One metric over the whole width, with dashed lines where something happened to the only run."""
+    """One metric over the page's whole width; for a single run, dashed lines mark its events."""
     curves = _curves(runs, metric, unit)
     if not curves:
         has_rows = any(run.training.rows for run in runs)
@@ -60,7 +60,7 @@ def _marks(runs: Sequence[Run], unit: Unit) -> Iterator[tuple[float, str]]:
 
 
 def groups(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(heading, metrics): every number that was logged, but those shown elsewhere on the page."""
+    """(heading, metrics): every logged number except those shown elsewhere on the page."""
     names = dict.fromkeys(name for run in runs for row in run.training.rows for name in row)
     found: dict[str, list[str]] = {heading: [] for heading in HEADINGS}
     for name in names:
@@ -79,7 +79,7 @@ def _heading(name: str) -> str:
 
 
 def charts(runs: Sequence[Run], metrics: Sequence[str], unit: Unit) -> Html:
-    """A card a metric; one that was 0 throughout is left out."""
+    """A card for each metric; a metric that was 0 throughout is left out."""
     cards = []
     for metric in metrics:
         curves = _curves(runs, metric, unit)
@@ -93,7 +93,7 @@ def charts(runs: Sequence[Run], metrics: Sequence[str], unit: Unit) -> Html:
 
 
 def _title(metric: str) -> str:
-    """`system/disk_free_gib -> disk free, GiB`."""
+    """The metric's title, such as `system/disk_free_gib -> disk free, GiB`."""
     name = metric.removeprefix("system/").removesuffix("_per_s")
     ending = next((ending for ending in UNITS if name.endswith(ending)), "")
     text = name.removesuffix(ending).replace("_", " ").replace("/", " ") + UNITS.get(ending, "")

@@ -1,4 +1,4 @@
-"""Trainings as one self-contained HTML page: status, curves on the same axes, samples, events, configs."""
+"""Trainings as one self-contained HTML page: status, curves on shared axes, samples, events, configs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _DATA = "<p>{% if name %}<b>{{ name }}</b> {% endif %}{{ text }}</p>{{ chart }}"
 
 
 def page(runs: Sequence[Run], *, now_s: float, over: Over = "step", refresh_s: float | None = None) -> str:
-    """The whole HTML document. `refresh_s`: a browser loads it again after so many seconds."""
+    """The whole HTML document. `refresh_s`: seconds after which a browser reloads the page."""
     title = " · ".join(run.name for run in runs)
     unit = unit_of(runs, over)
     loss = together(
@@ -70,7 +70,7 @@ def page(runs: Sequence[Run], *, now_s: float, over: Over = "step", refresh_s: f
 
 
 def _section(title: str, body: Html, lead: str = "") -> Html:
-    """Nothing, if there is nothing to show."""
+    """A section; nothing without a body."""
     return section(title, body, lead) if body else body
 
 
@@ -83,7 +83,7 @@ def _head(title: str, runs: Sequence[Run], now_s: float) -> Html:
 
 
 def _status(runs: Sequence[Run], now_s: float) -> Html:
-    """One run: its facts side by side; several: a table with a row a run."""
+    """One run: its facts side by side. Several runs: a table with a row for each."""
     if len(runs) == 1:
         return fill(_TILES, facts=facts(runs[0], now_s))
     known = [dict(facts(run, now_s)) for run in runs]
@@ -100,7 +100,7 @@ def _legend(names: Sequence[str]) -> Html:
 
 
 def _reading(runs: Sequence[Run]) -> str:
-    """How to read the curves; only what is there."""
+    """How to read the curves, for the kinds of lines on the page."""
     parts = []
     if any(len(run.training.rows) > SMOOTH_FROM for run in runs):
         parts.append("Faint: each log interval; strong: the mean of its neighbourhood.")
@@ -120,7 +120,7 @@ def _shares(runs: Sequence[Run]) -> Html:
 
 
 def _data(runs: Sequence[Run]) -> Html:
-    """What was read, and how much of it from each set of a mixture."""
+    """The data that were read, and the share of each set of a mixture."""
     parts = []
     for run in runs:
         last = run.training.last()

@@ -1,4 +1,4 @@
-"""What a run left besides numbers: sample grids, events, its config."""
+"""The records of a run besides numbers: sample grids, events, config."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from report.gallery import grid, inlined
 from report.markup import Html, facts, fill, together
 from report.watch.run import TROUBLE, Run
 
-MAX_GRIDS = 9  # of a run; the first, the last, and some between
+MAX_GRIDS = 9  # shown of a run: the first, the last, and some between
 GRID_CELL_PX = 360
 GRID_PX = 2 * GRID_CELL_PX
-MAX_EVENTS = 60  # of a run; checkpoints give way first
+MAX_EVENTS = 60  # shown of a run; checkpoints are left out first
 
 
 _GRID = '<figure class="grid">{{ shown }}<figcaption>step {{ step }}</figcaption></figure>'
@@ -42,7 +42,7 @@ _EQUAL = """\
 
 
 def samples(runs: Sequence[Run]) -> Html:
-    """Some grids of each run."""
+    """Some sample grids of each run."""
     strips = []
     for run in runs:
         grids = run.grids
@@ -53,7 +53,7 @@ def samples(runs: Sequence[Run]) -> Html:
         for step, path in grids:
             try:
                 shown = inlined(read_rgb_file(path), f"samples of {run.name} at step {step}", 1, GRID_PX)
-            except UserError:  # half copied
+            except UserError:  # the file is half copied
                 shown = fill('<span class="absent">cannot be read</span>')
             figures.append(fill(_GRID, shown=shown, step=f"{step:,}"))
         if figures and len(runs) > 1:
@@ -64,11 +64,11 @@ def samples(runs: Sequence[Run]) -> Html:
 
 
 def events_table(runs: Sequence[Run]) -> Html:
-    """What happened, oldest first; "" where nothing is known."""
+    """The events, oldest first; "" without any."""
     rows, left_out = [], 0
     for number, run in enumerate(runs):
         events = list(run.events)
-        if len(events) > MAX_EVENTS:  # the newest; of checkpoints only the last
+        if len(events) > MAX_EVENTS:  # the newest, with only the last checkpoint
             newest = run.last("checkpoint")
             events = [event for event in events if event.kind != "checkpoint" or event is newest][
                 -MAX_EVENTS:
@@ -87,7 +87,7 @@ def events_table(runs: Sequence[Run]) -> Html:
 
 
 def configs(runs: Sequence[Run]) -> Html:
-    """Of one run all settings; of several those that differ, and the others to unfold."""
+    """All settings of a single run; of several runs the settings that differ, and the others folded."""
     settings = [dict(_flat(run.config)) for run in runs]
     names = list(dict.fromkeys(name for known in settings for name in known))
     if not names:
@@ -105,7 +105,7 @@ def configs(runs: Sequence[Run]) -> Html:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`section.key` and value as text."""
+    """Yields `section.key` and the value as text."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""What a run folder says: logged numbers, events, samples, config. Everything but one of the first two is optional."""
+"""Reads a run folder: logged numbers, events, samples, config. Numbers or events suffice; the rest is optional."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from report.inputs import METRICS_NAME, Training, logged, read_lines
 
 METRICS, SCORES, EVENTS, CONFIG = METRICS_NAME, "scores.jsonl", "events.jsonl", "config.json"
 RECENT_LINES = 20
-"""Log lines that pace and rates are taken from."""
+"""Log lines from which pace and rates are computed."""
 MIN_SILENCE_S = 60.0
 SILENT_LINES = 6
-"""A run that logged nothing for so many times its usual interval (and MIN_SILENCE_S) is taken for dead."""
+"""A run is taken for dead after this many usual log intervals (and MIN_SILENCE_S) without a line."""
 MAX_TIME_S = 2.0**36  # the year 4147
 TROUBLE = ("warning", "alarm", "nonfinite", "spike", "roll_back", "error")
 
@@ -33,7 +33,7 @@ State = Literal["waiting", "running", "silent", "stopped", "finished"]
 class Event:
     """One line of events.jsonl."""
 
-    time_s: float  # unix
+    time_s: float  # Unix time
     step: int
     kind: str
     text: str
@@ -41,25 +41,25 @@ class Event:
 
 @dataclass(frozen=True)
 class Run:
-    """A training as its folder shows it."""
+    """A training as its run folder shows it."""
 
     path: Path
     name: str
     training: Training
-    scores: Training  # evaluations on the way
+    scores: Training  # evaluations during the training
     config: Mapping[str, Any]
     events: tuple[Event, ...]
     grids: tuple[tuple[int, Path], ...]  # step, image; ascending
-    changed_s: float  # when the newest of its files was written, unix
+    changed_s: float  # modification time of its newest file, Unix
 
     @property
     def step(self) -> int:
-        """Finished steps, as last logged."""
+        """Number of finished steps, as last logged."""
         return int(self.training.last().get("step") or 0)
 
     @property
     def num_steps(self) -> int | None:
-        """Of the whole run; None: the folder does not say."""
+        """Number of steps of the whole run; None: the folder does not say."""
         engine = self.config.get("engine")
         planned = engine.get("steps") if isinstance(engine, Mapping) else None
         steps = self.training.last().get("num_steps") or planned
@@ -67,13 +67,13 @@ class Run:
 
     @property
     def last_line_s(self) -> float:
-        """When the last sign of life was written, unix."""
+        """Unix time of the last line written."""
         logged = self.training.last().get("time_s")
         times = [event.time_s for event in self.events[-1:]] + ([logged] if logged else [])
         return max(times, default=self.changed_s)
 
     def state(self, now_s: float) -> State:
-        """What the run seems to be doing."""
+        """The state that the run seems to be in."""
         kind = self.events[-1].kind if self.events else ""
         if kind == "finish" or (not self.events and (self.path / "export").is_dir()):
             return "finished"
@@ -85,24 +85,24 @@ class Run:
         return "running" if self.training.rows else "waiting"
 
     def step_s(self) -> float | None:
-        """Wall time of a step of late, everything included; None before two lines."""
+        """Recent wall time of a step in seconds, everything included; None before two lines."""
         paces = self._paces()
         if paces:
             return statistics.median(paces)
         return self.training.last().get("step_s")
 
     def eta_s(self) -> float | None:
-        """Until the last step, at the pace of late."""
+        """Seconds until the last step, at the recent pace."""
         pace, total = self.step_s(), self.num_steps
         return None if pace is None or total is None else max(total - self.step, 0) * pace
 
     @property
     def begin_s(self) -> float | None:
-        """When the first line was logged, unix; None: no line has a time."""
+        """Unix time of the first logged line; None: no line has a time."""
         return next((row["time_s"] for row in self.training.rows if row.get("time_s")), None)
 
     def series(self, metric: str, unit: Unit) -> list[tuple[float, float]]:
-        """(x, value) wherever the metric was logged and finite; x: the step, or the time since the first line."""
+        """(x, value) of every finite logged value; x: the step, or the time since the first line."""
         begin_s = self.begin_s
         source = self.scores if metric in self.score_names else self.training
         if unit == "step":
@@ -116,17 +116,17 @@ class Run:
 
     @property
     def score_names(self) -> list[str]:
-        """`SUITE/METRIC` of every evaluation, in the order of their appearance."""
+        """`SUITE/METRIC` of every evaluation, in order of appearance."""
         names = dict.fromkeys(name for row in self.scores.rows for name in row)
         return [name for name in names if name not in ("step", "time_s")]
 
     def recent(self, metric: str) -> float | None:
-        """Mean over the last lines that have it."""
+        """Mean over the last lines that have the metric."""
         values = [value for _, value in self.training.series(metric)[-RECENT_LINES:]]
         return statistics.fmean(values) if values else None
 
     def shares(self) -> dict[str, float]:
-        """Parts of the wall time by name, over the last lines; a part that a line does not name took none there."""
+        """Parts of the wall time by name, over the last lines; a part that a line does not name took no time there."""
         rows = self.training.rows[-RECENT_LINES:]
         names = {name for row in rows for name in row if name.endswith("_share")}
         means = {
@@ -136,7 +136,7 @@ class Run:
         return {name.removesuffix("_share"): means[name] for name in order if means[name] >= 0.0005}
 
     def count(self, *kinds: str) -> int:
-        """Events of these kinds."""
+        """Number of events of these kinds."""
         return sum(event.kind in kinds for event in self.events)
 
     def last(self, kind: str) -> Event | None:
@@ -157,7 +157,7 @@ class Run:
 
 
 def unit_of(runs: Sequence[Run], over: Over) -> Unit:
-    """What is counted along the curves: minutes where no run has taken two hours."""
+    """The unit of the curves' x: minutes if no run has taken two hours."""
     if over == "step":
         return "step"
     longest_s = max((run.last_line_s - (run.begin_s or run.last_line_s) for run in runs), default=0.0)
@@ -165,7 +165,7 @@ def unit_of(runs: Sequence[Run], over: Over) -> Unit:
 
 
 def read_run(path: Path, name: str = "") -> Run:
-    """Reads what is there. Raises UserError: no run, or a file that no run wrote."""
+    """Reads the files that exist. Raises UserError: no run folder, or a file that no run wrote."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give the run_dir of a training")
     if not (path / METRICS).is_file() and not (path / EVENTS).is_file():

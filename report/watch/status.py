@@ -1,4 +1,4 @@
-"""A run's state in words: the same in a terminal and on the page."""
+"""A run's state in words, shared by terminal and page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATE_WORDS = {
 
 
 def state_text(run: Run, now_s: float) -> str:
-    """`running, last line 12 s ago`."""
+    """The state in words, such as `running, last line 12 s ago`."""
     state = run.state(now_s)
     age = duration(now_s - run.last_line_s)
     if state == "silent":
@@ -26,13 +26,13 @@ def state_text(run: Run, now_s: float) -> str:
 
 
 def progress(run: Run) -> str:
-    """`1,200 of 5,000 (24%)`."""
+    """The progress in words, such as `1,200 of 5,000 (24%)`."""
     total = run.num_steps
     return f"{run.step:,} of {total:,} ({run.step / total:.0%})" if total else f"{run.step:,}"
 
 
 def facts(run: Run, now_s: float) -> list[tuple[str, str]]:
-    """(name, value) of everything the folder knows now; what it does not know is left out."""
+    """(name, value) of everything that the folder tells now; unknown facts are left out."""
     found = [("step", progress(run))]
     last = run.training.last()
     if run.state(now_s) == "running" and (eta_s := run.eta_s()) is not None:
@@ -52,12 +52,12 @@ def facts(run: Run, now_s: float) -> list[tuple[str, str]]:
 
 
 def rates(run: Run) -> tuple[str, str]:
-    """Mean of the last lines: steps, samples and tokens a second."""
+    """Steps, samples and tokens a second, averaged over the last lines."""
     parts = []
     if pace := run.step_s():
         parts.append(f"{short(pace)} s a step" if pace >= 1 else f"{1 / pace:.1f} steps/s")
     units = [("samples_per_s", "samples/s")]
-    if run.recent("tokens_per_s") != run.recent("samples_per_s"):  # images are counted as both
+    if run.recent("tokens_per_s") != run.recent("samples_per_s"):  # images count as both
         units.append(("tokens_per_s", "tokens/s"))
     for metric, unit in units:
         if value := run.recent(metric):
@@ -66,13 +66,13 @@ def rates(run: Run) -> tuple[str, str]:
 
 
 def memory(run: Run) -> tuple[str, str]:
-    """Highest of the ranks in the last interval."""
+    """Highest memory use among the ranks in the last interval."""
     value = run.training.last().get("memory_gib")
     return ("memory", f"{value:.1f} GiB" if value is not None else "")
 
 
 def trouble(run: Run) -> list[tuple[str, str]]:
-    """Counts of what went wrong; nothing where nothing did."""
+    """Counts of what went wrong; empty if nothing did."""
     nonfinite = max(run.count("nonfinite"), int(run.training.last().get("nonfinite_steps") or 0))
     counts = (
         ("alarms", run.count("alarm")),
@@ -86,7 +86,7 @@ def trouble(run: Run) -> list[tuple[str, str]]:
 
 
 def duration(seconds: float) -> str:
-    """`12 s`, `3 min`, `2 h 05 min`, `3 d 4 h`."""
+    """The duration in words: `12 s`, `3 min`, `2 h 05 min`, `3 d 4 h`."""
     whole = max(int(seconds), 0)
     if whole < 60:
         return f"{whole} s"

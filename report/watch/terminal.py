@@ -1,4 +1,4 @@
-"""A run in the characters of a terminal: status, curves in braille dots, where the time goes, the last samples."""
+"""Draws a run in a terminal's characters: status, curves in braille dots, parts of the wall time, the last samples."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from report.watch.curves import gentle
 from report.watch.run import TROUBLE, Over, Run, Unit, unit_of
 from report.watch.status import facts, state_text
 
-LABEL_WIDTH = 8  # of the values left of a chart
-DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a braille character, [x][y]
-COLOURS = (36, 33, 35, 32, 31, 34)  # ANSI: one a run
+LABEL_WIDTH = 8  # characters for the values left of a chart
+DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # bits of a braille character, [x][y]
+COLOURS = (36, 33, 35, 32, 31, 34)  # ANSI codes: one for each run
 GREY, RED, BOLD = 90, 31, 1
 SHARE_CHARACTERS = "█▓▒░▚▞▤▥"
 
@@ -46,7 +46,7 @@ def screen(
     colours: bool = False,
     samples: bool = False,
 ) -> str:
-    """Everything, in lines of at most `width` characters. `samples`: draws the last grid of the first run."""
+    """The whole screen, in lines of at most `width` characters. `samples`: draws the last grid of the first run."""
     paint = _coloured if colours else _plain
     lines: list[str] = []
     for number, run in enumerate(runs):
@@ -83,7 +83,7 @@ def _head(run: Run, width: int, now_s: float, paint: Paint, colour: int) -> list
 
 
 def _chart(runs: Sequence[Run], metric: str, unit: Unit, width: int, height: int, paint: Paint) -> list[str]:
-    """`height` lines of dots below a title."""
+    """One metric's chart: a title and `height` lines of dots."""
     series = [gentle(run.series(metric, unit)) for run in runs]
     shown = [points for points in series if points]
     if not shown:
@@ -129,7 +129,7 @@ def _chart(runs: Sequence[Run], metric: str, unit: Unit, width: int, height: int
 
 
 def _share_bar(shares: dict[str, float], width: int) -> str:
-    """A character a per cent or so; what no part claims is left empty."""
+    """A bar of about one character for each per cent; time that no part claims is left empty."""
     room = width - 6
     bar = ""
     for share, character in zip(shares.values(), _share_characters(shares), strict=True):
@@ -150,10 +150,10 @@ def _share_characters(shares: dict[str, float]) -> list[str]:
 
 
 def picture(path: Path, width: int) -> list[str]:
-    """An image in half blocks of 24-bit colour, `width` characters wide at most; two pixels a character."""
+    """An image in half blocks of 24-bit colour, at most `width` characters wide; a character shows two pixels."""
     try:
         image = read_rgb_file(path)
-    except UserError:  # half copied
+    except UserError:  # the file is half copied
         return [_printable(f"{path}: cannot be read")]
     columns = min(width, image.width)
     rows = math.ceil(image.height * columns / image.width / 2) * 2
@@ -170,7 +170,7 @@ def picture(path: Path, width: int) -> list[str]:
 
 
 def _fit(text: str, width: int) -> str:
-    """At most `width` characters, none of which could steer the terminal."""
+    """At most `width` characters, without control characters that could steer the terminal."""
     text = _printable(text)
     return text if len(text) <= width else text[: width - 1] + "…"
 

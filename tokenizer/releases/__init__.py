@@ -1,1 +1,1 @@
-"""Weights that others published -> our exports: their names are translated, every tensor is accounted for."""
+"""Imports published weights as our exports: parameter names are translated, every tensor is accounted for."""

@@ -1,4 +1,4 @@
-"""Weight files of other projects, read as tensors only: nothing that stands in them is executed."""
+"""Weight files of other projects, read as tensors only: no code in a file is executed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from base import limits
 from base.config import UserError
 from tokenizer.weights import read_tensors
 
-# Where a training checkpoint keeps the weights; averaged weights are what its authors evaluate.
+# Keys under which a training checkpoint keeps its weights; `ema` first, the averaged weights that authors evaluate.
 WEIGHT_KEYS = ("ema", "model", "state_dict")
-MAX_DEPTH = 8  # of such entries in each other
-WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+MAX_DEPTH = 8  # nested WEIGHT_KEYS that are opened
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DistributedDataParallel and torch.compile add
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Checkpoint:
     where: str
     """The file, and the entry of it that was read."""
     tensors: Mapping[str, Tensor]
-    """By their names, without the prefixes of wrappers; on the CPU."""
+    """Tensors on the CPU by name, without the wrappers' prefixes."""
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """A safetensors file, or what torch.save wrote of tensors (.pt, .pth, .bin, .ckpt).
+    """Reads a safetensors file, or tensors that torch.save wrote (.pt, .pth, .bin, .ckpt).
 
-    A dict in a dict is opened at `ema`, else `model`, else `state_dict`. Raises UserError: no such file, a
-    damaged one, one that holds more than tensors and plain values, no weights in it.
+    A dict in a dict is opened at `ema`, else `model`, else `state_dict`. Raises UserError: no such file, a damaged
+    file, objects other than tensors and plain values, no weights.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
         return Checkpoint(str(path), read_tensors(path))
     tree, where = _load(path), str(path)
-    for _ in range(MAX_DEPTH):  # one may hold itself
+    for _ in range(MAX_DEPTH):  # bounded, as a dict may hold itself
         key = next(
             (key for key in WEIGHT_KEYS if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping)),
             None,
@@ -76,7 +76,7 @@ def _load(path: Path) -> object:
             f"{path}: holds more than tensors, and reading it would run code of its authors; "
             "save its state dict as safetensors first"
         ) from None
-    except Exception as error:  # the unpickler of torch fails on strange bytes with whatever it stumbles over
+    except Exception as error:  # torch's unpickler raises any kind of exception on strange bytes
         found = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         reason = " ".join(found.split())[:120]
         raise UserError(f"{path}: not a readable weights file ({reason}); fetch it again") from None

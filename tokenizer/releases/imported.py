@@ -1,4 +1,4 @@
-"""What an import gives: the report, and if all of it fits, the way to the autoencoder."""
+"""The result of an import: a report, and a function that builds the autoencoder if every tensor fits."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from tokenizer.releases.renaming import Report, Shapes
 
 @dataclass(frozen=True)
 class Imported:
-    """An autoencoder from somebody else's weights."""
+    """An autoencoder made from published weights."""
 
     report: Report
     provenance: Mapping[str, Any]
-    """For the export's config.json: where the weights came from."""
+    """Where the weights came from, for the export's config.json."""
     build: Callable[[], ImageAutoencoder]
-    """Allocates and fills it, in evaluation mode; only where the report has no problems."""
+    """Allocates and fills the autoencoder, in evaluation mode. Call it only if the report has no problems."""
 
     def write(self, folder: Path) -> str:
-        """Saves it into an existing folder and says what it is."""
+        """Saves the autoencoder into an existing folder and returns a line that describes it."""
         model = self.build()
         model.save(folder, self.provenance)
         return f"latent {'x'.join(map(str, model.latent_shape))}, fingerprint {fingerprint(folder)[:12]}"
 
 
 def shapes(module: nn.Module) -> Shapes:
-    """Of every parameter and persistent buffer."""
+    """Shapes of every parameter and persistent buffer, by name."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

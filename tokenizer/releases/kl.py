@@ -23,7 +23,7 @@ LDM_CHANNELS = (128, 128, 256, 256, 512)
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 DIFFUSERS_RULES: tuple[Rule, ...] = (
-    # Files from before diffusers 0.18, SD-VAE's among them.
+    # Names that diffusers wrote before version 0.18, in SD-VAE's files too.
     *modules(r"(?P<place>.*\.attentions\.\d+)\.", r"vae.\g<place>.", _OLD_ATTENTION),
     Rule(r"(.*)", r"vae.\1"),
 )
@@ -34,8 +34,8 @@ _ENDS = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_ou
 
 
 def ldm_rules(num_levels: int) -> list[Rule]:
-    """LDM's names -> diffusers', below `vae.`. LDM counts the decoder's levels from the finest, diffusers from
-    the coarsest."""
+    """Rules from LDM's names to diffusers', below `vae.`. LDM counts the decoder's levels from the finest, diffusers
+    from the coarsest."""
     rules = [Rule(r"(?:loss|foundation_model|linear_proj)\..*", None)]
     for level in range(num_levels):
         places = {
@@ -55,7 +55,7 @@ def ldm_rules(num_levels: int) -> list[Rule]:
 
 
 def import_va_vae(path: str | Path, image_px: int) -> Imported:
-    """LightningDiT's VA-VAE from its .pt file; the latent's channels are read from the weights.
+    """Imports LightningDiT's VA-VAE from its .pt file; the number of latent channels is read from the weights.
 
     Raises UserError: an unreadable file, or one without quant_conv.
     """
@@ -68,9 +68,9 @@ def import_va_vae(path: str | Path, image_px: int) -> Imported:
 
 
 def import_diffusers(source: str, image_px: int, subfolder: str | None = None) -> Imported:
-    """An AutoencoderKL of diffusers, from a folder or the Hugging Face hub; `subfolder` as in a pipeline, "vae".
+    """Imports an AutoencoderKL of diffusers from a folder or the hub; `subfolder` is "vae" inside a pipeline.
 
-    Raises UserError: not there, weights that are not in safetensors, an architecture of another kind.
+    Raises UserError: no such folder or repository, weights that are not in safetensors, an unsupported architecture.
     """
     config_path, weights_path = (
         _file(source, subfolder, name) for name in (DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS)
@@ -82,7 +82,7 @@ def import_diffusers(source: str, image_px: int, subfolder: str | None = None) -
 
 
 def kl_config(tree: Mapping[str, Any], image_px: int, where: str) -> KlConfig:
-    """Our config of a diffusers AutoencoderKL; what is absent has AutoencoderKL's default.
+    """Our config for a diffusers AutoencoderKL; absent fields take AutoencoderKL's defaults.
 
     Raises UserError: a field with a value that KlAutoencoder does not build.
     """

@@ -1,4 +1,4 @@
-"""Their parameter names -> ours, by a table of rules; and the report that nothing is left over on either side."""
+"""Translates their parameter names into ours by a table of rules, and reports tensors left over on either side."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Rule:
-    """Names that match `theirs` as a whole become `ours`; the first rule that matches counts."""
+    """Names that match `theirs` as a whole become `ours`; the first matching rule applies."""
 
     theirs: str
-    """A regular expression."""
+    """A regular expression over their names."""
     ours: str | None
-    """What re.sub puts in its place; None: nothing here needs it, left out."""
+    """The replacement (re.sub); None: no model here needs the tensor, and it is left out."""
     part: int = 0
-    """Place among the tensors that make up ours, stacked along the first axis: query, key, value."""
+    """Index of the tensor among those stacked into ours along the first axis: query, key, value."""
 
 
 def modules(theirs: str, ours: str, names: Mapping[str, str]) -> list[Rule]:
-    """Weight and bias of each module in `names`, below a place of theirs (regular expression) and of ours."""
+    """Rules for weight and bias of each module in `names`; `theirs` (a regular expression) and `ours` are prefixes."""
     return [
         Rule(rf"{theirs}{re.escape(old)}\.(?P<kind>weight|bias)", rf"{ours}{new}.\g<kind>")
         for old, new in names.items()
@@ -40,12 +40,12 @@ class Translation:
     sources: Mapping[str, tuple[str, ...]]
     """Our name -> their names, in the order they are stacked."""
     left_out: tuple[str, ...]
-    """Theirs that a rule leaves out."""
+    """Their names that a rule leaves out."""
     unknown: tuple[str, ...]
-    """Theirs that no rule knows."""
+    """Their names that no rule matches."""
 
     def assemble(self, tensors: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
-        """Our tensors, in our shapes."""
+        """Stacks and reshapes their tensors into ours."""
         stacked = {
             ours: torch.cat([tensors[name] for name in theirs]) if len(theirs) > 1 else tensors[theirs[0]]
             for ours, theirs in self.sources.items()
@@ -54,7 +54,7 @@ class Translation:
 
 
 def translate(names: Iterable[str], rules: Sequence[Rule]) -> Translation:
-    """Applies the rules to all of their names."""
+    """Applies the rules to every one of their names."""
     parts: dict[str, dict[int, str]] = {}
     left_out, unknown = [], []
     for name in names:
@@ -77,20 +77,20 @@ def translate(names: Iterable[str], rules: Sequence[Rule]) -> Translation:
 
 @dataclass(frozen=True)
 class Row:
-    """One module of the report."""
+    """One module's line in the report."""
 
     module: str
     num_theirs: int
-    """Their tensors that went into it."""
+    """Number of their tensors used."""
     num_ours: int
-    """Our tensors that were filled."""
+    """Number of our tensors filled."""
     num_values: int
-    """Numbers in them."""
+    """Number of values in our tensors."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Every tensor of both sides."""
+    """The account of every tensor on both sides."""
 
     rows: tuple[Row, ...]
     left_out: tuple[str, ...]
@@ -120,7 +120,7 @@ _COUNTS = ("num_theirs", "num_ours", "num_values")
 
 
 def check(translation: Translation, theirs: Shapes, ours: Shapes) -> Report:
-    """Compares names and shapes; no values are needed."""
+    """Compares names and shapes; reads no values."""
     problems = [f"theirs, unknown: {name} {list(theirs[name])}" for name in translation.unknown]
     rows: dict[str, Row] = {}
     for name, sources in translation.sources.items():
@@ -149,7 +149,7 @@ def _stacked(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Equal, or a 1x1 convolution where ours is a Linear."""
+    """Whether the shapes are equal, or theirs is a 1x1 convolution where ours is a Linear."""
     return found == wanted or found == (*wanted, 1, 1)
 
 

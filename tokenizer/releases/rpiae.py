@@ -1,7 +1,7 @@
-"""The authors' RPiAE checkpoints and RAE's decoders -> Autoencoder.
+"""Imports the authors' RPiAE checkpoints and RAE's decoders as an Autoencoder.
 
 Both projects share the decoder's layout and names (transformers' ViTMAE). RPiAE's file has all parts; RAE
-publishes the decoder alone, and its encoder is the untouched model of the library.
+publishes the decoder alone, as its encoder is the library's own model.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ RAE = AutoencoderConfig(
     decoder=PixelDecoderConfig(),
     image_px=256,
 )
-"""RAE's DINOv2-B with registers and ViT-XL."""
+"""RAE's config: DINOv2-B with registers and ViT-XL."""
 RPIAE = dataclasses.replace(RAE, bridge=BridgeConfig())
-"""The released RPiAE: the same with a bridge to 64 channels."""
+"""The released RPiAE's config: RAE's with a bridge to 64 channels."""
 
 ENCODER = "encoder.vit."
 """Where Representation keeps the library's module."""
 POSITIONS = "decoder.positions"
-"""A table that theirs store and ours compute: it is compared, not loaded."""
+"""The decoder's position table. Their files store it and our decoder computes it, so it is compared, not loaded."""
 CLASS_TOKEN = "decoder.class_token"  # noqa: S105  # a tensor's name
 POSITIONS_TOLERANCE = 4e-3
-"""Half a unit of bf16 at 1; a table in another order is off by 1."""
+"""Half a unit of bf16 at 1. A table in another order is off by 1."""
 
-_DECODER = r"(?:decoder\.)?"  # RAE's files begin at the decoder
+_DECODER = r"(?:decoder\.)?"  # RAE's files name parameters from the decoder down
 _KIND = r"(?P<kind>weight|bias)"
 _LAYER = r"(?P<layer>\d+)\."
 
 
 def _fused(theirs: str, ours: str, names: tuple[str, str, str]) -> list[Rule]:
-    """Query, key and value, three modules in theirs, one in ours."""
+    """Rules that stack their modules query, key and value into one of ours."""
     return [Rule(theirs + name + rf"\.{_KIND}", rf"{ours}.\g<kind>", part) for part, name in enumerate(names)]
 
 
@@ -56,7 +56,7 @@ _BRIDGE_LAYER = r"vb_feature_decoder\.net\." + _LAYER
 _DECODER_LAYER = _DECODER + r"decoder_layers\." + _LAYER
 
 RULES: tuple[Rule, ...] = (
-    # Files written under transformers 4 have its names of the attention.
+    # Files written with transformers 4 have that version's names of the attention.
     *modules(
         _ENCODER_LAYER,
         ENCODER + r"\g<layer>.attention.",
@@ -123,7 +123,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def wanted_shapes(config: AutoencoderConfig) -> Shapes:
-    """Of everything that a file must bring for this config, the position table with it; nothing is allocated."""
+    """Shapes of every tensor that a file must hold for `config`, the position table included. Allocates nothing."""
     if config.decoder.kind != "vit":
         raise ConfigError(f"decoder.kind is {config.decoder.kind}: RPiAE and RAE release vit decoders")
     with torch.device("meta"):
@@ -133,10 +133,10 @@ def wanted_shapes(config: AutoencoderConfig) -> Shapes:
 
 
 def import_rpiae(path: str | Path, config: AutoencoderConfig = RPIAE) -> Imported:
-    """Reads a checkpoint of RPiAE, or with a config without a bridge one of RAE, of which the decoder suffices.
+    """Reads a checkpoint of RPiAE or, for a config without a bridge, of RAE, whose decoder suffices.
 
-    Heads leave no trace in the shapes: `config` must have the right numbers. Raises UserError: an unreadable
-    file, another position table; when it is built, an encoder that cannot be downloaded.
+    The shapes do not tell the number of heads: `config` must state it. Raises UserError: an unreadable file, another
+    position table; and, when the autoencoder is built, an encoder that cannot be downloaded.
     """
     checkpoint = read_checkpoint(path)
     translation = translate(checkpoint.tensors, RULES)
@@ -168,7 +168,7 @@ def import_rpiae(path: str | Path, config: AutoencoderConfig = RPIAE) -> Importe
 
 
 def _compare_positions(theirs: Tensor, where: str) -> None:
-    """theirs: [1, 1 + side * side, W]."""
+    """Raises UserError where their table, [1, 1 + side * side, W], differs from the computed one."""
     side = math.isqrt(theirs.shape[1] - 1)
     difference = float((theirs.float() - sincos_positions(theirs.shape[2], (side, side))).abs().max())
     if difference > POSITIONS_TOLERANCE:

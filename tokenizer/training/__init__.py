@@ -1,1 +1,1 @@
-"""The three training stages: objectives, losses, adaptive weights, the discriminator."""
+"""The training stages of the tokenizer: objectives, losses, adaptive weights, the discriminator."""

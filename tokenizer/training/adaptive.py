@@ -1,12 +1,12 @@
-"""Adaptive loss weights without extra backward passes (contract 5).
+"""Adaptive loss weights without full extra backward passes (docs/method.md, stage I).
 
 The plain way differentiates every loss through the whole network to reach one layer's weight. Here every loss
-is differentiated once towards the tensor where the graph is cut (x_hat, f); from there to the last layer's
-weight is one shallow vector-Jacobian product, because autograd visits only the nodes between the tensor and
-that weight. The network's own backward then runs once, with the weighted sum of the gradients.
+is differentiated once towards the tensor where the graph is cut (x_hat, f). A shallow vector-Jacobian product leads
+from that tensor to the last layer's weight, because autograd visits only the nodes between the two. The network's
+own backward then runs once, with the weighted sum of the gradients.
 
-These passes run inside the forward pass, whose autocast would reach their sums: it is off in them on a GPU, as it is
-in the loop's own backward pass.
+These passes run inside the forward pass, under its autocast. On a GPU autocast is turned off for them, so that their
+sums have the dtypes of the loop's own backward pass.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ def pull_back(output: Tensor, output_gradient: Tensor, tensor: Tensor) -> Tensor
 def back_once(
     output: Tensor, output_gradient: Tensor, tensor: Tensor, parameters: Iterable[nn.Parameter]
 ) -> tuple[Tensor, Tensor]:
-    """The only backward pass through what lies between `tensor` and `output`; its graph is freed.
+    """Runs the only backward pass from `output` to `tensor` and frees its graph.
 
-    Returns the gradient of `tensor`, and a scalar 0 whose own backward pass hands `tensor` and the trained ones of
-    `parameters` the gradients found here, once.
+    Returns the gradient of `tensor`, and a scalar 0. Backward through the scalar hands the gradients found here, once,
+    to `tensor` and to those of `parameters` that are trained.
     """
     inputs = [tensor, *(parameter for parameter in parameters if parameter.requires_grad)]
     with torch.autocast("cuda", enabled=False):
         found = torch.autograd.grad(output, inputs, output_gradient, allow_unused=True)
     reached = [(x, gradient) for x, gradient in zip(inputs, found, strict=True) if gradient is not None]
     gradients = [gradient for _, gradient in reached]
-    # A copy for the caller: the gradients handed on are scaled in place.
+    # The caller gets a copy, because the gradients handed on are scaled in place.
     return found[0].clone(), _HandOn.apply(gradients, *(x for x, _ in reached))
 
 
 class _HandOn(torch.autograd.Function):
-    """0 in the forward pass; in the backward pass, gradients that are there already times the one that comes in."""
+    """Returns 0; its backward pass hands on gradients found before, times the incoming gradient."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class _HandOn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, and not kept: all of D's weights
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, not kept: as large as D
         assert gradients is not None, "a second backward pass: the first one used the gradients up"
         torch._foreach_mul_(gradients, scale)
         return (None, *gradients)
@@ -85,13 +85,13 @@ def adaptive_weight(
 
 
 def weight_metrics(name: str, weight: Tensor, ceiling: float) -> dict[str, Tensor]:
-    """The weight, and whether it stands at its ceiling (0 or 1; the logged mean is a share)."""
+    """The weight, and whether it stands at its ceiling (0 or 1; the logged mean is the share of micro-batches)."""
     return {name: weight, f"{name}_saturated": (weight >= ceiling).float()}
 
 
 def carry(value: Tensor, surrogate: Tensor) -> Tensor:
-    """A scalar that reads `value` and back-propagates `surrogate`.
+    """A scalar with the value of `value` and the gradient of `surrogate`.
 
-    `surrogate` is e.g. (x_hat * g).sum(), whose gradient towards x_hat is the g found before.
+    `surrogate` is e.g. (x_hat * g).sum(), whose gradient towards x_hat is a g found before.
     """
     return surrogate + (value.detach() - surrogate.detach())

@@ -1,4 +1,4 @@
-"""Stage I's loss with its adaptive weights the plain way: one backward pass for each norm, through all it depends on.
+"""Stage I's loss with adaptive weights computed the plain way: one full backward pass for each gradient norm.
 
 The slow reference of `PivotObjective.loss` (objectives.py), for the tests and benchmarks/adaptive.py.
 """
@@ -21,8 +21,8 @@ from tokenizer.training.seeds import Purpose, generator
 def plain_mean_loss(objective: PivotObjective, batch: PixelBatch, step: int) -> Tensor:
     """The mean loss of a micro-batch (docs/method.md, stage I and the baseline) with a graph through every network.
 
-    The perceptual loss must be on; the adversarial one is from its step on. Its gradients are what `objective.loss`
-    must give.
+    The perceptual loss must be on. The adversarial loss is on from its start step. `objective.loss` must give equal
+    gradients.
     """
     config, model, image_loss = objective.config, objective.model, objective.image_loss
     assert image_loss.perceptual is not None

@@ -69,6 +69,6 @@ def _shifts(pixels: Tensor, generator: torch.Generator) -> Tensor:
     unit_B2 = torch.rand(len(pixels), 2, generator=generator, device=pixels.device)
     limits = [
         round(side * MAX_SHIFT) for side in pixels.shape[2:]
-    ]  # numbers: a tensor of them would make a GPU wait
+    ]  # Python numbers, because a tensor of them would make the CPU wait for the GPU
     shifts = [(unit * (2 * limit + 1)).long() - limit for unit, limit in zip(unit_B2.T, limits, strict=True)]
     return torch.stack(shifts, dim=1)

@@ -27,7 +27,7 @@ POWER_ITERATIONS_AT_START = 15
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Frozen features and trainable heads."""
+    """The discriminator's frozen features and trainable heads."""
 
     representation: RepresentationConfig
     """The frozen model whose features the heads see (paper: DINOv2-S; release: DINO ViT-S/8)."""
@@ -100,7 +100,7 @@ class SpectralConv1d(nn.Module):
 
 
 class Head(nn.Module):
-    """Pointwise block, residual block, pointwise logit; GroupNorm, so that no sample sees another."""
+    """Pointwise block, residual block, pointwise logit; GroupNorm keeps the samples of a batch independent."""
 
     def __init__(self, width: int, kernel_size: int) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class Heads(nn.Module):
 
 
 def _forget_step(heads: nn.Module, _incompatible: object) -> None:
-    """Loaded weights stand before their step's power iteration, whatever was done before."""
+    """A checkpoint's weights precede their step's power iteration, so the heads must run it again."""
     assert isinstance(heads, Heads)
     heads._step = -1
 

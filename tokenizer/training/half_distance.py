@@ -1,8 +1,8 @@
-"""LPIPS's normalisation and distance of bf16 feature maps, without an fp32 copy of one.
+"""LPIPS's normalisation and distance of bf16 feature maps, without an fp32 copy of a map.
 
-Written out with their gradients because autograd's own promote: the length of a cell is an fp32 number, and every
-product with it an fp32 map. Here maps are read and written in bf16, kernels compute in fp32 inside, and sums over
-channels and pixels accumulate in fp32. Maps keep the memory format they come in.
+Both functions have hand-written gradients. Under autograd the length of a cell is an fp32 number, and every product
+with it becomes an fp32 map. Here maps are read and written in bf16, kernels compute in fp32 inside, and sums over
+channels and pixels accumulate in fp32. Maps keep their memory format.
 
 Shapes: B batch, C channels, H W feature cells.
 """

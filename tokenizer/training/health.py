@@ -1,4 +1,4 @@
-"""Is the adversarial training healthy? Read from the logged means alone."""
+"""Judges whether adversarial training is healthy, from the logged means alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LOWEST_ACCURACY = 0.05
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """When a stage raises an alarm (engine.on_alarm says what follows)."""
+    """Thresholds of a stage's alarms (engine.on_alarm says what an alarm does)."""
 
     windows: Count = 3
-    """Log windows in a row that must look wrong."""
+    """Consecutive log windows that must all look wrong."""
     collapse_db: Weight = 3.0
-    """Fall of the training PSNR below the best of the last windows, in dB; 0: never an alarm."""
+    """Fall of the training PSNR below the best of the last windows, in dB; 0 turns this alarm off."""
     perfect_accuracy: Weight = 0.995
     """The discriminator has won when it is right on more than this share of both originals and
     reconstructions."""
@@ -59,6 +59,6 @@ def alarms(history: Sequence[Mapping[str, float]], config: HealthConfig) -> list
 
 
 def _finite(name: str, windows: Sequence[Mapping[str, float]]) -> list[float]:
-    """Values of a metric; a window with a non-finite step has none."""
+    """The finite values of a metric, in the order of the windows."""
     values = [window[name] for window in windows if name in window]
     return [value for value in values if math.isfinite(value)]

@@ -19,15 +19,15 @@ from tokenizer.training.perceptual import Perceptual, PerceptualConfig, build_pe
 from tokenizer.training.seeds import Purpose, generator
 from tokenizer.weights import state_hash
 
-GAN_EPS, GAN_CEILING = 1e-6, 1e4  # of lambda_gan (docs/method.md)
+GAN_EPS, GAN_CEILING = 1e-6, 1e4  # eps and ceiling of lambda_gan (docs/method.md)
 
 
 @dataclass(frozen=True)
 class GanConfig:
-    """The adversarial loss."""
+    """The adversarial loss: its networks, start steps and weight."""
 
     discriminator: DiscriminatorConfig
-    """Features and heads."""
+    """The discriminator's features and heads."""
     update_start_step: int
     """Global step from which the discriminator is trained (paper: epoch 6)."""
     loss_start_step: int
@@ -38,7 +38,7 @@ class GanConfig:
 
 @dataclass(frozen=True)
 class AdversaryBatch:
-    """For the discriminator's update: detached images in [0, 1], fp32 [B, 3, H, W]; fakes have 8 bits."""
+    """Images for the discriminator's update: detached, in [0, 1], fp32 [B, 3, H, W]; fakes have 8 bits."""
 
     real_01: Tensor
     fake_01: Tensor
@@ -49,10 +49,9 @@ class AdversaryBatch:
 class ImageTerms:
     """The image losses of one micro-batch, differentiated once, at x_hat.
 
-    `loss`: detached scalar, the weighted sum as a mean over images. `base_gradient`: d(L_rec + w_L
-    L_LPIPS)/dx_hat; `gradient`: of the whole `loss` with lambda_gan held constant; both [B, 3, H, W].
-    `metrics`: detached scalars, means over images. `adversary_batch`: for the discriminator, None while it is
-    not trained.
+    `loss`: detached scalar, the weighted sum as a mean over images. `base_gradient`: d(L_rec + w_L L_LPIPS)/dx_hat;
+    `gradient`: d loss / dx_hat with lambda_gan held constant; both [B, 3, H, W]. `metrics`: detached scalars, means
+    over images. `adversary_batch`: images for the discriminator's update, None while it is not trained.
     """
 
     loss: Tensor
@@ -68,7 +67,7 @@ class ImageTerms:
 
 
 class ImageLoss:
-    """L_rec + w_L L_LPIPS + lambda_gan w_G L_GAN, with its frozen networks and the trainable heads."""
+    """L_rec + w_L L_LPIPS + lambda_gan w_G L_GAN, with the losses' frozen networks and the trainable heads."""
 
     def __init__(self, perceptual: PerceptualConfig, perceptual_weight: float, gan: GanConfig | None) -> None:
         self.gan = gan
@@ -87,7 +86,7 @@ class ImageLoss:
                 module.to(device)
 
     def describe(self) -> list[str]:
-        """What is used, one line each."""
+        """The losses and networks in use, one line each."""
         lines = ["no perceptual loss" if self.perceptual is None else self.perceptual.describe()]
         if self.gan is None:
             return [*lines, "no adversarial loss"]
@@ -100,7 +99,7 @@ class ImageLoss:
         ]
 
     def fingerprints(self) -> dict[str, str]:
-        """Hashes of the frozen networks."""
+        """Hashes of the frozen networks, by role."""
         frozen: dict[str, nn.Module | None] = {"perceptual": self.perceptual, "discriminator": self.features}
         return {name: state_hash(module) for name, module in frozen.items() if module is not None}
 

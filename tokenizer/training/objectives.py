@@ -1,7 +1,7 @@
 """The objectives of the tokenizer's stages (docs/method.md; base.objective.Objective).
 
-Adaptive weights are those of each micro-batch alone: a micro-batch is one pack of one virtual stream, so
-nothing depends on how many ranks there are.
+Each micro-batch has adaptive weights of its own. A micro-batch is one pack of one virtual stream, so results do not
+depend on the number of ranks.
 
 Shapes: B batch, D feature width, C latent channels, Y X token grid, H W pixels.
 """
@@ -23,7 +23,7 @@ from tokenizer.training import adaptive, losses
 from tokenizer.training.stage_config import StageConfig
 from tokenizer.training.stage_objective import StageObjective, stage_output
 
-PIVOT_EPS, PIVOT_CEILING = 1e-4, 1e5  # of lambda_piv (docs/method.md)
+PIVOT_EPS, PIVOT_CEILING = 1e-4, 1e5  # eps and ceiling of lambda_piv (docs/method.md)
 
 
 class PivotObjective(StageObjective):
@@ -44,7 +44,7 @@ class PivotObjective(StageObjective):
 
     @property
     def helpers(self) -> tuple[nn.Module, ...]:
-        """The replica among them, unless E itself stays as it is."""
+        """Frozen networks beside the model, with the replica unless E is frozen too."""
         replica = (self.replica,) if self.config.train_encoder else ()
         return (*super().helpers, *replica)
 
@@ -54,10 +54,10 @@ class PivotObjective(StageObjective):
         self.replica.to(device)
 
     def loss(self, batch: PixelBatch, step: int) -> LossOutput:
-        """Both networks forward once; adaptive weights as in tokenizer/training/adaptive.py.
+        """Runs E and D forward once; tokenizer/training/adaptive.py computes the adaptive weights.
 
-        lambda_pivot wants the image losses' gradient at f. Without L_GAN it comes from the one pass back through D;
-        with L_GAN, which it leaves out, from one more, without D's parameters.
+        lambda_piv needs d(L_rec + w_L L_LPIPS)/df. Without L_GAN the one backward pass through D gives it. With L_GAN,
+        which that gradient leaves out, one more pass through D computes it, without gradients of D's parameters.
         """
         pixels_01, count = batch.pixels_01, self.count(batch)
         balances = self.config.adaptive_pivot and step >= self.config.adaptive_pivot_start_step
@@ -101,7 +101,7 @@ class PivotObjective(StageObjective):
     ) -> Tensor:
         """lambda_piv (paper eq. 2), a detached scalar.
 
-        read_gradient: d(L_rec + w_L L_LPIPS) / d(what D read)
+        read_gradient: d(L_rec + w_L L_LPIPS) / d read_BDYX, where `read_BDYX` is D's input.
         """
         return adaptive.adaptive_weight(
             f_BDYX,
@@ -113,12 +113,12 @@ class PivotObjective(StageObjective):
         )
 
     def _decoder_input(self, f_BDYX: Tensor, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What D reads before noise, losses beside stage I's, and their metrics."""
+        """Returns D's input before noise, the sum of the losses that stage I lacks, and those losses' metrics."""
         return f_BDYX, torch.zeros((), device=f_BDYX.device), {}
 
 
 class JointObjective(PivotObjective):
-    """The single-stage baseline: E, VB and D at once on the losses of all stages."""
+    """The single-stage baseline: E, VB and D trained together on the losses of all stages."""
 
     def _decoder_input(self, f_BDYX: Tensor, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         f_hat_BDYX, kl = self._through_bridge(f_BDYX, seed)

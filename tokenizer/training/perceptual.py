@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS on VGG16, or a stand-in on a frozen representation model.
+"""Perceptual distances: LPIPS on VGG16, or a stand-in for it on a frozen representation model.
 
 Shapes: B batch, C channels, H W pixels or feature cells, N patch tokens, D width.
 """
@@ -28,17 +28,17 @@ NORM_EPS = 1e-10
 TRAINING_REMEDY = (
     "set stage.perceptual.vgg16_weights to a local .pth, or stage.perceptual.kind to 'representation'"
 )
-# Of pixels in [-1, 1]: LPIPS's own scaling, close to ImageNet's mean and deviation.
+# LPIPS's own normalisation of pixels in [-1, 1], close to ImageNet's mean and deviation.
 LPIPS_SHIFT = (-0.030, -0.088, -0.188)
 LPIPS_SCALE = (0.458, 0.448, 0.450)
 
 
 @dataclass(frozen=True)
 class PerceptualConfig:
-    """Which perceptual distance."""
+    """Which perceptual distance, and the networks it needs."""
 
     kind: Literal["lpips_vgg16", "representation", "none"] = "lpips_vgg16"
-    """LPIPS (paper), distance of a frozen representation model's patch features, or no such loss."""
+    """LPIPS (paper), distance of a frozen representation model's patch features, or no perceptual loss."""
     vgg16_weights: str = "download"
     """For lpips_vgg16: `download` (torchvision's ImageNet weights), the path of that .pth file, or `random`
     (to measure memory and time only)."""
@@ -49,10 +49,10 @@ class PerceptualConfig:
 
 
 class Perceptual(nn.Module):
-    """A frozen distance between images. The reference's features are computed once and handed back."""
+    """A frozen distance between images. A caller computes the reference's features once and passes them on."""
 
     def features(self, pixels_01: Tensor) -> list[Tensor]:
-        """What two images are compared by, one tensor per level; differentiable towards the pixels."""
+        """The features that two images are compared by, one tensor per level; differentiable towards the pixels."""
         raise NotImplementedError
 
     def compare(self, features: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
@@ -60,7 +60,7 @@ class Perceptual(nn.Module):
         raise NotImplementedError
 
     def describe(self) -> str:
-        """One line for people."""
+        """A description of the distance, in one line."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class LpipsVgg16(Perceptual):
     def features(self, pixels_01: Tensor) -> list[Tensor]:
         """Unit-normalised VGG16 features, [B, C, H, W] per block."""
         x = (2.0 * pixels_01 - 1.0 - self.shift) / self.scale
-        if self._dtype != torch.float32:  # convolutions hand the order of their input on
+        if self._dtype != torch.float32:  # convolutions keep the order of their input
             x = x.to(self._dtype, memory_format=torch.channels_last)
         blocks = []
         for layer in self.vgg:
@@ -112,7 +112,7 @@ class LpipsVgg16(Perceptual):
     def load_vgg16(self, weights: str, remedy: str) -> None:
         """Reads torchvision's VGG16: `download`, or the path of its .pth file.
 
-        Raises UserError: it cannot be had; the sentence ends with `remedy`, what the caller's user can do.
+        Raises UserError: weights that cannot be read or downloaded; the message ends with `remedy`, what a user can do.
         """
         try:
             if weights == "download":
@@ -131,7 +131,7 @@ class LpipsVgg16(Perceptual):
         load_exact(self.vgg, layers, weights)
 
     def describe(self) -> str:
-        """One line for people."""
+        """A description of the distance, in one line."""
         return "perceptual loss: LPIPS v0.1 on VGG16"
 
     @property
@@ -171,13 +171,13 @@ class RepresentationDistance(Perceptual):
         return torch.stack([(a - b).square().sum(dim=2).mean(dim=1) for a, b in levels]).mean(dim=0)
 
     def describe(self) -> str:
-        """One line for people."""
+        """A description of the distance, in one line."""
         name, depths = self.representation.config.name, list(self.depths)
         return f"perceptual loss: patch features of frozen {name} at depths {depths}, in place of LPIPS"
 
 
 def build_perceptual(config: PerceptualConfig) -> Perceptual | None:
-    """The frozen distance, or None. Raises UserError: weights that cannot be had, an incomplete section."""
+    """The frozen distance, or None. Raises UserError: weights that cannot be read, an incomplete section."""
     if config.kind == "none":
         return None
     if config.kind == "representation":

@@ -26,13 +26,13 @@ class StageConfig:
     stage: StageName
     """pivot: E and D; bridge: VB; decoder: D on frozen latents; joint: all at once (the baseline)."""
     autoencoder: AutoencoderConfig | None = None
-    """A new autoencoder (pivot without a bridge, joint with one). Exclusive with init_from."""
+    """A new autoencoder to train (pivot: without a bridge; joint: with one). Exclusive with init_from."""
     init_from: str | None = None
     """Directory of an exported autoencoder to start from. Exclusive with autoencoder."""
     bridge: BridgeConfig | None = None
-    """Bridge stage: the new bridge, for an init_from that has none."""
+    """The new bridge that the bridge stage trains, if init_from has none."""
     seed: Seed = 0
-    """Of the initial weights that are not loaded."""
+    """Seed of the initial weights that are not loaded."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """The perceptual distance of the pivot, decoder and joint stages."""
     w_lpips: Weight = 1.0
@@ -48,7 +48,7 @@ class StageConfig:
     adaptive_pivot_start_step: Step = 1000
     """Global step before which lambda_piv is 1 (encoder and replica are still equal)."""
     discriminator: DiscriminatorConfig | None = None
-    """Features and heads of the adversarial loss; None: no such loss."""
+    """Features and heads of the adversarial loss; None: no adversarial loss."""
     w_gan: Weight = 0.75
     """w_G: weight of the adversarial loss, times lambda_gan."""
     gan_update_start_step: Step = 0
@@ -66,13 +66,13 @@ class StageConfig:
     rec_weight: Weight = 0.05
     """w_rec: weight of L1 in pixels in the bridge stage; 0 leaves the pixel decoder out."""
     sample_latent: bool = True
-    """Bridge, joint: z is drawn from the posterior; off: z = mu."""
+    """Whether the bridge and joint stages draw z from the posterior; off: z = mu."""
     activation_checkpointing: bool = False
-    """Recompute each layer in the backward passes: the activations of one layer instead of all. The adaptive
-    weights pass backward through D twice once L_GAN is in the loss: then it costs more than the usual third."""
+    """Whether backward passes recompute each layer, so that memory holds the activations of one layer instead of all.
+    Once L_GAN is in the loss, the adaptive weights pass backward through D twice: more time than the usual third."""
     compile: bool = False
-    """torch.compile on the blocks of encoder, bridge, decoder and frozen networks. lambda_pivot's own pass through D,
-    once L_GAN is in the loss, then computes D's gradients too: a quarter more work in D."""
+    """Whether torch.compile compiles the blocks of encoder, bridge, decoder and frozen networks. Once L_GAN is in the
+    loss, lambda_piv's own pass through D then computes D's gradients too: a quarter more work in D."""
     health: HealthConfig = field(default_factory=HealthConfig)
     """When the training raises an alarm."""
 
@@ -104,7 +104,7 @@ class StageConfig:
 
     @property
     def weighs_pivot(self) -> bool:
-        """Whether lambda_piv is found, by gradients inside the forward pass: where ZeRO-3 has no weights at hand."""
+        """Whether the forward pass computes lambda_piv from gradients; ZeRO-3 has no weights at hand there."""
         return self.adaptive_pivot and self.stage in ("pivot", "joint")
 
     @property

@@ -1,4 +1,4 @@
-"""What the objectives of the tokenizer's stages share (base.objective.Objective).
+"""The base class of the tokenizer's stage objectives (base.objective.Objective).
 
 Shapes: B batch, D feature width, C latent channels, Y X token grid, H W pixels.
 """
@@ -31,10 +31,10 @@ SAMPLE_COLUMNS = 8
 
 
 class StageObjective:
-    """What the stages share. A stage sets what is trained and defines `loss`.
+    """What the stages share. A subclass chooses what is trained and defines `loss`.
 
-    `model` is the whole autoencoder, the parts a stage does not train with requires_grad off; `adversary` is
-    the discriminator's heads, or None. `anchors` are the modules that stay as they are at construction.
+    `model` is the whole autoencoder; the parts a stage does not train have requires_grad off. `adversary` is
+    the discriminator's heads, or None. `anchors` are the modules that keep their weights from construction on.
     """
 
     adversary: nn.Module | None
@@ -56,7 +56,7 @@ class StageObjective:
         self.adversary = self.image_loss.heads
         if config.activation_checkpointing:
             self.model.checkpoint_activations()
-        self.model.train().requires_grad_(False)  # one from an export comes in evaluation mode
+        self.model.train().requires_grad_(False)  # an exported model comes in evaluation mode
         for module in trained:
             module.requires_grad_(True)
         self._fingerprints = {"initial_weights": state_hash(*anchors), **self.image_loss.fingerprints()}
@@ -87,7 +87,7 @@ class StageObjective:
         return len(batch.sample_ids)
 
     def further_counts(self, batch: PixelBatch) -> Mapping[str, int]:
-        """There are none."""
+        """Empty: every loss is a mean over images, which `count` counts."""
         return {}
 
     def loss(self, batch: PixelBatch, step: int) -> LossOutput:
@@ -125,11 +125,11 @@ class StageObjective:
         return self._fingerprints
 
     def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
-        """Of a reconstruction that collapsed or an adversarial loss out of balance (tokenizer/training/health.py)."""
+        """Alarms: a collapsed reconstruction, an adversarial loss out of balance (tokenizer/training/health.py)."""
         return health.alarms(history, self.config.health)
 
     def describe(self) -> list[str]:
-        """What is trained and against what, one line each."""
+        """What is trained and on which losses, one line each."""
         sizes = {"encoder": self.model.encoder, "bridge": self.model.bridge, "decoder": self.model.decoder}
         parts = [
             f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
@@ -144,11 +144,11 @@ class StageObjective:
         return lines + ([] if self.name == "bridge" else self.image_loss.describe())
 
     def _frozen(self, part: nn.Module, device: torch.device) -> nn.Module:
-        """What computes for a part of the model that this stage does not train (tokenizer/frozen.py)."""
+        """The module that computes for a part of the model that this stage does not train (tokenizer/frozen.py)."""
         return self._twins.of(part, device)
 
     def _compile(self) -> None:
-        """Blocks of everything that the loss runs. E's last one is left: lambda_pivot is measured at its weight."""
+        """Compiles the blocks of all that the loss runs but E's last one: lambda_piv is measured at its weight."""
         compile_blocks(self.model.encoder, leave=1)
         for part in (self.model.bridge, self.model.decoder, *self.helper_representations()):
             if part is not None:
@@ -179,6 +179,6 @@ class StageObjective:
 def stage_output(
     mean_loss: Tensor, metrics: dict[str, Tensor], count: int, adversary_batch: AdversaryBatch | None
 ) -> LossOutput:
-    """Means over the micro-batch -> the sums that the loop divides by the global count."""
+    """Turns means over the micro-batch into the sums that the loop divides by the global count."""
     sums = {name: value.float() * count for name, value in metrics.items()}
     return LossOutput(mean_loss.float() * count, sums, adversary_batch)

@@ -1,4 +1,4 @@
-"""The tokenizer's stages: from a StageConfig to the objective that the training loop runs."""
+"""The objective that the training loop runs, built from a StageConfig."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ OBJECTIVES: dict[str, type[PivotObjective | BridgeObjective | DecoderObjective]]
 
 
 def build_stage(config: StageConfig, validation_pixels: Tensor | None = None) -> StageObjective:
-    """The objective with its initial weights, on the CPU; a function of config and files alone.
+    """Builds the objective with its initial weights, on the CPU; a function of config and files alone.
 
     validation_pixels: uint8 [N, 3, H, W] for the sample grids. Raises UserError: no export at `init_from`,
-    weights that cannot be had, an autoencoder that does not suit the stage.
+    weights that cannot be read or downloaded, an autoencoder that does not suit the stage.
     """
-    # Every layer draws its initial weights from the CPU's generator: seeded here, put back afterwards.
+    # Every layer draws its initial weights from the CPU's generator; its state is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         return OBJECTIVES[config.stage](config, _initial_autoencoder(config), validation_pixels)
@@ -52,9 +52,9 @@ def build_untrained(
     *,
     starts_from: AutoencoderConfig | None = None,
 ) -> StageObjective:
-    """The same objective with random weights in every network: to measure, nothing is downloaded.
+    """Builds the objective with random weights in every network, to be measured without a download.
 
-    starts_from: what the config.json of the export at `init_from` says; None: it is read. Raises UserError as
+    starts_from: the config of the export at `init_from`; None: it is read from config.json. Raises UserError where
     `build_stage` does.
     """
     shapes = without_download(autoencoder_config(config, starts_from))
@@ -78,10 +78,10 @@ def build_untrained(
 def autoencoder_config(
     config: StageConfig, starts_from: AutoencoderConfig | None = None
 ) -> AutoencoderConfig:
-    """Shapes of what the stage works on, the bridge it adds included; of an export only config.json is read.
+    """Shapes of the autoencoder that the stage works on, with the bridge it adds. Reads only config.json of an export.
 
-    starts_from: what it says, where there is no export. Raises UserError: no export there, an autoencoder that does
-    not suit the stage.
+    starts_from: the export's config, if there is no export to read. Raises UserError: no export there, an autoencoder
+    that does not suit the stage.
     """
     found = config.autoencoder or starts_from
     if found is None:
@@ -108,7 +108,7 @@ def autoencoder_config(
 
 
 def _initial_autoencoder(config: StageConfig) -> Autoencoder:
-    autoencoder_config(config)  # its checks, before anything is loaded
+    autoencoder_config(config)  # raises UserError before anything is loaded
     if config.autoencoder is not None:
         with describing("stage.autoencoder"):
             return Autoencoder(config.autoencoder)
