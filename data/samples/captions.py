@@ -84,9 +84,9 @@ def read_meta(sample: Sample) -> dict[str, Any]:
 def read_captions(sample: Sample) -> list[str]:
     """All captions or instructions in the sample's json, where they are a text, a list, or an object of kind -> text.
 
-    Of an interleaved sample (data/samples/layouts.py) the texts of its splits.
+    For an interleaved sample (data/samples/layouts.py), returns the texts of its splits.
 
-    Raises UserError: no json, no text, an empty text, a caption that is no text.
+    Raises UserError: no json, no text, an empty text, or a caption that is not a text.
     """
     return [text for _, text in _named_captions(sample)]
 
