@@ -41,7 +41,7 @@ class Reached:
     products: float = 0.59
     """Matrix products: 570 to 600 TFLOP/s of an H100's 989 at width 896, from the tiles of their shapes."""
     attention: float = 0.14
-    """Useful query-key pairs, both passes. Variable-length kernels execute 1.7 times as many, in heads of 64 columns."""
+    """Useful query-key pairs, both passes. Variable-length kernels execute 1.7 times as many, for heads of width 64."""
     memory: float = 0.85
     """Kernels that only read and write, which reach the rate of copies of large tensors."""
     node: float = 0.73
