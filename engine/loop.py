@@ -120,7 +120,7 @@ class _Run:
             signal.signal(name, self._request_stop)
         if (
             signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-        ):  # a shell lets a command in the background ignore SIGINT
+        ):  # a shell makes background commands ignore SIGINT
             signal.signal(signal.SIGINT, self._interrupt)
         ranks = f"{counted(self.ranks.world, 'rank')} on {self.ranks.device.type}"
         how = f"{ranks}, ZeRO-{self.config.zero_stage}, {self.config.precision}"

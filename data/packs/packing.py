@@ -60,9 +60,7 @@ class PackingConfig:
     """Config of packs of text-to-image and edit samples."""
 
     tokens_per_pack: Count  # budget of one pack, in tokens; a pack is a micro-batch of one rank
-    max_side: Count = (
-        64  # rows of the position table per axis, in latent pixels; at least the latents' Y and X
-    )
+    max_side: Count = 64  # rows of the position table per axis, latent pixels; at least the latents' Y and X
     # Probability of dropping a condition (classifier-free guidance), drawn separately for each text and each clean
     # image of a sample. A text with a loss is never dropped. The defaults are those of Bagel's fine-tuning.
     text_dropout: Share = 0.1

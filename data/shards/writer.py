@@ -224,9 +224,7 @@ def write_manifest(
         places = order[repeated[0] : repeated[0] + 2].tolist()
         shards = [int(np.searchsorted(ends, place, side="right")) for place in places]
         first, second = (entries[shard].name for shard in shards)
-        key = _key(
-            directory / first, indices[shards[0]][places[0] - ends[shards[0]]]
-        )  # counted from the shard's end
+        key = _key(directory / first, indices[shards[0]][places[0] - ends[shards[0]]])  # from the shard's end
         raise UserError(
             f"{directory}: {len(repeated)} keys used twice, the first is '{key}' in {first} and {second}; make keys "
             "unique"
