@@ -1,10 +1,11 @@
-"""What every folder may import: configs, files, what is printed and what is trained."""
+"""Rules that every folder may import: configs, files, printing, and the interface of what is trained."""
 
 import os
 
-# Before anything loads OpenMP: its threads wait for each other by spinning, and beside a busy process that costs
-# seventy times the work (2 threads on 2 cores, 200 small forward passes: 202 s, asleep 2.9 s).
+# This must be set before anything loads OpenMP. By default OpenMP's threads spin while they wait for each other; beside
+# a busy process that costs seventy times the work (2 threads on 2 cores, 200 small forward passes: 202 s; with sleeping
+# threads 2.9 s).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FOLDERS = ("base", "data", "tokenizer", "generator", "evaluation", "report", "engine", "launch", "quickstart")
-"""Of the source, each of its own top-level package."""
+"""The source's folders, each a top-level package."""

@@ -1,7 +1,7 @@
-"""Types of the numbers in configs: the type of a field says its range, `base.config` refuses what lies outside.
+"""Types of the numbers in configs: a field's type gives its range, and `base.config` refuses numbers outside.
 
-A number that cannot be meant (a pack of 10^12 images) is told with its key when a config is read, and not where
-a list of so many, or a date so far away, does not exist.
+A number that nobody can mean (a pack of 10^12 images) is refused with its key when the config is read, rather than
+later, when a list of that length is built.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from typing import Annotated
 from pydantic import Field
 
 MAX_COUNT = 1 << 24
-"""No GPU holds so many images of a pack, no machine starts so many threads; lists of so many fit into memory."""
+"""Largest count. No GPU holds so many images of a pack; a list of so many entries still fits into memory."""
 MAX_FEW = 1 << 10
-"""Draws of one caption, crops of one image, threads, requests in flight: none of these makes sense by the thousand."""
+"""Largest `Few`: draws of a caption, crops of an image, threads or requests in flight never number thousands."""
 MAX_STEPS = 1 << 40
 MAX_SECONDS = 1e8
-"""Three years: clocks and queues of the libraries can wait so long."""
+"""Three years, which clocks and queues of the libraries can still represent."""
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-"""How many there are, at least one; also a length in pixels or channels."""
+"""A count of at least 1, or a length in pixels or channels."""
 Few = Annotated[int, Field(ge=1, le=MAX_FEW)]
-"""How often one thing is done, or by how many at once, at least one."""
+"""A number of repetitions or of parallel workers, at least 1."""
 Amount = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-"""How many there are; 0 is a number that makes sense."""
+"""A count that may be 0."""
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
-"""Steps of a training, or of a rhythm in it."""
+"""A number of steps: of a training, or of an interval in it; at least 1."""
 Step = Annotated[int, Field(ge=0, le=MAX_STEPS)]
-"""A step by its number, from 0, or a span of steps that may be empty."""
+"""The number of a step, from 0, or a number of steps that may be 0."""
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-"""What random draws derive from."""
+"""Seed of random draws, 63 bits."""
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 Share = Annotated[float, Field(ge=0, le=1)]
-"""A part of a whole."""
+"""A fraction in [0, 1]."""
 Weight = Annotated[float, Field(ge=0)]
-"""A factor of a loss, a rate or a size: nothing negative."""
+"""A factor or rate that is not negative."""

@@ -26,16 +26,16 @@ from base.redaction import redacted
 
 T = TypeVar("T")
 SURE, PERHAPS = 0.75, 0.4
-"""How alike a mistyped key and the valid one that is offered must be (difflib's ratio)."""
+"""Least similarity (difflib's ratio) of a mistyped key and the valid key that the error offers."""
 
 
 class ConfigError(UserError):
-    """A config that does not fit its dataclass."""
+    """A config does not fit its dataclass."""
 
 
 @contextlib.contextmanager
 def describing(where: str | Path) -> Iterator[None]:
-    """Around building what a config describes: values that make none end in one line. Raises ConfigError."""
+    """Context for building what a config describes. Raises ConfigError, in one line: building fails on its values."""
     try:
         yield
     except UserError:
@@ -46,7 +46,7 @@ def describing(where: str | Path) -> Iterator[None]:
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 GPU`, `8 GPUs`, `1,024 GPUs`: a number and what it counts, for messages."""
+    """`1 GPU`, `8 GPUs`, `1,024 GPUs`: a number and its noun, for messages."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
@@ -60,7 +60,7 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 
 
 def resolve(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What one YAML says with all it extends, as plain values, unchecked. Raises ConfigError as `load` does."""
+    """The plain, unchecked values of one YAML and all that it extends. Raises ConfigError: no file, or bad YAML."""
     tree = _read_tree(Path(path))
     for override in overrides:
         _apply_override(tree, override)
@@ -92,7 +92,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def dump(config: Any) -> str:
-    """YAML text of the resolved config to look at; where no secret is masked, `load` gives an equal object."""
+    """YAML text of the resolved config, secrets masked. If it holds no secret, `load` gives an equal object."""
     return yaml.safe_dump(redacted(to_dict(config)), sort_keys=False)
 
 
@@ -140,7 +140,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only. A key that stands twice is refused: YAML's own loader would take the last one."""
+    """Loads plain values only and refuses a repeated key, of which YAML's own loader would take the last value."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -167,18 +167,18 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{where}: nested too deep for a config") from None
-    except ValueError as error:  # a date or a number that none is
+    except ValueError as error:  # an impossible date or number
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
 _CONFIG = ConfigDict(allow_inf_nan=False)
-"""No number that is none: 1e999 is read as infinite."""
+"""Refuses nan and infinity: YAML reads 1e999 as infinite."""
 MAX_SHOWN = 200
-"""Characters of a value in a message."""
+"""Most characters of a value that a message quotes."""
 
 
 def _shown(path: str, value: Any) -> str:
-    """A value in a message: without secrets, and no page of it."""
+    """A value as a message quotes it: secrets masked, at most MAX_SHOWN characters."""
     try:
         text = repr(next(iter(redacted({path.rpartition(".")[2]: value}).values())))
     except RecursionError:
@@ -187,7 +187,7 @@ def _shown(path: str, value: Any) -> str:
 
 
 def _build(hint: Any, value: Any, where: str, path: str) -> Any:
-    """One value of type `hint`; dataclasses recurse, everything else is validated by pydantic."""
+    """Builds one value of type `hint`: dataclasses recursively; pydantic validates everything else."""
     section = _dataclass_of(hint)
     if section is None or (value is None and section is not hint):
         try:
@@ -236,7 +236,7 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
 
 
 def _bound(error: Mapping[str, Any]) -> str:
-    """What a number outside its range should be, of pydantic's first error; "" for other errors."""
+    """The bound that a number violates, in words, from pydantic's first error; "" for other errors."""
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     return next(
         (f"{word} {error['ctx'][name]}" for name, word in words.items() if name in error.get("ctx", {})), ""
@@ -244,7 +244,7 @@ def _bound(error: Mapping[str, Any]) -> str:
 
 
 def _hint(key: str, section: type[Any], path: str) -> str:
-    """The nearest valid key, of this section if one is alike, else of the sections inside it."""
+    """Suggests the nearest valid key of this section or of a section inside it; if none is similar, lists the keys."""
     names = [field.name for field in dataclasses.fields(section)]
     for candidates, cutoff in ((names, SURE), (list(_inner_keys(section)), SURE), (names, PERHAPS)):
         last = {candidate: candidate.rpartition(".")[2] for candidate in candidates}

@@ -1,9 +1,9 @@
-"""Errors that are a person's to mend: shown as one line, without a traceback."""
+"""Errors that a person can mend. Commands show them as one line, without a traceback."""
 
 
 class UserError(ValueError):
-    """Bad input from a person: shown as one line (what, where, what to do), without a traceback."""
+    """Bad input from a person. The message is one line: what, where, what to do."""
 
 
 class StoppedError(UserError):
-    """Ended because it was asked to, with everything saved: the same command goes on."""
+    """A signal stopped the command and everything is saved: a repeated command goes on."""

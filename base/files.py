@@ -1,7 +1,7 @@
-"""Files that are whole or absent: write under a temporary name, fsync, rename. Folders that a command may write to.
+"""Files that are whole or absent (temporary name, fsync, rename), and rules of which folders a command may write to.
 
-A command replaces and removes only what it can show to be its own. It marks the folder it is given (`claim`) before it
-writes there; where the marker is missing, files of the names that it writes are somebody else's.
+A command replaces and removes only its own files. It marks an output folder (`claim`) before it writes there. In a
+folder without the marker, files with the names that the command writes count as somebody else's.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ HASH_CHUNK_BYTES = 1 << 20
 PAGE_SIGN = "<!-- written by RPiAE -->"
 SIGN_WITHIN_BYTES = 1 << 12
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A disk, a quota or a limit of the shell is full."""
+"""Error numbers of a full disk, an exhausted quota and the shell's file-size limit."""
 MADE_BY = ".made-by-"
-"""And the command: a file in a folder that the command may write to."""
+"""Name of the marker file, before the command's name, in a folder that the command may write to."""
 
 
 def write_bytes(path: str | Path, payload: bytes) -> None:
-    """Writes `payload` so that a killed process leaves the old file or the new one, never a part."""
+    """Writes `payload` so that a killed process leaves the old file or the new one, never a part. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -43,7 +43,7 @@ def write_bytes(path: str | Path, payload: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:  # a failed write does not say which file; and a part of one fills what is full
+    except OSError as error:  # the error of a failed write lacks the path; the partial file takes up space
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -61,19 +61,19 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def reason(error: OSError) -> str:
-    """`PATH: No space left on device`."""
+    """An OSError in words: `PATH: No space left on device`."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
 
 
 def full_disk(error: BaseException) -> UserError | None:
-    """What a failed write means for a person, where there was no room; None: the error is another one."""
+    """The one-line error for a write that found no room; None: `error` has another cause."""
     if not isinstance(error, OSError) or error.errno not in NO_ROOM:
         return None
     return UserError(f"{reason(error)}; make room and run the same command again")
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """`limits.read_json` of a file that holds an object. Raises OSError, UserError."""
+    """Reads a JSON object with `limits.read_json`. Raises OSError; UserError: as read_json, or not an object."""
     tree = read_json(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: no JSON object; write it again")
@@ -81,11 +81,11 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def inside(folder: str | Path, name: str, *, follow_links: bool = False) -> Path:
-    """The file that a list, a table or a manifest names, in `folder` or below it.
+    """The path of a file in or below `folder` that a list, a table or a manifest names.
 
-    Such names may come from somebody else: what they lead to is published, drawn or shown. `follow_links`: the names
-    are those of a walk through the folder, whose links are the user's own. Raises UserError: it leads out of the
-    folder, by "..", from the root or through a link; it can be no name.
+    A stranger may have written the names, and the files that they lead to are published or shown. `follow_links`: the
+    names come from a walk through the folder, whose links are the user's own. Raises UserError: `name` leads out of the
+    folder (by "..", from the root or through a link), or is not a valid name.
     """
     path = Path(folder) / name
     try:
@@ -93,7 +93,7 @@ def inside(folder: str | Path, name: str, *, follow_links: bool = False) -> Path
             is_inside = not os.path.isabs(name) and ".." not in path.parts[len(Path(folder).parts) :]  # noqa: PTH117
         else:
             is_inside = path.resolve().is_relative_to(Path(folder).resolve())
-    except (OSError, ValueError, RuntimeError):  # a circle of links; a zero byte
+    except (OSError, ValueError, RuntimeError):  # a cycle of links; a zero byte
         is_inside = False
     if not is_inside:
         raise UserError(f"'{name}' leads out of {folder}; name a file in it")
@@ -104,7 +104,7 @@ def inside(folder: str | Path, name: str, *, follow_links: bool = False) -> Path
 def directory(path: str | Path, is_own: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Yields a temporary directory beside `path`; on success it is renamed to `path`.
 
-    What was there is replaced where it is empty or `is_own` says so. Raises UserError: it is neither.
+    A folder already at `path` is replaced if it is empty or `is_own` accepts it. Raises UserError: it is neither.
     """
     path = Path(path)
     check_new(path, is_own)
@@ -113,7 +113,7 @@ def directory(path: str | Path, is_own: Callable[[Path], bool] | None = None) ->
     check_new(temporary, lambda left: (left / MADE_BY).is_file() or (is_own is not None and is_own(left)))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    (temporary / MADE_BY).touch()  # a killed command's, which the next one may remove
+    (temporary / MADE_BY).touch()  # marks it, so that the next command may remove it after a kill
     try:
         yield temporary
         (temporary / MADE_BY).unlink()
@@ -128,7 +128,7 @@ def directory(path: str | Path, is_own: Callable[[Path], bool] | None = None) ->
 
 
 def check_new(path: str | Path, is_own: Callable[[Path], bool] | None = None) -> None:
-    """Raises UserError: `path` is a file, or a folder that is neither empty nor `is_own`."""
+    """Raises UserError: `path` is a file, or a folder that is not empty and that `is_own` does not accept."""
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UserError(f"{path}: is not a folder; remove it or give another --out")
@@ -139,10 +139,10 @@ def check_new(path: str | Path, is_own: Callable[[Path], bool] | None = None) ->
 def check_claim(
     folder: str | Path, command: str, names: Iterable[str], is_own: Callable[[Path], bool] | None = None
 ) -> None:
-    """Whether `command` may write files of `names` (patterns) into `folder`; touches nothing.
+    """Checks that `command` may write files of `names` (patterns) into `folder`; writes nothing.
 
-    It may where none of them is there, where its marker is, or where `is_own` knows what an earlier version left, which
-    wrote no marker. Raises UserError: none of that.
+    The command may write if no such file exists, if its marker does, or if `is_own` recognises the files of an earlier
+    version, which wrote no marker. Raises UserError: none of these holds.
     """
     folder = Path(folder)
     if (folder / f"{MADE_BY}{command}").is_file() or not (folder.exists() or folder.is_symlink()):
@@ -163,20 +163,20 @@ def check_claim(
 def claim(
     folder: str | Path, command: str, names: Iterable[str], is_own: Callable[[Path], bool] | None = None
 ) -> None:
-    """Marks `folder` as one that `command` may write `names` to, now and when it is run again.
+    """Marks `folder` as one into which `command` may write `names`, now and when it is run again.
 
-    Raises UserError: as check_claim; no folder can be made there.
+    Raises UserError: as check_claim; the folder cannot be made.
     """
     check_claim(folder, command, names, is_own)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / f"{MADE_BY}{command}").touch()  # which ranks of one command may do at one time
+        (Path(folder) / f"{MADE_BY}{command}").touch()  # several ranks may do this at one time
     except OSError as error:
         raise UserError(f"{folder}: no folder to write to ({error.strerror}); choose another") from None
 
 
 def check_inputs(folder: str | Path, names: Sequence[str], inputs: Iterable[str | Path]) -> None:
-    """Raises UserError: one of the files `inputs` lies in `folder` under one of the `names` that are written there."""
+    """Raises UserError: a file of `inputs` lies in `folder` and matches one of the `names` that are written there."""
     there = Path(folder).resolve()
     for path in map(Path, inputs):
         where = path.resolve()
@@ -185,7 +185,7 @@ def check_inputs(folder: str | Path, names: Sequence[str], inputs: Iterable[str 
 
 
 def check_signed(path: str | Path, sign: str) -> None:
-    """Raises UserError: `path` exists, and has no `sign` in its first or last 4 KiB, as our files of this kind have."""
+    """Raises UserError: `path` exists without `sign` in its first or last 4 KiB, so no command of ours wrote it."""
     path = Path(path)
     if path.is_file():
         with limits.open_file(path) as file:
@@ -200,13 +200,13 @@ def check_signed(path: str | Path, sign: str) -> None:
 
 
 def write_page(path: str | Path, page: str) -> None:
-    """Writes HTML, signed, where there is no file or a signed one. Raises UserError: another file is there."""
+    """Writes HTML with a sign, and replaces signed files only. Raises UserError: a file without the sign is there."""
     check_signed(path, PAGE_SIGN)
-    write_bytes(path, f"{page}{PAGE_SIGN}\n".encode(errors="replace"))  # captions may hold halves of letters
+    write_bytes(path, f"{page}{PAGE_SIGN}\n".encode(errors="replace"))  # captions may hold lone surrogates
 
 
 def fsync_tree(root: str | Path) -> None:
-    """Flushes every file below `root`, then the directories, to the disk."""
+    """Flushes to disk every file below `root`, then the directories."""
     for folder, _, names in os.walk(root, topdown=False):
         for name in names:
             descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)  # noqa: PTH118
@@ -218,7 +218,7 @@ def fsync_tree(root: str | Path) -> None:
 
 
 def fsync_directory(path: str | Path) -> None:
-    """Makes a rename inside `path` durable."""
+    """Flushes the directory `path` to disk, which makes a rename inside it durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -241,7 +241,7 @@ def digest(value: Any) -> str:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is such a file; what a list of somebody's names need be no name: too long, with a zero byte."""
+    """Whether `path` is a file. Unlike Path.is_file, takes invalid names: too long, or with a zero byte."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
@@ -249,7 +249,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def checked(kind: TypeAdapter[Any], tree: Any, where: object) -> Any:
-    """`tree`, read from the file `where`, if it is what `kind` describes. Raises UserError: the place that is not."""
+    """Returns `tree`, read from the file `where`, if it fits `kind`. Raises UserError naming the entry that differs."""
     try:
         kind.validate_python(tree, strict=True)
     except ValidationError as error:

@@ -1,7 +1,7 @@
-"""Models, processors, configs and tokenizers of others, from a folder or the Hugging Face hub: the only way to them.
+"""The only access to other people's models, processors, configs and tokenizers, in a folder or on the Hugging Face hub.
 
-No code that comes with them is run, and nobody is asked whether it may. Whether the hub can be reached at all is asked
-once, so that nothing waits for it in vain.
+Code that comes with a model is never run, and no prompt offers to run it. Whether the hub can be reached is checked
+once, so that no later call waits in vain.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ T = TypeVar("T")
 
 
 def from_pretrained(cls: Any, source: str, **arguments: Any) -> Any:
-    """`cls.from_pretrained(source, **arguments)` for a class of transformers; `source`: a folder, a name of the hub.
+    """`cls.from_pretrained(source, **arguments)` for a class of transformers; `source`: a folder or a name on the hub.
 
-    Raises OSError: cannot be had. Raises ValueError: files that transformers cannot read, or that need code of theirs.
+    Raises OSError: `source` cannot be obtained. Raises ValueError: transformers cannot read the files, or they need
+    code of their own.
     """
     offline_if_unreachable()
     if Path(source).is_dir():
@@ -35,14 +36,14 @@ def from_pretrained(cls: Any, source: str, **arguments: Any) -> Any:
 
 
 def from_config(cls: Any, config: Any, **arguments: Any) -> Any:
-    """A model without weights, by an Auto class of transformers. Raises ValueError: it needs code of theirs."""
+    """A model with random weights, from an Auto class of transformers. Raises ValueError: it needs code of its own."""
     check_sizes(config.to_dict(), type(config).__name__)
     return cls.from_config(config, trust_remote_code=False, **arguments)
 
 
 def create_timm(name: str, *, pretrained: bool, **arguments: Any) -> Any:
-    """`timm.create_model`. Raises what it raises."""
-    import timm  # takes a second to import: only where it is needed
+    """`timm.create_model(name)`, which may download weights if `pretrained`. Raises what timm raises."""
+    import timm  # imported here because it takes a second
 
     if pretrained:
         offline_if_unreachable()
@@ -50,7 +51,7 @@ def create_timm(name: str, *, pretrained: bool, **arguments: Any) -> Any:
 
 
 def snapshot(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """A folder with the files of a repository whose names fit `patterns`. Raises OSError, ValueError: cannot be had."""
+    """A folder with a repository's files whose names match `patterns`. Raises OSError, ValueError: not available."""
     import huggingface_hub
 
     offline_if_unreachable()
@@ -58,7 +59,7 @@ def snapshot(name: str, patterns: Sequence[str], revision: str | None = None) ->
 
 
 def file(name: str, path: str, subfolder: str | None = None) -> Path:
-    """One file of a repository. Raises OSError, ValueError: cannot be had."""
+    """The local path of one file of a repository. Raises OSError, ValueError: not available."""
     import huggingface_hub
 
     offline_if_unreachable()
@@ -66,19 +67,19 @@ def file(name: str, path: str, subfolder: str | None = None) -> Path:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises OSError: a pipe or device, JSON beyond the limit; UserError: a config with sizes that no model has."""
+    """Raises OSError: a pipe or device, or JSON beyond the limit; UserError: sizes in the config that no model has."""
     for path in sorted(folder.iterdir()):
         if not path.is_dir():
             limits.check_regular(path, limits.DOCUMENT_BYTES if path.suffix == ".json" else None)
     tree: Any = None
-    with contextlib.suppress(UserError, FileNotFoundError):  # transformers says what is wrong with it
+    with contextlib.suppress(UserError, FileNotFoundError):  # transformers reports a bad file
         tree = limits.read_json(folder / "config.json", "a config")
     if isinstance(tree, dict):
         check_sizes(tree, str(folder / "config.json"))
 
 
 def _in_a_sentence(read: Callable[[], T]) -> T:
-    """What `read` gives. A library's many readers fail on strange files in as many ways: all become ValueErrors."""
+    """Returns `read()`. A library fails on strange files with many types of errors; they become ValueErrors here."""
     try:
         return read()
     except (OSError, ValueError):
@@ -86,7 +87,7 @@ def _in_a_sentence(read: Callable[[], T]) -> T:
     except BaseException as error:
         if (
             not isinstance(error, Exception) and type(error).__name__ != "PanicException"
-        ):  # of a library in Rust
+        ):  # the panic of a library written in Rust
             raise
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
@@ -95,8 +96,8 @@ def _in_a_sentence(read: Callable[[], T]) -> T:
 def offline_if_unreachable() -> None:
     """Tells huggingface_hub to work offline from now on, if the hub's name does not resolve here.
 
-    Without this every file of a model that is not in the cache is asked for six times, 31 s in all. Files in the cache
-    are found either way. Behind a proxy nothing changes: there the proxy resolves names.
+    Otherwise huggingface_hub asks six times for every file that is not in its cache, 31 s in all. Cached files are
+    found either way. Behind a proxy nothing changes, because the proxy resolves names.
     """
     from huggingface_hub import constants
 
@@ -107,4 +108,4 @@ def offline_if_unreachable() -> None:
         socket.getaddrinfo(host, 443)
     except OSError:
         constants.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"  # of processes started from here
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes started from here

@@ -1,7 +1,7 @@
-"""Limits of what is read: regular files only, each kind of file up to a size, each line, each unpacked piece.
+"""Limits of what is read: regular files only, and a largest size for each kind of file, line and unpacked piece.
 
-What a stranger made is read through here, so that no pipe is waited for, no endless device fills the memory, and the
-message names file and limit. The limits stand in one table, each with its reason.
+Strangers' files are read through this module, so that no read waits for a pipe, no endless device fills the memory, and
+a refusal names file and limit. The constants below are the limits, each with its reason.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from base.errors import UserError
 MIB, GIB = 1 << 20, 1 << 30
 
 CONFIG_BYTES = 16 * MIB
-"""A YAML or JSON config. The largest that people publish, with vocabularies in them, have some MiB."""
+"""A YAML or JSON config. The largest published configs, which contain vocabularies, have some MiB."""
 DOCUMENT_BYTES = 512 * MIB
 """A JSON document of a whole set: a manifest of a million shards has 300 MiB, scores and logs have less."""
 CAPTION_BYTES = MIB
 """The text or JSON beside one image, in a folder, a tar or a table: a book of 200 pages fits."""
 TEXT_BYTES = 512 * MIB
-"""A list of prompts, labels, graphs or lines that is held as one text: ten million prompts."""
+"""A list of prompts, labels, graphs or lines that is held as one text: room for ten million prompts."""
 LISTING_BYTES = 8 * GIB
-"""A list of files with captions, whose lines are held in memory: fifty million images."""
+"""A list of files with captions, whose lines are held in memory: room for fifty million images."""
 LINE_BYTES = 16 * MIB
-"""One line of a list, unpacked: the rows that people have hold some KiB."""
+"""One line of a list, unpacked. Usual rows have some KiB."""
 IMAGE_BYTES = 544 * MIB
-"""An image file: MAX_PIXELS of data/samples/images.py, four channels of 16 bits without compression, and its notes."""
+"""An image file: MAX_PIXELS (data/samples/images.py) uncompressed, in four channels of 16 bits, and its metadata."""
 VOCABULARY_BYTES = 64 * MIB
-"""A sentencepiece model: 256,000 pieces have 5 MiB."""
+"""A sentencepiece model. One of 256,000 pieces has 5 MiB."""
 UNFOLD_FREE_BYTES, UNFOLD_RATIO = 256 * MIB, 200
-"""What is packed may unfold to this much, or to so many times its size: text shrinks to a tenth, images not at all."""
+"""Packed data may unpack to the larger of these bytes and this multiple of its size. Text packs to a tenth."""
 BATCH_BYTES = GIB
-"""Rows of a table that are unfolded at once."""
+"""Rows of a table that are unpacked at once."""
 ARRAY_BYTES = GIB
-"""An array of statistics in an .npz file: a covariance of 8192 features has half of it."""
+"""An array of statistics in an .npz file. A covariance of 8192 features has half of this."""
 CHUNK_BYTES = MIB
-"""What is read at once of a file of any size."""
+"""Size of one read from a file of any size."""
 
 
 def open_regular(path: str | Path, limit_bytes: int | None = None) -> int:
-    """A descriptor of the file at `path`, to be read and closed by the caller.
+    """A descriptor of the regular file at `path`. The caller reads and closes it.
 
-    Raises OSError: as open(); for what is no regular file, also behind a link: a pipe that nobody writes to would be
-    waited for, and a device has no end; for a file of more than `limit_bytes`.
+    Raises OSError: as open(); the path or the target of its link is not a regular file (reading a pipe could wait for
+    ever, a device may have no end); the file has more than `limit_bytes`.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     status = os.fstat(descriptor)
@@ -66,23 +66,23 @@ def open_regular(path: str | Path, limit_bytes: int | None = None) -> int:
 
 
 def check_regular(path: str | Path, limit_bytes: int | None = None) -> None:
-    """For a library that opens `path` itself. Raises OSError: as open_regular."""
+    """Checks `path` for a library that opens it itself. Raises OSError: as open_regular."""
     os.close(open_regular(path, limit_bytes))
 
 
 def open_file(path: str | Path, limit_bytes: int | None = None) -> BinaryIO:
-    """`open_regular` as a file of bytes."""
+    """The regular file at `path`, opened for reading bytes. Raises OSError: as open_regular."""
     return os.fdopen(open_regular(path, limit_bytes), "rb")
 
 
 def read_bytes(path: str | Path, limit_bytes: int) -> bytes:
-    """The bytes of the file at `path`. Raises OSError: as open_regular; more than its size, as some of /proc have."""
+    """The bytes of the file at `path`. Raises OSError: as open_regular; it holds more than its size, as in /proc."""
     with open_file(path, limit_bytes) as file:
         return read_all(file, limit_bytes, path, os.fstat(file.fileno()).st_size)
 
 
 def read_all(file: IO[bytes], limit_bytes: int, where: object, expected_bytes: int = CHUNK_BYTES) -> bytes:
-    """The rest of a stream that may not have an end. Raises OSError: more than `limit_bytes`."""
+    """The rest of a stream, which may be endless. Raises OSError: more than `limit_bytes`."""
     content = file.read(expected_bytes)
     while more := file.read(CHUNK_BYTES):
         content += more
@@ -92,9 +92,9 @@ def read_all(file: IO[bytes], limit_bytes: int, where: object, expected_bytes: i
 
 
 def lines(file: IO[bytes] | GzipFile, where: object, *, packed_bytes: int | None = None) -> Iterator[bytes]:
-    """The lines of a stream, with their ends; `packed_bytes`: the size of what it is unpacked from.
+    """The lines of a stream, with their line ends. `packed_bytes`: the stream's packed size; None: it is not packed.
 
-    Raises OSError: a line of more than LINE_BYTES; what was packed unfolds to too much.
+    Raises OSError: a line has more than LINE_BYTES, or the stream unpacks to more than `unfolded(packed_bytes)`.
     """
     number, num_bytes = 0, 0
     most = None if packed_bytes is None else unfolded(packed_bytes)
@@ -108,7 +108,7 @@ def lines(file: IO[bytes] | GzipFile, where: object, *, packed_bytes: int | None
 
 
 def check_members(archive: ZipFile, names: Sequence[str]) -> None:
-    """Raises OSError: one of the members `names` unfolds to more than ARRAY_BYTES."""
+    """Raises OSError: one of the members `names` unpacks to more than ARRAY_BYTES."""
     for entry in archive.infolist():
         if entry.filename in names and entry.file_size > ARRAY_BYTES:
             raise too_large(
@@ -117,20 +117,20 @@ def check_members(archive: ZipFile, names: Sequence[str]) -> None:
 
 
 def unfolded(packed_bytes: int) -> int:
-    """The limit of what so many bytes may unfold to."""
+    """The most bytes to which `packed_bytes` bytes may unpack."""
     return max(UNFOLD_FREE_BYTES, UNFOLD_RATIO * packed_bytes)
 
 
 def read_text(path: str | Path, limit_bytes: int = DOCUMENT_BYTES) -> str:
-    """The text of a UTF-8 file of ours. Raises OSError: as read_bytes; ValueError: no UTF-8."""
+    """The text of a UTF-8 file. Raises OSError: as read_bytes; ValueError: not UTF-8."""
     return read_bytes(path, limit_bytes).decode("utf-8")
 
 
 def read_json(path: str | Path, what: str = "a file of ours", limit_bytes: int = DOCUMENT_BYTES) -> Any:
-    """Parses a UTF-8 JSON file; `what` it should be is for the message.
+    """Parses a UTF-8 JSON file; `what`: what the file should be, for the message.
 
-    Raises FileNotFoundError and other OSErrors of open(); UserError: no regular file, more than `limit_bytes`, not
-    JSON, not UTF-8, nested too deep.
+    Raises FileNotFoundError and other OSErrors of open(); UserError: not a regular file, more than `limit_bytes`, not
+    UTF-8, not JSON, or nested too deep.
     """
     try:
         return json.loads(read_text(path, limit_bytes))
@@ -145,7 +145,7 @@ def read_json(path: str | Path, what: str = "a file of ours", limit_bytes: int =
 
 
 def too_large(where: object, found: str, limit_bytes: int) -> OSError:
-    """The error of what is over a limit; `found`: its size, in words."""
+    """The error for data over a limit; `found`: its size, in words."""
     return OSError(errno.EFBIG, f"{found}, over the limit of {_size(limit_bytes)}", str(where))
 
 

@@ -1,4 +1,4 @@
-"""Limits of the sizes in configs: a line of JSON must not take the memory of a machine."""
+"""Limits of the model sizes in configs, so that one line of JSON cannot fill a machine's memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from base.errors import UserError
 
 LIMITS = (
-    (r"layers?|depths?|levels?|blocks|num_block", 1 << 10),  # the deepest that are published have some 200
+    (r"layers?|depths?|levels?|blocks|num_block", 1 << 10),  # the deepest published models have some 200
     (
         r"px|(img|image|patch|window|kernel)_size|max_side",
         1 << 14,
@@ -21,15 +21,15 @@ LIMITS = (
     ),  # published: 2^16
     (r"vocab_size|classes|registers?|queries|experts", 1 << 20),  # the largest vocabularies have 2^18
 )
-"""Words of a field's name -> the largest value that is built, with room; the first that fits counts."""
+"""Pattern of words in a field's name -> the largest value that is built. The first matching pattern counts."""
 MAX_LISTED = 1 << 10
-"""Values of one such field, which has one for each layer."""
+"""Most values of a field that lists one value for each layer."""
 
 
 def check_sizes(tree: Mapping[Any, Any], where: str) -> None:
-    """Of everything below `tree`. Raises UserError: a size beyond all models, naming `where`, field and limit."""
+    """Checks every field below `tree`. Raises UserError naming `where`, field and limit: a size is beyond its limit."""
     todo: list[tuple[str, Any]] = [("", tree)]
-    seen: set[int] = set()  # YAML may refer to itself
+    seen: set[int] = set()  # a YAML alias may refer to its own parent
     while todo:
         name, value = todo.pop()
         if isinstance(value, Mapping):
@@ -41,7 +41,7 @@ def check_sizes(tree: Mapping[Any, Any], where: str) -> None:
 
 
 def check_size(name: str, value: Any, where: str) -> None:
-    """Of one field, a number or a list of them. Raises UserError: as check_sizes."""
+    """Checks one field, a number or a list of numbers. Raises UserError: as check_sizes."""
     limit = limit_of(name)
     if limit is None:
         return
@@ -55,6 +55,6 @@ def check_size(name: str, value: Any, where: str) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def limit_of(name: str) -> int | None:
-    """The largest value of a field of this name; None: it is no size of a model."""
+    """The largest value of a field of this name; None: the name is not a model's size."""
     found = (limit for words, limit in LIMITS if re.search(rf"(?:^|_)(?:{words})(?:_|$)", name.lower()))
     return next(found, None)

@@ -1,4 +1,4 @@
-"""What the loop asks of everything that learns (contract 5): an objective, a batch source, and nothing else."""
+"""The interface of everything that the loop trains (contract 5): an objective, a batch source and an evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 BatchT = TypeVar("BatchT", bound="Batch")
 HISTORY_WINDOWS = 20
-"""Log windows that an objective sees when it is asked for alarms."""
+"""Number of log windows that an objective sees when the loop asks it for alarms."""
 
 
 class Batch(Protocol):
@@ -22,7 +22,7 @@ class Batch(Protocol):
 
     @property
     def sample_ids(self) -> Sequence[str]:
-        """Keys of the samples inside, for the ledger and the dump of a bad batch."""
+        """Keys of the samples in the batch, for the ledger and the dump of a bad batch."""
 
     def to(self: BatchT, device: torch.device) -> BatchT:
         """A copy with every tensor on `device`."""
@@ -30,7 +30,7 @@ class Batch(Protocol):
 
 @dataclass
 class Term:
-    """A part of the loss with units of its own: `weight` times the mean of `loss_sum` over them."""
+    """A part of the loss with its own units: it adds `weight` times the mean of `loss_sum` over these units."""
 
     loss_sum: Tensor
     weight: float
@@ -38,13 +38,13 @@ class Term:
 
 @dataclass
 class LossOutput:
-    """What one micro-batch gives.
+    """Loss and metrics of one micro-batch.
 
-    `loss_sum`: fp32 scalar with a graph, the SUM over the batch's `count` units (images or tokens): the loop
-    divides by the global count over micro-batches and ranks.
+    `loss_sum`: fp32 scalar with a graph, the SUM over the batch's `count` units (images or tokens). The loop divides it
+    by the global count over micro-batches and ranks.
     `metrics`: detached fp32 scalars, sums over the same units (the loop logs sum / count).
-    `adversary_batch`: what the adversary's update needs, detached, or None.
-    `further`: terms over other units than `count`'s, by the names in `further_counts`; logged as NAME_loss.
+    `adversary_batch`: the detached input of the adversary's update, or None.
+    `further`: terms whose units are not those of `count`, by the names in `further_counts`; logged as NAME_loss.
     `flops`: useful floating-point operations of forward and backward pass; 0: unknown.
     """
 
@@ -56,7 +56,7 @@ class LossOutput:
 
 
 class Objective(Protocol):
-    """Owns the modules; says what is trained, what a micro-batch costs, and what is kept at the end.
+    """Owns the modules, and defines what is trained, the loss of a micro-batch, and what is exported.
 
     `model` holds every parameter of the main optimizer; frozen helpers that must not be saved or wrapped
     (replica encoder, perceptual network) stay outside it. `adversary` is trained by a second optimizer.
@@ -66,87 +66,87 @@ class Objective(Protocol):
 
     @property
     def name(self) -> str:
-        """What the console calls the run."""
+        """The run's name on the console."""
 
     @property
     def model(self) -> nn.Module:
-        """See above."""
+        """The module with every parameter of the main optimizer."""
 
     @property
     def adversary(self) -> nn.Module | None:
-        """See above; None: there is none."""
+        """The module that the second optimizer trains; None: the objective has no adversary."""
 
     def to(self, device: torch.device) -> None:
-        """Moves model, adversary and frozen helpers."""
+        """Moves model, adversary and frozen helpers to `device`."""
 
     def count(self, batch: Any) -> int:
-        """Units (images or loss tokens) in a micro-batch, known before the forward pass; >= 0."""
+        """Number of units (images or loss tokens) in a micro-batch, known before the forward pass; >= 0."""
 
     def further_counts(self, batch: Any) -> Mapping[str, int]:
-        """Units of `LossOutput.further` in a micro-batch: the same names for every batch; {}: there are none."""
+        """Number of units of each term in `LossOutput.further`. Every batch has equal names; {}: no further terms."""
 
     def loss(self, batch: Any, step: int) -> LossOutput:
         """Forward pass and loss of one micro-batch at global step `step`."""
 
     def adversary_active(self, step: int) -> bool:
-        """Whether the adversary is updated at this step (the same answer on every rank)."""
+        """Whether the adversary is updated at this step; every rank must answer alike."""
 
     def adversary_loss(self, adversary_batch: Any, step: int) -> LossOutput:
-        """Loss of the adversary on what `loss` handed over; count as in `count`."""
+        """Loss of the adversary on `LossOutput.adversary_batch`; its units are those of `count`."""
 
     def samples(self) -> npt.NDArray[np.uint8] | None:
-        """A grid [H, W, 3] to look at, made with the weights now in `model`; None if there is nothing to show."""
+        """A grid of samples, uint8 [H, W, 3], from the weights now in `model`; None: there is nothing to show."""
 
     def export(self, directory: Path) -> None:
-        """Writes safetensors + config.json of the weights now in `model` into an existing empty directory."""
+        """Writes the weights now in `model` (safetensors) and config.json into an existing empty directory."""
 
     def alarms(self, history: Sequence[Mapping[str, float]]) -> Sequence[str]:
-        """What looks wrong, one sentence each; empty when nothing does.
+        """One sentence for each thing that looks wrong; empty if nothing does.
 
-        `history`: the logged means of the last HISTORY_WINDOWS windows, oldest first, the same numbers on every rank.
+        `history`: the logged means of the last HISTORY_WINDOWS windows, oldest first, equal on every rank.
         """
 
     def describe(self) -> Sequence[str]:
-        """Lines for people, printed once at the start: what is trained, from what, with which helpers."""
+        """Lines for people, printed once at the start: what is trained, from which weights, with which helpers."""
 
     def fingerprints(self) -> Mapping[str, str]:
-        """Hashes of what the run was started from (tokenizer, initial weights); compared on resume."""
+        """Hashes of the run's inputs (tokenizer, initial weights), which are compared on resume."""
 
 
 class Evaluation(Protocol):
-    """What is measured now and then while a training goes on, on the averaged weights."""
+    """A measurement of the averaged weights, repeated while a training goes on."""
 
     @property
     def every_steps(self) -> int:
-        """Steps between two of them; one more follows the last step."""
+        """Steps between two evaluations; another evaluation follows the last step."""
 
     def run(self, step: int) -> Mapping[str, float]:
         """Scores by name on the first rank, {} on others; nan: not defined. Collective.
 
-        Called without gradients, when the objective's model holds whole averaged weights in eval mode. Every rank must
-        call that model as often: under ZeRO-3 a forward pass is collective.
+        The loop calls it without gradients, while the objective's model holds whole averaged weights in eval mode.
+        Every rank must call that model equally often: under ZeRO-3 a forward pass is collective.
         """
 
 
 class WithoutAdversary:
-    """The part of `Objective` that those without an adversary share; a term or an alarm of their own replaces its."""
+    """Base of objectives without an adversary. A subclass with further terms or alarms overrides those methods."""
 
     adversary: nn.Module | None = None
 
     def further_counts(self, batch: Any) -> Mapping[str, int]:
-        """There are none."""
+        """No further terms."""
         return {}
 
     def adversary_active(self, step: int) -> bool:
-        """There is none."""
+        """Never: there is no adversary."""
         return False
 
     def adversary_loss(self, adversary_batch: Any, step: int) -> LossOutput:
-        """Never called."""
+        """Never called. Raises AssertionError."""
         raise AssertionError("there is no adversary")
 
     def alarms(self, history: Sequence[Mapping[str, float]]) -> list[str]:
-        """None are known."""
+        """No alarms."""
         return []
 
 
@@ -159,19 +159,19 @@ class BatchSource(Protocol):
     num_streams: int
 
     def next_step(self) -> Sequence[Batch]:
-        """This rank's packs of the next global step, in stream order. Never empty while num_streams >= ranks."""
+        """This rank's packs of the next global step, in stream order; at least one, as num_streams >= ranks."""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able cursors {"fingerprint": ..., "streams": {stream id: cursor}} of the streams this rank owns.
 
-        As of the last step that was *returned*, not of what is prefetched.
+        The cursors are those after the last *returned* step; prefetched steps do not count.
         """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the cursors of all streams (merged over ranks) and keeps its own. Refuses another dataset or plan."""
+        """Takes the cursors of all streams (merged over ranks). Raises UserError: they are of other data or plan."""
 
     def metrics(self) -> Mapping[str, float]:
-        """Ledger of the last returned step on this rank: samples, tokens, fill, wait seconds."""
+        """Ledger of the last returned step on this rank: samples, tokens, fill, seconds of waiting."""
 
     def close(self) -> None:
         """Stops the prefetch thread."""

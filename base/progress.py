@@ -1,4 +1,4 @@
-"""A line on stderr about long work: how far, how fast, time left."""
+"""Progress of long work on stderr: how much is done, how fast, time left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REPORT_EVERY_S = 1.0
 
 
 class ProgressLine:
-    """At most one line a second, and one when everything is done."""
+    """Prints at most one line a second, and a last line at the end."""
 
     def __init__(self, what: str, unit: str) -> None:
         self._what = what
@@ -20,7 +20,7 @@ class ProgressLine:
         self._is_over = False
 
     def show(self, count: int, share: float) -> None:
-        """`count` units are done, which is `share` (0 to 1) of the work."""
+        """Reports that `count` units are done, which is `share` (0 to 1) of the work."""
         now_s = time.monotonic()
         if self._is_over or (now_s - self._shown_s < REPORT_EVERY_S and share < 1):
             return

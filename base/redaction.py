@@ -1,4 +1,4 @@
-"""Takes out what may be secret before something is written or printed: in urls, settings, the environment."""
+"""Masks possible secrets before text is written or printed: in urls, in settings and from the environment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 MASK = "***"
 MIN_SECRET_CHARACTERS = 8
-"""Shorter values of the environment are not looked for: they stand in ordinary words."""
+"""Shorter values of the environment are not masked: ordinary words may contain them."""
 
 _WORDS = (
     r"pass|pwd|passwd|password|passphrase|secrets?|credentials?|sas|signature|authorization|bearer|cookie"
@@ -22,7 +22,7 @@ _SECRET_NAME = re.compile(
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _QUOTED = r"""(?:"[^"\n]*"|'[^'\n]*')"""
 _CHARACTER = r"""(?:(?!://)[^\s'"])"""
-# name:password@, whatever the password holds; or one word before the @.
+# name:password@ with any characters in the password, or one word before the @.
 _USER = re.compile(rf"://(?:[^\s'\"/:@]*:{_CHARACTER}*@|[^/\s?'\"]*@)")
 _QUERY = re.compile(
     rf"(://[^\s'\"?#]*)(?:\?|\#(?=[^\s'\"]*=))(?:={_QUOTED}|[^\s'\"])*?(?=[:;,.)]*(?:[\s'\"]|$)(?<!=))"
@@ -54,7 +54,7 @@ def redact(text: str) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """A copy of a nest of mappings and lists: every text as in `redact`, masked whole where its name says secret."""
+    """A copy of nested mappings and lists with every text redacted, and masked whole if its key names a secret."""
     if isinstance(value, Mapping):
         return {
             redact(str(name)): _masked(item) if is_secret(str(name)) else redacted(item)
@@ -71,7 +71,7 @@ def is_secret(name: str) -> bool:
 
 
 def _masked(value: Any) -> Any:
-    """Every text and number in it; a switch or nothing is no secret."""
+    """A copy with every text and number masked; booleans, None and '' are no secrets."""
     if isinstance(value, Mapping):
         return {redact(str(name)): _masked(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
-"""What is printed: every line of every command goes through here, so that no name from outside steers a terminal.
+"""Prints every line of every command, without control characters that could steer a terminal.
 
-No terminal, pipe or full disk behind stdout ends a command: what cannot be printed is lost, and stderr says so once.
+A closed terminal or pipe or a full disk behind stdout does not end a command: lines that cannot be printed are lost.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import TextIO
 
 _KEPT = "\n\t"
 _HIDDEN = {"Cc", "Cs", "Zl", "Zp"}
-"""Unicode's controls, halves of characters, and the two line ends that a file of lines does not have."""
+"""Unicode categories that are escaped: controls, lone surrogates, and the line and paragraph separators."""
 _TURNING = set("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that change the direction of what follows: with them a name can look like another."""
+"""Characters that change the direction of the text after them, which can make one name look like another."""
 _COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
 
 
 def printable(text: str) -> str:
-    """`text` with control characters as text: the escape that starts a colour becomes the four characters \\x1b."""
+    """`text` with control characters escaped: the escape that starts a colour becomes the four characters \\x1b."""
     return text if text.isprintable() else "".join(map(_shown, text))
 
 
@@ -34,20 +34,21 @@ def _shown(sign: str) -> str:
 
 
 def say(text: object, stream: TextIO | None = None) -> None:
-    """A line, or several, at once (default: to stdout), or nothing where nobody can read it any more.
+    """Prints one or several lines at once (default: to stdout). Does nothing if the stream is closed.
 
-    A launcher that was stopped closes the pipe while its ranks still save: that must not be what ends them.
+    A stopped launcher closes the pipe while its ranks still save; the closed pipe must not end the ranks.
     """
     _write(printable(str(text)) + "\n", sys.stdout if stream is None else stream)
 
 
 def hold() -> None:
-    """At the start of a command: what is printed past `say` (by argparse) cannot fail, and 0 to 2 are no file of ours.
+    """Prepares the standard streams at the start of a command, so that prints past `say` (by argparse) cannot fail.
 
-    Where a shell has closed stdout (>&-) the next file that is opened would get its number, and what a library prints.
+    Opens descriptors 0 to 2 if the shell has closed them (>&-): otherwise the next file to be opened would get stdout's
+    number, and everything that a library prints.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)  # programs that are started need them as well
+        os.set_inheritable(descriptor, True)  # child processes need them, too
     os.close(descriptor)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -55,7 +56,7 @@ def hold() -> None:
 
 
 def flush() -> None:
-    """At the end of a command, in place of the interpreter's own flush, whose failure would be the exit status."""
+    """Flushes at the end of a command, before the interpreter's own flush, whose failure would set the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
             try:
@@ -65,7 +66,7 @@ def flush() -> None:
 
 
 def show(screen: str) -> None:
-    """A screen of ours, with its colours, on stdout. What comes from outside went through `printable` before."""
+    """Prints a screen with colours on stdout. Every other control character is escaped."""
     pieces = _COLOUR.split(screen)
     _write(
         "".join(piece if index % 2 else printable(piece) for index, piece in enumerate(pieces)), sys.stdout
@@ -81,16 +82,14 @@ _failed: set[int] = set()
 
 
 def _write(text: str, stream: TextIO | None) -> None:
-    if stream is None or stream.closed:  # somebody has closed it
+    if stream is None or stream.closed:  # closed by the shell or the caller
         return
     try:
         encoding = getattr(stream, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), end="", file=stream, flush=True)
     except BrokenPipeError:
         _to_nowhere(stream)
-    except (
-        OSError
-    ) as error:  # the text stays in a buffer of limited size, for the case that there is room again
+    except OSError as error:  # the text stays in the stream's bounded buffer until there is room again
         if id(stream) not in _failed:
             _failed.add(id(stream))
             atexit.register(flush)
@@ -99,6 +98,6 @@ def _write(text: str, stream: TextIO | None) -> None:
 
 
 def _to_nowhere(stream: TextIO) -> None:
-    """What is left in its buffer, and all that follows, is dropped."""
+    """Redirects the stream to /dev/null: its buffer and all later text are dropped."""
     with contextlib.suppress(io.UnsupportedOperation), open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), stream.fileno())

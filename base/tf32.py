@@ -1,7 +1,7 @@
-"""How GPUs multiply in fp32: in TF32 (10 bits of mantissa, several times the speed) or exactly.
+"""Sets how GPUs multiply fp32 numbers: in TF32 (10 bits of mantissa, several times the speed) or exactly.
 
-Every command starts with TF32 allowed; `engine.tf32` decides for a training; what measures is exact.
-NVIDIA_TF32_OVERRIDE=0 in the environment forbids it to all of them. CPUs know no TF32.
+Every command starts with TF32 allowed. `engine.tf32` decides for a training; measurements are exact.
+NVIDIA_TF32_OVERRIDE=0 in the environment forbids TF32 to all commands. CPUs have no TF32.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Of matrix products (PyTorch's default: exact) and convolutions (its default: TF32), in this process."""
+    """Allows or forbids TF32 in matrix products (PyTorch's default: exact) and convolutions (its default: TF32)."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Inside no product is TF32's; also a decorator."""
+    """Inside, no product uses TF32. Also a decorator."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     allow_tf32(False)
     try:

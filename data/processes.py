@@ -1,4 +1,4 @@
-"""Work shared out over forked processes."""
+"""Shares work among forked processes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ R = TypeVar("R")
 def over_shards(
     work: Callable[[int], R], num_samples: Sequence[int], num_processes: int, what: str
 ) -> Iterator[R]:
-    """`work(shard)` for shards 0, 1, ... of `num_samples` samples, in this order, with a line of progress on stderr.
+    """Yields `work(shard)` for shards 0, 1, ... in order, with progress on stderr; `num_samples`: samples of each.
 
-    One process works in this one; more are forked. Raises UserError: less than one process, a process that was killed.
+    With `num_processes` = 1 this process works; otherwise processes are forked. Raises UserError: less than one
+    process, or a process was killed.
     """
     if num_processes < 1:
         raise UserError(f"{num_processes} processes; give at least 1")
@@ -39,9 +40,9 @@ def over_shards(
 def forked(
     work: Callable[[int], R], count: int, num_processes: int, tick: Callable[[], None] = lambda: None
 ) -> Iterator[R]:
-    """`work(0)` to `work(count - 1)` in forked processes; results in this order. Calls `tick` about once a second.
+    """Yields `work(0)` to `work(count - 1)`, in order, from forked processes. Calls `tick` about once a second.
 
-    Raises UserError: a process that was killed; and what `work` raises, in its turn.
+    Raises UserError: a process was killed. Raises what `work` raises, when its result is due.
     """
     # Forked workers need not import everything again (4 s), and inherit `work` without pickling.
     context = multiprocessing.get_context("fork")
@@ -58,18 +59,18 @@ def forked(
             "a worker process was killed, perhaps for memory; run again with fewer --processes"
         ) from None
     except BaseException:
-        for child in multiprocessing.active_children():  # what is half done is done again by the next run
+        for child in multiprocessing.active_children():  # the next run repeats half-done work
             child.terminate()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_work: Any = None  # in a worker: inherited by the fork, never pickled
+_work: Any = None  # in a worker: the fork inherits it without pickling
 
 
 def _start(work: Callable[[int], Any]) -> None:
-    """A worker ends with its parent even if that is killed: two writers must never share a folder."""
+    """Starts a worker, which ends even if its parent is killed: two writers must never share a folder."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers

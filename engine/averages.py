@@ -1,4 +1,4 @@
-"""The averaged weights in the model's place: to draw samples, to be evaluated, to be exported."""
+"""Puts the averaged weights into the model to draw samples, to evaluate and to export."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from engine.engine_config import EngineConfig
 
 
 class Averages:
-    """Of one training; without an average, the weights themselves. Everything here is collective."""
+    """The averaged weights of one training, or its last weights if it keeps no average. Every method is collective."""
 
     def __init__(
         self, objective: Objective, engine: Any, ema: Ema | None, config: EngineConfig, ranks: Ranks
     ) -> None:
-        """`engine`: the main one, whose weights `ema` averages."""
+        """`engine`: the main engine, whose weights `ema` averages."""
         self._objective, self._engine, self._ema = objective, engine, ema
         self._config, self._ranks = config, ranks
 
@@ -48,12 +48,12 @@ class Averages:
         return grid
 
     def export(self, directory: Path, decay: float | None) -> str:
-        """Writes the average of `decay` (None: the first one). On every rank: why it could not, or ''."""
+        """Writes the average of `decay` (None: the first decay). Returns, on every rank, why that failed, or ''."""
         problem = ""
         with self._in_place(decay), deepspeed_engine.collected(self._engine, self._ranks.is_first):
             if self._ranks.is_first:
                 try:
-                    # In the run's folder, which the training has claimed before it wrote there.
+                    # `directory` lies in the run's folder, which the training claimed at its start.
                     with files.directory(directory, lambda _: True) as temporary:
                         self._objective.export(temporary)
                 except OSError as error:

@@ -1,7 +1,7 @@
-"""What a resumed run's config says otherwise than at its last start: told key by key, or refused.
+"""Compares a resumed run's config with that of its last start: each changed key is reported, or refused.
 
-The data's own settings (set, seed, streams, budget) are compared by the batch source, shapes and fingerprints by the
-checkpoint; docs/reliability.md has the table of what may change.
+The batch source compares the data's settings (set, seed, streams, budget); the checkpoint compares shapes and
+fingerprints. docs/reliability.md has the table of what may change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NUM_NAMED = 3
 
 @dataclass(frozen=True)
 class Change:
-    """One key of a config, as people type it, with the value of the last start and the one of now."""
+    """One changed key of a config, as people type it, with its value at the last start and its present value."""
 
     key: str
     before: str
@@ -34,7 +34,7 @@ class Change:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Every key whose value differs between two resolved configs, in the order of `now`, then those that are gone."""
+    """Every key whose value differs between two resolved configs, in the order of `now`; removed keys come last."""
     old, new = flatten(before), flatten(now)
     pairs = [(key, old.get(key, NOT_SET), new.get(key, NOT_SET)) for key in {**new, **old}]
     return [Change(key, was, value) for key, was, value in pairs if was != value]
@@ -50,7 +50,7 @@ def refuse(found: Sequence[Change], where: str) -> None:
 
 
 def named(found: Sequence[Change]) -> str:
-    """The first changes for the end of a refusal; without any, where else the difference must come from."""
+    """Names the first changes, for the end of a refusal; if there are none, says what else may have changed."""
     if not found:
         return "no key of the config changed, so a file that it names did"
     more = f" and {len(found) - NUM_NAMED} more" if len(found) > NUM_NAMED else ""

@@ -4,8 +4,8 @@ checkpoints/step_00001000/
     rank_00000.safetensors ...   what each rank held: deepspeed_engine, optimizer states, EMA, by parameter
     state.json                   step, cursors of every data stream, fingerprints, counters, shapes, checksums
 
-Written under a temporary name by all ranks (in the background if asked), renamed by the first when all have finished,
-then `latest` is updated. A checkpoint that is not what its checksums say is passed over, and the one before is used.
+All ranks write under a temporary name (in the background if asked). When all have finished, the first rank renames the
+directory and updates `latest`. `load` passes over a checkpoint whose checksums do not match and takes the one before.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GIB = 2**30
 
 
 class Checkpoints:
-    """Those of one training. Every method with `Collective` in its description is called by all ranks together."""
+    """The checkpoints of one training. All ranks together call every method whose description says `Collective`."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Checkpoints:
         keep: int,
         say: Callable[[EventKind, int, str], None],
     ) -> None:
-        """`keep`: complete ones that stay; `say`: takes kind, step and sentence of what happened."""
+        """`keep`: how many complete checkpoints stay; `say`: is told each event as kind, step and sentence."""
         self._root, self._engines, self._ema, self._ranks = root, engines, ema, ranks
         self._keep, self._say = keep, say
         self._staging = Staging()
@@ -69,10 +69,10 @@ class Checkpoints:
         )
 
     def save(self, state: Mapping[str, Any], *, background: bool, required: bool) -> None:
-        """Writes a checkpoint; `state` is JSON-able, the same on every rank, and has `step`. Collective.
+        """Writes a checkpoint; `state` is JSON-able, equal on every rank, and has the key `step`. Collective.
 
-        background: returns when the values are copied; `commit` follows when every rank `is_written`.
-        required: raises UserError if it cannot be saved; otherwise that is a line, and the training goes on.
+        background: returns once the values are copied; `commit` must follow when every rank `is_written`.
+        required: a failure raises UserError; otherwise a failure is one warning line, and the training goes on.
         """
         self.finish()
         self._begin_s = time.monotonic()
@@ -97,14 +97,14 @@ class Checkpoints:
             self.finish(required=required)
 
     def finish(self, *, required: bool = False) -> None:
-        """Completes what is being written and removed in the background. Collective."""
+        """Completes the writing and the removals that run in the background. Collective."""
         if self._job is not None:
             self.commit(required=required)
         if self._removal is not None:
             self._removal.join()
 
     def commit(self, *, required: bool = False) -> None:
-        """Waits for every rank's file; makes them a checkpoint and removes all but the newest ones. Collective."""
+        """Waits for every rank's file, makes the files a checkpoint and removes old checkpoints. Collective."""
         assert self._job is not None
         total, error = None, ""
         try:
@@ -128,10 +128,11 @@ class Checkpoints:
     def load(
         self, fingerprints: Mapping[str, str], changed: Sequence[Change] = (), *, oldest: bool = False
     ) -> tuple[Path, dict[str, Any]] | None:
-        """Restores the newest (oldest) good checkpoint: its folder and state; None if there is none yet. Collective.
+        """Restores the newest (`oldest`: the oldest) undamaged checkpoint. Collective.
 
-        `changed`: keys of the config since the last start, for the sentence of a refusal. Raises UserError: none of
-        those that are there is good, or it belongs to other weights, data or code.
+        Returns its folder and state; None if there is no checkpoint yet. `changed`: the config's changes since the last
+        start, which a refusal names. Raises UserError: every checkpoint is damaged, or the checkpoint belongs to other
+        weights, data or code.
         """
         self.finish()
         found = self.complete()
@@ -153,14 +154,15 @@ class Checkpoints:
         return None
 
     def complete(self) -> list[Path]:
-        """Checkpoints, oldest first, as the first rank sees them: other nodes may see a shared folder late.
-        Collective.
+        """Folders of the complete checkpoints, oldest first. Collective.
+
+        The first rank lists them for all: other nodes may see a shared folder late.
         """
         names = self._ranks.gather([path.name for path in checkpoint_folder.all_in(self._root)])[0]
         return [self._root / name for name in names]
 
     def keep_alone(self, directory: Path, state: Mapping[str, Any]) -> None:
-        """After a roll-back to `directory`: its state becomes `state`, and only then the newer ones go. Collective."""
+        """After a roll-back to `directory`: writes `state` there, then removes the newer checkpoints. Collective."""
         if self._ranks.is_first:
             checkpoint_folder.write_state(directory, state)
             for newer in [path for path in checkpoint_folder.all_in(self._root) if path > directory]:
@@ -169,7 +171,7 @@ class Checkpoints:
         self._ranks.barrier()
 
     def _flats(self) -> list[Flat]:
-        """All that this rank keeps, as it is now: views, not copies."""
+        """Every tensor that this rank saves: views of the live values, not copies."""
         flats = []
         for name, engine in self._engines.items():
             segments, momentum = deepspeed_engine.segments(engine), deepspeed_engine.momentum_segments(engine)
@@ -226,9 +228,9 @@ class Checkpoints:
                 deepspeed_engine.push(engine)
 
     def _examine(self, directory: Path) -> tuple[dict[str, Any], str]:
-        """A checkpoint's state, and what is wrong with it ('': nothing). Every file is read by one rank. Collective.
+        """A checkpoint's state, and what is wrong with it ('': nothing). One rank reads each file. Collective.
 
-        Raises UserError: another version's format.
+        Raises UserError: another version of the code wrote it, in another format.
         """
         state, problem = self._ranks.gather(
             checkpoint_folder.read_state(directory) if self._ranks.is_first else None
@@ -282,7 +284,7 @@ class Checkpoints:
                     )
 
     def _publish(self, totals: Sequence[Sum]) -> None:
-        """Only the first rank, when all files are on the disk."""
+        """Makes the written files a checkpoint. The first rank calls this when all files are on the disk."""
         temporary, final = self._temporary(self._state["step"]), self._final(self._state["step"])
         written = {
             file_name(rank): {"bytes": total.num_bytes, "crc32": total.crc32}
@@ -319,7 +321,7 @@ class Checkpoints:
 
 
 def _facts(engine: Any) -> dict[str, Any]:
-    """What every rank knows of an engine."""
+    """An engine's counters, optimizer step and shapes, which are equal on every rank."""
     return {
         "counters": deepspeed_engine.counters(engine),
         "optimizer_step": deepspeed_engine.optimizer_step(engine),
@@ -328,6 +330,6 @@ def _facts(engine: Any) -> dict[str, Any]:
 
 
 def _remove(hidden: Sequence[Path]) -> None:
-    """What stays, because a folder cannot be emptied now, goes at the next start."""
+    """Removes folders that `hide` renamed. What cannot be removed now is removed by `clean` at the next start."""
     for path in hidden:
         shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A checkpoint of any number of ranks -> a model in one process, which needs no other rank and no launcher."""
+"""Loads a checkpoint of any number of ranks into a model in one process, without other ranks or a launcher."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from engine.checkpoint_reader import Saved
 from engine.layout import Segment
 
 PREFIX = "module."
-"""What DeepSpeed's engine puts before the names of an objective's model (engine/deepspeed_engine.py, Forward)."""
+"""Prefix of a model's parameter names inside DeepSpeed's engine (engine/deepspeed_engine.py, Forward)."""
 
 
 def find(root: Path, which: str) -> tuple[Path, dict[str, Any]]:
-    """A good checkpoint below `root`, and its state; `which`: a step, or `latest`, the newest that is not damaged.
+    """An undamaged checkpoint below `root`, and its state; `which`: a step, or `latest` for the newest undamaged one.
 
-    Raises UserError: there is none, or that one is damaged.
+    Raises UserError: there is no such checkpoint, or it is damaged.
     """
     there = checkpoint_folder.all_in(root)
     steps = ", ".join(str(checkpoint_folder.step_of(path)) for path in there) or "none"
@@ -49,8 +49,7 @@ def find(root: Path, which: str) -> tuple[Path, dict[str, Any]]:
 def load(directory: Path, state: dict[str, Any], model: nn.Module, decay: float | None) -> None:
     """Fills an objective's `model`, on the CPU in fp32, with the average of `decay` (None: the weights themselves).
 
-    Parameters that the training does not train stay as they are. Raises UserError: another model's checkpoint, or one
-    without that average.
+    Frozen parameters stay as they are. Raises UserError: the checkpoint is another model's, or lacks that average.
     """
     if decay is not None and decay not in state["ema_decays"]:
         raise UserError(

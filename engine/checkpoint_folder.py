@@ -1,4 +1,4 @@
-"""The folder of a training's checkpoints: names, and the state.json that vouches for the files beside it."""
+"""The folder of a training's checkpoints: its names, and state.json, which holds checksums of the files beside it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
-from typing_extensions import TypedDict  # the standard library's cannot be checked before Python 3.12
+from typing_extensions import TypedDict  # pydantic cannot check typing.TypedDict before Python 3.12
 
 from base import files
 from base.config import UserError
 from engine.checkpoint_writer import Sum
 
 FORMAT = 2
-"""1 was DeepSpeed's own files, which only the same number of ranks could read."""
+"""Version of the layout. Format 1 was DeepSpeed's own files, which only an equal number of ranks could read."""
 STATE = "state.json"
 
 
@@ -39,11 +39,11 @@ class _State(TypedDict):
 
 
 _STATE = TypeAdapter(_State)
-"""What a reader takes for granted, and no more."""
+"""The entries of state.json that a reader relies on; other entries are not checked."""
 
 
 def file_name(rank: int) -> str:
-    """Of what one rank writes."""
+    """Name of the file that one rank writes."""
     return f"rank_{rank:05d}.safetensors"
 
 
@@ -58,7 +58,7 @@ def step_of(directory: Path) -> int:
 
 
 def hide(directory: Path) -> Path:
-    """Renames a checkpoint that shall go: killed from now on, nothing is left that looks complete."""
+    """Renames a checkpoint before its removal, so that a killed process leaves nothing that looks complete."""
     hidden = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(hidden, ignore_errors=True)
     directory.rename(hidden)
@@ -66,7 +66,7 @@ def hide(directory: Path) -> Path:
 
 
 def clean(root: Path) -> None:
-    """Removes what a killed process left half written or half removed."""
+    """Removes the checkpoints that a killed process left half written or half removed."""
     for pattern in (".step_*.tmp", ".step_*.old"):
         for hidden in root.glob(pattern):
             shutil.rmtree(hidden)
@@ -81,7 +81,7 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(directory: Path) -> tuple[dict[str, Any], str]:
-    """A state and ''; or what is wrong with it. One of another format has no digest that we know of."""
+    """A checkpoint's state, and what is wrong with it ('': nothing). Another format's digest is not checked."""
     try:
         state: dict[str, Any] = files.read_json(directory / STATE)
         content = {name: value for name, value in state.items() if name != "digest"}
@@ -99,5 +99,5 @@ def read_state(directory: Path) -> tuple[dict[str, Any], str]:
 
 
 def sums(state: Mapping[str, Any]) -> dict[str, Sum]:
-    """What the files beside a state must be, by name."""
+    """Expected size and checksum of each file beside a state, by name."""
     return {name: Sum(entry["bytes"], entry["crc32"]) for name, entry in state["files"].items()}

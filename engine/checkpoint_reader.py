@@ -1,4 +1,4 @@
-"""What a checkpoint holds, by parameter: every rank takes the slices it needs from whichever files have them."""
+"""Reads a checkpoint by parameter: every rank takes the slices it needs from the files that hold them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from engine.layout import Segment
 
 
 class Saved:
-    """The files of one checkpoint. Use as a context; files stay open, and only slices that are asked for are read."""
+    """The files of one checkpoint, as a context manager. Files stay open; only the requested slices are read."""
 
     def __init__(self, directory: Path, names: Sequence[str], own: int) -> None:
-        """`names`: the files in rank order. File `own` is asked first: some values lie in several files."""
+        """`names`: the files in rank order. Some values lie in several files: file `own` is then preferred."""
         self._directory = directory
         self._paths = [directory / name for name in [*names[own : own + 1], *names[:own], *names[own + 1 :]]]
         self._stack = ExitStack()
@@ -50,7 +50,7 @@ class Saved:
         self._stack.close()
 
     def kinds(self, engine: str, parameter: str) -> set[str]:
-        """KINDs that are there for a parameter."""
+        """The KINDs that the checkpoint holds of a parameter."""
         owner = f"{engine}/"
         return {
             kind.removeprefix(owner)
@@ -61,7 +61,7 @@ class Saved:
     def fill(self, kind: str, segments: Sequence[Segment], flat: Tensor) -> None:
         """Writes the segments' values of ENGINE/KIND into a flat tensor; its padding stays as it is.
 
-        Raises UserError: a value that is in no file.
+        Raises UserError: a value is in no file.
         """
         for segment in segments:
             position, end = segment.start, segment.start + segment.length

@@ -1,7 +1,7 @@
-"""One rank's file of a checkpoint: flat tensors cut at parameters, as safetensors, with a checksum, in a thread.
+"""Writes one rank's file of a checkpoint in a thread: flat tensors cut at parameters, as safetensors, with a checksum.
 
-A tensor's name is ENGINE/KIND/PARAMETER:START, its values are those of the flattened parameter from START. KIND is
-`master`, the name of an optimizer state, `ema_DECAY`, or `buffer`.
+A tensor's name is ENGINE/KIND/PARAMETER:START; its values are those of the flattened parameter from index START on.
+KIND is `master`, the name of an optimizer state, `ema_DECAY`, or `buffer`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Flat:
-    """A 1-D tensor and what stands in it; `kind` is ENGINE/KIND."""
+    """A 1-D tensor and the parameters' segments that lie in it; `kind` is ENGINE/KIND."""
 
     kind: str
     tensor: Tensor
@@ -45,7 +45,7 @@ class Flat:
 
 @dataclass(frozen=True)
 class Sum:
-    """What a written file must be, to be believed: bytes and CRC-32."""
+    """Size in bytes and CRC-32 of an undamaged file."""
 
     num_bytes: int
     crc32: int
@@ -54,15 +54,15 @@ class Sum:
 def write(path: Path, flats: Sequence[Flat]) -> Sum:
     """Writes CPU tensors, without their padding, and waits for the disk. Raises OSError.
 
-    Done here, not by the safetensors library, so that the checksum is that of the bytes in memory, nothing is copied,
-    and a full disk is an OSError.
+    Does not use the safetensors library: this way the checksum covers the bytes in memory, nothing is copied, and a
+    full disk raises an OSError.
     """
     parts: dict[str, Tensor] = {}
     for flat in flats:
         for segment in flat.segments:
             values = flat.tensor[segment.offset : segment.offset + segment.length]
             parts[f"{flat.kind}/{segment.parameter}:{segment.start}"] = values
-    names = sorted(parts, key=lambda name: (-parts[name].element_size(), name))  # so that all are aligned
+    names = sorted(parts, key=lambda name: (-parts[name].element_size(), name))  # large dtypes first: aligned
     header: dict[str, Any] = {}
     position = 0
     for name in names:
@@ -86,13 +86,13 @@ def write(path: Path, flats: Sequence[Flat]) -> Sum:
                     num_bytes += file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:  # a failed write does not say which file
+    except OSError as error:  # the error of a failed write lacks the file's name
         raise OSError(error.errno, error.strerror, str(path)) from error
     return Sum(num_bytes, crc)
 
 
 def checked(path: Path, expected: Sum) -> str:
-    """What is wrong with a file, empty if nothing is: it is read once, whole."""
+    """What is wrong with a file ('': nothing). Reads the whole file once."""
     try:
         with limits.open_file(path) as file:
             if (num_bytes := os.fstat(file.fileno()).st_size) != expected.num_bytes:
@@ -106,16 +106,16 @@ def checked(path: Path, expected: Sum) -> str:
 
 
 class Staging:
-    """CPU copies of tensors that change while a file is being written; memory is taken once and kept.
+    """CPU copies of tensors that change while a file is being written; the memory is allocated once and kept.
 
-    On a GPU it is pinned: the copy runs at the speed of the bus, and it is all that the training waits for.
+    For GPU tensors the memory is pinned, so the copy runs at the speed of the bus. The training waits for no more.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], Tensor] = {}
 
     def copy(self, flats: Sequence[Flat]) -> list[Flat]:
-        """The same values in memory that no training step touches. Waits for the device."""
+        """Copies the values to memory that no training step touches. Waits for the device."""
         copies = []
         for index, flat in enumerate(flats):
             source = flat.tensor.detach()
@@ -131,7 +131,7 @@ class Staging:
 
 
 class Job:
-    """`write` in a thread of its own."""
+    """Runs `write` in a thread of its own."""
 
     def __init__(self, path: Path, flats: Sequence[Flat]) -> None:
         self._sum: Sum | None = None
@@ -141,11 +141,11 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether `result` would not wait."""
+        """Whether `result` returns at once."""
         return not self._thread.is_alive()
 
     def result(self) -> Sum:
-        """Waits for the end. Raises what the writer raised, an OSError if the disk is full."""
+        """Waits for the end and returns the sum. Raises what `write` raised: an OSError if the disk is full."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -155,7 +155,7 @@ class Job:
     def _run(self, path: Path, flats: Sequence[Flat]) -> None:
         try:
             self._sum = write(path, flats)
-        except BaseException as error:  # raised again in `result`, where somebody sees it
+        except BaseException as error:  # `result` raises it again in the main thread
             self._error = error
 
 

@@ -25,15 +25,15 @@ SPAN = "communication"
 
 
 def time_collectives(spans: Spans) -> None:
-    """From now on `spans` holds the time that a collective holds up the step: its own, and that of slower ranks.
+    """From now on `spans` holds the time for which collectives hold up the step: their own, and that of slower ranks.
 
-    What is hidden behind computation is not counted: of an operation that is awaited later, only the wait is.
+    Communication hidden behind computation is not counted: of an operation that is awaited later, only the wait counts.
     """
     from deepspeed.comm import comm
 
     backend = comm.cdb
     for name in COLLECTIVES:
-        # Of the class: another run in the same process takes the first one's place.
+        # The class's method is wrapped, not the instance's, which an earlier run in this process has replaced.
         setattr(backend, name, _timed(getattr(type(backend), name).__get__(backend), spans))
 
 
@@ -47,13 +47,13 @@ def _timed(operation: Callable[..., Any], spans: Spans) -> Callable[..., Any]:
 
 
 class _Handle:
-    """What an asynchronous operation gives, its wait timed."""
+    """The handle of an asynchronous operation, whose wait is timed."""
 
     def __init__(self, handle: Any, spans: Spans) -> None:
         self._handle, self._spans = handle, spans
 
     def wait(self, *arguments: Any) -> Any:
-        """As the handle's."""
+        """Waits as the operation's own handle does, and returns its result."""
         with self._spans(SPAN):
             return self._handle.wait(*arguments)
 

@@ -1,4 +1,4 @@
-"""DeepSpeed engines: how they are made, and the fp32 master shards inside them.
+"""Builds DeepSpeed engines and reads the fp32 master shards inside them.
 
 The attributes read here are private to DeepSpeed 0.19; setup.py pins the series and a test covers each stage.
 """
@@ -26,12 +26,12 @@ CHECKSUM_CHUNK = 1 << 22  # elements; the products of a chunk take 32 MB
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """The arithmetic of a forward pass. bf16 weights need it too: norms, losses and inputs stay fp32."""
+    """The autocast context of a forward pass. bf16 weights need it too: norms, losses and inputs stay fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision != "fp32")
 
 
 class Forward(nn.Module):
-    """What DeepSpeed wraps: `module`'s parameters, and `loss` as the forward pass, under autocast if asked."""
+    """The module that DeepSpeed wraps: `module`'s parameters; its forward pass is `loss`, under autocast if asked."""
 
     def __init__(
         self, module: nn.Module, loss: Callable[[Any, int], LossOutput], precision: Precision
@@ -42,10 +42,10 @@ class Forward(nn.Module):
         self._precision = precision
 
     def forward(self, batch: Any, step: int) -> tuple[dict[str, Tensor], LossOutput]:
-        """The sums to differentiate, by the names of the terms (the first one has none), and what they are from.
+        """The sums to differentiate, by the name of their term ('': the main loss), and the whole LossOutput.
 
-        DeepSpeed finds the tensors of tuples and dicts, and only from those it hooks does it learn that a backward pass
-        begins. Under ZeRO-3 it puts others in their place: only those returned here may be differentiated.
+        DeepSpeed hooks the tensors that it finds in tuples and dicts; only these hooks tell it that a backward pass
+        begins. Under ZeRO-3 it returns replaced tensors: only the tensors returned here may be differentiated.
         """
         with autocast(self._precision, next(self.module.parameters()).device):
             output = self._loss(batch, step)
@@ -60,7 +60,7 @@ def build_engine(
     precision: Precision,
     accumulation_steps: int,
 ) -> Any:
-    """A DeepSpeed engine around `forward`; every default that surprised somebody is written out."""
+    """A DeepSpeed engine around `forward`; surprising defaults of DeepSpeed are set explicitly."""
     import deepspeed
 
     if config.name == "muon" and not torch.cuda.is_available():
@@ -76,7 +76,7 @@ def build_engine(
             "bf16": {
                 "enabled": precision == "bf16",
                 "check_grad_overflow": True,
-                "immediate_grad_update": True,  # else the gradients of all packs so far stay, and are added again
+                "immediate_grad_update": True,  # else earlier packs' gradients stay and are added again
             },
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
@@ -85,7 +85,7 @@ def build_engine(
                 "overlap_comm": False,
                 # ZeRO-3 orthogonalises whole gradients, so for Muon it must reduce them whole.
                 "reduce_scatter": not (config.name == "muon" and zero_stage == 3),
-                # An all-reduce of the buckets would send twice as much; each rank needs its own part only.
+                # Each rank needs its own part of a bucket only; an all-reduce would send twice as much.
                 "use_multi_rank_bucket_allreduce": False,
                 "reduce_bucket_size": BUCKET_ELEMENTS,
                 "allgather_bucket_size": BUCKET_ELEMENTS,
@@ -155,7 +155,7 @@ def segments(engine: Any) -> list[list[Segment]]:
 
 
 def momentum_segments(engine: Any) -> list[list[Segment]]:
-    """As `segments`, for Muon's momentum: ZeRO-1 and 2 keep that of every matrix they touch, whole."""
+    """As `segments`, for Muon's momentum: ZeRO-1 and 2 keep the whole momentum of every matrix that a shard touches."""
     optimizer = engine.optimizer
     if not hasattr(optimizer, "params_in_partition"):
         return segments(engine)
@@ -167,14 +167,14 @@ def momentum_segments(engine: Any) -> list[list[Segment]]:
 
 
 def state_size(engine: Any, index: int, name: str) -> int:
-    """Elements of an optimizer state of entry `index` of `shards`, padding included."""
+    """Number of elements, padding included, of optimizer state `name` of entry `index` of `shards`."""
     if name == "momentum_buffer" and hasattr(engine.optimizer, "params_in_partition"):
         return layout.covered(momentum_segments(engine)[index])
     return len(shards(engine)[index])
 
 
 def states(engine: Any) -> list[dict[str, Tensor]]:
-    """The optimizer's state tensors of each entry of `shards` (moments; momentum); none before the first step."""
+    """The optimizer's state tensors (moments; momentum), for each entry of `shards`; empty before the first step."""
     stored = engine.optimizer.optimizer.state
     found = [
         {name: value for name, value in stored.get(shard, {}).items() if name != "step"}
@@ -195,9 +195,9 @@ def optimizer_step(engine: Any) -> float | None:
 
 
 def set_states(engine: Any, index: int, values: dict[str, Tensor], step: float | None) -> None:
-    """Makes `values` the optimizer's state of entry `index` of `shards`; `step` where there are AdamW's moments.
+    """Makes `values` the optimizer's state of entry `index` of `shards`; `step` is AdamW's count of steps.
 
-    Tensors that are there stay and take the values: DeepSpeed holds references to them.
+    Existing state tensors are overwritten in place: DeepSpeed holds references to them.
     """
     shard = shards(engine)[index]
     stored = engine.optimizer.optimizer.state
@@ -215,29 +215,29 @@ def set_states(engine: Any, index: int, values: dict[str, Tensor], step: float |
 
 
 def counters(engine: Any) -> dict[str, int]:
-    """DeepSpeed's own counts."""
+    """DeepSpeed's counts of optimizer steps, samples and skipped steps."""
     return {name: int(getattr(engine, name)) for name in ("global_steps", "global_samples", "skipped_steps")}
 
 
 def set_counters(engine: Any, values: dict[str, int]) -> None:
-    """Takes what `counters` gave, on any number of ranks: checkpoints lie between optimizer steps."""
+    """Restores what `counters` returned. The number of ranks may differ: checkpoints lie between optimizer steps."""
     for name, value in values.items():
         setattr(engine, name, value)
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
 
 
 def buffers(engine: Any) -> dict[str, Tensor]:
-    """The module's persistent buffers, the same on every rank."""
+    """The module's persistent buffers, which are equal on every rank."""
     kept = engine.module.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in engine.module.named_buffers() if name in kept}
 
 
 @torch.no_grad()
 def checksum(module: nn.Module) -> tuple[int, int]:
-    """Two integers over the bits of every parameter, computed where the parameters are.
+    """Two integers over the bits of every parameter, computed on the parameters' device.
 
-    The second one weighs each value by its place. Equal weights give equal numbers; that different weights give
-    different ones is as good as certain, but no proof.
+    The second integer weighs each value by its position. Equal weights give equal integers; different weights almost
+    certainly give different integers.
     """
     total = placed = torch.zeros((), dtype=torch.int64)
     for parameter in module.parameters():
@@ -250,7 +250,7 @@ def checksum(module: nn.Module) -> tuple[int, int]:
 
 
 def push(engine: Any) -> None:
-    """Makes the model's parameters equal to the master shards (after these were written to)."""
+    """Copies the master shards to the model's parameters. Call it after writing to the shards."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() < 3:
         optimizer.update_lp_params()
@@ -265,9 +265,10 @@ def push(engine: Any) -> None:
 
 @contextmanager
 def swapped(engine: Any, replacement: list[Tensor]) -> Iterator[None]:
-    """Inside, the model has the weights of `replacement` (shards as in `shards`); afterwards its own, bit for bit.
+    """Inside, the model has the weights of `replacement` (as `shards` gives them); afterwards its own, bit for bit.
 
-    Not after an exception, which ends the run: to write is collective, and the other ranks may be elsewhere.
+    An exception leaves `replacement` in the model: it ends the run, and the collective that writes weights back could
+    wait for ranks that are elsewhere.
     """
     own = [shard.detach().clone() for shard in shards(engine)]
     _write(engine, replacement)
@@ -289,10 +290,10 @@ def gathered(engine: Any) -> Iterator[None]:
 
 @contextmanager
 def collected(engine: Any, is_first: bool) -> Iterator[None]:
-    """Inside, the first rank's model has whole parameters in CPU memory: enough for `state_dict`, for nothing else.
+    """Inside, the first rank's model has whole parameters in CPU memory, for `state_dict` only.
 
-    Below ZeRO-3 every rank has them whole anyway. Under it, they are gathered one by one, so that no device and no
-    other rank ever holds more than the largest parameter.
+    Below ZeRO-3 every rank has whole parameters anyway. Under ZeRO-3 the parameters are gathered one by one, so that no
+    device and no other rank ever holds more than the largest parameter.
     """
     if engine.zero_optimization_stage() < 3:
         yield

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from engine import endings, peers, threads
 
 DEFAULT_TIMEOUT_S = 3600
-"""Of the process groups. The watchdog, which knows more, is to be faster: engine.hang_timeout_s."""
+"""Timeout of the process groups. The watchdog, which names the rank, should act first: engine.hang_timeout_s."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Ranks:
     device: torch.device
     control: Any
     waits: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Entered around every collective: the loop measures there how long it waits for other ranks."""
+    """Context entered around every collective: the loop measures with it how long it waits for other ranks."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this is rank 0, which writes what only one rank may write."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -54,7 +54,7 @@ class Ranks:
         return values
 
     def peak_memory_gib(self) -> float:
-        """The highest of all ranks, in GiB: allocated on a GPU since the last call, or resident since the start."""
+        """Peak GiB of the fullest rank: GPU memory allocated since the last call, or resident since the start."""
         if self.device.type == "cuda":
             peak_bytes = torch.cuda.max_memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -73,8 +73,8 @@ class Ranks:
 def start(timeout_s: int = DEFAULT_TIMEOUT_S, meeting_s: int = peers.MEETING_S) -> Ranks:
     """Joins the process group named by the launcher's environment (alone, if there is none).
 
-    `timeout_s`: of every collective; `meeting_s`: how long ranks wait for each other here.
-    Raises UserError when ranks do not find each other, naming those that are missing.
+    `timeout_s`: the limit of every collective; `meeting_s`: how long ranks wait for each other here.
+    Raises UserError, naming the missing ranks: ranks do not find each other.
     """
     use_cuda = torch.cuda.is_available()
     if not use_cuda:
@@ -82,8 +82,8 @@ def start(timeout_s: int = DEFAULT_TIMEOUT_S, meeting_s: int = peers.MEETING_S) 
     import deepspeed
 
     if not use_cuda:
-        # The shared-memory op leaves 69 MB a rank in /dev/shm and is not needed (DeepSpeed 0.19). Only CPUs use it, and
-        # to read this table is to probe every op: with CUDA's compiler, on every rank.
+        # The shared-memory op, which only CPUs use, leaves 69 MB a rank in /dev/shm and is not needed (DeepSpeed 0.19).
+        # GPU ranks must not read this table: reading it probes every op with CUDA's compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
@@ -104,20 +104,20 @@ def start(timeout_s: int = DEFAULT_TIMEOUT_S, meeting_s: int = peers.MEETING_S) 
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, control)
-    ranks.barrier()  # connections stand
+    ranks.barrier()  # opens the connections
     peers.notice_vanished_peers()
     peers.introduce(ranks.gather(peers.introduction()))
     return ranks
 
 
 def patient(ranks: Ranks, timeout_s: int) -> Ranks:
-    """The same ranks, whose collectives wait longer for each other. Collective."""
+    """A copy of `ranks` whose collectives wait up to `timeout_s` for each other. Collective."""
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
     return dataclasses.replace(ranks, control=control)
 
 
 def is_started() -> bool:
-    """Whether this process has joined the others."""
+    """Whether this process has joined the process group."""
     return dist.is_initialized()
 
 

@@ -12,11 +12,11 @@ from engine import deepspeed_engine
 
 
 class Ema:
-    """`shadow <- shadow + (1 - d) (weights - shadow)` after every optimizer step, for each decay that is asked.
+    """`shadow <- shadow + (1 - d) (weights - shadow)` after every optimizer step, for each requested decay.
 
-    d = min(decay, (1 + step) / (10 + step)): short runs and early steps are not dominated by the initial weights.
-    Costs 4 bytes a parameter and decay, divided by the number of ranks. `shadows`: by decay, in the order asked,
-    shards as in `deepspeed_engine.shards`.
+    d = min(decay, (1 + step) / (10 + step)), so that the initial weights do not dominate short runs and early steps.
+    It costs 4 bytes a parameter and decay, divided by the number of ranks. `shadows`: by decay, in the requested order,
+    shards as `deepspeed_engine.shards` gives them.
     """
 
     def __init__(self, engine: Any, decays: Sequence[float]) -> None:
@@ -26,7 +26,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, engine: Any, step: int) -> None:
-        """Takes the weights after optimizer step number `step` (from 0)."""
+        """Adds the weights after optimizer step number `step` (from 0) to every average."""
         for decay, shadow in self.shadows.items():
             weight = 1.0 - min(decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(shadow, deepspeed_engine.shards(engine), weight)

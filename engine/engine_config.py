@@ -1,4 +1,4 @@
-"""How a training runs: length, parallelism, rhythm of logs and checkpoints, and what follows trouble."""
+"""Config of a training's run: length, parallelism, intervals of logs and checkpoints, responses to trouble."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OnLossSpike = Literal["ignore", "skip", "roll_back"]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How long, how often, how parallel."""
+    """The section `engine` of a training's config."""
 
     steps: Steps
     """Optimizer steps of the whole run."""
@@ -27,56 +27,56 @@ class EngineConfig:
     precision: Precision = "fp32"
     """fp32; bf16_autocast: fp32 weights, bf16 matrix products; bf16: bf16 weights with fp32 masters."""
     tf32: bool = True
-    """Whether GPUs may multiply fp32 numbers in TF32 (10 bits of mantissa). Scores are computed without, always."""
+    """Whether GPUs may multiply fp32 numbers in TF32 (10 bits of mantissa). Scores are always computed without TF32."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage 1, 2 or 3 (0 has no guard against non-finite gradients). It may change on resume."""
     ema_decay: float | tuple[float, ...] = 0.9999
-    """Decay of the averaged weights that are sampled and exported; 0 keeps the last weights. Of a list, the first is
-    sampled and exported, every other one exported beside it as export_ema_DECAY.
+    """Decay of the averaged weights that are sampled and exported; 0: the last weights are. In a list, the first
+    decay's average is sampled and exported; every other average is exported beside it as export_ema_DECAY.
     """
     seed: Seed = 0
-    """Seed of the initial weights. The order of the data has its own."""
+    """Seed of the initial weights. The order of the data has a seed of its own."""
     deterministic: bool = False
-    """Whether the same run gives the same bits on GPUs too, at some cost; on a CPU it does anyway. Only kernels with a
-    deterministic backward pass are taken. Trainings on pixels have none for all they do on a GPU, and refuse it.
+    """Whether a repeated run gives equal bits on GPUs too, at some cost; on a CPU it always does. Only kernels with a
+    deterministic backward pass are used. Trainings on pixels need GPU kernels that have none, and refuse this setting.
     """
     log_every_steps: Steps = 10
     checkpoint_every_steps: Steps = 1000
     keep_checkpoints: Count = 2
     async_checkpoint: bool = True
-    """Whether the training goes on while a checkpoint is written: it waits only for a copy in CPU memory (16 bytes a
-    trained parameter and 4 for each average, divided by the number of ranks), and the checkpoint counts from the step
-    at which every rank has finished. false: it waits for the disk and needs no such memory. The last checkpoint and
-    the one after a stop signal are always waited for.
+    """Whether the training goes on while a checkpoint is written. true: the training waits only for a copy to CPU
+    memory (16 bytes a trained parameter and 4 for each average, divided by the number of ranks), and the checkpoint
+    becomes complete at the step at which every rank has finished writing. false: the training waits for the disk and
+    needs no such memory. The training always waits for the last checkpoint and for the one after a stop signal.
     """
     export_at_steps: tuple[Step, ...] = ()
-    """Steps whose averaged weights are also exported, to export_step_XXXXXXXX beside the last ones' export: what guides
-    by an early model (AutoGuidance) needs.
+    """Steps whose averaged weights are also exported, to export_step_XXXXXXXX beside the final export. AutoGuidance
+    needs such an early model.
     """
     sample_every_steps: Step = 0
-    """Steps between sample grids; 0: only at the end."""
+    """Steps between sample grids; 0: one grid at the end."""
     max_nonfinite_steps: Step = 5
-    """The run stops after this many steps with a non-finite loss or gradient (none of them is applied)."""
+    """The run stops after this many steps with a non-finite loss or gradient. No such step is applied."""
     on_alarm: OnAlarm = "warn"
     """What follows when the objective raises an alarm (a collapsed reconstruction, a discriminator that won) or
-    max_nonfinite_steps is reached. warn: a line (and, for non-finite steps, the end); stop; roll_back: to the oldest
-    checkpoint kept, on the data that come next, so that the same batches are not met again.
+    max_nonfinite_steps is reached. warn: prints a line (non-finite steps end the run); stop: ends the run; roll_back:
+    returns to the oldest checkpoint kept, but goes on with new data, so that the bad batches do not come again.
     """
     max_roll_backs: Amount = 3
-    """The alarm after so many stops the run."""
+    """Roll-backs before the next alarm stops the run."""
     on_loss_spike: OnLossSpike = "ignore"
-    """What follows a step whose loss is above loss_spike_factor times the median of the last 100. skip: it is not
-    taken, its batch is kept, and after max_nonfinite_steps in a row the run stops; roll_back: as for alarms. Neither
-    is free: the loss of every step is then waited for before its backward pass.
+    """What follows a step whose loss is above loss_spike_factor times the median of the last 100. skip: the step is not
+    taken, its batch is kept, and the run stops after max_nonfinite_steps in a row; roll_back: as for alarms. Both cost
+    time: every step then waits for its loss before its last backward pass.
     """
     loss_spike_factor: float = 3.0
     hang_timeout_s: Seconds = 1800.0
-    """A rank that has not moved for so long is named and the run ends, to be started again; 0: never."""
+    """Seconds without progress after which a rank is named and the run ends, to be started again; 0: no limit."""
     wandb: WandbMode = "offline"
 
     @property
     def ema_decays(self) -> tuple[float, ...]:
-        """Decays of all averages, the one to sample and export first; none: the last weights are."""
+        """Decays of all averages; the first is sampled and exported. Empty: the last weights take its place."""
         decays = self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
         return tuple(decay for decay in decays if decay)
 

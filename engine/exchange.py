@@ -1,8 +1,8 @@
-"""Gradients of bf16 weights under ZeRO-1: summed in fp32 as they come, sent to their owners during the last backward.
+"""Gradients of bf16 weights under ZeRO-1, summed in fp32 as they come and sent to their owners in the last backward.
 
-DeepSpeed's BF16_Optimizer adds through an fp32 copy of every gradient and clears the sums after each step; after the
-last backward pass it all-reduces all of them, and every rank takes the norm of all. docs/recipes.md and
-benchmarks/exchange.py have the difference. The members that are not defined here are private to DeepSpeed 0.19.
+DeepSpeed's BF16_Optimizer adds through an fp32 copy of every gradient and clears the sums after each step. After the
+last backward pass it all-reduces all sums, and every rank computes the norm of all of them. docs/recipes.md and
+benchmarks/exchange.py state what the exchange here saves. Members not defined here are private to DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from torch import Tensor
 from engine import layout
 
 BUCKET_ELEMENTS = 25_000_000
-"""Of one exchange: 100 MB, which a network carries at its full rate. No backward pass hides the last one."""
+"""Size of one exchange: 100 MB, which a network carries at its full rate. No backward pass hides the last exchange."""
 NORM_ELEMENTS = 1 << 20
-"""Of one norm: a CPU sums more of them in fp32 with an error of a per cent."""
+"""Size of one partial norm: on a CPU, a longer fp32 sum of squares is wrong by about a per cent."""
 
 
 @dataclass(eq=False)
 class _Bucket:
-    """A range of the sums that one rank's shard holds."""
+    """A range of the gradient sums that lies in one rank's shard."""
 
     sums: Tensor
     owner: int | None
-    """Rank; None: all need the total."""
+    """The rank that needs the total; None: all ranks need it."""
     num_parameters: int
     missing: int
-    """Parameters whose gradient of this backward pass is still to come."""
+    """Number of parameters whose gradient of this backward pass has not come yet."""
 
 
 class ShardedSums(BF16_Optimizer):  # type: ignore[misc]
-    """BF16_Optimizer with another way to its fp32 gradients. A step waits for the device once, for the norm."""
+    """BF16_Optimizer with its own exchange of fp32 gradients. A step waits for the device once, for the norm."""
 
     _buckets: list[_Bucket]
-    """In the order in which they are exchanged, the same on every rank."""
+    """Buckets in the order of their exchange, which is equal on every rank."""
     _buckets_of: list[list[list[_Bucket]]]
-    """By parameter group and place in it."""
+    """The buckets of a parameter, by its group and its position in the group."""
 
     @classmethod
     def take_over(cls, optimizer: BF16_Optimizer) -> None:
-        """Gives an `optimizer` that nobody has used these methods; it must be one that updates immediately."""
+        """Gives an unused `optimizer` these methods. It must have `immediate_grad_update` on."""
         assert type(optimizer) is BF16_Optimizer and optimizer.immediate_grad_update
         optimizer.__class__ = cls
         optimizer._plan_exchange()
@@ -86,8 +86,8 @@ class ShardedSums(BF16_Optimizer):  # type: ignore[misc]
     def accumulate_hp_grads_and_remove_lp(
         self, lp_param: torch.nn.Parameter, group_idx: int, param_idx: int
     ) -> None:
-        """DeepSpeed's hook behind a parameter's gradient: one kernel adds it; the first of a step replaces the sum."""
-        # Without DeepSpeed's prologue it is not known whether this is the last pass: see masters.Forward.
+        """DeepSpeed's hook behind a parameter's gradient. One kernel adds it; a step's first one replaces the sum."""
+        # Only DeepSpeed's prologue of a backward pass tells whether this is the last pass: deepspeed_engine.Forward.
         assert self._backward_active_depth and lp_param.grad is not None
         sums = self.fp32_groups_gradients[group_idx][param_idx]
         if self.fp32_groups_has_gradients[group_idx][param_idx]:
@@ -103,7 +103,7 @@ class ShardedSums(BF16_Optimizer):  # type: ignore[misc]
             self._exchange(only_ready=True)
 
     def _exchange(self, *, only_ready: bool) -> None:
-        """Begins with the buckets that come next."""
+        """Starts the exchange of the next buckets in order: of all, or (`only_ready`) up to the first unready one."""
         while self._num_begun < len(self._buckets):
             bucket = self._buckets[self._num_begun]
             if only_ready and bucket.missing:
@@ -119,7 +119,7 @@ class ShardedSums(BF16_Optimizer):  # type: ignore[misc]
 
     @torch.no_grad()
     def reduce_gradients(self, pipeline_parallel: bool) -> None:
-        """Called by DeepSpeed behind the last backward pass: afterwards each shard has the mean over the ranks.
+        """DeepSpeed calls this after the last backward pass; afterwards each shard has the mean over the ranks.
 
         A parameter without a gradient on this rank counts as zero.
         """
@@ -142,17 +142,17 @@ class ShardedSums(BF16_Optimizer):  # type: ignore[misc]
                 mean.mul_(1 / self._world)
 
     def clear_hp_grads(self) -> None:
-        """The next gradients replace the sums; to write zeros first would take as long as to add one."""
+        """Lets the next gradients replace the sums: writing zeros would take as long as adding a gradient."""
         self.fp32_groups_has_gradients = [[False] * len(group) for group in self.bf16_groups]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """The same as DeepSpeed's, with the norm taken of the shards. DeepSpeed's engine clears the sums afterwards."""
+        """DeepSpeed's step, but the norm is computed from the shards. DeepSpeed's engine clears the sums afterwards."""
         shards = self.fp32_groups_gradient_flat_partition
         pieces = [piece for shard in shards for piece in shard.split(NORM_ELEMENTS)]
         squares = torch.stack(torch._foreach_norm(pieces)).square().sum()
         comm.all_reduce(squares, group=self.dp_process_group)
-        norm = math.sqrt(float(squares))  # not a number on all ranks as soon as one gradient is
+        norm = math.sqrt(float(squares))  # non-finite on all ranks as soon as one gradient is
         self.overflow = not math.isfinite(norm)
         self._global_grad_norm = math.inf if self.overflow else norm
         if self.overflow:
@@ -164,5 +164,5 @@ class ShardedSums(BF16_Optimizer):  # type: ignore[misc]
         if self._uses_muon:
             self._prepare_muon_updates()
         self.optimizer.step()
-        self._lazy_init_hp_params_optimizer_state()  # there is a state only now
+        self._lazy_init_hp_params_optimizer_state()  # the state exists only now
         self.update_lp_params()

@@ -1,4 +1,4 @@
-"""What can go wrong while a run goes on: non-finite steps, loss spikes, alarms, ranks that drift apart, full memory."""
+"""Watches a run for non-finite steps, loss spikes, alarms, ranks that drift apart and full memory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from engine.logs import EventKind
 from engine.memory import asked_for
 
 NUM_LOSSES, FEWEST_LOSSES = 100, 20
-"""Steps whose losses a spike is compared with, and how many there must be."""
+"""Number of past losses that a spike is compared with, and the fewest that allow a comparison."""
 
 NONFINITE, SPIKES = "nonfinite", "spikes"
-"""Folders of the batches of steps that were not taken."""
+"""Folders that keep the batches of steps that were not taken."""
 
 MEMORY_ADVICE = {
     "": "lower packing.tokens_per_pack or pixels.images_per_pack, turn on activation_checkpointing, or raise "
@@ -35,10 +35,10 @@ MEMORY_ADVICE = {
 
 
 class Guard:
-    """Counts trouble and decides what follows (`engine.on_alarm`). The same decisions on every rank.
+    """Counts trouble and decides what follows (`engine.on_alarm`). Every rank decides alike.
 
-    Attributes: `alarm`, why the loop shall roll back, empty while nothing is wrong; `nonfinite_steps` since the
-    start or the last roll-back.
+    Attributes: `alarm`: why the loop must roll back, empty while nothing is wrong; `nonfinite_steps`: their number
+    since the start or the last roll-back.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Guard:
         ranks: Ranks,
         say: Callable[[EventKind, int, str], None],
     ) -> None:
-        """`say`: takes kind, step and sentence of what happened; it is called on every rank."""
+        """`say`: is told each event as kind, step and sentence; every rank calls it."""
         self.alarm = ""
         self.nonfinite_steps = 0
         self._roll_backs = 0
@@ -60,7 +60,7 @@ class Guard:
         self._spikes_in_a_row = 0
 
     def nonfinite(self, step: int, batches: Sequence[Batch]) -> None:
-        """A step that was not taken: keeps its batch for a post-mortem; ends the run or rolls back after too many."""
+        """Handles a non-finite step, which was not taken: keeps its batch; too many end the run or roll it back."""
         self.nonfinite_steps += 1
         kept = self._keep(NONFINITE, step, batches)
         text = f"step {step}: non-finite loss or gradient, step not taken; {kept}"
@@ -75,17 +75,17 @@ class Guard:
             )
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a step's loss (the same number on every rank) is far above the last ones'; remembers it if not."""
+        """Whether a step's mean loss (equal on every rank) is far above the last losses; if not, remembers it."""
         known = len(self._losses) >= FEWEST_LOSSES
         if known and loss > self._config.loss_spike_factor * median(self._losses):
             return True
         self._spikes_in_a_row = 0
-        if loss == loss:  # what is not a number is another guard's
+        if loss == loss:  # `nonfinite` handles NaN
             self._losses.append(loss)
         return False
 
     def spike(self, step: int, loss: float, batches: Sequence[Batch]) -> None:
-        """A step that was not taken because of its loss: keeps its batch; rolls back, or ends the run in the end."""
+        """Handles a step not taken because of its loss: keeps its batch; rolls back, or after too many ends the run."""
         self._spikes_in_a_row += 1
         kept = self._keep(SPIKES, step, batches)
         reason = f"loss {loss:.4g} at a median of {median(self._losses):.4g}"
@@ -100,8 +100,8 @@ class Guard:
             )
 
     def _keep(self, kind: str, step: int, batches: Sequence[Batch]) -> str:
-        """Writes the batch for a post-mortem, which the training can do without; says where it is, or why not."""
-        again = f"_roll_back_{self._roll_backs}" if self._roll_backs else ""  # the same step, other data
+        """Writes the batch for a post-mortem. Returns where it is, or why it could not be written."""
+        again = f"_roll_back_{self._roll_backs}" if self._roll_backs else ""  # a step then has other data
         path = self._run_dir / kind / f"step_{step:08d}_rank_{self._ranks.rank:05d}{again}.pt"
         content = io.BytesIO()
         torch.save([batch.__dict__ for batch in batches], content)
@@ -112,7 +112,7 @@ class Guard:
         return f"batch kept in {path}"
 
     def look(self, step: int, values: Mapping[str, float]) -> None:
-        """Asks the objective about the window that was just logged."""
+        """Asks the objective for alarms about the window just logged. Raises UserError: an alarm stops the run."""
         self._history.append(values)
         alarms = list(self._objective.alarms(list(self._history)))
         for alarm in alarms:
@@ -126,7 +126,7 @@ class Guard:
             self.alarm = alarms[0]
 
     def begin_roll_back(self, step: int, has_checkpoint: bool) -> str:
-        """The reason; forgets it and what was seen. Raises UserError when going back cannot help any more."""
+        """Returns the reason, and forgets it and the history. Raises UserError: no checkpoint, or no roll-back left."""
         reason, self.alarm = self.alarm, ""
         if not has_checkpoint or self._roll_backs >= self._config.max_roll_backs:
             why = (
@@ -142,9 +142,9 @@ class Guard:
         return reason
 
     def check_replicas(self, step: int, engines: Mapping[str, Any]) -> None:
-        """Before a checkpoint: weights that every rank holds whole must have the same bits everywhere. Collective.
+        """Before a checkpoint: weights that every rank holds whole must have equal bits on all ranks. Collective.
 
-        Raises UserError naming the ranks. ZeRO-3 has no replicas.
+        Raises UserError naming the ranks that differ. ZeRO-3 has no replicas.
         """
         if self._config.zero_stage == 3 or self._ranks.world == 1:
             return
@@ -157,7 +157,7 @@ class Guard:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and last losses for the checkpoint."""
+        """Counters and last losses, JSON-able, for the checkpoint."""
         return {
             "nonfinite_steps": self.nonfinite_steps,
             "roll_backs": self._roll_backs,
@@ -166,16 +166,16 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.nonfinite_steps, self._roll_backs = state["nonfinite_steps"], state["roll_backs"]
         self._spikes_in_a_row = state["spikes_in_a_row"]
         self._losses.extend(state["losses"])
 
 
 def out_of_memory(error: RuntimeError, step: int, part: str) -> UserError | None:
-    """The one line for a device (or host) whose memory is full; None: `error` is another one.
+    """The one-line error for a device (or host) whose memory is full; None: `error` has another cause.
 
-    `part`: of the step, where it happened.
+    `part`: the part of the step in which it happened.
     """
     asked = asked_for(error)
     if asked is None:

@@ -1,4 +1,4 @@
-"""Which values of which parameters stand where in a flat shard: the coordinates that checkpoints are written in."""
+"""Maps values of parameters to positions in a flat shard: the coordinates of checkpoints."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 Sizes = Sequence[tuple[str, int]]
-"""Names and numbers of elements of parameters, in the order in which they lie one behind the other."""
+"""Names and element counts of parameters, in the order in which their values are concatenated."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """`length` values of the flattened `parameter`, from `start`, that stand at `offset` in a flat shard."""
+    """`length` values of the flattened `parameter`, from index `start`, that lie at `offset` in a flat shard."""
 
     parameter: str
     start: int
@@ -20,7 +20,7 @@ class Segment:
 
 
 def window(sizes: Sizes, begin: int, length: int) -> list[Segment]:
-    """ZeRO-1 and 2: a shard is `length` values, from `begin`, of all parameters one behind the other.
+    """ZeRO-1 and 2: a shard is `length` values, from `begin`, of all parameters concatenated.
 
     Values behind the last parameter are padding and belong to no segment.
     """
@@ -47,10 +47,10 @@ def pieces(sizes: Sizes, rank: int, world: int) -> list[Segment]:
 
 
 def whole(sizes: Sizes) -> list[Segment]:
-    """Every parameter whole, one behind the other (the momentum of Muon under ZeRO-1 and 2)."""
+    """Every parameter whole, concatenated (the momentum of Muon under ZeRO-1 and 2)."""
     return window(sizes, 0, sum(numel for _, numel in sizes))
 
 
 def covered(segments: Iterable[Segment]) -> int:
-    """Number of values in the segments."""
+    """Total number of values in the segments."""
     return sum(segment.length for segment in segments)

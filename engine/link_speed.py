@@ -1,4 +1,4 @@
-"""Speed of the connections between ranks: what launch/check_nodes.py prints."""
+"""Measures the connections between ranks for launch/check_nodes.py."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ class Link:
 
 
 def all_reduce_s(ranks: Ranks, num_bytes: int) -> float:
-    """Seconds of one all-reduce of fp32 over all ranks, median of a few on the first rank. Collective."""
+    """Seconds of one fp32 all-reduce of `num_bytes` over all ranks: the median of a few, on rank 0. Collective."""
     values = torch.ones(num_bytes // 4, device=ranks.device)
 
     def once() -> None:
         dist.all_reduce(values)
         values.mul_(1 / ranks.world)
 
-    once()  # connections are made by the first one
+    once()  # the first call opens the connections
     return float(ranks.gather(statistics.median(_timed(once, ranks) for _ in range(NUM_ROUNDS)))[0])
 
 
 def measure_links(ranks: Ranks, pairs: Sequence[tuple[int, int]], num_bytes: int) -> list[Link]:
-    """Latency and bandwidth of each (sender, receiver), one at a time, so that none shares its wire. Collective."""
+    """Latency and bandwidth of each (sender, receiver), one at a time, so that no pair shares a wire. Collective."""
     links = []
     for sender, receiver in pairs:
         ranks.barrier()
         link = None
         if ranks.rank in (sender, receiver):
-            _exchange(ranks, sender, receiver, SMALL_BYTES)  # connections are made by the first one
+            _exchange(ranks, sender, receiver, SMALL_BYTES)  # the first exchange opens the connections
             pings = [_exchange(ranks, sender, receiver, SMALL_BYTES) for _ in range(NUM_PINGS)]
             transfers = [_exchange(ranks, sender, receiver, num_bytes) for _ in range(NUM_ROUNDS)]
             latency_s = statistics.median(pings) / 2

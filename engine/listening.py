@@ -1,7 +1,7 @@
-"""Who may connect to the ranks: nobody outside this host, where all of them are on it.
+"""Restricts who may connect to the ranks: if all of them are on this host, nobody outside it may.
 
-torch's stores and gloo take what any client sends, without a password. By default a store listens on every interface,
-and gloo on the one that the host's name leads to.
+torch's stores and gloo accept what any client sends, without a password. By default a store listens on every interface,
+and gloo on the interface that the host's name resolves to.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def is_one_host() -> bool:
-    """Whether one launcher has started all ranks, as far as it says so."""
+    """Whether all ranks are on this host, according to the launcher's environment."""
     local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
     return local is not None and local == os.environ.get("WORLD_SIZE")
 
 
 def keep_to_host() -> None:
-    """Where all ranks are on this host they meet on its loopback, and gloo and NCCL listen there.
+    """If all ranks are on this host, makes them meet on the loopback, and gloo and NCCL listen there.
 
-    An interface that somebody has named stays. Which one NCCL takes for its set-up says nothing about the tensors:
-    within a host they go through NVLink, PCIe or shared memory.
+    An interface named in the environment stays. NCCL uses the interface for its set-up only: within a host, tensors go
+    through NVLink, PCIe or shared memory.
     """
     is_alone = os.environ["WORLD_SIZE"] == "1"
     if not (is_alone or is_one_host() or os.environ["MASTER_ADDR"] in _LOOPBACK_NAMES):
@@ -41,10 +41,10 @@ def keep_to_host() -> None:
 
 
 def open_store(port: int, *, serves: bool, timeout_s: float, world_size: int | None = None) -> dist.TCPStore:
-    """A client of the store at MASTER_ADDR. Its server is this process, if it `serves` (port 0: any that is free).
+    """A client of the store at MASTER_ADDR. This process is the server if it `serves` (port 0: any free port).
 
-    On the loopback the server listens there only. The process group that follows shares it (torch's env:// asks for it
-    alike). Raises OSError or DistError: the port is taken, nobody answers.
+    If MASTER_ADDR is the loopback, the server listens on the loopback only. The process group shares the store, which
+    torch's env:// opens in the same way. Raises OSError or DistError: the port is taken, or nobody answers.
     """
     keep_to_host()
     descriptor = None
@@ -64,5 +64,5 @@ def open_store(port: int, *, serves: bool, timeout_s: float, world_size: int | N
 
 
 def _is_served_by_launcher() -> bool:
-    """torchrun holds the store itself, at an address of its own."""
+    """Whether torchrun serves the store itself."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -1,4 +1,4 @@
-"""Files of JSON lines that a training writes while it goes on, and what becomes of it when it cannot."""
+"""JSON-lines files that a running training appends to, and the handling of writes that fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from base import files
 
 
 class JsonLines:
-    """Appends whole lines. The file stays open; one that was deleted or replaced meanwhile is opened anew."""
+    """Appends whole lines to a file, which stays open. A file deleted or replaced meanwhile is opened anew."""
 
     def __init__(self, path: Path) -> None:
         """Drops the half line that a killed process may have left at the end. Raises OSError."""
@@ -23,7 +23,7 @@ class JsonLines:
         self._descriptor = -1
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Writes `row`. Raises OSError, and then leaves no part of it."""
+        """Writes `row` as one line. Raises OSError; no part of the line is then left in the file."""
         payload = memoryview(json.dumps(row).encode() + b"\n")
         if not self._is_open():
             self.close()
@@ -38,14 +38,14 @@ class JsonLines:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
-        """May be called again."""
+        """Closes the file. A second call does nothing."""
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 os.close(self._descriptor)
         self._descriptor = -1
 
     def _is_open(self) -> bool:
-        """Whether what is open is what stands at the path."""
+        """Whether the open file is still the file at the path."""
         try:
             there, here = self._path.stat(), os.fstat(self._descriptor)
         except OSError:
@@ -54,7 +54,7 @@ class JsonLines:
 
 
 class Expendable:
-    """Around each write that a training can do without: one that fails is told, once a file, and ends nothing."""
+    """Context of writes that a training can do without: a failed write is reported once a file and ends nothing."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
@@ -62,7 +62,7 @@ class Expendable:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """`name`: of the file, or of the folder of files of one kind, in the run folder."""
+        """`name`: the file's name in the run folder, or that of the folder that holds such files."""
         try:
             yield
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What a run says: lines for people, JSON lines for machines, events, wandb, and sample grids."""
+"""A run's logs: console lines, JSON lines of metrics, scores and events, wandb, and sample grids."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WandbMode = Literal["disabled", "offline", "online"]
 WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 WANDB_HOST = "api.wandb.ai"
 WANDB_FINISH_S = 300.0
-"""How long the end of a run waits for its upload: by default for as long as the server does not answer."""
+"""How long the end of a run waits for wandb's upload. wandb's default waits until the server answers."""
 EventKind = Literal[
     "start",
     "resume",
@@ -60,8 +60,8 @@ def seconds_text(seconds: float) -> str:
 class RunLog:
     """Writes metrics.jsonl, scores.jsonl, events.jsonl, sample grids and wandb of one run (rank 0 only).
 
-    Secrets are taken out. On resume, metrics and scores of steps that are done again are dropped, so that every step
-    stands there once; events all stay. What cannot be written while the training goes on is told once a file.
+    Secrets are masked. On resume, metrics and scores of steps that are repeated are dropped, so that every step has one
+    line; all events stay. A write that fails while the training goes on is reported once a file.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class RunLog:
         self._open_wandb(start_step)
 
     def line(self, text: str) -> None:
-        """One line for people, at once."""
+        """Prints one line for people, at once."""
         say(f"[{self.name}] {redact(text)}")
 
     def event(self, kind: EventKind, step: int, text: str) -> None:
-        """Something that happened when `step` steps were done: one line of events.jsonl, with the time (unix, s)."""
+        """Appends an event after `step` finished steps to events.jsonl, with the time (unix, s)."""
         row = {"time_s": time.time(), "step": step, "kind": kind, "text": redact(text)}
         self._append(EVENTS, row)
 
     def ended_by(self, error: BaseException, step: int) -> None:
-        """What ended the run at `step`: a sentence for a person's mistakes and stops, else the exception."""
+        """Records what ended the run at `step`: the sentence of a UserError or a stop, else the exception."""
         with contextlib.suppress(OSError):  # a full disk must not hide the reason
             if isinstance(error, UserError):
                 self.event("stop", step, str(error))
@@ -96,7 +96,7 @@ class RunLog:
                 self.event("error", step, f"{type(error).__name__}: {error}")
 
     def metrics(self, values: Mapping[str, float], num_steps: int, eta_s: float) -> None:
-        """`values` must hold `step` (number of finished steps) and `loss`; a non-finite value is written as null.
+        """Logs `values`, which must hold `step` (finished steps) and `loss`; a non-finite value is written as null.
 
         Adds `time_s` (unix, s) and `num_steps`, the steps of the whole run.
         """
@@ -106,7 +106,7 @@ class RunLog:
         self.line(self._console.text(values, num_steps, eta_s))
 
     def samples(self, step: int, grid: npt.NDArray[np.uint8]) -> None:
-        """`grid` uint8 [H, W, 3] as samples/step_XXXXXXXX.png."""
+        """Writes `grid`, uint8 [H, W, 3], to samples/step_XXXXXXXX.png."""
         path = self.run_dir / SAMPLES / f"step_{step:08d}.png"
         with self._spare(SAMPLES):
             path.parent.mkdir(exist_ok=True)
@@ -116,29 +116,29 @@ class RunLog:
             self._tell_wandb(step, lambda: {"samples": _wandb_image(path)})
 
     def scores(self, step: int, values: Mapping[str, float]) -> None:
-        """What an evaluation found, as one line of scores.jsonl: `step`, `time_s` (unix, s) and the scores."""
+        """Appends an evaluation's scores to scores.jsonl: one line of `step`, `time_s` (unix, s) and the scores."""
         row = {"step": step, "time_s": time.time(), **_finite(values)}
         self._append(SCORES, row)
         self._tell_wandb(step, lambda: {f"evaluation/{name}": value for name, value in values.items()})
 
     def has_scores(self, step: int) -> bool:
-        """Whether `scores` was told of that step."""
+        """Whether scores.jsonl holds the scores of that step."""
         path = self.run_dir / SCORES
         return path.exists() and any(
             json.loads(line)["step"] == step for line in path.read_text().splitlines()
         )
 
     def rewind(self, step: int) -> None:
-        """Drops the lines after `step`: its successors are done again (wandb keeps its own)."""
+        """Drops the lines after `step`, because those steps are repeated. wandb keeps its lines."""
         with self._spare(METRICS):
             self._keep_before(step)
 
     def close(self) -> None:
-        """Nothing is written any more."""
+        """Closes every file and ends wandb's run."""
         for file in self._files.values():
             file.close()
         if self._wandb is not None:
-            with contextlib.suppress(Exception):  # what is not uploaded lies in the run folder
+            with contextlib.suppress(Exception):  # what was not uploaded stays in the run folder
                 self._wandb.finish()
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
@@ -161,13 +161,13 @@ class RunLog:
             self._tell_wandb(step, values)
 
     def _leave_wandb(self, error: Exception, step: int) -> None:
-        """A curve that cannot be shown ends no training: it goes on offline; where that failed, without wandb."""
+        """A wandb error does not end the training: wandb goes on offline, or, if that fails too, not at all."""
         self._wandb_mode = "offline" if self._wandb_mode == "online" else "disabled"
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         text = f"WARNING: wandb failed ({reason}); this run goes on with engine.wandb={self._wandb_mode}"
         self.line(text)
         self.event("warning", step, text)
-        with contextlib.suppress(Exception):  # what is left of it
+        with contextlib.suppress(Exception):  # of a run that is broken already
             import wandb
 
             wandb.teardown()
@@ -181,13 +181,13 @@ class RunLog:
 
 
 class Console:
-    """The line of a log interval. Numbers keep the width of the widest so far, so that lines stand in columns."""
+    """Formats the line of a log interval. Numbers keep the greatest width so far, so that lines form columns."""
 
     def __init__(self) -> None:
         self._widths: dict[str, int] = {}
 
     def text(self, values: Mapping[str, float], num_steps: int, eta_s: float) -> str:
-        """Step, loss, rates and what is left; numbers that a run does not have are left out."""
+        """Step, loss, rates and remaining time; numbers that a run does not have are left out."""
         cells = [
             self._cell("step ", f"{int(values['step'])}/{num_steps}", "", len(str(num_steps)) * 2 + 1),
             self._cell("loss ", f"{values['loss']:.4f}", "", 7),
@@ -209,23 +209,23 @@ class Console:
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no nan and no infinity: None instead."""
+    """`values` with None for nan and infinity, which JSON does not have."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _lines_before(path: Path, start_step: int) -> Iterator[str]:
-    """Those of steps up to `start_step`."""
+    """The lines of steps up to `start_step`."""
     for line in path.read_text().splitlines():
         try:
             step = json.loads(line)["step"]
-        except json.JSONDecodeError:  # the line a killed process was writing
+        except json.JSONDecodeError:  # the half line of a killed process
             continue
         if step <= start_step:
             yield line + "\n"
 
 
 def check_wandb(mode: WandbMode) -> None:
-    """Raises UserError: `online`, and nobody is logged in to wandb here. Asks no server."""
+    """Raises UserError: `mode` is online and nobody is logged in to wandb here. Asks no server."""
     if mode != "online" or any(os.environ.get(name) for name in WANDB_KEYS):
         return
     import wandb
@@ -249,7 +249,7 @@ def _start_wandb(run_dir: Path, name: str, config: Mapping[str, Any], mode: Wand
 
     # The id follows from the folder, so that a resumed run continues the same curve.
     identity = files.digest(str(run_dir.resolve()))[:16]
-    # No metadata: they hold the command line, where somebody may have written a secret. No second console log.
+    # wandb's metadata would hold the command line, which may contain a secret; its console log would be a second one.
     settings = wandb.Settings(
         silent=True, console="off", x_disable_meta=True, disable_git=True, disable_code=True
     )

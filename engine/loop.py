@@ -51,15 +51,16 @@ def train(
 ) -> Path:
     """Runs or resumes a training and returns the folder of its export (EMA weights).
 
-    `resolved` is the whole run's config, saved as config.json. The same command again continues from the newest good
-    checkpoint, on any number of ranks, bit for bit on the same number; a finished run only returns. Raises UserError:
-    another training runs in `run_dir`.
+    `resolved` is the whole run's config, saved as config.json. A repeated command continues from the newest undamaged
+    checkpoint on any number of ranks; on an equal number the result is equal bit for bit. A finished run only returns.
+    Raises UserError: another training runs in `run_dir`; no checkpoint can be loaded; the guard stops the run; the
+    export cannot be written. Raises StoppedError: a signal stopped the run, and its last step is saved.
     """
     with run_lock.held(run_dir, ranks, lambda text: say(f"[{objective.name}] {text}")):
         run = _Run(objective, source, config, run_dir, resolved, ranks, evaluation)
         try:
             return run.train()
-        except BaseException as error:  # only to write down why, for those who look at the run folder
+        except BaseException as error:  # written to events.jsonl, then raised again
             if run.log:
                 run.log.ended_by(endings.cause(error), run.step)
             raise
@@ -114,12 +115,12 @@ class _Run:
         self._system = SystemMeter(ranks.device, run_dir if ranks.is_first else None)
 
     def train(self) -> Path:
-        """Steps until the end or a stop signal; then the export."""
+        """Trains until the last step, then exports. Raises StoppedError: a stop signal came first."""
         for name in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(name, self._request_stop)
         if (
             signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-        ):  # a shell ignores it for what runs in the background
+        ):  # a shell makes background commands ignore SIGINT
             signal.signal(signal.SIGINT, self._interrupt)
         ranks = f"{counted(self.ranks.world, 'rank')} on {self.ranks.device.type}"
         how = f"{ranks}, ZeRO-{self.config.zero_stage}, {self.config.precision}"
@@ -132,7 +133,7 @@ class _Run:
             self._watchdog = Watchdog(
                 self.ranks, self.config.hang_timeout_s, lambda: (self.step, self.spans.place), self.run_dir
             )
-        notice_vanished_peers()  # the watchdog has connections of its own, and DeepSpeed groups
+        notice_vanished_peers()  # once more: the watchdog and DeepSpeed have opened connections
         try:
             export = self._steps()
         except RuntimeError as error:
@@ -151,7 +152,7 @@ class _Run:
     def _steps(self) -> Path:
         begin_s = time.monotonic()
         start_s, start_step = begin_s, self.step
-        if self.step:  # of a run that ended in the middle of them
+        if self.step:  # the process before this one may have ended before this step's export and scores
             if failed := self._export_early(is_redone=False):
                 raise UserError(f"{failed}; make room and run the same command again")
             self._evaluate_if_due()
@@ -167,7 +168,7 @@ class _Run:
             if self.config.sample_every_steps and self.step % self.config.sample_every_steps == 0:
                 with self.spans("samples"):
                     self._write_samples()
-            # Before a checkpoint: a run that is resumed at a later step would not come here.
+            # Export before the checkpoint: a run that resumes at a later step would not export this one.
             failed = self._export_early()
             stop = self._stop_agreed()
             last = stop or bool(failed) or self.step == self.config.steps
@@ -181,7 +182,7 @@ class _Run:
             if stop and self.step < self.config.steps:
                 why = "interrupted" if self._is_interrupted else "stopped by a signal"
                 raise StoppedError(f"{why} at step {self.step}, saved; run the same command to go on")
-            self._evaluate_if_due()  # after the checkpoint: it may take hours, or fail
+            self._evaluate_if_due()  # after the checkpoint: an evaluation may take hours, or fail
         export = self._export(EXPORT, self.config.ema_decays[0] if self.ema else None)
         for decay in self.config.ema_decays[1:]:
             self._export(f"{EXPORT}_ema_{decay}", decay)
@@ -194,7 +195,7 @@ class _Run:
             self.log.ended_by(error, self.step)
 
     def _event(self, kind: EventKind, step: int, text: str) -> None:
-        """A line for people, and one that stays in the run folder (of what was before the log, when there is one)."""
+        """Prints a line for people and logs the event. Events before the log is open wait in `_early`."""
         if not self.ranks.is_first:
             return
         say(f"[{self.objective.name}] {redact(text)}")
@@ -204,7 +205,7 @@ class _Run:
             self._early.append((kind, step, text))
 
     def _train_step(self) -> None:
-        """One pack of every stream, and what follows if the step was not taken."""
+        """One global step, of one pack from every stream. The guard handles a step that was not taken."""
         begin_s = time.monotonic()
         self.spans.begin_step()
         with self.spans("data"):
@@ -230,15 +231,15 @@ class _Run:
             memory_gib=self.ranks.peak_memory_gib(),
             **combine(self.ranks.gather(self._system.read())),
         )
-        values = self.ranks.gather(values)[0]  # rates differ between ranks; decisions must not
+        values = self.ranks.gather(values)[0]  # rates differ between ranks, but all must decide alike
         if self.log:
             self.log.metrics(values, self.config.steps, eta_s)
         self.guard.look(self.step, values)
 
     def _roll_back(self) -> None:
-        """Weights, optimizers, averages and step of the oldest checkpoint kept; data from where they are now.
+        """Restores weights, optimizers, averages and step of the oldest checkpoint kept; the data go on from here.
 
-        The checkpoint takes over the data's position, so that a restart does not meet the bad batches again.
+        The present position of the data is written into that checkpoint, so that a restart skips the bad batches, too.
         """
         alarm_step = self.step
         self.checkpoints.finish()
@@ -282,7 +283,7 @@ class _Run:
             self._event("evaluation", self.step, f"evaluated step {self.step} in {spent}: {found}")
 
     def _save(self, last: bool) -> None:
-        """A checkpoint of now. The last one of this process is waited for, and must succeed."""
+        """Saves a checkpoint of this step. `last`: waits for it and raises UserError if it fails."""
         self.guard.check_replicas(self.step, self.engines)
         state = {
             "step": self.step,
@@ -300,8 +301,8 @@ class _Run:
         return {**sources[0], "streams": {k: v for state in sources for k, v in state["streams"].items()}}
 
     def _resume(self, resolved: Mapping[str, Any]) -> None:
-        """Continues from the newest checkpoint, if there is one, and tells what the config says otherwise now."""
-        path = self.run_dir / "config.json"  # of the last start
+        """Continues from the newest checkpoint, if there is one, and reports the changes of the config."""
+        path = self.run_dir / "config.json"  # the last start wrote it
         before = self.ranks.gather(files.read_json(path) if self.ranks.is_first and path.exists() else None)[
             0
         ]
@@ -324,11 +325,11 @@ class _Run:
             self._event("warning", self.step, f"{text}: nothing is trained, and that checkpoint is exported")
 
     def _next_lr(self) -> float:
-        """The learning rate that this config gives the next step."""
+        """The learning rate of the next step under the present config."""
         return learning_rate(self.config.optimizer, self.step, self.config.steps)
 
     def _export_early(self, *, is_redone: bool = True) -> str:
-        """The export of this step, if it has one. Why it cannot be written, or ''. Collective."""
+        """Writes the export that `export_at_steps` asks of this step. Returns why that failed, or ''. Collective."""
         path = self.run_dir / f"{EXPORT}_step_{self.step:08d}"
         if self.step not in self.config.export_at_steps:
             return ""
@@ -337,7 +338,7 @@ class _Run:
         return self.averages.export(path, None)
 
     def _export(self, name: str, decay: float | None) -> Path:
-        """An export of the last weights, whose checkpoint is there. Raises UserError: it cannot be written."""
+        """Exports the last step, whose checkpoint is saved already. Raises UserError: the export cannot be written."""
         if name == EXPORT:
             self._write_samples()
         if failed := self.averages.export(self.run_dir / name, decay):
@@ -348,18 +349,19 @@ class _Run:
         self._stop_requested = True
 
     def _interrupt(self, _signal: int, _frame: object) -> None:
-        """Ctrl-C: the first one is a stop, the second one ends this process at once, whatever it waits for."""
+        """Handles Ctrl-C: the first one requests a stop; a second one ends this process at once."""
         self._stop_requested = self._is_interrupted = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self.ranks.is_first:
             text = f"interrupted at step {self.step}: saving after it"
             text += f"; Ctrl-C again ends at once, then the same command goes on at step {self.checkpoints.newest}"
-            with contextlib.suppress(OSError):  # not through `print`, which this may have interrupted
+            with contextlib.suppress(OSError):  # not `print`: the signal may have interrupted one
                 os.write(STDERR, f"[{self.objective.name}] {text}\n".encode())
 
     def _stop_agreed(self) -> bool:
-        """Launchers signal ranks one after another: save together, at the same step. So with files of a checkpoint:
-        it is complete when the last rank has written its own.
+        """Whether any rank was asked to stop. Commits a checkpoint that every rank has written. Collective.
+
+        Launchers signal ranks one after another; this sum makes all ranks stop, and save, at one step.
         """
         is_written = float(self.checkpoints.is_written)
         num_stops, num_written = self.ranks.sum([float(self._stop_requested), is_written])

@@ -1,7 +1,7 @@
-"""Bytes: what DeepSpeed holds on a rank, by arithmetic, and what a piece of work holds at its fullest, counted.
+"""Memory in bytes: DeepSpeed's states on a rank, by arithmetic; the peak of a piece of work, by counting its tensors.
 
-`StateBytes` follows DeepSpeed 0.19 as engine/deepspeed_engine.py configures it. A test compares it with what is
-allocated.
+`StateBytes` follows DeepSpeed 0.19 as engine/deepspeed_engine.py configures it. A test compares it with the memory
+really allocated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.engine_config import EngineConfig
 FP32_BYTES = 4
 MOMENTS = 2
 LIVE_PARAMETERS = 1_000_000_000
-"""DeepSpeed's stage3_max_live_parameters: what ZeRO-3 leaves gathered between forward and backward pass."""
+"""DeepSpeed's stage3_max_live_parameters: parameters that ZeRO-3 keeps gathered between forward and backward pass."""
 CLEAR_PEAK = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 ASKED = re.compile(r"tried to allocate ([\d.,]+ ?\w+)", re.IGNORECASE)
@@ -34,48 +34,48 @@ ASKED = re.compile(r"tried to allocate ([\d.,]+ ?\w+)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Of one engine on one rank, without activations.
+    """Bytes of one engine's states on one rank, without activations.
 
     ZeRO (Rajbhandari et al. 2020, section 3): stage 1 shards masters and moments, 2 also gradients, 3 also weights.
     """
 
     weights: float
     optimizer: float
-    """fp32 masters and two moments (Muon has one for its matrices: for it an upper bound)."""
+    """fp32 masters and two moments; an upper bound for Muon, whose matrices have one moment."""
     ema: float
     gradients: float
-    """At the end of a backward pass."""
+    """Gradients at the end of a backward pass."""
     buffers: float
-    """Beside them: the bucket that is reduced, its copies, and weights that ZeRO-3 has gathered."""
+    """Memory beside the gradients: the bucket that is reduced, its copies, and weights that ZeRO-3 has gathered."""
     stepping: float
-    """In place of gradients and buffers while the optimizer steps."""
+    """Memory that replaces gradients and buffers while the optimizer steps."""
 
     @classmethod
     def of(
         cls, config: EngineConfig, num_trained: int, num_frozen: int, num_ranks: int, *, accumulates: bool
     ) -> StateBytes:
-        """`accumulates`: a rank has several packs a step."""
+        """The arithmetic for one config. `accumulates`: whether a rank has several packs a step."""
         is_half, stage = config.precision == "bf16", config.zero_stage
         weight = 2 if is_half else FP32_BYTES
-        share = num_trained / num_ranks  # of a stage that shards
+        share = num_trained / num_ranks  # of whatever the stage shards
         filled = min(num_trained, BUCKET_ELEMENTS)
         gradients, buffers, stepping = FP32_BYTES * share, 0.0, 2 * FP32_BYTES * share
-        if stage == 1 and is_half:  # sums in fp32, which stay; a gradient goes as soon as it has been added
+        if stage == 1 and is_half:  # fp32 sums stay; a gradient is freed once it is added
             gradients = stepping = FP32_BYTES * num_trained
         elif stage == 1:
             gradients, buffers = FP32_BYTES * num_trained, FP32_BYTES * BUCKET_ELEMENTS
         elif (
             stage == 2 and is_half
-        ):  # of a full bucket a rank's part is copied, and cast to fp32 to be reduced
+        ):  # a rank's part of a full bucket is copied, and cast to fp32 to be reduced
             buffers = weight * BUCKET_ELEMENTS + (weight + FP32_BYTES) * filled / num_ranks
             stepping = FP32_BYTES * share
         elif stage == 2:
-            gradients *= 2 if accumulates else 1  # the sum so far, and this pack's
+            gradients *= 2 if accumulates else 1  # the sum so far, and this pack's gradients
             buffers = FP32_BYTES * BUCKET_ELEMENTS
         else:
             bucket = FP32_BYTES * BUCKET_ELEMENTS
             gathered = min(num_trained + num_frozen, LIVE_PARAMETERS) if num_ranks > 1 else 0
-            # Layers that are done give their weights back, while their gradients fill the bucket and two copies of it.
+            # Finished layers free their weights, while their gradients fill the bucket and two copies of it.
             reducing = 2 * FP32_BYTES * filled + weight * max(gathered - filled, 0)
             buffers = bucket + max(weight * gathered, reducing)
             stepping = bucket + 2 * FP32_BYTES * share
@@ -90,24 +90,25 @@ class StateBytes:
 
     @property
     def lasting(self) -> float:
-        """What is there all the time."""
+        """Bytes held during a whole step: weights, optimizer and averages."""
         return self.weights + self.optimizer + self.ema
 
     def __add__(self, other: StateBytes) -> StateBytes:
-        """Of two engines on the same rank."""
+        """The sum for two engines on one rank."""
         return StateBytes(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
     def peak(self, activations: float) -> float:
-        """At the fullest moment of a step: the end of a backward pass (a bound, activations shrink on the way), or the
-        optimizer's step.
+        """Bytes at the fullest moment of a step: the end of a backward pass, or the optimizer's step.
+
+        An upper bound: activations shrink during a backward pass.
         """
         return self.lasting + max(self.gradients + self.buffers + activations, self.stepping)
 
 
 class TensorBytes(TorchDispatchMode):
-    """Bytes of all tensors made inside, now and at the most, and FLOPs of their products; works on fake tensors, too.
+    """Counts bytes of all tensors made inside (present and peak) and FLOPs of their products; fake tensors count, too.
 
-    What `known` holds is not counted. An upper bound where a library hands memory on without a tensor.
+    Tensors in `known` are not counted. The count is an upper bound if a library reuses memory without a tensor.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -116,7 +117,7 @@ class TensorBytes(TorchDispatchMode):
         self.now, self.peak, self.flops = 0, 0, 0.0
 
     def reset_peak(self) -> None:
-        """The most from now on."""
+        """Starts a new peak at the present number of bytes."""
         self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -144,7 +145,7 @@ class TensorBytes(TorchDispatchMode):
 
 
 def reset_resident_peak() -> bool:
-    """Whether the kernel forgot the process's highest resident memory (Linux; else it counts since the start)."""
+    """Resets the process's resident peak. Returns whether the kernel did so (Linux; else it is since the start)."""
     try:
         CLEAR_PEAK.write_text("5")
     except OSError:
@@ -162,7 +163,7 @@ def resident_peak_bytes() -> int:
 
 
 def asked_for(error: BaseException) -> str | None:
-    """How much an allocator whose memory is full was asked for, in words; None: another kind of error."""
+    """The size of the allocation that found the memory full, in words; None: `error` is of another kind."""
     text = str(error)
     is_cpu = "DefaultCPUAllocator" in text
     if not (is_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))):

@@ -12,14 +12,14 @@ from engine.distributed import Ranks
 SUMMED = ("samples", "tokens")
 """Entries of a source's ledger (also NAME/part) that add up over ranks and steps."""
 LATEST = ("samples_seen", "samples_pending")
-"""Entries that add up over ranks, as of the last step. All others are averaged."""
+"""Entries that add up over ranks, with their value at the last step. All other entries are averaged."""
 
 
 class Window:
     """Sums of metrics since the last log line. Values stay on the device until `read`."""
 
     def __init__(self, ranks: Ranks, peak_flops: float | None = None) -> None:
-        """`peak_flops`: of one device, per second; None: unknown, no MFU."""
+        """`peak_flops`: peak FLOP/s of one device; None: unknown, so no MFU is computed."""
         self._ranks = ranks
         self._peak_flops = peak_flops
         self._reset()
@@ -33,7 +33,7 @@ class Window:
         self._flops = 0.0
 
     def add(self, prefix: str, output: LossOutput, weight: float) -> None:
-        """One micro-batch's sums; `prefix` names the engine or the term of the loss they come from."""
+        """Adds one micro-batch's sums times `weight`; `prefix` names the engine or the term of the loss."""
         self._flops += output.flops * weight
         for name, value in {"loss": output.loss_sum.detach(), **output.metrics}.items():
             term = value.float() * weight
@@ -43,7 +43,7 @@ class Window:
     def close_step(
         self, counts: Mapping[str, float], source_metrics: Mapping[str, float], seconds: float
     ) -> None:
-        """Adds a step's global counts by prefix, the source's ledger and its duration."""
+        """Adds a step's global counts by prefix, the source's ledger and the step's duration."""
         self._num_steps += 1
         self._seconds += seconds
         for prefix, count in counts.items():
@@ -53,9 +53,9 @@ class Window:
             self._source[name] = before + value
 
     def read(self) -> dict[str, float]:
-        """Means per unit over the window and over ranks, the ledger, rates; then a new window. Collective.
+        """Means per unit over the window and all ranks, the ledger and rates; starts a new window. Collective.
 
-        A term of the loss (or an adversary) that met no units has no mean: its names are absent.
+        A term of the loss (or an adversary) without units in the window has no mean: its names are absent.
         """
         keys = sorted(self._sums)
         totals = self._ranks.sum_on_device(torch.stack([self._sums[key] for key in keys])).tolist()

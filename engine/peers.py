@@ -1,4 +1,4 @@
-"""The other ranks, by host: who has not come, who has gone. Every message names the node to look at."""
+"""Finds ranks that have not come or have gone. Every message names the node to look at."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from engine.endings import LOST_CONTACT, End, EndedError
 from engine.listening import is_one_host, open_store
 
 MEETING_S = 600
-"""How long ranks wait for each other at the start: many nodes that import from one file system take minutes."""
+"""How long ranks wait for each other at the start: many nodes importing from one file system take minutes."""
 REMINDER_S = 30
 VANISHED_S = 60
-"""A node that neither answers nor closes its connections (power, network) is given up after this long."""
+"""Seconds after which a node that neither answers nor closes its connections (power, network) counts as gone."""
 ROLL_CALL = "roll_call"
 ABSENCE_S = 20
-"""How long a rank that cannot take part looks for the first one before it says so itself."""
+"""How long a rank that cannot take part looks for the first rank before it prints its error itself."""
 
 BROKEN = re.compile(r"(?i)connection|broken pipe|timed out|unreachable|no route|remote process exited")
 
@@ -39,25 +39,25 @@ _has_met = False
 
 
 class LostContactError(UserError):
-    """Another rank is gone: this one cannot go on."""
+    """Another rank is gone, so this rank cannot go on."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the first rank says when it has called the roll: who is there, or why the job ends."""
+    """What the first rank announces after the roll call: who is present, or why the job ends."""
 
     end: End | None
     present: tuple[str, ...] = ()
-    """What every rank calls itself, in rank order: a rank of another job that comes to this port is not among them."""
+    """A random name of every rank, in rank order. A rank of another job at this port does not find its name."""
     num_readers: int = 0
-    """Ranks that wait for each other when the job ends here."""
+    """Number of ranks that wait for each other if the job ends here."""
 
 
 def meet(timeout_s: float) -> None:
-    """Waits until every rank has reached the first one; from then on each hears how another ends (engine/endings.py).
+    """Waits until every rank has reached the first rank; from then on each learns of another's end (engine/endings.py).
 
-    Raises LostContactError naming the ranks that did not come (on the first rank), or the address that was not
-    reached; EndedError where another rank says so, or cannot take part.
+    Raises LostContactError: ranks did not come (the first rank names them), or the first rank cannot be reached (the
+    message names the address). Raises EndedError: another rank could not take part, or ended the job.
     """
     global _has_met
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -76,31 +76,31 @@ def meet(timeout_s: float) -> None:
 
 
 def end(own: End, world: int, tell: Callable[[], None]) -> int:
-    """The status with which this process has to end now; all `world` ranks get the same one.
+    """The status with which this process must end now; all `world` ranks get one status.
 
-    `own`: how it would end. `tell` says that to people; it is called where no other rank was faster. Before the ranks
-    meet, those that can take part are told, too.
+    `own`: how this process would end. `tell` prints that; it is called if no other rank was faster. A rank that ends
+    before the ranks meet tells the others, too.
     """
     if endings.is_open():
         return endings.end(own, tell)
     has_told, store, verdict = False, None, Verdict(None)
     if world > 1 and not _has_met and own.status != LOST_CONTACT:
-        with contextlib.suppress(LostContactError, RuntimeError):  # nobody is there to be told
+        with contextlib.suppress(LostContactError, RuntimeError):  # no other rank can be reached
             try:
                 store = _store(ABSENCE_S)
             except LostContactError:
                 tell()
                 has_told = True
-                if own.rank == 0 or is_one_host():  # nobody can come; its launcher ends the others
+                if own.rank == 0 or is_one_host():  # the launcher of this host ends the others
                     return own.status
                 store = _store(MEETING_S)
             store.compare_set(f"{ROLL_CALL}/absent", "", json.dumps(asdict(own)))
             mine = Verdict(own, num_readers=world) if own.rank == 0 else None
             verdict = _announce(store, mine, ABSENCE_S)
-    is_first_to_say = own.rank == 0 or not _has_met  # once they have parted, all have found the same
+    is_first_to_say = own.rank == 0 or not _has_met  # after parting, all ranks found it
     if not has_told and (verdict.end == own or (verdict.end is None and is_first_to_say)):
         tell()
-    if store is None or verdict.end is None:  # who has met without this rank is another job
+    if store is None or verdict.end is None:  # a job that met without this rank is another job
         return own.status
     _part(store, own.rank, verdict)
     return verdict.end.status
@@ -141,13 +141,13 @@ def _announce(store: dist.TCPStore, verdict: Verdict | None, timeout_s: float) -
 def _part(store: dist.TCPStore, rank: int, verdict: Verdict) -> None:
     """Waits until the others have read how the job ends."""
     store.add(f"{ROLL_CALL}/read", 1)
-    # Those of other hosts may still build their models; the launcher of this one ends its own.
+    # Ranks of other hosts may still be building their models; this host's launcher ends the ranks of this host.
     within_s = endings.LINGER_S if is_one_host() else MEETING_S
     endings.part(store, ROLL_CALL, rank, verdict.num_readers, within_s)
 
 
 def _call_the_roll(store: dist.TCPStore, world: int, timeout_s: float) -> Verdict:
-    """Waits until all have come. Prints who is being waited for now and then."""
+    """The first rank's wait for all others. Prints the missing ranks from time to time."""
     num_local = int(os.environ.get("LOCAL_SIZE", "1"))
     begin_s = reminded_s = time.monotonic()
     missing = list(range(world))
@@ -157,7 +157,7 @@ def _call_the_roll(store: dist.TCPStore, world: int, timeout_s: float) -> Verdic
         missing = [rank for rank in missing if not store.check([f"{ROLL_CALL}/{rank}"])]
         if not missing:
             return Verdict(None, tuple(store.get(f"{ROLL_CALL}/{rank}").decode() for rank in range(world)))
-        # Ranks are dealt to nodes in the order of the hostfile; with equal slots a rank tells its line.
+        # The launcher numbers ranks in the order of the hostfile; with equal slots a rank's number gives its line.
         nodes = sorted({rank // num_local for rank in missing})
         who = f"ranks {numbers_text(missing)} (lines {numbers_text([node + 1 for node in nodes])} of the hostfile)"
         now_s = time.monotonic()
@@ -175,7 +175,7 @@ def _call_the_roll(store: dist.TCPStore, world: int, timeout_s: float) -> Verdic
 
 
 def introduce(gathered: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Learns which host has which addresses, from what `introduction` gave on each rank, in rank order."""
+    """Learns the addresses of each host. `gathered`: what `introduction` returned on each rank, in rank order."""
     ranks: dict[str, list[int]] = {}
     for rank, (host, _) in enumerate(gathered):
         ranks.setdefault(host, []).append(rank)
@@ -197,8 +197,8 @@ def introduction() -> tuple[str, list[str]]:
 def notice_vanished_peers() -> None:
     """Sets the time after which a silent connection to another host counts as broken.
 
-    Without it a node that loses power or network is noticed by the timeout of the process group only, which must be
-    long: ranks may rightly wait for one that samples or saves. These are the connections of gloo and of the store.
+    Without this limit only the process group's timeout notices a node that loses power or network. That timeout must be
+    long: ranks may rightly wait for a rank that samples or saves. The connections are those of gloo and of the store.
     """
     for connection in _connections():
         with connection:
@@ -209,9 +209,10 @@ def notice_vanished_peers() -> None:
 
 
 def _connections() -> list[socket.socket]:
-    """This process's TCP connections to other hosts, each under a new descriptor to close; empty without /proc.
+    """This process's TCP connections to other hosts, each under a new descriptor that the caller closes.
 
-    Only options are set on them: `dup` and `setblocking` would change the mode that gloo's event loop relies on.
+    Empty without /proc. A caller may only set options: `socket.dup` and `setblocking` would change the mode on which
+    gloo's event loop relies.
     """
     descriptors = Path("/proc/self/fd")
     numbers = [int(entry.name) for entry in descriptors.iterdir()] if descriptors.is_dir() else []
@@ -232,12 +233,12 @@ def _leads_elsewhere(connection: socket.socket) -> bool:
         return False
     try:
         return bool(connection.getpeername()[0] != connection.getsockname()[0])
-    except OSError:  # it listens
+    except OSError:  # a listening socket has no peer
         return False
 
 
 def lost_contact(error: BaseException) -> LostContactError | None:
-    """What a broken connection in a collective means for a person; None: the error is another one."""
+    """The one-line error for a broken connection in a collective; None: `error` has another cause."""
     is_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
     if not is_collective or not BROKEN.search(str(error)):
         return None
@@ -257,7 +258,7 @@ def lost_contact(error: BaseException) -> LostContactError | None:
 
 
 def numbers_text(numbers: Sequence[int]) -> str:
-    """`[0, 1, 2, 5] -> "0-2, 5"`; the numbers ascend."""
+    """`[0, 1, 2, 5] -> "0-2, 5"`; `numbers` must ascend."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

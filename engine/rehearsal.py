@@ -1,6 +1,6 @@
-"""Every phase of a training once, each measured by itself: what launch/preflight.py --execute runs.
+"""Runs and measures every phase of a training once, for launch/preflight.py --execute.
 
-The loop's own parts in the loop's own order (engine/loop.py), so nothing here has to be kept like it.
+The phases are the loop's own methods (engine/loop.py), so a change of the loop needs no change here.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from engine.memory import TensorBytes, asked_for, reset_resident_peak, resident_
 
 
 class OutOfMemoryError(UserError):
-    """A phase that does not fit."""
+    """A phase does not fit into memory."""
 
 
 @dataclass(frozen=True)
 class PhasePeak:
-    """One phase on the fullest rank."""
+    """Duration and peaks of one phase, each the highest of all ranks."""
 
     name: str
     seconds: float
     tensors: int
     """Bytes of tensors: allocated on a GPU, counted on a CPU (engine/memory.py)."""
     process: int
-    """Bytes that the allocator reserved on a GPU; resident in memory on a CPU, the interpreter's included."""
+    """Bytes that the allocator reserved on a GPU; on a CPU, resident bytes of the process, interpreter included."""
 
 
 class Meter:
-    """Measures phases. On a CPU all tensors must be made inside `with meter:` to be counted.
+    """Measures phases. On a CPU, only tensors made inside `with meter:` are counted.
 
-    Attributes: `peaks`, of the phases so far; `forgets`, whether every phase has a resident peak of its own (Linux).
+    Attributes: `peaks`: one entry a phase so far; `forgets`: whether each phase has its own resident peak (Linux).
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -61,7 +61,7 @@ class Meter:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """The block is phase `name`. Collective. Raises OutOfMemoryError naming it."""
+        """Measures the block as phase `name`. Collective. Raises OutOfMemoryError: the phase does not fit."""
         self._ranks.barrier()
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self._ranks.device)
@@ -101,10 +101,11 @@ def rehearse(
     ranks: Ranks,
     evaluate: Callable[[Objective], Evaluation] | None = None,
 ) -> Meter:
-    """Trains for a first step and one for each of `steps` (their names); then EMA, samples, save, load, export.
+    """Takes a first step and one for each name in `steps`; then runs EMA, samples, evaluation, save, load and export.
 
-    `evaluate` makes what is run after the samples. The first step is apart: optimizer states are made at its end, so no
-    later one is as small. `config.steps` must be one more than `steps`. Raises OutOfMemoryError.
+    `evaluate` builds the evaluation; None: no evaluation is run. The first step is a phase of its own: optimizer states
+    are allocated at its end, so it needs less memory than the later steps. `config.steps` must be `len(steps) + 1`.
+    Raises OutOfMemoryError.
     """
     assert config.steps == 1 + len(steps)
     with Meter(ranks) as meter:
@@ -129,5 +130,5 @@ def rehearse(
         with meter("load"):
             run._resume({})
         with meter("export"):
-            run.train()  # all steps are done: what is left is the end
+            run.train()  # all steps are done, so this only exports
     return meter

@@ -1,10 +1,9 @@
-"""One training at a time in a run folder: a second one is refused, and one that has died is never in the way.
+"""Allows one training at a time in a run folder. A second training is refused; a dead one does not block a restart.
 
-The first rank holds a lock of the kernel (flock) on RUN/.lock, which ends with its process, however that ends. On
-shared file systems this is not the whole truth: some grant it on each host apart, some not at all, and a server may
-keep one for a host that lost power. So the file also says whose it is, and its owner touches it every BEAT_S. A
-training on another host is judged by that: it lives if the file's time moves, and is taken for dead if it does not for
-SILENT_S.
+The first rank holds a kernel lock (flock) on RUN/.lock, which the kernel releases when the process ends. A shared file
+system may not be reliable: some grant the lock on each host separately, some grant none, and a server may keep the lock
+of a host that lost power. So the file also names its owner, and the owner touches the file every BEAT_S seconds. A
+training on another host counts as alive while the file's time changes, and as dead after SILENT_S without a change.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ from engine.distributed import Ranks
 NAME = ".lock"
 BEAT_S = 2.0
 SILENT_S = 30.0
-"""How long a restart waits at the most: only where the kernel cannot vouch for the end of the one before."""
+"""Longest wait of a restart, in seconds; it waits only if the kernel cannot tell that the training before has ended."""
 BEATS_OF_A_LIVING = 2
-"""That must be seen: the first one may be the last of a process that was killed just then."""
+"""Number of touches that prove a living owner: a single one may come from a process that was killed just then."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 State = Literal["ours", "held", "unknown"]
@@ -42,7 +41,7 @@ _descriptors: set[int] = set()
 
 
 def _forget_in_child() -> None:
-    """A forked child would keep the lock for as long as it outlives its parent; one that is executed has no copy."""
+    """Closes the lock in a forked child, which would hold it after its parent's end. Executed programs have no copy."""
     for descriptor in _descriptors:
         os.close(descriptor)
     _descriptors.clear()
@@ -56,13 +55,13 @@ class Owner:
     """The process that trains in a folder."""
 
     host: str
-    machine: str  # whose kernel the lock was asked of; another one after a reboot
+    machine: str  # identifies the running kernel; changes with a reboot
     pid: int
     since_s: float  # unix time
 
     @classmethod
     def here(cls) -> Owner:
-        """This process, from now on."""
+        """This process, training since now."""
         host = socket.gethostname()
         machine = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else host
         return cls(host, machine, os.getpid(), time.time())
@@ -74,9 +73,9 @@ class Owner:
 
 @contextlib.contextmanager
 def held(run_dir: Path, ranks: Ranks, tell: Tell) -> Iterator[None]:
-    """The folder is this training's. Collective; `tell` takes lines for people, on the first rank.
+    """Inside, this training holds the folder's lock. Collective; the first rank calls `tell` with lines for people.
 
-    Raises UserError, the same on every rank: another training has it; nothing can be written there.
+    Raises UserError on every rank: another training holds the folder, or nothing can be written there.
     """
     lock, problem = None, ""
     try:
@@ -86,7 +85,7 @@ def held(run_dir: Path, ranks: Ranks, tell: Tell) -> Iterator[None]:
             except UserError as error:
                 problem = str(error)
         if problem := ranks.gather(problem)[0]:
-            distributed.stop()  # all ranks know it: the first one says it (entry.run)
+            distributed.stop()  # all ranks raise it; only the first prints it (entry.run)
             raise UserError(problem)
         yield
     finally:
@@ -95,7 +94,7 @@ def held(run_dir: Path, ranks: Ranks, tell: Tell) -> Iterator[None]:
 
 
 def refusal(run_dir: Path) -> str:
-    """Why a training in `run_dir` cannot start now, as far as a look tells; empty where nobody holds the lock."""
+    """Why a training in `run_dir` cannot start now; '' if nobody holds the lock. Takes no lock and does not wait."""
     try:
         descriptor = os.open(run_dir / NAME, os.O_RDWR)
     except OSError:
@@ -108,7 +107,7 @@ def refusal(run_dir: Path) -> str:
 
 
 class RunLock:
-    """The lock of one run folder, taken; a thread keeps touching it until `release`."""
+    """A held lock of one run folder; a thread keeps touching its file until `release`."""
 
     def __init__(self, path: Path, descriptor: int, tell: Tell, beat_s: float) -> None:
         self._path, self._descriptor, self._tell, self._beat_s = path, descriptor, tell, beat_s
@@ -123,7 +122,10 @@ class RunLock:
     def take(
         cls, run_dir: Path, tell: Tell, *, beat_s: float = BEAT_S, silent_s: float = SILENT_S
     ) -> RunLock:
-        """Waits only for what may be dying or dead. Raises UserError: another training; nothing can be written."""
+        """Takes the lock; waits at most for an owner that may be dead.
+
+        Raises UserError: another training holds it, or nothing can be written to `run_dir`.
+        """
         path = run_dir / NAME
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -138,7 +140,7 @@ class RunLock:
         return cls(path, descriptor, tell, beat_s)
 
     def release(self) -> None:
-        """The training has ended. The file stays: removing it could take the lock from under another one."""
+        """Gives the lock up. The file stays: another training may hold a lock on it already."""
         self._stop.set()
         self._thread.join()
         if _look(self._path)[0] == self._owner:
@@ -149,9 +151,7 @@ class RunLock:
     def _beat(self) -> None:
         is_ours = True
         while not self._stop.wait(self._beat_s):
-            with contextlib.suppress(
-                OSError
-            ):  # a file system that does not answer is not this thread's business
+            with contextlib.suppress(OSError):  # a failing file system ends the training elsewhere
                 os.utime(self._descriptor)
             other = _look(self._path)[0]
             if is_ours and other not in (None, self._owner):
@@ -159,14 +159,14 @@ class RunLock:
                 self._tell(f"WARNING: {self._path.parent}: {other} trains here, too; end one of them")
 
     def _write(self, content: bytes) -> None:
-        with contextlib.suppress(OSError):  # a full disk: the lock is held all the same
+        with contextlib.suppress(OSError):  # a full disk: the kernel's lock is held nevertheless
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, content, 0)
             os.fsync(self._descriptor)
 
 
 def _wait(run_dir: Path, descriptor: int, tell: Tell, beat_s: float, silent_s: float) -> None:
-    """Returns when nobody else trains here, as far as can be known. Raises UserError: somebody does."""
+    """Returns once no other training seems alive here. Raises UserError: another training is."""
     machine, path = Owner.here().machine, run_dir / NAME
     num_beats, last_beat, still_since_s = 0, None, time.monotonic()
     is_first_look = True
@@ -177,7 +177,7 @@ def _wait(run_dir: Path, descriptor: int, tell: Tell, beat_s: float, silent_s: f
         if is_first_look and state == "unknown":
             tell(f"WARNING: {path}: no locks on this file system ({reason}); two starts at once go unnoticed")
         if (state == "ours" and is_here) or (state != "held" and owner is None):
-            return  # this kernel has seen it end; or it has said that it ended
+            return  # this kernel saw the owner end, or the owner emptied the file
         if is_first_look and not is_here and owner is not None:
             tell(f"{run_dir}: last used by {owner}; looking for a sign of life, {silent_s:.0f} s at the most")
         now_s = time.monotonic()
@@ -189,7 +189,7 @@ def _wait(run_dir: Path, descriptor: int, tell: Tell, beat_s: float, silent_s: f
         if now_s - still_since_s > silent_s:
             if state != "held":
                 return
-            if owner is not None and is_here and psutil.pid_exists(owner.pid):  # it stands still
+            if owner is not None and is_here and psutil.pid_exists(owner.pid):  # a stopped process
                 raise UserError(_refusal(run_dir, owner))
             tell(f"WARNING: {run_dir}: still locked for {owner or 'nobody'}, with no sign of life; going on")
             return
@@ -198,7 +198,7 @@ def _wait(run_dir: Path, descriptor: int, tell: Tell, beat_s: float, silent_s: f
 
 
 def _try(descriptor: int, kind: int) -> tuple[State, str]:
-    """Whether the lock is ours now, and why that is unknown."""
+    """Tries to take the lock. Returns its state, and for `unknown` the reason."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -209,7 +209,7 @@ def _try(descriptor: int, kind: int) -> tuple[State, str]:
 
 
 def _look(path: Path) -> tuple[Owner | None, int | None]:
-    """Who the file names, if anybody, and when it was last touched (ns). Opened anew: only then NFS asks its server."""
+    """The owner that the file names, if any, and its last change (ns). A new open makes NFS ask its server."""
     try:
         with path.open("rb") as file:
             return Owner(**json.loads(file.read())), os.fstat(file.fileno()).st_mtime_ns

@@ -1,4 +1,4 @@
-"""Optimizer settings; the learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+"""Optimizer settings, and the learning rate as a function of the step, so that resuming needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from base.config import ConfigError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon with AdamW for the rest, and the learning-rate schedule of both."""
+    """AdamW, or Muon beside AdamW, with one shape of learning-rate schedule for both."""
 
     lr: float
     """Peak learning rate of AdamW."""
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: matrices of repeated layers follow Muon (Jordan et al. 2024), embeddings, heads and vectors AdamW."""
+    """muon: Muon (Jordan et al. 2024) updates matrices of repeated layers; AdamW updates embeddings, heads, vectors."""
     muon_lr: Weight = 0.02
-    """Peak learning rate of Muon: the spectral norm of an update, times sqrt(max(1, rows / columns))."""
+    """Peak learning rate of Muon: an update has the spectral norm muon_lr * sqrt(max(1, rows / columns))."""
     muon_momentum: Share = 0.95
     """Momentum of Muon (Nesterov)."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape of the way from `lr` to `final_lr`."""
+    """Shape of the decay from `lr` to `final_lr`; constant: no decay."""
     final_lr: Weight = 0.0
     """Learning rate from step `decay_end_step` on (cosine and linear)."""
     warmup_steps: Step = 0
@@ -40,9 +40,9 @@ class OptimizerConfig:
     beta2: Share = 0.95
     eps: Weight = 1e-8
     weight_decay: Weight = 0.0
-    """Decoupled weight decay, on matrices only (biases, norms and tokens are left alone)."""
+    """Decoupled weight decay of matrices; biases, norms and tokens have none."""
     grad_clip: Weight = 0.0
-    """Largest global gradient norm; 0 is off, as Muon needs it."""
+    """Largest global gradient norm; 0: no clipping. Muon requires 0."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -60,7 +60,7 @@ class OptimizerConfig:
                 f"muon_lr {self.muon_lr} must be above 0 and muon_momentum {self.muon_momentum} in [0, 1)"
             )
         if self.name == "muon" and self.grad_clip:
-            # DeepSpeed measures the norm of the orthogonalised update: clipping would only rescale it.
+            # DeepSpeed measures the norm of the orthogonalised update, so clipping would only rescale the update.
             raise ConfigError(f"grad_clip is {self.grad_clip}; Muon's updates have a fixed norm, set it to 0")
 
 
@@ -81,15 +81,16 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 def set_learning_rate(
     groups: Sequence[dict[str, Any]], config: OptimizerConfig, step: int, num_steps: int
 ) -> None:
-    """Writes the rate of step number `step` into an optimizer's groups; Muon's follows the same shape."""
+    """Writes the rate of step number `step` into an optimizer's groups; Muon's rate has the schedule's shape, too."""
     rate = learning_rate(config, step, num_steps)
     for group in groups:
         group["lr"] = rate * config.muon_lr / config.lr if group.get("use_muon") else rate
 
 
 def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """Over the trainable parameters of `module`, in groups: hidden matrices (Muon only), other matrices with
-    weight decay, vectors without.
+    """An optimizer of the trainable parameters of `module`.
+
+    Its groups: hidden matrices (Muon only), other matrices with weight decay, vectors without.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     hidden = hidden_matrices(module) if config.name == "muon" else set()
@@ -129,7 +130,7 @@ def hidden_matrices(module: nn.Module) -> set[Tensor]:
 def _muon(
     hidden: list[nn.Parameter], rest: list[dict[str, Any]], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """DeepSpeed's Muon, which its ZeRO stages know how to shard."""
+    """DeepSpeed's Muon, which its ZeRO stages can shard."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     muon = {

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and what the device could have done in it."""
+"""Measures which parts of a step take its time, and knows the device's peak FLOP/s."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name; the first that fits.
+# Dense bf16 FLOP/s from the vendors' data sheets, by a part of the device's name; the first match counts.
 PEAK_FLOPS = {
     "GB200": 2.5e15,
     "B200": 2.25e15,
@@ -28,7 +28,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of the device; None: a CPU, or one that the table does not know."""
+    """Dense bf16 FLOP/s of the device; None: a CPU, or a GPU that the table does not list."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -37,19 +37,19 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a step a rank is."""
+    """The position of a rank within a step."""
 
     part: str
-    """The innermost part that is open; empty: between two."""
+    """The innermost open part; empty: the rank is between two parts."""
     num_entered: int
-    """Parts entered since `begin_step`."""
+    """Number of parts entered since `begin_step`."""
 
 
 class Spans:
-    """Seconds spent in named parts of the loop since the last `read`; of a part inside another one, the inner one's.
+    """Seconds spent in named parts of the loop since the last `read`. Time in a nested part counts for that part only.
 
-    On a GPU, parts of the stream are timed by events: nothing waits for them before `read`. The host's own waits
-    (data, waiting for ranks, checkpoint, samples, evaluation) are wall time.
+    On a GPU, events time the parts that run on the stream; nothing waits for the events before `read`. The parts in
+    HOST (data, waiting for ranks, checkpoint, samples, evaluation) are measured in wall time.
     """
 
     HOST = ("data", "waiting", "checkpoint", "samples", "evaluation")
@@ -57,25 +57,25 @@ class Spans:
     def __init__(self, device: torch.device) -> None:
         self._on_stream = device.type == "cuda"
         self._measured: dict[str, list[Callable[[], float]]] = defaultdict(list)
-        # Of each part that is open: what was measured inside it.
+        # One list for each open part: the measurements of the parts nested in it.
         self._inside: list[list[Callable[[], float]]] = []
         self._open: list[str] = []
         self._num_entered = 0
-        self.failed_in = ""  # the innermost part that an exception left last
+        self.failed_in = ""  # the innermost part in which an exception was raised
         self._begin_s = time.monotonic()
 
     def begin_step(self) -> None:
-        """Counts the parts of `place` anew."""
+        """Restarts the count `num_entered` of `place`."""
         self._num_entered = 0
 
     @property
     def place(self) -> Place:
-        """May be read from another thread."""
+        """The rank's present position. Another thread may read it."""
         return Place(next(reversed(self._open), ""), self._num_entered)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """The block's time counts for `name`, but for that of blocks inside it."""
+        """Counts the block's time for `name`, except the time of blocks nested in it."""
         inside: list[Callable[[], float]] = []
         self._inside.append(inside)
         self._open.append(name)
@@ -95,7 +95,7 @@ class Spans:
                 self._inside[-1].append(whole)
 
     def _start(self, *, on_stream: bool) -> Callable[[], Callable[[], float]]:
-        """Begins to measure; called, the result ends it and gives what reads the seconds."""
+        """Starts a measurement. Calling the result ends it and returns a function that reads the seconds."""
         if not on_stream:
             begin_s = time.monotonic()
 

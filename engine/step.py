@@ -21,14 +21,14 @@ from engine.spans import Spans
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step, the same on every rank."""
+    """The result of a step, equal on every rank."""
 
     counts: Mapping[str, float]
-    """Global units of the loss, and of its other terms, by the prefix of their metrics."""
+    """Global units of the loss and of its further terms, by the prefix of their metrics."""
     is_taken: bool
     """Whether the weights moved: DeepSpeed refuses a step whose gradients are not finite."""
     spike: float | None
-    """The loss for which it was not taken."""
+    """The mean loss, if the step was not taken because of a loss spike; else None."""
 
 
 class Stepper:
@@ -45,7 +45,7 @@ class Stepper:
         if objective.adversary is not None:
             if config.adversary_optimizer is None:
                 raise ConfigError(f"{objective.name} trains a discriminator: set engine.adversary_optimizer")
-            if config.zero_stage == 3:  # its weights are read outside its own engine's forward
+            if config.zero_stage == 3:  # the loss reads its weights outside its engine's forward
                 raise ConfigError(
                     f"{objective.name} trains a discriminator: engine.zero_stage must be 1 or 2"
                 )
@@ -57,9 +57,10 @@ class Stepper:
     def take(
         self, batches: Sequence[Batch], step: int, window: Window, is_spike: Callable[[float], bool]
     ) -> Outcome:
-        """Step number `step` with this rank's micro-batches, on its device; their metrics go to `window`. Collective.
+        """Takes step number `step` with this rank's micro-batches, which lie on its device. Collective.
 
-        `is_spike`: of a step's mean loss; asked only where engine.on_loss_spike wants it.
+        Metrics go to `window`. `is_spike`: whether a step's mean loss is a spike; unused if engine.on_loss_spike is
+        ignore.
         """
         count, further = self._global_counts(batches)
         # A rank with fewer streams than others runs its last pack again at weight 0: collectives must match.
@@ -103,7 +104,7 @@ class Stepper:
         )
 
     def _global_counts(self, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
-        """Units of the loss, and of its further terms, over this step's micro-batches on all ranks."""
+        """Units of the loss, and those of its further terms by name, in this step's micro-batches on all ranks."""
         counts = sum(self._objective.count(batch) for batch in batches)
         further = [self._objective.further_counts(batch) for batch in batches]
         names = sorted(further[0])
@@ -113,7 +114,7 @@ class Stepper:
     def _forward(
         self, name: str, step: int, batch: Any, weight: float, count: float, further: Mapping[str, float]
     ) -> tuple[LossOutput, torch.Tensor]:
-        """What the objective gives, and its share in the step's loss."""
+        """The objective's output for one micro-batch, and the micro-batch's share of the step's loss."""
         scale = weight * self._ranks.world  # DeepSpeed averages over ranks
         with self._spans("forward"):
             sums: dict[str, torch.Tensor]
@@ -125,7 +126,7 @@ class Stepper:
         return output, loss
 
     def _backward(self, name: str, loss: torch.Tensor, *, spoiled: bool) -> None:
-        """`spoiled`: the step is not to be taken, so its gradients are made what DeepSpeed refuses."""
+        """Backward pass and optimizer. `spoiled`: makes the gradients NaN, so that DeepSpeed does not take the step."""
         with self._spans("backward"):
             self.engines[name].backward(loss * math.nan if spoiled else loss, scale_wrt_gas=False)
         with self._spans("optimizer"):
@@ -137,5 +138,5 @@ class Stepper:
         return float(total) / max(count, 1.0)
 
     def _skipped_steps(self) -> int:
-        """Steps that DeepSpeed refused for a non-finite gradient: the same number on every rank."""
+        """Number of steps that DeepSpeed refused for a non-finite gradient, equal on every rank."""
         return sum(int(engine.skipped_steps) for engine in self.engines.values())

@@ -1,4 +1,4 @@
-"""What the machines under a run are doing: read when a log line is written, absent where nobody can tell."""
+"""Readings of the machines under a run, taken for every log line. What a machine cannot tell is absent."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import torch
 
 GIB = 2**30
 HIGHEST = ("system/resident_gib", "system/gpu_memory_gib", "system/gpu_temperature_c")
-"""The highest of all ranks is what ends a run. All others are averaged."""
+"""Readings that are logged as the highest of all ranks, which is what ends a run. All others are averaged."""
 
 
 class SystemMeter:
     """Readings of one rank's process and device, and of the run folder's disk."""
 
     def __init__(self, device: torch.device, run_dir: Path | None) -> None:
-        """`run_dir`: None on all ranks but the first, who may see a shared folder late."""
+        """`run_dir`: None on all ranks but the first; other ranks may see a shared folder late."""
         self._device, self._run_dir = device, run_dir
         self._process = psutil.Process()
         self._begin = time.monotonic(), time.process_time()
 
     def read(self) -> dict[str, float]:
-        """Names and values; keys that this machine does not offer are absent.
+        """Readings by name; keys that this machine does not offer are absent.
 
         `system/cpu_cores`: cores this process kept busy since the last call; `system/resident_gib`: its memory;
-        `system/disk_free_gib`: under the run folder; of the GPU: `gpu_memory_gib` (of all processes),
-        `gpu_utilization` (0 to 1), `gpu_power_w`, `gpu_temperature_c`.
+        `system/disk_free_gib`: free space under the run folder; for the GPU `system/gpu_memory_gib` (all processes),
+        `system/gpu_utilization` (0 to 1), `system/gpu_power_w` and `system/gpu_temperature_c`.
         """
         wall_s, cpu_s = time.monotonic(), time.process_time()
         cores = (cpu_s - self._begin[1]) / max(wall_s - self._begin[0], 1e-9)
@@ -46,7 +46,7 @@ class SystemMeter:
 
 
 def combine(readings: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One value for each name from all ranks' readings."""
+    """Combines all ranks' readings into one value for each name: the maximum of HIGHEST, the mean of others."""
     values = {}
     for name in sorted(set().union(*readings)):
         found = [reading[name] for reading in readings if name in reading]
@@ -58,7 +58,7 @@ def combine(readings: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _gpu(device: torch.device) -> dict[str, float]:
-    """What the driver tells; of NVML what this card has (a slice of one has no utilisation)."""
+    """The driver's memory reading, and what NVML offers for this card (a MIG slice has no utilisation)."""
     free, total = torch.cuda.mem_get_info(device)
     values = {"system/gpu_memory_gib": (total - free) / GIB}
     if torch.version.hip is not None:
@@ -73,6 +73,6 @@ def _gpu(device: torch.device) -> dict[str, float]:
     for name, read in readers.items():
         try:
             values[name] = read()
-        except (pynvml.NVMLError, RuntimeError):  # the second: torch does not find a slice's card
+        except (pynvml.NVMLError, RuntimeError):  # RuntimeError: torch does not find a MIG slice's card
             continue
     return values

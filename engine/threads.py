@@ -1,4 +1,4 @@
-"""How many threads a process computes with: its share of the cores that are there."""
+"""Sets the number of a process's compute threads: its share of the cores."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def num_cores(cgroup: Path = CGROUP) -> int:
-    """Cores that this process may use: a container or a scheduler can give it fewer than the machine has."""
+    """Number of cores this process may use: a container or a scheduler can grant fewer than the machine has."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min(allowed, _quota(cgroup))))
 
 
 def share_cores() -> None:
-    """Sets the threads of this process, which shares the cores with the other ranks of its host.
+    """Sets this process's threads, so that the ranks of a host share its cores.
 
-    OMP_NUM_THREADS of the environment stands. torch's default would give each rank all cores of the machine.
+    OMP_NUM_THREADS in the environment takes precedence. torch's default would give each rank all cores.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         num_local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
@@ -27,7 +27,7 @@ def share_cores() -> None:
 
 
 def _quota(cgroup: Path) -> float:
-    """Cores' worth of time that a container's limit grants (cgroup v2, v1); inf: there is none."""
+    """Number of cores, possibly fractional, that a container's limit grants (cgroup v2, v1); inf: there is no limit."""
     try:
         if (cgroup / "cpu.max").is_file():
             quota, period = (cgroup / "cpu.max").read_text().split()

@@ -1,11 +1,12 @@
-"""Finds the rank that hangs: a thread in every process, beside the step, that says who is where.
+"""Finds the rank that hangs, with a thread in every process that reports the rank's position.
 
-A process group's own timeout ends the ranks that wait, and names nobody. Here every rank tells a store how far it is
-(step, part of the step); when one has not moved for too long, the ranks that are behind and do not wait for others are
-named, every rank writes its stacks to RUN/hang/, and all end: a launcher or a scheduler starts the same command again.
+A process group's own timeout ends the ranks that wait, and names no rank. Here every rank writes its position (step,
+part of the step) to a store. When a rank has not moved for too long, the ranks furthest behind are named, every rank
+writes its stacks to RUN/hang/, and all ranks end. A launcher or a scheduler can then repeat the command.
 
-The first rank's process holds the store. A call to it has no time limit of its own, so a thread makes it that may be
-lost in it: where no answer comes, the first rank is the silent one, and every rank says so, as none hears another.
+The first rank's process holds the store. Calls to the store have no time limit, so a separate thread makes them and may
+block for ever. If no answer comes, the first rank is the silent one. Every rank then prints that, because no rank can
+read another's report.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from engine.logs import seconds_text
 from engine.spans import Place
 
 BEATS_PER_TIMEOUT = 8
-GRACE_S = 5.0  # for the rank that speaks: a launcher ends all ranks when the first one is gone
+GRACE_S = 5.0  # time for the rank that prints: a launcher ends all ranks when one is gone
 STORE_TIMEOUT_S = 20.0
 
 AnswerT = TypeVar("AnswerT")
 
 
 def late_s(timeout_s: float) -> float:
-    """When a rank that hangs is named at the latest, counted from when it moved last; GRACE_S later all have ended."""
+    """Longest time from a rank's last move until it is named, in seconds. GRACE_S later all ranks have ended."""
     return timeout_s * (1 + 1 / BEATS_PER_TIMEOUT) + 2 * _patience_s(timeout_s)
 
 
@@ -52,24 +53,24 @@ def _patience_s(timeout_s: float) -> float:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself."""
+    """A rank's report of its position."""
 
     rank: int
     host: str
     step: int
-    part: str  # of the step; empty: between two
-    num_entered: int  # parts of the step so far: all ranks go through the same ones
-    still_s: float  # for so long nothing has changed
+    part: str  # the open part of the step; empty: between two parts
+    num_entered: int  # parts entered in this step; all ranks go through equal parts
+    still_s: float  # seconds since the last change of position
     told_s: float  # unix time
 
 
 class Watchdog:
-    """`where` gives the step and the place in it; it is called from another thread."""
+    """The thread that watches one rank. It calls `where` for the step and the place in the step."""
 
     def __init__(
         self, ranks: Ranks, timeout_s: float, where: Callable[[], tuple[int, Place]], run_dir: Path
     ) -> None:
-        """Collective. The thread starts at once."""
+        """Joins the ranks' store and starts the thread. Collective."""
         self._ranks, self._timeout_s, self._where = ranks, timeout_s, where
         self._folder = run_dir / "hang"
         self._host = socket.gethostname()
@@ -87,7 +88,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, nobody is blamed: one rank may work for hours while the others wait."""
+        """Inside, no rank counts as hanging: one rank may work for hours while the others wait."""
         self._is_off = True
         try:
             yield
@@ -118,7 +119,7 @@ class Watchdog:
                 return
 
     def _ask(self, call: Callable[[], AnswerT]) -> AnswerT | None:
-        """What the store answers; None: it does not, for the first rank's process is stopped or gone."""
+        """The store's answer; None: no answer, because the first rank's process is stopped or gone."""
         answers: list[AnswerT] = []
 
         def ask() -> None:
@@ -132,20 +133,20 @@ class Watchdog:
         return answers[0] if answers else None
 
     def _tell(self, step: int, place: Place, still_s: float) -> bool:
-        """Returns when the store has it."""
+        """Writes this rank's report and waits until the store has it. Returns whether it does."""
         beat = Beat(self._ranks.rank, self._host, step, place.part, place.num_entered, still_s, time.time())
         self._store.set(str(self._ranks.rank), json.dumps(asdict(beat)))
         return self._store.check([str(self._ranks.rank)])  # `set` alone waits for no answer
 
     def _beats(self) -> Sequence[Beat | None]:
-        """What every rank told last, in rank order; at once, for all ranks ask at one time."""
+        """Every rank's last report, in rank order; None: no report yet. Asks once, as all ranks ask at one time."""
         names = [str(rank) for rank in range(self._ranks.world)]
         there = names if self._store.check(names) else [name for name in names if self._store.check([name])]
         told = dict(zip(there, self._store.multi_get(there), strict=True))
         return [Beat(**json.loads(told[name])) if name in told else None for name in names]
 
     def _end(self, beats: Sequence[Beat | None] | None) -> None:
-        """Tells and ends this process, whatever its main thread is waiting for, and whether or not the disk answers."""
+        """Names the hanging ranks and ends this process, even if its main thread blocks or the disk does not answer."""
         ending = threading.Timer(GRACE_S, os._exit, (LOST_CONTACT,))
         ending.start()
         if beats is None:
@@ -167,15 +168,15 @@ class Watchdog:
 
 
 def silence(names: Sequence[str]) -> str:
-    """What is said where these ranks tell nothing any more."""
+    """The message about ranks that report nothing any more."""
     return f"no sign of life of {', '.join(names)}; the others wait"
 
 
 def verdict(beats: Sequence[Beat | None], timeout_s: float) -> tuple[str, set[int]]:
-    """Who hangs, in words and as rank numbers.
+    """The ranks that hang, in words and as a set of rank numbers (empty: all ranks stand still together).
 
-    A rank that tells nothing any more is stopped, or its host is gone; else those are to blame that are the furthest
-    behind: the others can only be waiting for them.
+    A rank that reports nothing any more is stopped, or its host is gone. If all ranks report, those furthest behind are
+    to blame: the others can only be waiting for them.
     """
     now_s = max(beat.told_s for beat in beats if beat is not None)
     limit_s = 3 * timeout_s / BEATS_PER_TIMEOUT

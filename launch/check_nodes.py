@@ -1,7 +1,7 @@
-"""Do all nodes fit together? deepspeed --hostfile HOSTS launch/check_nodes.py --config FILE
+"""Checks that all nodes fit together: deepspeed --hostfile HOSTS launch/check_nodes.py --config FILE
 
-Compares versions, source, config, GPUs, drivers, clocks and the run folder; measures an all-reduce and every connection
-from a node to the next. Names the node that differs. Status 2: something was found.
+Compares versions, source, config, GPUs, drivers, clocks and the run folder, and names the node that differs. Measures
+an all-reduce and the connection from every node to the next. Exit status 2: a difference was found.
 """
 
 import statistics
@@ -19,11 +19,11 @@ MEETING_S = 120
 MESSAGE_BYTES = 64 << 20
 GIB = 2**30
 SLOW = 0.5
-"""A connection below this share of the median bandwidth is reported."""
+"""Share of the median bandwidth below which a connection is reported."""
 
 
 def main() -> None:
-    """Prints what every node has and every difference."""
+    """Prints what every node has, and every difference."""
     parser = entry.parser(__doc__ or "")
     parser.add_argument("--config", required=True, help="YAML of the run that the nodes are for")
     parser.add_argument(
@@ -38,7 +38,7 @@ def main() -> None:
     ranks = distributed.start(meeting_s=MEETING_S)
     findings = nodes.compare(ranks, {**nodes.facts(config), "hardware": nodes.hardware()})
     findings += nodes.not_shared(ranks, run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)  # where it is not shared
+    run_dir.mkdir(parents=True, exist_ok=True)  # every rank: the folder may not be shared
     ranks.barrier()
     conditions = ranks.gather(nodes.condition(run_dir, ranks.device))
     findings += nodes.suspects(conditions)
@@ -64,7 +64,7 @@ def main() -> None:
         for line in findings:
             say(f"FOUND {line}")
     distributed.stop()
-    if findings:  # the same on all ranks; the first one says it (entry.run)
+    if findings:  # equal on all ranks; the first rank prints them (entry.run)
         raise UserError(
             f"{counted(len(findings), 'finding')} on {counted(len(first_ranks), 'node')}, listed above"
         )
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def number_of_nodes(met: Sequence[str], expected: int | None) -> list[str]:
-    """A line if other than `expected` nodes met: a mistyped hostfile silently runs on one."""
+    """A line if more or fewer than `expected` nodes met: with a mistyped hostfile the job runs on one node."""
     if expected in (None, len(met)):
         return []
     found = f"{counted(len(met), 'node')} met where --expect says {expected}"
@@ -81,7 +81,7 @@ def number_of_nodes(met: Sequence[str], expected: int | None) -> list[str]:
 
 
 def slow_links(links: Sequence[Link], hosts: Sequence[str]) -> list[str]:
-    """A line for each connection far below the median; two nodes have no median to compare with."""
+    """A line for each connection far below the median bandwidth; [] for two nodes, which have no useful median."""
     if len(links) < 3:
         return []
     usual = statistics.median(link.bytes_per_s for link in links)

@@ -10,14 +10,14 @@ from tokenizer.encode import check_out, encode_shards
 
 
 def main() -> None:
-    """Encodes; the same command again continues where it stopped."""
+    """Encodes the data sets. A repeated command continues where it stopped."""
     arguments = entry.config_parser(__doc__ or "", "configs/latents/cc12m.yaml").parse_args()
     run = entry.read_config(EncodeRun, arguments)
     if arguments.dry_run:
         entry.print_config(run)
         return
     for config in run.configs():
-        check_out(config)  # before the ranks meet: a mistake is one line, not one from each
+        check_out(config)  # before the ranks meet, so that a mistake is one line and not one a rank
     ranks = distributed.start()
     for config in run.configs():
         config = dataclasses.replace(config, device=str(ranks.device))

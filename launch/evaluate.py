@@ -7,10 +7,10 @@ linear            ImageNet's validation folders      top-1 of DINOv2's published
 geneval dpg       drawn from the benchmark's prompts GenEval; DPG-Bench by a named judge
 gedit imgedit     edits of the benchmark's images    GEdit-Bench-EN, ImgEdit-Bench by a named judge
 
---run RUN --prompts FILE draws the images first. Run again, every command goes on where it stopped.
-prompts           a benchmark's files -> a file of prompts to draw from
-calibrate         do finished scores of a known image set agree with the published ones? (SUITE --calibrate: at once)
-report            one page: runs beside the paper's tables, images behind failed items
+--run RUN --prompts FILE draws the images first. A repeated command continues where it stopped.
+prompts           converts a benchmark's files into a file of prompts
+calibrate         compares finished scores of a known image set with published ones (SUITE --calibrate: right away)
+report            writes one page with runs beside the paper's tables, and the images of failed items
 """
 
 import argparse
@@ -38,7 +38,7 @@ from report.benchmarks import render_benchmarks
 
 
 def main() -> None:
-    """Scores, prints each number with its interval; scores.json and per_item.jsonl in --out."""
+    """Scores the images, prints each score with its interval, and writes scores.json and per_item.jsonl to --out."""
     parser = entry.parser(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_commands(parser)
@@ -67,7 +67,7 @@ def _score(arguments: argparse.Namespace) -> None:
         allow_partial=arguments.allow_partial,
         team=team,
         manifest=manifest,
-        follow_links=arguments.command == "linear",  # what lies in the class folders, not what a list names
+        follow_links=arguments.command == "linear",  # the names come from the class folders, not from a list
     )
     for name, value in scores.get("scores", {}).items():
         interval = "" if value["low"] is None else f" ({value['low']:.4g} to {value['high']:.4g})"
@@ -79,13 +79,13 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _sampling_options(arguments: argparse.Namespace) -> list[str]:
-    """Fields of SamplingConfig that were given."""
+    """Options of SamplingConfig's fields that the command line gives."""
     names = [field.name for field in dataclasses.fields(SamplingConfig)]
     return [name for name in names if getattr(arguments, name, None) is not None]
 
 
 def _seed(images: Path) -> int:
-    """The one that a set of launch/sample.py was drawn with; 0 for others."""
+    """The seed with which launch/sample.py drew an image set; 0 for other sets."""
     path = images / SETTINGS_NAME
     return int(read_json(path)["seed"]) if path.is_file() else 0
 
@@ -105,7 +105,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
 
 def _compare(known: str, scores: Mapping[str, Any]) -> None:
-    """Raises UserError: numbers differ."""
+    """Compares scores with the published ones of the set `known`. Raises UserError: they differ."""
     of = calibration.known(known)
     verdicts = calibration.compare(of, scores)
     say(f"{of.what} ({of.source})")

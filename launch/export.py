@@ -1,8 +1,8 @@
-"""A run -> a folder: python launch/export.py --run RUN --out DIR [--checkpoint STEP|latest] [--name OWNER/NAME]
+"""Exports a run to a folder: launch/export.py --run RUN --out DIR [--checkpoint STEP|latest] [--name OWNER/NAME]
 
-Of a generator: with autoencoder, text tokenizer, sampling defaults and a model card, for the hub, and for --run of
-sample.py, sample_class.py and evaluate.py. Of a tokenizer stage: the autoencoder. --checkpoint takes the averaged
-weights of a training that is not finished. Nothing is uploaded: the command that would is printed.
+The folder of a generator also holds autoencoder, text tokenizer, sampling defaults and a model card; it suits the hub,
+and --run of sample.py, sample_class.py and evaluate.py. The folder of a tokenizer stage holds the autoencoder.
+--checkpoint exports the averaged weights of an unfinished training. Nothing is uploaded: the command for it is printed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def main() -> None:
-    """Writes the folder, whole or not at all, after it has been read back."""
+    """Writes the folder and reads it back; the folder appears whole or not at all."""
     parser = entry.parser(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--run", type=Path, required=True, help="run_dir of a training")
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def write(arguments: argparse.Namespace, out: Path) -> str:
-    """Returns what it is. Raises UserError: a run that is not finished; parts that are gone or do not fit together."""
+    """Writes `out` and describes it. Raises UserError: the run is unfinished, or parts are missing or do not fit."""
     run_dir: Path = arguments.run
     if arguments.checkpoint is None:
         check_finished(run_dir, "tokenizer, t2i, edit or class-conditional")
@@ -92,7 +92,7 @@ def write(arguments: argparse.Namespace, out: Path) -> str:
 
 
 def _weights(arguments: argparse.Namespace, run: TokenizerRun | GeneratorRun | ClassRun, folder: Path) -> str:
-    """Writes the run's export, or that of its checkpoint, into `folder`; the step of the checkpoint, or ''."""
+    """Writes the run's export, or its checkpoint's, into `folder`. Returns the checkpoint's step, or ''."""
     run_dir: Path = arguments.run
     if arguments.checkpoint is None:
         _copy(run_dir / EXPORT, WEIGHTS, folder)
@@ -101,7 +101,7 @@ def _weights(arguments: argparse.Namespace, run: TokenizerRun | GeneratorRun | C
     objective = objective_of(run)
     decays = run.engine.ema_decays
     checkpoint_export.load(directory, state, objective.model, decays[0] if decays else None)
-    if run.engine.precision == "bf16":  # as DeepSpeed keeps the weights, and the training exports them
+    if run.engine.precision == "bf16":  # the training keeps and exports its weights in bf16
         objective.model.bfloat16()
     objective.export(folder)
     return str(state["step"])
@@ -127,7 +127,7 @@ def _card(arguments: argparse.Namespace, task: Task, run: GeneratorRun, run_dir:
 
 
 def task_of(run: GeneratorRun, given: Task | None, run_dir: Path) -> Task:
-    """What the run was trained for. Raises UserError: `given` is something else, or nobody says it."""
+    """The task that the run was trained for. Raises UserError: `given` is another task, or the task is unknown."""
     if run.task is not None and given not in (None, run.task):
         raise UserError(f"--task {given}: {run_dir} was trained for {run.task}; leave --task out")
     if (task := run.task or given) is None:
@@ -138,14 +138,14 @@ def task_of(run: GeneratorRun, given: Task | None, run_dir: Path) -> Task:
 
 
 def _without_machine(path: str) -> str:
-    """The end of an absolute path: a card is public."""
+    """A path without the folders that identify this machine, because a model card is public."""
     return "/".join(Path(path).parts[-2:]) if Path(path).is_absolute() else path
 
 
 def _describe_set(shards: str, run: GeneratorRun) -> str:
     try:
         manifest = ShardDataset.open(shards, run.data.storage).manifest
-    except UserError:  # a card can be written where the data is no more
+    except UserError:  # the data may be gone; the card is written anyway
         return f"{Path(shards).name} (not at hand when this was written)"
     source = f"{manifest.source}, " if manifest.source else ""
     return (
@@ -161,19 +161,19 @@ def _copy(source: Path, names: tuple[str, ...], target: Path) -> None:
 
 
 def copy_text_tokenizer(name_or_folder: str, target: Path) -> None:
-    """Ours as it is; one that transformers knows by this name or in this folder as it saves it. Raises UserError."""
+    """Copies a text tokenizer: ours file by file, transformers' as transformers saves it. Raises UserError."""
     if (Path(name_or_folder) / MODEL_NAME).is_file():
         target.mkdir()
         _copy(Path(name_or_folder), (MODEL_NAME, "config.json"), target)
         return
-    load_text_tokenizer(name_or_folder)  # its one-line error, should there be none
-    from transformers import AutoTokenizer  # takes seconds to import: only where it is needed
+    load_text_tokenizer(name_or_folder)  # raises its one-line error if there is none
+    from transformers import AutoTokenizer  # imported here because it takes seconds
 
     hub.from_pretrained(AutoTokenizer, name_or_folder).save_pretrained(target)
 
 
 def _commit() -> str | None:
-    """Of this code; None outside a git checkout."""
+    """The git commit of this code; None outside a git checkout."""
     command = ["git", "-C", str(entry.REPOSITORY), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603  # git's own name

@@ -1,4 +1,4 @@
-"""An exported generator -> Bagel's names, for its code: python launch/export_bagel.py --generator DIR --out DIR"""
+"""Exports a generator under Bagel's names, for Bagel's code: launch/export_bagel.py --generator DIR --out DIR"""
 
 import sys
 from pathlib import Path

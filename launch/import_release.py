@@ -1,4 +1,4 @@
-"""Others' weights -> our export: launch/import_release.py rpiae|rae|diffusers|va-vae|bagel|dit (with --help)"""
+"""Converts released weights to our export: launch/import_release.py rpiae|rae|diffusers|va-vae|bagel|dit (--help)"""
 
 import argparse
 import sys
@@ -22,7 +22,7 @@ from tokenizer.rpiae import AutoencoderConfig
 
 
 def main() -> None:
-    """Reads, reports, writes; exit status 1 and nothing written where something is left over on either side."""
+    """Reads, reports and writes the weights. If a tensor of either side has no counterpart: status 1, no output."""
     arguments = _parser().parse_args()
     out: Path | None = arguments.out
     if out is None and not arguments.verify:

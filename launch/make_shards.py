@@ -1,6 +1,6 @@
-"""Makes shards of images from a source, or looks after shards: launch/make_shards.py COMMAND --help
+"""Makes shards of images from a source, or checks shards: launch/make_shards.py COMMAND --help
 
-The same command again continues where it stopped; the bytes depend on neither the number of processes nor of nodes.
+A repeated command continues where it stopped. The shards' bytes do not depend on the number of processes or nodes.
 """
 
 import argparse

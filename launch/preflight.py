@@ -1,7 +1,8 @@
-"""What a run will need, before it is launched: launch/preflight.py CONFIG --gpus 8 --gpu-memory 80
+"""Estimates what a run will need, before its launch: launch/preflight.py CONFIG --gpus 8 --gpu-memory 80
 
-Starts nothing and downloads nothing; of a tokenizer's earlier stage only config.json is read. With --execute, under
-deepspeed and on the machine that will train, one real step of every phase on random data, and the estimate's error.
+Starts nothing and downloads nothing; of a tokenizer's earlier stage it reads only config.json. With --execute, under
+deepspeed on the machine that will train, runs one real step of every phase on random data and prints the estimate's
+error.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TITLES = {
 
 
 def main() -> None:
-    """The tables; then, if asked, the phases."""
+    """Prints the tables; with --execute, then runs the phases."""
     arguments = _parser().parse_intermixed_args()
     paths = [*([arguments.config] if arguments.config else [])]
     paths += [word for word in arguments.words if "=" not in word]

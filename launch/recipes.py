@@ -1,6 +1,6 @@
-"""The table of docs/recipes.md, a line for each config: python -m launch.recipes configs/generator
+"""Prints the table of docs/recipes.md, a line for each config: python -m launch.recipes configs/generator
 
-Memory and time are arithmetic (launch/sizing/estimate.py), on the number of GPUs in a config's name, else on at most 8.
+Memory and time are estimates (launch/sizing/estimate.py) for the number of GPUs in a config's name, else for at most 8.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from launch.sizing.run_kinds import read_run
 from launch.sizing.step_time import NODE_GPUS
 
 CLASS = "class"
-"""The folder of class-conditional configs, which have no tokens of text."""
+"""The folder of class-conditional configs, which have no text tokens."""
 TITLES = (
     "config", "latents", "time shift", "parameters, M", "packs x tokens", "targets a step", "TFLOP a step",
     "GPUs", "GiB each", "computing + exchange, ms", "run, h",
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def table(folder: Path) -> str:
-    """Markdown. Raises UserError: no configs there."""
+    """The table of the configs in `folder`, in Markdown. Raises UserError: the folder has no configs."""
     paths = sorted(path for path in folder.rglob("*.yaml") if CLASS not in path.relative_to(folder).parts)
     if not paths:
         raise UserError(f"{folder}: holds no .yaml files; give a folder of generator configs")

@@ -1,6 +1,6 @@
 """Reconstructs a folder of images: launch/reconstruct.py --autoencoder DIR --images DIR --out DIR
 
-Under `deepspeed` all ranks share the images.
+Under `deepspeed` all ranks share the work.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from launch.runs.team import meet
 
 
 def main() -> None:
-    """Writes an image set of originals and results; run again, it continues. Status 1: unreadable images."""
+    """Writes an image set of originals and results; a repeated command continues. Status 1: unreadable images."""
     parser = entry.parser(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--autoencoder", type=Path, required=True, help="export, trained or imported")
@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; give at least 1")
-    image_names(arguments.images)  # before the ranks meet: a mistake is one line, not one from each
+    image_names(arguments.images)  # before the ranks meet, so that a mistake is one line and not one a rank
     images_below(arguments.images).tell_others()
     team, device = meet()
     config = ReconstructConfig(

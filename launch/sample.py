@@ -1,7 +1,7 @@
 """Draws images: one prompt or edit, or a file of them on all ranks.
 
 launch/sample.py --run DIR --prompt "a red apple" --out a.png
-deepspeed launch/sample.py --run DIR --prompts FILE.txt|FILE.jsonl --out FOLDER   # an image set; run again, it goes on
+deepspeed launch/sample.py --run DIR --prompts FILE.txt|FILE.jsonl --out FOLDER   # an image set; a rerun continues
 """
 
 import argparse
@@ -25,15 +25,15 @@ from launch.runs.sampling_options import add_sampling_options, read_sampling_opt
 from launch.runs.team import meet, own_device
 
 SIGN = "RPiAE launch/sample.py"
-"""EXIF's Software, of the images that the command may replace."""
+"""The EXIF field Software of images that this command drew and may replace."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def main() -> None:
-    """Draws with what a finished run, or launch/export.py, holds: generator, autoencoder, text tokenizer."""
+    """Draws with generator, autoencoder and text tokenizer of a finished run or of launch/export.py's folder."""
     arguments = _parser().parse_args()
     if arguments.prompts is None:
-        _image_paths(arguments)  # cheaper than to find out what draws
+        _image_paths(arguments)  # checked first, because loading the models takes longer
     models, base = prompt_models(Path(arguments.run))
     given = (arguments.prompts, arguments.prompt, arguments.image and arguments.instruction)
     edit_is_whole = (arguments.image is None) == (arguments.instruction is None)
@@ -67,7 +67,7 @@ def _draw_one(arguments: argparse.Namespace, models: tuple[Path, str, str], samp
 
 
 def _image_paths(arguments: argparse.Namespace) -> list[Path]:
-    """A file for each image. Raises UserError: no name of an image, files there that this command did not draw."""
+    """A path for each image. Raises UserError: not an image's name, or a file exists that this command did not draw."""
     out, count = Path(arguments.out or "sample.png"), arguments.num_images
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {out}: give an image file, {', '.join(SUFFIXES)}")
@@ -80,7 +80,7 @@ def _image_paths(arguments: argparse.Namespace) -> list[Path]:
 
 
 def _check_image(path: Path) -> None:
-    """Raises UserError: there is a file at `path` that this command did not draw."""
+    """Raises UserError: the file at `path` exists, and this command did not draw it."""
     if not path.exists():
         return
     try:
@@ -95,7 +95,7 @@ def _draw_file(
     arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig
 ) -> None:
     prompts = Path(arguments.prompts)
-    found = read_prompts(prompts)  # before the ranks meet: a mistake is one line, not one from each
+    found = read_prompts(prompts)  # before the ranks meet: a mistake is one line, not one a rank
     if any(prompt.images for prompt in found):
         check_edits(Path(arguments.run))
     if arguments.out is None:

@@ -1,7 +1,7 @@
-"""Draws images of classes, class after class in turn, on all ranks; run again, it goes on.
+"""Draws images of all classes in turn, on all ranks; a repeated command continues.
 
 deepspeed launch/sample_class.py --run DIR --images 50000 --out SET [--npz FILE]
-... --guidance 2.05 --guide DIR/export_step_00025020     # AutoGuidance; without --guide by the model without class
+... --guidance 2.05 --guide DIR/export_step_00025020     # AutoGuidance; without --guide the model without class guides
 """
 
 import argparse
@@ -22,7 +22,7 @@ from launch.runs.team import meet
 
 
 def main() -> None:
-    """Draws with a finished run's export and the autoencoder that it was trained with."""
+    """Draws with a finished run's export and its autoencoder."""
     arguments = _parser().parse_args()
     (generator, autoencoder), base = class_models(arguments.run)
     sampling = read_sampling_options(arguments, base)

@@ -10,7 +10,7 @@ from launch.sizing import dry_run
 
 
 def main() -> None:
-    """Class in, image out; without --config the paper's LightningDiT-XL, 80 epochs of ImageNet."""
+    """Trains from the config; the default is the paper's LightningDiT-XL, 80 epochs of ImageNet."""
     arguments = entry.config_parser(__doc__ or "", "configs/generator/class/rpiae64_80.yaml").parse_args()
     run = entry.read_config(ClassRun, arguments)
     if arguments.dry_run:

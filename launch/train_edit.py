@@ -10,7 +10,7 @@ from launch.sizing import dry_run
 
 
 def main() -> None:
-    """Source image and instruction in, edited image out; without --config the paper's run on OmniEdit."""
+    """Trains from the config; the default is the paper's run on OmniEdit."""
     arguments = entry.config_parser(__doc__ or "", "configs/generator/edit_omniedit.yaml").parse_args()
     run = entry.read_config(GeneratorRun, arguments).learning("edit")
     if arguments.dry_run:

@@ -10,7 +10,7 @@ from launch.sizing import dry_run
 
 
 def main() -> None:
-    """Text in, image out; without --config the paper's run on CC12M."""
+    """Trains from the config; the default is the paper's run on CC12M."""
     arguments = entry.config_parser(__doc__ or "", "configs/generator/t2i_cc12m.yaml").parse_args()
     run = entry.read_config(GeneratorRun, arguments).learning("t2i")
     if arguments.dry_run:

@@ -1,4 +1,4 @@
-"""Captions of shards -> a sentencepiece text tokenizer: launch/train_text_tokenizer.py --shards DIR --out DIR"""
+"""Trains a sentencepiece text tokenizer on captions: launch/train_text_tokenizer.py --shards DIR --out DIR"""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from launch.runs import entry
 
 
 def main() -> None:
-    """Reads the first samples of every data set, all their captions, and writes the tokenizer."""
+    """Reads all captions of the first samples of every data set, and writes the tokenizer."""
     parser = entry.parser(__doc__ or "")
     parser.add_argument("--shards", nargs="+", required=True, help="data sets with captions or instructions")
     parser.add_argument("--samples", type=int, default=100_000, help="of each data set")

@@ -1,4 +1,4 @@
-"""Curves and samples of trainings, in the terminal or as an HTML page: launch/watch.py RUN [RUN ...] [--html FILE]"""
+"""Shows curves and samples of trainings, in the terminal or as HTML: launch/watch.py RUN [RUN ...] [--html FILE]"""
 
 import argparse
 import shutil
@@ -15,7 +15,7 @@ CLOSED = ("finished", "stopped")
 
 
 def main() -> None:
-    """Draws again and again until every run has ended; Ctrl-C ends it earlier. Only reads the run folders."""
+    """Redraws until every run has ended or Ctrl-C. Only reads the run folders."""
     arguments = _parser().parse_args()
     try:
         while True:
@@ -58,7 +58,7 @@ def _show(runs: list[Run], arguments: argparse.Namespace) -> None:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """Each folder's own name, with as many of its parents as tell them apart."""
+    """Each folder's name, with enough of its parents to be unique."""
     whole = [path.resolve() for path in paths]
     if len(set(whole)) < len(whole):
         raise UserError("the same run is given twice; name each once")

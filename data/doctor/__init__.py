@@ -1,1 +1,1 @@
-"""What is wrong with a data set, what is in it, and whether a training could start on it."""
+"""The doctor: finds faults of a data set, describes its content, and checks whether a training could start on it."""

@@ -1,6 +1,7 @@
-"""The doctor: is a data set whole, does training get what it needs from it, what is in it.
+"""Examines a data set: whether it is whole, whether training can use it, and what it contains.
 
-`data.shards.verification` checks bytes, `tally` looks into samples, `readiness` at a launch. Their results meet here.
+`data.shards.verification` checks bytes, `tally` examines samples, `readiness` checks a launch. This module joins their
+results.
 """
 
 from __future__ import annotations
@@ -20,35 +21,35 @@ from data.processes import over_shards
 from data.shards import LatentInfo, Manifest, Sample, ShardDataset
 from data.shards.verification import Problem, check_rejected, check_shard, leftovers, printable, read_sample
 
-MAX_NAMED = 100_000  # problems kept; more are counted only, so that memory is bounded
-MAX_LINES = 20  # problems that the text shows
+MAX_NAMED = 100_000  # problems kept; further ones are only counted, so that memory is bounded
+MAX_LINES = 20  # problems that `Diagnosis.text` lists
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A sample for the page."""
+    """A sample that the page shows."""
 
     sample: Sample
-    problems: tuple[str, ...]  # what is wrong with it
+    problems: tuple[str, ...]  # faults of this sample
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found in a data set."""
+    """The doctor's findings about a data set."""
 
     directory: str
-    facts: tuple[tuple[str, str], ...]  # name, value: what it is
+    facts: tuple[tuple[str, str], ...]  # (name, value), such as the number of samples
     problems: tuple[Problem, ...]  # at most MAX_NAMED
-    num_unnamed: int  # problems beyond those
-    notes: tuple[str, ...]  # worth knowing, and no reason to wait
+    num_unnamed: int  # further problems, which are only counted
+    notes: tuple[str, ...]  # remarks that need not stop a training
     tables: tuple[Table, ...]
     histograms: tuple[Histogram, ...]
-    shown: tuple[Shown, ...]  # samples with problems, then always the same random choice
+    shown: tuple[Shown, ...]  # samples with problems, then a fixed random choice
     latent: LatentInfo | None
 
     @property
     def num_problems(self) -> int:
-        """All of them."""
+        """Number of all problems."""
         return len(self.problems) + self.num_unnamed
 
     @property
@@ -62,7 +63,7 @@ class Diagnosis:
         return f"{counted(self.num_problems, 'problem')} ({listed}{more})"
 
     def text(self) -> str:
-        """For a terminal, problems first."""
+        """The diagnosis for a terminal, problems first."""
         lines = [f"{self.directory}: {self.verdict}"]
         lines += [f"  {problem.text}" for problem in self.problems[:MAX_LINES]]
         if self.num_problems > MAX_LINES:
@@ -75,9 +76,9 @@ class Diagnosis:
         return "\n".join(printable(line) for line in lines).rstrip()
 
     def lost(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
-        """Samples by key and shards by name that must not be trained on, each with its first reason.
+        """Samples (by key) and shards (by name) that training must leave out, each with its first reason.
 
-        Raises UserError: so many problems that not all are named.
+        Raises UserError: there are too many problems to name all.
         """
         if self.num_unnamed:
             raise UserError(
@@ -96,14 +97,15 @@ class Diagnosis:
 def diagnose(
     directory: str | Path, *, num_processes: int = 1, launch: Launch | None = None, num_shown: int = 24
 ) -> Diagnosis:
-    """Reads every byte of a finished data set twice, for its checksum and for what is in it; `launch`: could it start?
+    """Reads every byte of a finished data set twice, for checksums and for its content.
 
-    Raises UserError: no data set there, a damaged manifest, a budget in the wrong unit.
+    `launch`: settings of a run, for which readiness is checked. Raises UserError: no data set, a damaged manifest, or a
+    budget in the wrong unit.
     """
     directory = Path(directory)
     manifest = Manifest.read(directory)
     if launch is not None:
-        launch.budget(manifest.latent)  # refused before the work
+        launch.budget(manifest.latent)  # raises before the work begins
     found = list(check_rejected(directory, manifest))
     tally, num_unnamed = Tally(), 0
     work = functools.partial(_look_at_shard, directory, manifest, num_shown)
@@ -171,7 +173,7 @@ def _facts(directory: Path, manifest: Manifest) -> tuple[tuple[str, str], ...]:
 def _show(
     directory: Path, manifest: Manifest, problems: list[Problem], chosen: list[Choice], num_shown: int
 ) -> Iterator[Shown]:
-    """The first samples with problems, as many as can be read, then the chosen ones."""
+    """Yields the first samples with problems that can be read, then the chosen samples."""
     shards = {entry.name: shard for shard, entry in enumerate(manifest.shards)}
     reasons: dict[tuple[int, int], list[str]] = {}
     for problem in problems:
@@ -179,6 +181,6 @@ def _show(
             reasons.setdefault((shards[problem.shard], problem.position), []).append(problem.text)
     bad = list(reasons)[:num_shown]
     for shard, position in dict.fromkeys([*bad, *((shard, position) for _, shard, position in chosen)]):
-        with contextlib.suppress(UserError):  # its bytes are damaged
+        with contextlib.suppress(UserError):  # the sample's bytes are damaged
             sample = read_sample(directory, manifest, shard, position)
             yield Shown(sample, tuple(reasons.get((shard, position), ())))

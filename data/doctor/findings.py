@@ -1,4 +1,4 @@
-"""Sums over a data set -> what a person reads: problems, notes, tables, histograms."""
+"""Turns sums over a data set into problems, notes, tables and histograms for people."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from data.shards.verification import Problem
 
 MAX_BARS = 12
 MAX_ROWS = 20
-# A channel's mean may be off by this share of its deviation, and the deviation by this share of itself, plus what
-# chance does to the measured ones: data under another set's statistics (statistics_from) must pass.
+# Tolerance of a channel's mean and of its standard deviation, as a share of the deviation; sampling error is added.
+# Data that is encoded with another set's statistics (statistics_from) must pass.
 STATISTICS_TOLERANCE = 1.0
 CHANCE_DEVIATIONS = 4.0
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; the first column names them."""
+    """Rows of cells; the first column names the rows."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def lines(self) -> list[str]:
-        """Aligned for a terminal."""
+        """The table as aligned lines for a terminal."""
         cells = [self.header, *self.rows] if any(self.header) else list(self.rows)
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.header))]
         return [
@@ -40,20 +40,20 @@ class Table:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often which values occur."""
+    """How often values occur, by range."""
 
     title: str
     summary: str  # "min 3, median 12, max 40"
-    bars: tuple[tuple[str, int], ...]  # range of values, count
+    bars: tuple[tuple[str, int], ...]  # (range of values, count)
 
 
 def problems_of(tally: Tally, latent: LatentInfo | None) -> list[Problem]:
-    """What no single sample shows."""
+    """Problems of the whole set, which no single sample shows."""
     return [*_class_problems(tally), *(_latent_problems(tally, latent) if latent is not None else ())]
 
 
 def notes(tally: Tally) -> list[str]:
-    """What is worth knowing."""
+    """Remarks that are no problems."""
     found = []
     if len(tally.parts) > 1:
         found.append(f"samples of {len(tally.parts)} different sets of parts")
@@ -71,7 +71,7 @@ def notes(tally: Tally) -> list[str]:
 
 
 def tables(tally: Tally, latent: LatentInfo | None) -> list[Table]:
-    """What there is how often."""
+    """Tables of how often parts, captions, classes and statistics occur."""
     found = [_counts("Parts", "parts", tally.parts)]
     if tally.num_images:
         rows = [
@@ -98,7 +98,7 @@ def tables(tally: Tally, latent: LatentInfo | None) -> list[Table]:
 
 
 def histograms(tally: Tally) -> Iterator[Histogram]:
-    """Sizes and lengths."""
+    """Histograms of image sizes and caption lengths."""
     for title, counts in (
         ("Short side of the images, px", tally.short_sides),
         ("Long side of the images, px", tally.long_sides),
@@ -110,7 +110,7 @@ def histograms(tally: Tally) -> Iterator[Histogram]:
 
 
 def histogram(title: str, counts: Mapping[int, int]) -> Histogram:
-    """Up to MAX_BARS bars of equal width; the last takes what is above the 99.5th percentile."""
+    """Up to MAX_BARS bars of equal width; the last one includes all values above the 99.5th percentile."""
     values = sorted(counts)
     below = np.cumsum([counts[value] for value in values])
     total = int(below[-1])
@@ -151,7 +151,7 @@ def _class_problems(tally: Tally) -> Iterator[Problem]:
 
 
 def _latent_problems(tally: Tally, latent: LatentInfo) -> Iterator[Problem]:
-    """Channels whose statistics are not the manifest's."""
+    """Problems of channels whose statistics differ from the manifest's."""
     if not tally.latent_values.any():
         return
     mean, std = _moments(tally)
@@ -168,7 +168,7 @@ def _latent_problems(tally: Tally, latent: LatentInfo) -> Iterator[Problem]:
 
 
 def _moments(tally: Tally) -> tuple[Vector, Vector]:
-    """Mean and standard deviation by channel, in units of the manifest's."""
+    """Mean and standard deviation of normalised latents by channel, [C] each; 0 and 1 match the manifest."""
     mean: Vector = tally.latent_sums / tally.latent_values
     return mean, np.sqrt(np.maximum(tally.latent_squares / tally.latent_values - mean * mean, 0))
 

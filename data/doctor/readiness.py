@@ -1,4 +1,4 @@
-"""Whether a training could start on a data set: streams, ranks, budget; and how long an epoch is."""
+"""Checks whether a training could start on a data set (streams, ranks, budget), and how long an epoch is."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from data.shards import LatentInfo, ShardDataset
 
 @dataclass(frozen=True)
 class Launch:
-    """The settings of a run, as in its config."""
+    """The settings of a run that decide whether it can start, as in its config."""
 
     num_ranks: int = 1
     num_streams: int = 8  # data.num_streams
     tokens_per_pack: int | None = None  # packing.tokens_per_pack, for latents
     images_per_pack: int | None = None  # pixels.images_per_pack, for pixels
     draws_per_caption: int = 1  # packing.draws_per_caption, for latents
-    max_side: int | None = None  # packing.max_side, latent pixels; None: not looked at
-    seed: int = 0  # data.seed: which samples a stream gets
+    max_side: int | None = None  # packing.max_side, latent pixels; None: not checked
+    seed: int = 0  # data.seed, which decides the samples of a stream
 
     def __post_init__(self) -> None:
         counts = (
@@ -41,7 +41,7 @@ class Launch:
                 raise UserError(f"{name} is {value}; give at least 1")
 
     def budget(self, latent: LatentInfo | None) -> int | None:
-        """Of one pack, in the unit of `sample_lengths`; None: not given. Raises UserError: given in another unit."""
+        """Budget of a pack in the unit of `sample_lengths`; None: not given. Raises UserError: in another unit."""
         if latent is None and self.tokens_per_pack is not None:
             raise UserError("the shards hold pixels; give the budget as --images-per-pack")
         if latent is not None and self.images_per_pack is not None:
@@ -51,7 +51,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Readiness:
-    """What speaks against a start, and what an epoch would be."""
+    """Obstacles to a start, remarks, and facts about an epoch."""
 
     problems: tuple[str, ...]
     notes: tuple[str, ...]
@@ -59,9 +59,9 @@ class Readiness:
 
 
 def sample_lengths(dataset: ShardDataset, draws_per_caption: int = 1) -> npt.NDArray[np.int64]:
-    """What each sample takes of a pack's budget, int64 [len(dataset)]: tokens of latents, 1 of pixels.
+    """Share of each sample in a pack's budget, int64 [len(dataset)]: tokens for latents, 1 for pixels.
 
-    The index holds the counts of text tokens, so the text tokenizer is not needed.
+    The index holds the numbers of text tokens, so no text tokenizer is needed.
     """
     latent = dataset.manifest.latent
     if latent is None:
@@ -70,7 +70,7 @@ def sample_lengths(dataset: ShardDataset, draws_per_caption: int = 1) -> npt.NDA
 
 
 def readiness(dataset: ShardDataset, launch: Launch) -> Readiness:
-    """Raises UserError: a budget in the wrong unit."""
+    """Checks a launch on an opened data set. Raises UserError: the budget is in the wrong unit."""
     latent = dataset.manifest.latent
     budget = launch.budget(latent)
     unit = "samples" if latent is None else "tokens"
@@ -113,7 +113,7 @@ def readiness(dataset: ShardDataset, launch: Launch) -> Readiness:
 def _epoch(
     dataset: ShardDataset, launch: Launch, lengths: npt.NDArray[np.int64], budget: int | None, unit: str
 ) -> list[tuple[str, str]]:
-    """The streams of the first epoch; later ones differ by a few blocks."""
+    """Facts about the streams in the first epoch; later epochs differ by a few blocks."""
     num_samples, totals = [], []
     for stream in range(launch.num_streams):
         order = epoch_order(len(dataset), dataset.fingerprint, launch.seed, 0, launch.num_streams, stream)
@@ -134,6 +134,6 @@ def _epoch(
 
 
 def _span(values: Sequence[int] | npt.NDArray[np.int64]) -> str:
-    """`1 to 12`, or the one value that all have."""
+    """`1 to 12`, or the single value if all are equal."""
     low, high = int(np.min(values)), int(np.max(values))
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -1,4 +1,4 @@
-"""Looks into every sample of a shard: pixels, latents, captions, labels; and adds up what it sees."""
+"""Examines every sample of a shard (pixels, latents, captions, labels) and sums up what it finds."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from data.samples.layouts import check_roles, image_roles, is_interleaved, of_ki
 from data.shards.index import LatentInfo, Records, Sample, key_hash
 
 MEASURED_LATENTS = 256  # samples of each shard whose latents are compared with the manifest's statistics
-MAX_GROUPS = 1000  # different tasks and kinds that are told apart
+MAX_GROUPS = 1000  # most tasks and kinds that are counted separately
 OTHERS = "others"
 Vector = npt.NDArray[np.float64]
-Choice = tuple[int, int, int]  # key hash, number of the shard, position in it
+Choice = tuple[int, int, int]  # (key hash, number of the shard, position in the shard)
 
 
 @dataclass
 class Tally:
-    """Sums over samples; `merge` adds those of another shard."""
+    """Sums over samples; `merge` adds another shard's sums."""
 
     num_samples: int = 0
     num_images: int = 0
     num_grey: int = 0  # images without colour
-    num_unchanged: int = 0  # edits whose target is their source, pixel by pixel or bit by bit
-    num_measured: int = 0  # samples behind the sums of latents
+    num_unchanged: int = 0  # edits whose target equals their source in every pixel or latent bit
+    num_measured: int = 0  # samples in the sums of latents
     parts: collections.Counter[str] = field(default_factory=collections.Counter)
     short_sides: collections.Counter[int] = field(default_factory=collections.Counter)  # of images, px
     long_sides: collections.Counter[int] = field(default_factory=collections.Counter)
@@ -47,15 +47,15 @@ class Tally:
     caption_hashes: list[npt.NDArray[np.uint64]] = field(default_factory=list)
     chosen: list[Choice] = field(
         default_factory=list
-    )  # of the smallest key hashes: always the same random choice
+    )  # samples with the smallest key hashes: a fixed random choice
     latent_values: Vector = field(
         default_factory=lambda: np.zeros(1)
-    )  # [C]: values, then sums over (z - mean) / std
+    )  # [C]: number of values; the next two are sums over (z - mean) / std
     latent_sums: Vector = field(default_factory=lambda: np.zeros(1))
     latent_squares: Vector = field(default_factory=lambda: np.zeros(1))
 
     def merge(self, other: Tally, num_chosen: int) -> None:
-        """Adds `other`; of the chosen samples `num_chosen` remain."""
+        """Adds the sums of `other`, and keeps `num_chosen` of the chosen samples."""
         for name in (entry.name for entry in dataclasses.fields(self)):
             mine, theirs = getattr(self, name), getattr(other, name)
             if isinstance(mine, collections.Counter):
@@ -67,14 +67,14 @@ class Tally:
 
 
 def add(counter: collections.Counter[Any], value: Any, count: int = 1) -> None:
-    """Counts; free text beyond MAX_GROUPS values is counted together, so that memory is bounded."""
+    """Counts a value. Texts beyond MAX_GROUPS different ones are counted as OTHERS, so that memory is bounded."""
     if isinstance(value, str) and len(counter) >= MAX_GROUPS and value not in counter:
         value = OTHERS
     counter[value] += count
 
 
 class ShardInspector:
-    """What the doctor does with the samples of one shard; implements data.shards.verification.Inspector."""
+    """Examines the samples of one shard. Implements data.shards.verification.Inspector."""
 
     def __init__(self, shard: int, latent: LatentInfo | None, num_chosen: int) -> None:
         self.tally = Tally()
@@ -86,7 +86,7 @@ class ShardInspector:
         self._image_tokens: npt.NDArray[np.int64] = np.zeros(0, np.int64)
 
     def start(self, records: Records) -> None:
-        """Takes the index."""
+        """Takes the shard's index: chooses samples and counts text tokens."""
         self._stride = -(-len(records) // MEASURED_LATENTS)
         self._image_tokens = records["num_image_tokens"].astype(np.int64)
         smallest = np.argsort(records["key_hash"], kind="stable")[: self._num_chosen].tolist()
@@ -97,12 +97,12 @@ class ShardInspector:
             self.tally.text_tokens[int(num_tokens)] += int(count)
 
     def finish(self) -> Tally:
-        """The sums, after the last sample."""
+        """Returns the sums, after the last sample."""
         self.tally.caption_hashes = [np.array(self._hashes, np.uint64)]
         return self.tally
 
     def look(self, position: int, sample: Sample, tree: dict[str, Any]) -> Iterator[str]:
-        """Reasons, "kind: detail", why the sample is no good."""
+        """Adds a sample to the sums; yields its faults as "kind: detail"."""
         self.tally.num_samples += 1
         add(self.tally.parts, " + ".join(sorted(sample.parts)))
         for name in ("task", "kind"):
@@ -116,7 +116,7 @@ class ShardInspector:
             yield from self._look_at_latents(position, sample, tree, self._latent)
 
     def _look_at_text(self, tree: dict[str, Any], splits: list[Any] | None) -> Iterator[str]:
-        """`splits`: the texts of an interleaved sample."""
+        """Examines label and texts. `splits`: the texts of an interleaved sample; None: another kind of sample."""
         label, name = tree.get("label"), tree.get("class", "")
         if "label" in tree and (not isinstance(label, int) or isinstance(label, bool) or label < 0):
             yield f"bad label: {label!r:.80} is no number from 0"
@@ -206,7 +206,7 @@ class ShardInspector:
 
 
 def stored_values(payload: bytes, latent: LatentInfo) -> npt.NDArray[np.float32]:
-    """float32 [num_views, M, C, Y, X] of a stored latent part; M as in LatentInfo."""
+    """The values of a stored latent part, float32 [num_views, M, C, Y, X]; M as in LatentInfo."""
     if latent.dtype == "bf16":
         values = (np.frombuffer(payload, "<u2").astype(np.uint32) << 16).view(np.float32)
     else:
@@ -215,20 +215,20 @@ def stored_values(payload: bytes, latent: LatentInfo) -> npt.NDArray[np.float32]
 
 
 def normalised(means: npt.NDArray[np.float32], latent: LatentInfo) -> npt.NDArray[np.float64]:
-    """(z - mean) / std by channel, [..., C, Y, X]."""
+    """(z - mean) / std by channel, float64 [..., C, Y, X]."""
     mean, std = (np.array(values)[:, None, None] for values in (latent.mean, latent.std))
     return np.asarray((means - mean) / std, np.float64)
 
 
 def _flat(field: str, found: Any) -> list[tuple[str, Any]]:
-    """(kind, text) of one text, a list of them, or an object of named ones."""
+    """(kind, text) pairs of a text, a list of texts, or an object of kind -> text."""
     if isinstance(found, dict):
         return [(f"{field}.{name}", text) for name, text in found.items()]
     return [(field, text) for text in (found if isinstance(found, list) else [found])]
 
 
 def _check_layout(roles: list[str], tree: dict[str, Any], what: str) -> Iterator[str]:
-    """Images as data/samples/layouts.py names them, and the splits of an interleaved sample."""
+    """Yields faults of the image roles (data/samples/layouts.py) and of an interleaved sample's splits."""
     try:
         check_roles(roles)
     except ValueError as error:
@@ -242,7 +242,7 @@ def _check_layout(roles: list[str], tree: dict[str, Any], what: str) -> Iterator
 
 
 def _num_images(roles: Collection[str], tree: dict[str, Any]) -> int:
-    """Images of a sample as its index counts them: those of an interleaved one as often as its splits name them."""
+    """Number of images that the index counts: an interleaved sample's images count as often as its splits name them."""
     splits = tree.get("splits")
     if not is_interleaved(roles) or not isinstance(splits, list):
         return len(roles)
@@ -250,6 +250,6 @@ def _num_images(roles: Collection[str], tree: dict[str, Any]) -> int:
 
 
 def _pairs(roles: Collection[str]) -> list[tuple[str, str]]:
-    """The source and each target of an edit with one source: they show the same."""
+    """(source, target) pairs of an edit with one source, whose images show one scene."""
     sources, targets = sorted(of_kind(roles, "source")), sorted(of_kind(roles, "target"))
     return [(source, target) for source in sources for target in targets] if len(sources) == 1 else []

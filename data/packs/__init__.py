@@ -1,1 +1,1 @@
-"""Samples -> batches: packing, the attention of a pack, batches of one class label each, copies to a GPU."""
+"""Samples -> batches: packs and their attention plans, batches of class labels and latents, copies to a GPU."""

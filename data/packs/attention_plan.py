@@ -1,8 +1,9 @@
-"""Who attends to whom in a pack, without a T x T mask (contracts 3 and 4).
+"""Describes which tokens of a pack attend to which, without a T x T mask (contracts 3 and 4).
 
-The rule (Bagel's generalized causal attention): causal inside text, full inside image splits, every split
-sees all earlier splits of its sample except noisy targets. So every split is one segment: its queries, and as
-keys the visible earlier rows of its sample followed by its own. Storage order of a pack's T rows:
+The rule is Bagel's generalized causal attention: attention is causal inside a text split and full inside an image
+split, and every split sees all earlier splits of its sample except noisy targets. So every split is one segment: its
+rows are the queries; its keys are the visible earlier rows of its sample, then its own. The T rows of a pack lie in
+this storage order:
 
     [ text splits | <|vision_start|>, <|vision_end|> of each image | latent tokens of each image ]
 
@@ -25,13 +26,13 @@ from data.packs.transfer import to_device
 
 Rows = npt.NDArray[np.int64]
 
-# Lengths that share a bucket: steps of 8, or of a quarter of their power of two where that is more.
+# Lengths are rounded up to share a bucket: to steps of 8, or of a quarter of their power of two if that is more.
 MIN_LENGTH_STEP = 8
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split in rows of the storage order; its keys are the visible earlier rows, then its own."""
+    """One split, as rows in storage order; its keys are the visible earlier rows, then its own rows."""
 
     rows: Rows
     keys: Rows
@@ -39,26 +40,26 @@ class Split:
 
 @dataclass(frozen=True)
 class VarlenGroup:
-    """Segments of one variable-length attention call; their queries are neighbours in storage order."""
+    """Segments of one variable-length attention call. Their queries are contiguous in storage order."""
 
     q_lens: tuple[int, ...]  # queries per segment
     k_lens: tuple[int, ...]  # keys per segment
     cu_q: Tensor  # int32 [segments + 1], running sums of q_lens from 0
     cu_k: Tensor  # int32 [segments + 1]
-    max_q: int  # 0 when there are no segments
+    max_q: int  # 0 if there are no segments
     max_k: int
     kv_index: Tensor  # int64 [sum k_lens]: rows of K and V to gather
-    num_rows: int  # rows that K and V have
+    num_rows: int  # rows of K and V
     first_row: (
         int | None
-    )  # where kv_index counts up from here: the rows are a slice; None: they are to be gathered
+    )  # kv_index counts up from this row, so the rows are a slice; None: they must be gathered
 
     @cached_property
     def occurrences(self) -> tuple[Tensor, Tensor]:
-        """(positions int64 [sum k_lens], starts int64 [num_rows + 1]): kv_index holds row r at the positions
-        positions[starts[r]:starts[r + 1]], which rise.
+        """Inverse of kv_index: (positions int64 [sum k_lens], starts int64 [num_rows + 1]).
 
-        Made on the plan's device when a backward pass first asks, once a pack; nothing waits for the device.
+        kv_index holds row r at positions[starts[r]:starts[r + 1]], which ascend. Computed once a pack on the plan's
+        device, when a backward pass first needs it; nothing waits for the device.
         """
         rows, positions = self.kv_index.sort(stable=True)
         return positions, torch.searchsorted(rows, torch.arange(self.num_rows + 1, device=rows.device))
@@ -66,47 +67,49 @@ class VarlenGroup:
 
 @dataclass(frozen=True)
 class PaddedBucket:
-    """Segments of similar shape, padded to one size, for backends that take a mask (SDPA).
+    """Segments of similar shape, padded to one size, for a backend that takes a mask (SDPA).
 
-    Padded queries repeat the segment's first row and attend like its last query, so that no softmax is empty.
+    Padded queries repeat the segment's first row and attend as its last query does, so that no softmax is empty.
     """
 
     q_index: Tensor  # int64 [S, Lq] storage rows
     q_valid: Tensor  # bool [S, Lq], False on padding
     kv_index: Tensor  # int64 [S, Lk] storage rows
-    num_visible: Tensor  # int64 [S, Lq]: the first so many of the Lk keys are seen by this query
+    num_visible: Tensor  # int64 [S, Lq]: this query sees the first num_visible of the Lk keys
 
     @cached_property
     def mask(self) -> Tensor:
-        """bool [S, 1, Lq, Lk], True = attend. Made where it is used, once: a pack's masks are megabytes."""
+        """bool [S, 1, Lq, Lk], True = attend. Computed on first use, on the device: a pack's masks are megabytes."""
         keys = torch.arange(self.kv_index.shape[1], device=self.kv_index.device)
         return (keys < self.num_visible[..., None])[:, None]
 
 
 @dataclass(frozen=True)
 class PaddedSplits:
-    """All splits of a plan for SDPA, one segment each."""
+    """All splits of a plan in padded buckets for SDPA, one segment each."""
 
     buckets: tuple[PaddedBucket, ...]
-    out_index: Tensor  # int64 [T]: row t is row out_index[t] of the buckets' flattened outputs, concatenated
+    out_index: Tensor  # int64 [T]: row t is row out_index[t] of the buckets' concatenated flat outputs
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """One pack's attention: as two variable-length calls, and for SDPA as padded buckets, made when asked for.
+    """One pack's attention: two variable-length calls, or for SDPA padded buckets, which are built on first use.
 
-    `causal`: queries are rows 0 .. num_causal - 1, one segment per text split, causal aligned at the bottom
-    right (query i of Lq sees keys 0 .. Lk - Lq + i). `full`: queries are the other rows, one segment per
-    image for its two special tokens, then one per image for its latent tokens, non-causal. Keys: see `Split`.
+    `causal`: the queries are rows 0 .. num_causal - 1, one segment per text split, causal, aligned at the bottom right
+    (query i of Lq sees keys 0 .. Lk - Lq + i). `full`: the queries are the other rows, non-causal, one segment per
+    image for its two special tokens, then one segment per image for its latent tokens. `Split` defines a segment's
+    keys.
     """
 
-    num_tokens: int  # T: rows that ask, all of the pack; fewer in `outputs`
+    num_tokens: int  # T: number of queries: all rows of the pack; fewer in `outputs`
     num_causal: int  # rows of text splits
     causal: VarlenGroup
     full: VarlenGroup
-    text: tuple[Split, ...]  # what the buckets are made of
+    text: tuple[Split, ...]  # text and images: the splits that the buckets pad
     images: tuple[Split, ...]
-    # For a last layer of which only noisy latents are read: they ask, numbered from 0, and all rows answer.
+    # The plan of a last layer whose noisy latents alone are read: these are the queries, numbered from 0; all rows are
+    # keys.
     outputs: AttentionPlan | None = None
 
     def to(self, device: torch.device) -> AttentionPlan:
@@ -114,25 +117,25 @@ class AttentionPlan:
         return to_device(self, device)
 
     def build_buckets(self) -> None:
-        """Now and on this thread, what is otherwise built when SDPA first asks.
+        """Builds the padded buckets now, on this thread; otherwise SDPA's first use builds them.
 
-        SDPA alone reads them: where a variable-length kernel runs, none is built or moved.
+        Only SDPA needs the buckets: runs with a variable-length kernel neither build nor move them.
         """
         _ = self._padded
 
     @property
     def has_buckets(self) -> bool:
-        """Whether they are built."""
+        """Whether the padded buckets are built."""
         return "_padded" in self.__dict__
 
     @property
     def buckets(self) -> tuple[PaddedBucket, ...]:
-        """See PaddedSplits."""
+        """The padded buckets; builds them if needed."""
         return self._padded.buckets
 
     @property
     def out_index(self) -> Tensor:
-        """See PaddedSplits."""
+        """Where each row lies in the buckets' outputs, int64 [T] (PaddedSplits); builds the buckets if needed."""
         return self._padded.out_index
 
     @cached_property
@@ -140,7 +143,7 @@ class AttentionPlan:
         return to_device(_build_buckets(self.num_tokens, self.text, self.images), self.causal.cu_q.device)
 
     def of(self, num_queries: int) -> AttentionPlan:
-        """This plan, or `outputs` when so many queries are the outputs."""
+        """This plan if it has `num_queries` queries, else `outputs`. Raises AssertionError: neither has."""
         if num_queries == self.num_tokens:
             return self
         assert self.outputs is not None and self.outputs.num_tokens == num_queries, "queries of another plan"
@@ -148,7 +151,7 @@ class AttentionPlan:
 
     @property
     def attended_area(self) -> int:
-        """Query-key pairs that the rule asks for; what an honest FLOP count uses."""
+        """Number of query-key pairs under the rule, without padding: the basis of FLOP counts."""
         causal = sum(
             q * k - q * (q - 1) // 2 for q, k in zip(self.causal.q_lens, self.causal.k_lens, strict=True)
         )
@@ -164,9 +167,9 @@ def build_attention_plan(
     num_rows: int | None = None,
     outputs: AttentionPlan | None = None,
 ) -> AttentionPlan:
-    """Splits come in storage order; an image's rows are its `num_special` special tokens, then its latents.
+    """Builds a plan of splits in storage order; an image's rows are its `num_special` special tokens, then its latents.
 
-    `num_rows`: rows of K and V, where they are not the `num_tokens` that ask.
+    `num_rows`: number of rows of K and V; None: `num_tokens`, the number of queries.
     """
     num_causal = sum(len(split.rows) for split in text)
     num_rows = num_tokens if num_rows is None else num_rows
@@ -210,7 +213,7 @@ def _running_sums(lengths: list[int]) -> Tensor:
 
 
 def _build_buckets(num_tokens: int, text: Sequence[Split], images: Sequence[Split]) -> PaddedSplits:
-    """One segment per split (here an image's specials and latents go together: they have the same keys)."""
+    """One segment per split. An image's special tokens and latents share a segment, because they share their keys."""
     groups: dict[tuple[int, int], list[tuple[Split, bool]]] = defaultdict(list)
     for splits, causal in ((text, True), (images, False)):
         for split in splits:

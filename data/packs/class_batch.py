@@ -1,4 +1,4 @@
-"""Latents and class labels in batches of a fixed number of images, for class-conditional generation.
+"""Batches of a fixed number of latent images with class labels, for class-conditional generation.
 
 Shapes: B images, C latent channels, Y X latent grid.
 """
@@ -25,12 +25,12 @@ from data.shards import LatentInfo, Sample, ShardDataset
 
 @dataclass(frozen=True)
 class ClassBatch:
-    """Images of one micro-batch."""
+    """Latent images and labels of one micro-batch."""
 
     latents: Tensor  # fp32 [B, C, Y, X], normalised
-    labels: Tensor  # int64 [B]; num_classes where the class is left out
+    labels: Tensor  # int64 [B]; num_classes: the class is dropped
     sample_ids: tuple[str, ...]
-    seed: int  # 63 bits, of (run seed, global step, stream)
+    seed: int  # 63 bits, from (run seed, global step, stream)
 
     def to(self, device: torch.device) -> ClassBatch:
         """A copy with the tensors on `device`."""
@@ -39,11 +39,11 @@ class ClassBatch:
 
 @dataclass(frozen=True)
 class ClassPackingConfig:
-    """How labelled latents become batches."""
+    """Config of batches of labelled latents."""
 
     images_per_pack: Count  # images in one micro-batch of one rank
-    class_dropout: Share = 0.1  # probability of leaving the class out (classifier-free guidance)
-    sample_latents: bool = False  # draw z by its stored variance, anew each epoch; False: z is the mean
+    class_dropout: Share = 0.1  # probability of dropping the class (classifier-free guidance)
+    sample_latents: bool = False  # draw z with its stored variance, anew each epoch; False: z is the mean
 
     def __post_init__(self) -> None:
         if self.images_per_pack < 1:
@@ -53,10 +53,9 @@ class ClassPackingConfig:
 
 
 class ClassPacker:
-    """Shards with KEY.latent and KEY.json {"label"}; every sample has length 1. Implements data.plan.stream.Packer.
+    """Packs shards with KEY.latent and KEY.json {"label"}. Every sample has length 1. Implements Packer.
 
-    Dropout, and which view of an image (its mirror image, where the shards hold one), are keyed by (seed, epoch,
-    sample).
+    (seed, epoch, sample) determines the class dropout and the view of an image (its mirror image, if stored).
     """
 
     budget_key = "packing.images_per_pack"
@@ -68,20 +67,21 @@ class ClassPacker:
         self._config, self._latent, self._num_classes = config, latent, num_classes
 
     def lengths(self, dataset: ShardDataset) -> npt.NDArray[np.int64]:
-        """Ones, int64 [len(dataset)]. Raises UserError: shards of pixels, other latents than this packer's."""
+        """Ones, int64 [len(dataset)]. Raises UserError: shards of pixels, or latents that are not this packer's."""
         check_latent_shards(dataset, self._latent)
         return np.ones(len(dataset), np.int64)
 
     def collate(
         self, samples: Sequence[Sample], *, step: int, stream: int, epochs: Sequence[int], seed: int
     ) -> ClassBatch:
-        """One batch of `samples`, each met in its epoch of `epochs`; `seed` is the run's.
+        """Makes one batch of `samples`, each met in its epoch of `epochs`; `seed`: the run's seed.
 
-        Raises UserError naming shard and key: no latent or one of another size, no label or one out of range.
+        Raises UserError naming shard and key: the latent is missing or of another size, or the label is missing or out
+        of range.
         """
         met = [(epoch, sample.key) for sample, epoch in zip(samples, epochs, strict=True)]
         draws = [sample_uniforms(seed, epoch, key) for epoch, key in met]
-        # Labels are read also when they are dropped: a bad one shows up in the first epoch.
+        # Dropped labels are read, too, so that a bad label shows up in the first epoch.
         labels = [read_label(sample, self._num_classes) for sample in samples]
         kept = [dropout >= self._config.class_dropout for _, dropout, _, _ in draws]
         latents = read_latents(

@@ -1,4 +1,4 @@
-"""Splits -> one packed batch (contract 3), with the tokens of each expert stored together.
+"""Splits -> one packed batch (contract 3), which stores the tokens of each expert together.
 
 Shapes: Tu understanding tokens (text and special tokens), Tg generation (latent) tokens, C latent channels,
 I images, Y X latent grid.
@@ -31,7 +31,7 @@ class TextSplit:
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """A latent image that attends fully. A noisy one is a target, which no later split sees."""
+    """A latent image that attends fully. A noisy image is a target, which no later split sees."""
 
     latents: Tensor  # float32 [C, Y, X], clean, normalised
     noisy: bool
@@ -39,34 +39,34 @@ class ImageSplit:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One pack. Tokens are stored by expert: rows 0 .. Tu - 1 understanding, Tu .. Tu + Tg - 1 generation.
+    """One pack. Rows 0 .. Tu - 1 are the understanding expert's tokens, Tu .. Tu + Tg - 1 the generation expert's.
 
-    Images are numbered clean ones first, then noisy ones, each in the order of the samples: what is trained, the
-    latents of the noisy ones, is the last `num_loss_tokens` rows. Latents are clean: the objective draws timesteps and
-    noise from `seed` and replaces those of noisy images.
+    Clean images are numbered first, then noisy images, each in the order of the samples. So the noisy images' latents,
+    which are trained, are the last `num_loss_tokens` rows. All latents are stored clean: the objective draws timesteps
+    and noise from `seed` and replaces the latents of noisy images.
     """
 
-    text_ids: Tensor  # int64 [Tu]: all text splits, then <|vision_start|>, <|vision_end|> of every image
+    text_ids: Tensor  # int64 [Tu]: all text splits, then every image's <|vision_start|>, <|vision_end|>
     latents: Tensor  # float32 [Tg, C], normalised, image after image, row-major over (y, x)
     rope_positions: Tensor  # int64 [Tu + Tg]
     grid_positions: Tensor  # int64 [Tg], y * max_side + x
     image_index: Tensor  # int64 [Tg], in [0, I)
     image_noisy: Tensor  # bool [I]
     text_loss_rows: Tensor  # int64 [Tl]: text rows whose successor is predicted
-    text_loss_ids: Tensor  # int64 [Tl]: those successors
+    text_loss_ids: Tensor  # int64 [Tl]: the successors' ids
     attention: AttentionPlan
-    noisy_attention: AttentionPlan  # noisy latents, numbered from 0, each with those of its own image
-    seed: int  # 63 bits, of (run seed, global step, stream)
+    noisy_attention: AttentionPlan  # noisy latents, numbered from 0; each attends inside its image
+    seed: int  # 63 bits, from (run seed, global step, stream)
     sample_ids: tuple[str, ...]
     num_loss_tokens: int  # tokens of noisy images
-    num_targets: int  # noisy images
+    num_targets: int  # number of noisy images
 
     def to(self, device: torch.device) -> PackedBatch:
         """A copy with every tensor on `device`."""
         return to_device(self, device)
 
     def build_buckets(self) -> None:
-        """What SDPA will ask the plans for, now and on this thread."""
+        """Builds the padded buckets of all plans now, on this thread, before SDPA needs them."""
         for plan in (self.attention, self.attention.outputs, self.noisy_attention):
             if plan is not None:
                 plan.build_buckets()
@@ -81,11 +81,11 @@ def build_packed_batch(
     seed: int,
     sample_ids: Sequence[str],
 ) -> PackedBatch:
-    """Packs samples, each a list of splits with at least one image in the pack (Bagel's layout, see spec).
+    """Packs samples, each a list of splits, in Bagel's layout. The pack must hold at least one image.
 
-    RoPE: text runs on; all tokens of an image split share one position; after a clean image the next split
-    starts one further, after a noisy one at the same position. Raises UserError when a latent is larger than
-    `max_side`.
+    RoPE positions: every text token takes the next position, and all tokens of an image split share one position. The
+    split after a clean image starts one position further; the split after a noisy image starts at the image's position.
+    Raises UserError: a latent is larger than `max_side`.
     """
     splits = [split for sample in samples for split in sample]
     texts = [split for split in splits if isinstance(split, TextSplit)]
@@ -160,7 +160,7 @@ def build_packed_batch(
 
 
 def output_plan(noisy: Sequence[Split], num_rows: int) -> AttentionPlan:
-    """The plan of the noisy images' latents alone as queries, numbered from 0, among `num_rows` keys."""
+    """A plan whose queries are the noisy images' latents alone, numbered from 0; K and V have `num_rows` rows."""
     lengths = [len(split.rows) - IMAGE_SPECIAL_TOKENS for split in noisy]
     starts = np.cumsum([0, *lengths])
     queries = [
@@ -171,14 +171,14 @@ def output_plan(noisy: Sequence[Split], num_rows: int) -> AttentionPlan:
 
 
 def within_images(lengths: Sequence[int]) -> AttentionPlan:
-    """Images of so many tokens, each attending to itself only."""
+    """A plan in which each image attends to itself only; `lengths`: the images' numbers of tokens."""
     starts = np.cumsum([0, *lengths])
     rows = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
     return build_attention_plan(sum(lengths), [], [Split(own, own) for own in rows], num_special=0)
 
 
 def grid_positions(height: int, width: int, max_side: int) -> Tensor:
-    """int64 [height * width]: y * max_side + x, row-major."""
+    """Indices into the position table, int64 [height * width]: y * max_side + x, row-major. Raises UserError."""
     if max(height, width) > max_side:
         raise UserError(
             f"a latent of {height} x {width} does not fit max_side = {max_side}; raise packing.max_side"

@@ -1,6 +1,6 @@
-"""Samples -> packs of a token budget (contract 3): a caption, a view, condition dropout; all keyed by the sample.
+"""Samples -> packs of a token budget (contract 3). The sample's key determines its caption, view and dropout.
 
-Which images and texts a sample has, and in which order: data/samples/layouts.py.
+data/samples/layouts.py defines which images and texts a sample has, and in which order.
 """
 
 from __future__ import annotations
@@ -57,19 +57,20 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """How text-to-image and edit samples become packs."""
+    """Config of packs of text-to-image and edit samples."""
 
-    tokens_per_pack: Count  # budget of one pack, tokens; a micro-batch of one rank
+    tokens_per_pack: Count  # budget of one pack, in tokens; a pack is a micro-batch of one rank
     max_side: Count = 64  # rows of the position table per axis, latent pixels; at least the latents' Y and X
-    # Probability of leaving a condition out (classifier-free guidance), drawn for each text and each clean image of a
-    # sample alone; a text with a loss stays. Bagel's fine-tune defaults.
+    # Probability of dropping a condition (classifier-free guidance), drawn separately for each text and each clean
+    # image of a sample. A text with a loss is never dropped. The defaults are those of Bagel's fine-tuning.
     text_dropout: Share = 0.1
     source_dropout: Share = 0.3
-    # Kind of caption -> weight, for captions with names; other kinds are never taken. Empty: all are alike.
+    # Kind of caption -> weight, for captions with names; other kinds are never taken. Empty: all captions weigh alike.
     caption_weights: dict[str, Weight] = field(default_factory=dict)
-    sample_latents: bool = False  # draw z by its stored variance, anew each epoch; False: z is the mean
-    # Noisy images that follow one prefix: a target with so many times and noises, at little more cost than its own
-    # tokens. They share caption and dropout. Of several targets each has one, and the rest goes round among them.
+    sample_latents: bool = False  # draw z with its stored variance, anew each epoch; False: z is the mean
+    # Number of noisy images that share one prefix, its caption and its dropout: a target with that many timesteps and
+    # noises, of which each costs little more than its own tokens. A sample with several targets draws each once; extra
+    # draws are assigned round-robin.
     draws_per_caption: Few = 1
 
     def __post_init__(self) -> None:
@@ -87,9 +88,9 @@ class PackingConfig:
 
 
 class T2IPacker:
-    """Text-to-image samples as [text, noisy image]. Shards with KEY.latent and KEY.json.
+    """Packs text-to-image samples, KEY.latent and KEY.json in the shards, as [text, noisy image].
 
-    `pads_attention`: SDPA will run, so its buckets are built here, on the thread that packs.
+    `pads_attention`: SDPA will run, so the packing thread builds the padded buckets.
     """
 
     budget_key = "packing.tokens_per_pack"
@@ -115,10 +116,9 @@ class T2IPacker:
         self._pads_attention = pads_attention
 
     def lengths(self, dataset: ShardDataset) -> npt.NDArray[np.int64]:
-        """Tokens of each sample, int64 [len(dataset)], with its longest caption and nothing dropped.
+        """Tokens of each sample with its longest caption and nothing dropped, int64 [len(dataset)].
 
-        Raises UserError: shards of pixels, other latents than this packer's, text counted by another
-        tokenizer.
+        Raises UserError: shards of pixels, latents that are not this packer's, or text that another tokenizer counted.
         """
         check_latent_shards(dataset, self._latent)
         if self._latent.text_tokenizer_fingerprint != self._text_tokenizer.fingerprint:
@@ -130,13 +130,13 @@ class T2IPacker:
     def collate(
         self, samples: Sequence[Sample], *, step: int, stream: int, epochs: Sequence[int], seed: int
     ) -> PackedBatch:
-        """Packs `samples`, each met in its epoch of `epochs`; `seed` is the run's.
+        """Makes one pack of `samples`, each met in its epoch of `epochs`; `seed`: the run's seed.
 
-        Raises UserError naming shard and key: missing part, wrong latent size, images of another kind of sample, bad
-        splits, empty or missing caption, none of a kind that has a weight.
+        Raises UserError naming shard and key: a missing part, a wrong latent size, images of another kind of sample,
+        bad splits, an empty or missing caption, or no caption of a kind that has a weight.
         """
         choices = [_Choices(seed, epoch, sample.key) for sample, epoch in zip(samples, epochs, strict=True)]
-        # Captions are read also when they are dropped: a bad one shows up in the first epoch.
+        # Dropped captions are read, too, so that a bad caption shows up in the first epoch.
         layouts = [
             self._layout(sample, choice.caption) for sample, choice in zip(samples, choices, strict=True)
         ]
@@ -159,7 +159,7 @@ class T2IPacker:
         return batch
 
     def _layout(self, sample: Sample, draw: float) -> Layout:
-        """Raises UserError: not one image without a role."""
+        """The sample's layout. Raises UserError: the sample is not exactly one image without a role."""
         if (roles := image_roles(sample.parts)) != [""]:
             raise UserError(
                 f"{sample.where}: no text-to-image sample, it needs a part 'latent' and has the images "
@@ -170,7 +170,7 @@ class T2IPacker:
     def _images(
         self, samples: Sequence[Sample], layouts: Sequence[Layout], choices: Sequence[_Choices]
     ) -> list[dict[str, Tensor]]:
-        """Normalised latents of each sample, role -> float32 [C, Y, X]; samples of the same roles are read together."""
+        """Normalised latents of each sample, role -> float32 [C, Y, X]. Reads samples with equal roles together."""
         alike: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
         for index, layout in enumerate(layouts):
             roles = dict.fromkeys(part.role for part in layout if isinstance(part, ImagePart))
@@ -192,7 +192,7 @@ class T2IPacker:
     def _splits(
         self, layout: Layout, images: Mapping[str, Tensor], choices: _Choices
     ) -> list[TextSplit | ImageSplit]:
-        """The targets of a sample, some of them repeated, and those of its conditions that are kept."""
+        """The splits of a sample: its targets, possibly repeated, and the conditions that dropout keeps."""
         splits: list[TextSplit | ImageSplit] = []
         num_draws = choices.num_draws(layout, self._config.draws_per_caption)
         dropouts = choices.dropouts(layout)
@@ -208,16 +208,14 @@ class T2IPacker:
 
 
 class EditPacker(T2IPacker):
-    """Edits as [clean sources, instruction, noisy targets], and interleaved samples in their own order.
+    """Packs edits as [clean sources, instruction, noisy targets], and interleaved samples in their own order.
 
-    data/samples/layouts.py says which parts a sample has.
-
-    KEY.source.latent or KEY.source0.latent, ..., KEY.target.latent or KEY.target0.latent, ..., or KEY.image0.latent,
-    ...; KEY.json.
+    The shards hold KEY.json and KEY.source.latent or KEY.source0.latent, ..., KEY.target.latent or KEY.target0.latent,
+    ..., or KEY.image0.latent, ...; data/samples/layouts.py defines which parts a sample has.
     """
 
     def _layout(self, sample: Sample, draw: float) -> Layout:
-        """Raises UserError: an image without a role, images of no layout, bad splits."""
+        """The sample's layout. Raises UserError: an image without a role, images of no layout, or bad splits."""
         if image_roles(sample.parts) == [""]:
             raise UserError(
                 f"{sample.where}: no edit, its image has no role; text-to-image is trained by launch/train_t2i.py"
@@ -226,7 +224,7 @@ class EditPacker(T2IPacker):
 
 
 class _Choices:
-    """The random choices about one sample in one epoch; numbers in [0, 1)."""
+    """The random choices about one sample in one epoch, as numbers in [0, 1)."""
 
     def __init__(self, seed: int, epoch: int, key: str) -> None:
         self._names = seed, epoch, key
@@ -234,11 +232,14 @@ class _Choices:
 
     @property
     def latent_seed(self) -> int:
-        """Seed of the draw of its latents."""
+        """Seed for drawing the sample's latents."""
         return latent_seed(*self._names)
 
     def dropouts(self, layout: Layout) -> dict[int, float]:
-        """A number for each condition, by its place in `layout`; of the first text and image they are the sample's."""
+        """A uniform number for each condition, by its place in `layout`; a target has none.
+
+        The first text and the first image use the numbers of `sample_uniforms`; further conditions get their own.
+        """
         own = {TextPart: self._text, ImagePart: self._source}
         draws: dict[int, float] = {}
         for number, part in enumerate(layout):
@@ -248,7 +249,7 @@ class _Choices:
         return draws
 
     def num_draws(self, layout: Layout, draws_per_caption: int) -> collections.Counter[int]:
-        """How often each target stands in the pack, by its place in `layout`: once, the others in turn."""
+        """How often each target is drawn, by its place in `layout`: each once; extra draws round-robin."""
         targets = [number for number, part in enumerate(layout) if is_target(part)]
         start = int(self._further("targets") * len(targets))
         further = (targets[(start + draw) % len(targets)] for draw in range(draws_per_caption - 1))
@@ -260,6 +261,6 @@ class _Choices:
 
 
 def text_split(text: str, text_tokenizer: TextTokenizer, *, loss: bool = False) -> TextSplit:
-    """[<|im_start|>, ids, <|im_end|>]; `loss`: see TextSplit."""
+    """A text as [<|im_start|>, ids, <|im_end|>]; `loss`: as in TextSplit."""
     ids = [text_tokenizer.im_start_id, *text_tokenizer.encode(text), text_tokenizer.im_end_id]
     return TextSplit(ids, loss)

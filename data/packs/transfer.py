@@ -1,8 +1,8 @@
-"""Tensors from the host to the device: all of a batch in one copy, from pinned memory.
+"""Moves a batch's tensors from the host to the device in one copy, from pinned memory.
 
-A copy from other memory waits until the GPU has nothing left to do, and every copy and every pinned block costs the
-thread that asks for it some 10 us; a pack holds dozens of tensors. So a batch is laid out in one block of pinned bytes
-(by the thread that reads ahead), copied whole, and seen on the device through views.
+A copy from pageable memory waits until the GPU is idle, and every copy and every pinned block costs the calling thread
+some 10 us; a pack holds dozens of tensors. So the prefetch thread lays a batch out in one block of pinned bytes, the
+block is copied whole, and the tensors on the device are views of the copy.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ import torch
 from torch import Tensor
 
 TreeT = TypeVar("TreeT")
-"""A tensor, a dataclass, a tuple or list of these, or anything else, which is kept as it is."""
+"""A tensor, a dataclass, or a tuple or list of trees. Anything else is kept as it is."""
 ATOMS = (int, float, str, type(None))
-"""Hold no tensor. Lengths of segments are long tuples of them: not to be walked item by item."""
+"""Types without tensors. Lengths of segments are long tuples of these, which are not rebuilt item by item."""
 ALIGNMENT = 256
-"""Bytes; what a tensor of its own on a GPU would have, and every kernel reads from."""
+"""Alignment of each tensor in the block, in bytes: that of a separate GPU tensor, on which kernels may rely."""
 
 
 def to_device(tree: TreeT, device: torch.device) -> TreeT:
-    """`tree` with every tensor on `device`; to a GPU in one copy, which nothing waits for.
+    """`tree` with every tensor on `device`; to a GPU in one asynchronous copy.
 
-    The block that is copied from may be dropped at once: PyTorch gives pinned memory to nobody else before the copies
-    that were asked of it are done. What a dataclass has cached beside its fields goes along. Where nothing is to be
-    moved, it is `tree` itself.
+    The caller may drop the pinned block at once: PyTorch does not reuse pinned memory before its copies are done.
+    Cached properties of a dataclass are moved, too. Returns `tree` itself if all tensors are on `device` already.
     """
     tensors = _tensors(tree)
     if all(x.device == device for x in tensors):
@@ -43,9 +42,9 @@ def to_device(tree: TreeT, device: torch.device) -> TreeT:
 
 
 def pinned(tree: TreeT) -> TreeT:
-    """`tree` with its tensors in one block of pinned memory, as `to_device` copies it; where no GPU is in use, `tree`.
+    """`tree` with its tensors in one block of pinned memory, which `to_device` copies; `tree` if no GPU is in use.
 
-    For the thread that makes batches: it spares the one that trains the work. All tensors must be on the CPU.
+    The thread that makes batches calls it, which spares the training thread the work. All tensors must be on the CPU.
     """
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return tree
@@ -54,7 +53,7 @@ def pinned(tree: TreeT) -> TreeT:
 
 
 def pinned_bytes(count: int) -> Tensor:
-    """An uninitialised block, uint8 [count]."""
+    """An uninitialised pinned block, uint8 [count]."""
     return torch.empty(count, dtype=torch.uint8, pin_memory=True)
 
 
@@ -66,7 +65,7 @@ def _fill(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
-    """First byte of each tensor, and the bytes of all."""
+    """First byte of each tensor in the block, and the size of the block in bytes."""
     starts, end = [], 0
     for tensor in tensors:
         starts.append(end)
@@ -75,7 +74,7 @@ def _layout(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
 
 
 def _views(block: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Of the shapes and types of `tensors`, row-major, on the device of the block."""
+    """Views of the block with the shapes and types of `tensors`, row-major."""
     starts, _ = _layout(tensors)
     typed = {dtype: block.view(dtype) for dtype in {tensor.dtype for tensor in tensors}}
     return [
@@ -93,7 +92,7 @@ def _strides(shape: Sequence[int]) -> list[int]:
 
 
 def _shared_block(tensors: Sequence[Tensor]) -> Tensor | None:
-    """The block that `pinned` laid these tensors out in; None: they lie elsewhere."""
+    """The block in which `pinned` laid these tensors out; None: they are not in such a block."""
     starts, size = _layout(tensors)
     if not tensors or not tensors[0].is_pinned():
         return None
@@ -108,7 +107,7 @@ def _shared_block(tensors: Sequence[Tensor]) -> Tensor | None:
 
 
 def _tensors(tree: object) -> list[Tensor]:
-    """In the order of what a dataclass holds and of items."""
+    """The tensors of a tree, in the order of a dataclass's attributes and of items."""
     found: list[Tensor] = []
     _collect(tree, found)
     return found
@@ -127,7 +126,7 @@ def _collect(tree: object, found: list[Tensor]) -> None:
 
 
 def _rebuilt(tree: TreeT, tensors: Sequence[Tensor]) -> TreeT:
-    """`tree` with `tensors` in place of its own, in the order of `_tensors`."""
+    """`tree` with its tensors replaced by `tensors`, in the order of `_tensors`."""
     return cast(TreeT, _replaced(tree, iter(tensors)))
 
 
@@ -135,7 +134,7 @@ def _replaced(tree: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return next(tensors)
     if dataclasses.is_dataclass(tree):
-        new = object.__new__(type(tree))  # not replace(): fields need not be arguments, nor be checked again
+        new = object.__new__(type(tree))  # not replace(): fields may not be arguments, and need no new check
         vars(new).update({name: _replaced(value, tensors) for name, value in vars(tree).items()})
         return new
     if isinstance(tree, tuple | list) and not all(isinstance(item, ATOMS) for item in tree):

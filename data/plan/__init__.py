@@ -1,1 +1,1 @@
-"""In which order samples are read, on any number of ranks, and where a run stands in it."""
+"""The order of samples on any number of ranks, and a run's position in that order."""

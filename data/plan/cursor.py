@@ -1,4 +1,4 @@
-"""One virtual stream's place in the plan, and the choice of the next pack (contract 2)."""
+"""One virtual stream's position in the plan, and the choice of its next pack (contract 2)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from data.plan.mixture import Mixture
 from data.plan.plan import epoch_order, set_draws, window_samples
 
 LOOKAHEAD_SAMPLES = 128
-CHUNK_DRAWS = 2048  # rows drawn from the plan at a time; any number gives the same packs
+CHUNK_DRAWS = 2048  # rows drawn from the plan at a time; the packs do not depend on it
 
-# Lines of the table of samples that were drawn from the plan and not yet packed.
+# Rows of the table of samples that are drawn from the plan and not packed yet.
 EPOCH, ADDRESS, LENGTH, SET, PLACE, DRAW = range(6)  # PLACE: in the set's epoch; DRAW: number in the stream
 Rows = npt.NDArray[np.int64]  # [6, n]
 
@@ -24,9 +24,9 @@ Rows = npt.NDArray[np.int64]  # [6, n]
 class StreamCursor:
     """Walks the epochs of one stream and cuts them into packs.
 
-    Every draw takes the next sample of one set of the mixture, chosen by weight; each set has its own epochs. A pack
-    takes samples in order while they fit; then, among the next 128, again and again the longest that still fits. What
-    was passed over comes first in the next pack, so no sample waits for long and none is lost.
+    Every draw chooses a set of the mixture by weight and takes the set's next sample; each set has its own epochs. A
+    pack takes samples in order while they fit. Then it repeatedly takes the longest sample that still fits among the
+    next 128. Samples that were passed over come first in the next pack, so none waits for long and none is lost.
     """
 
     def __init__(
@@ -45,22 +45,22 @@ class StreamCursor:
         self._budget = budget
         self._seed = seed
         self._stream = stream
-        self._only_counts = only_counts  # nothing is read, and no state is saved
+        self._only_counts = only_counts  # the caller only counts packs: no read-ahead, no state
         self._walks = [
             _SetWalk(mixture, number, seed, num_streams, stream, read_ahead=not only_counts)
             for number in range(len(mixture.members))
         ]
         self._num_packs = 0
         self._num_samples = 0
-        self._num_draws = 0  # up to the furthest sample packed so far
-        self._order_hash = ""  # of the keys of all samples packed so far, in order
-        self._rows: Rows = np.empty((6, 0), np.int64)  # in order of draw; begins with what was passed over
-        self._next_draw = 0  # of the rows not yet drawn
+        self._num_draws = 0  # draws up to and including the furthest packed sample
+        self._order_hash = ""  # hash of the keys of all packed samples, in order
+        self._rows: Rows = np.empty((6, 0), np.int64)  # in order of draw; samples passed over come first
+        self._next_draw = 0  # number of the next draw
 
     def next_pack(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Epochs and addresses of the samples of the next pack, int64 [n] each, n >= 1."""
         begin, free = self._fitting_in_order()
-        picked: list[int] = []  # out of order, counted from `begin`
+        picked: list[int] = []  # samples taken out of order, counted from `begin`
         while free > 0:
             end = begin + LOOKAHEAD_SAMPLES + len(picked)
             self._draw_rows(end)
@@ -84,26 +84,26 @@ class StreamCursor:
 
     @property
     def num_packs(self) -> int:
-        """Packs cut so far: the global step of the next one."""
+        """Number of packs cut so far, which is the global step of the next pack."""
         return self._num_packs
 
     @property
     def num_samples(self) -> int:
-        """Samples packed so far."""
+        """Number of samples packed so far."""
         return self._num_samples
 
     @property
     def num_pending(self) -> int:
-        """Samples that were passed over and come first in the next pack."""
+        """Number of samples that were passed over and come first in the next pack."""
         return len(self._pending())
 
     @property
     def epochs(self) -> list[int]:
-        """Of each set, the epoch this stream has reached in the plan."""
+        """The epoch that this stream has reached in each set."""
         return [epoch for epoch, _ in self._places()]
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able place after the packs cut so far."""
+        """The position after the packs cut so far, JSON-able."""
         pending = self._pending()
         return {
             "num_packs": self._num_packs,
@@ -116,7 +116,7 @@ class StreamCursor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError when the pending samples have other keys in this data set."""
+        """Continues at a saved position. Raises UserError: the pending samples have other keys in this data set."""
         pending = np.array(state["pending"], np.int64).reshape(-1, 2)
         addresses = pending[:, 1]
         in_range = ((addresses >= 0) & (addresses < len(self._mixture))).all()
@@ -131,12 +131,12 @@ class StreamCursor:
         self._order_hash = str(state["order_hash"])
         for walk, (epoch, position) in zip(self._walks, state["places"], strict=True):
             walk.go_to(int(epoch), int(position))
-        self._rows = np.full((6, len(pending)), -1, np.int64)  # their set and place were accounted for
+        self._rows = np.full((6, len(pending)), -1, np.int64)  # the saved places already count them
         self._rows[EPOCH], self._rows[ADDRESS] = pending[:, 0], addresses
         self._rows[LENGTH] = self._lengths[addresses]
 
     def _fitting_in_order(self) -> tuple[int, int]:
-        """How many rows fit one after the other, and the room that is left; the window after them is drawn."""
+        """Number of rows that fit in order, and the room left after them. Draws the lookahead after these rows, too."""
         num_rows = LOOKAHEAD_SAMPLES
         while True:
             self._draw_rows(num_rows)
@@ -147,7 +147,7 @@ class StreamCursor:
             num_rows = num_in_order + LOOKAHEAD_SAMPLES
 
     def _draw_rows(self, num_rows: int) -> None:
-        """Makes sure that there are at least `num_rows` rows."""
+        """Draws from the plan until the table has at least `num_rows` rows."""
         while self._rows.shape[1] < num_rows:
             draws = np.arange(self._next_draw, self._next_draw + CHUNK_DRAWS)
             rows = np.empty((6, CHUNK_DRAWS), np.int64)
@@ -168,16 +168,16 @@ class StreamCursor:
         return set_draws(draws, weights, self._mixture.fingerprint, self._seed, self._stream)
 
     def _remove(self, begin: int, picked: list[int]) -> None:
-        """Takes the first rows and those picked after them out of the table."""
+        """Removes the first `begin` rows and the rows picked after them from the table."""
         if picked:
             passed_over = np.delete(np.arange(max(picked) + 1), picked)
             rest = begin + max(picked) + 1
-            begin = rest - len(passed_over)  # what was passed over moves up to the rest
+            begin = rest - len(passed_over)  # rows passed over move up to the rest
             self._rows[:, begin:rest] = self._rows[:, rest - max(picked) - 1 + passed_over]
         self._rows = self._rows[:, begin:]
 
     def _places(self) -> list[tuple[int, int]]:
-        """Of each set, (epoch, position) of the first sample that is neither packed nor passed over."""
+        """For each set, (epoch, position) of the first sample that is neither packed nor passed over."""
         rows = self._rows[:, self._pending().shape[1] :]
         places = []
         for number, walk in enumerate(self._walks):
@@ -187,7 +187,7 @@ class StreamCursor:
         return places
 
     def _pending(self) -> Rows:
-        """Rows that were passed over."""
+        """The rows that were passed over."""
         return self._rows[:, : np.searchsorted(self._rows[DRAW], self._num_draws)]
 
     def _hash(self, before: str, addresses: npt.NDArray[np.int64]) -> str:
@@ -196,7 +196,7 @@ class StreamCursor:
 
 
 class _SetWalk:
-    """One stream's way through the epochs of one set."""
+    """Walks one stream through the epochs of one set."""
 
     def __init__(
         self, mixture: Mixture, number: int, seed: int, num_streams: int, stream: int, *, read_ahead: bool
@@ -209,10 +209,10 @@ class _SetWalk:
         self.go_to(0, 0)
 
     def go_to(self, epoch: int, position: int) -> None:
-        """Continues at `position` of the stream's share of `epoch`; one past its end is the next one's begin."""
+        """Continues at `position` of the stream's share of `epoch`; its end equals the begin of the next epoch."""
         self.epoch = epoch
         self.position = position
-        self._order: npt.NDArray[np.int64] | None = None  # of self.epoch, made when first needed
+        self._order: npt.NDArray[np.int64] | None = None  # order of self.epoch, computed on first use
         self._announced = position // self._window * self._window
 
     def take(self, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -1,4 +1,4 @@
-"""One or several data sets as one address space, with weights and without quarantined samples (contract 2)."""
+"""One or several weighted data sets as one address space, without quarantined samples (contract 2)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from data.shards.storage import StorageConfig
 
 @dataclass(frozen=True)
 class SetConfig:
-    """One data set of a mixture."""
+    """Config of one data set of a mixture."""
 
     shards: str
     """Directory (or fsspec url) with manifest.json."""
     weight: Weight = 1.0
-    """Share of the samples drawn, relative to the other sets'."""
+    """Weight of the set when samples are drawn, relative to the other sets' weights."""
     quarantine: str | None = None
     """File of samples to leave out, as `make_shards.py doctor --quarantine` writes it."""
 
@@ -39,25 +39,25 @@ class SetConfig:
 
 @dataclass(frozen=True)
 class Member:
-    """One set of a mixture."""
+    """One opened data set of a mixture."""
 
     name: str
     dataset: ShardDataset
     weight: float = 1.0
-    kept: npt.NDArray[np.int64] | None = None  # sample numbers that are not quarantined, ascending; None: all
-    fingerprint: str = ""  # of the samples in their order; names the permutations of the plan
+    kept: npt.NDArray[np.int64] | None = None  # numbers of the samples not quarantined, ascending; None: all
+    fingerprint: str = ""  # of the samples in order; keys the plan's permutations
 
     def __len__(self) -> int:
-        """Samples that are not quarantined."""
+        """Number of samples that are not quarantined."""
         return len(self.dataset) if self.kept is None else len(self.kept)
 
     def select(self, column: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """The rows of a per-sample column that are not quarantined."""
+        """The rows of a per-sample column whose samples are not quarantined."""
         return column if self.kept is None else column[self.kept]
 
 
 class Mixture:
-    """Addresses 0 .. len - 1 run through the members one after the other."""
+    """Data sets as one sequence: addresses 0 .. len - 1 number the members' samples, member after member."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = tuple(members)
@@ -71,14 +71,14 @@ class Mixture:
 
     @staticmethod
     def of(dataset: ShardDataset) -> Mixture:
-        """A single data set, whole."""
+        """A mixture of one whole data set."""
         return Mixture([Member("", dataset, fingerprint=dataset.fingerprint)])
 
     @staticmethod
     def open(sets: dict[str, SetConfig], storage: StorageConfig | None = None) -> Mixture:
         """Opens every set.
 
-        Raises UserError: what ShardDataset.open refuses, a quarantine file that names samples a set has not.
+        Raises UserError: as ShardDataset.open; a quarantine file names samples that its set does not have.
         """
         return Mixture([_open(name, config, storage) for name, config in sets.items()])
 
@@ -93,7 +93,7 @@ class Mixture:
 
     @property
     def where(self) -> str:
-        """The folders, for messages."""
+        """The members' folders, for messages."""
         return ", ".join(str(member.dataset.directory) for member in self.members)
 
     def read(self, addresses: npt.NDArray[np.int64]) -> list[Sample]:
@@ -107,7 +107,7 @@ class Mixture:
         return [samples[address] for address in addresses.tolist()]
 
     def will_need(self, number: int, indices: npt.NDArray[np.int64]) -> None:
-        """Announces that samples `indices` of member `number` are read soon."""
+        """Announces that samples `indices` of member `number` will be read soon."""
         self.members[number].dataset.will_need(self._in_dataset(number, indices + self.first[number]))
 
     def _in_dataset(self, number: int, addresses: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -1,6 +1,7 @@
-"""The order of samples, and every seed of the data layer, as pure functions (contract 2).
+"""Pure functions for the order of samples and every seed of the data layer (contract 2).
 
-numpy may change `Generator.permutation` between versions; raw Philox words and a stable sort it may not.
+They use raw Philox words and a stable sort, which numpy keeps stable between versions; it may change
+`Generator.permutation`.
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ from base.config import UserError
 
 BLOCK_SAMPLES = 64
 WINDOW_BLOCKS = 32
-DRAW_BLOCK = 4096  # words of one Philox key in `set_draws`
+DRAW_BLOCK = 4096  # words that `set_draws` draws with one Philox key
 
 
 def epoch_order(
     num_samples: int, fingerprint: str, seed: int, epoch: int, num_streams: int, stream: int
 ) -> npt.NDArray[np.int64]:
-    """Sample indices of one stream in one epoch, int64; the streams together hold every sample once.
+    """Sample indices of one stream in one epoch, int64 [n]; the streams together hold every sample once.
 
-    Blocks of 64 neighbours (fewer when the data set is too small to give every stream one) are permuted,
-    dealt to the streams in turn, and each stream shuffles its samples inside windows of 32 blocks: reads stay
-    nearly sequential, the order is nearly uniform. Raises UserError when there are fewer samples than
-    streams.
+    Blocks of 64 neighbours (smaller blocks if the data set is too small to give every stream one) are permuted and
+    dealt to the streams in turn. Each stream then shuffles its samples inside windows of 32 blocks. So reads are nearly
+    sequential and the order is nearly uniform. Raises UserError: fewer samples than streams.
     """
     assert 0 <= stream < num_streams
     block_samples = _block_samples(num_samples, num_streams)
@@ -45,20 +45,20 @@ def epoch_order(
     return shuffled[shuffled < num_samples].astype(np.int64, copy=False)
 
 
-@functools.lru_cache(maxsize=2)  # all streams ask for the same one
+@functools.lru_cache(maxsize=2)  # all streams need one order
 def _block_order(num_blocks: int, fingerprint: str, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return np.argsort(_words(num_blocks, "blocks", fingerprint, seed, epoch), kind="stable")
 
 
 def window_samples(num_samples: int, num_streams: int) -> int:
-    """Samples in one full shuffle window of `epoch_order`; refuses what it refuses."""
+    """Number of samples in one full shuffle window of `epoch_order`. Raises UserError: as `epoch_order`."""
     return WINDOW_BLOCKS * _block_samples(num_samples, num_streams)
 
 
 def set_draws(
     draws: npt.NDArray[np.int64], weights: Sequence[float], fingerprint: str, seed: int, stream: int
 ) -> npt.NDArray[np.int64]:
-    """Which set of a mixture each draw of a stream takes, in proportion to `weights`; int64 [len(draws)]."""
+    """Number of the set that each draw of a stream takes, in proportion to `weights`; int64 [len(draws)]."""
     blocks = [
         _words(DRAW_BLOCK, "sets", fingerprint, seed, stream, block)
         for block in range(int(draws[0]) // DRAW_BLOCK, int(draws[-1]) // DRAW_BLOCK + 1)
@@ -69,13 +69,13 @@ def set_draws(
 
 
 def pack_seed(seed: int, step: int, stream: int) -> int:
-    """Seed of the noise and timesteps of the pack that `stream` gives at global step `step`; 63 bits."""
+    """Seed of noise and timesteps of the pack that `stream` yields at global step `step`; 63 bits."""
     return int(_digest_words("pack", seed, step, stream)[0]) & (2**63 - 1)
 
 
 def sample_uniforms(seed: int, epoch: int, key: str) -> tuple[float, float, float, float]:
-    """Four numbers in [0, 1) for the choices about one sample in one epoch: caption, dropouts, crop."""
-    # 53 bits: 64 would round up to 1 once in a while.
+    """Four uniform numbers in [0, 1) for the choices about one sample in one epoch: caption, dropouts, crop."""
+    # A float64 holds 53 bits; 64 bits would sometimes round up to 1.
     a, b, c, d = ((int(word) >> 11) / 2**53 for word in _digest_words("sample", seed, epoch, key))
     return a, b, c, d
 
@@ -96,5 +96,5 @@ def _words(count: int, *names: object) -> npt.NDArray[np.uint64]:
 
 
 def _digest_words(*names: object) -> npt.NDArray[np.uint64]:
-    """SHA-256 of the names as four 64-bit words; Python's own hash() differs from run to run."""
+    """SHA-256 of the names as four 64-bit words. Python's own hash() differs between processes."""
     return np.frombuffer(hashlib.sha256("/".join(map(str, names)).encode()).digest(), "<u8")

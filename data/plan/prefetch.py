@@ -1,4 +1,4 @@
-"""An iterator that runs ahead in a thread."""
+"""Runs an iterator ahead in a thread."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class _Failure:
 
 
 class Prefetch(Generic[T]):
-    """Runs an iterator in a thread, `depth` items ahead; hands its exception to the consumer, again and again.
+    """Runs an iterator in a thread, `depth` items ahead. After an exception there, every `next` raises it.
 
-    The thread works on the GPU of the one that makes it: every thread starts on the first, where a rank of another GPU
-    would leave half a gigabyte.
+    The thread uses its creator's GPU. CUDA starts every thread on the first GPU, on which a rank of another GPU would
+    occupy half a gigabyte.
     """
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
@@ -36,7 +36,7 @@ class Prefetch(Generic[T]):
         self._thread.start()
 
     def next(self) -> T:
-        """The next item; waits for it."""
+        """Waits for the next item and returns it. Raises what the iterator raised."""
         if self._failure is None:
             item = self._ready.get()
             if not isinstance(item, _Failure):
@@ -48,7 +48,7 @@ class Prefetch(Generic[T]):
         """Ends the thread."""
         self._stopped.set()
         with contextlib.suppress(queue.Empty):
-            while True:  # a thread that waits for room in the queue goes on and sees the flag
+            while True:  # frees a thread that waits for room in the queue, so that it sees the flag
                 self._ready.get_nowait()
         self._thread.join()
 

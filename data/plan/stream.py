@@ -1,4 +1,4 @@
-"""Plan + shards + packer -> packs of each global step, exact over resumes and rank counts (contract 2)."""
+"""Plan + shards + packer -> packs of each global step, exact across resumes and numbers of ranks (contract 2)."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from data.shards.storage import StorageConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where batches come from and in which order."""
+    """The section `data` of a training's config: data sets, streams and seed."""
 
     shards: str | None = None
-    """Directory (or fsspec url) with manifest.json; or give `mixture`."""
+    """Directory (or fsspec url) with manifest.json. Give either `shards` or `mixture`."""
     quarantine: str | None = None
     """File of samples of `shards` to leave out, as `make_shards.py doctor --quarantine` writes it."""
     mixture: dict[str, SetConfig] = field(default_factory=dict)
     """Several data sets by name, instead of `shards`."""
     num_streams: Count = 8
-    """G: packs per global step; at least the most ranks this run may ever have."""
+    """Packs per global step; at least the largest number of ranks that this run may ever have."""
     seed: Seed = 0
-    """Of the order and of every random choice about samples, noise and timesteps."""
+    """Seed of the order and of every random choice about samples, noise and timesteps."""
     max_epochs: Count | None = None
-    """Training ends before any sample is met more often than this, if `engine.steps` is not reached before."""
+    """The training ends before it meets any sample more often than this, or at `engine.steps` if that comes first."""
     prefetch_steps: Few = 2
-    """Global steps read ahead by each rank's thread."""
+    """Number of global steps that each rank's thread reads ahead."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
@@ -54,12 +54,12 @@ class DataConfig:
 
     @property
     def sets(self) -> dict[str, SetConfig]:
-        """The sets of the mixture, or the only one."""
+        """The sets of the mixture by name; {"": the only set} for `shards`."""
         return self.mixture or {"": SetConfig(str(self.shards), quarantine=self.quarantine)}
 
 
 class Packer(Protocol):
-    """Decides how long samples are, how much fits into a pack, and what a pack looks like."""
+    """Defines the length of samples, the budget of a pack, and how samples become a batch."""
 
     budget: int
     budget_key: str
@@ -71,12 +71,12 @@ class Packer(Protocol):
     def collate(
         self, samples: Sequence[Sample], *, step: int, stream: int, epochs: Sequence[int], seed: int
     ) -> Batch:
-        """One pack of `samples`, met in `epochs`, for global step `step`; pure."""
+        """Makes one pack of `samples`, each met in its epoch of `epochs`, for global step `step`. A pure function."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What the prefetch thread hands over: packs, and the cursors once these packs are consumed."""
+    """The prefetch thread's result for one step: the packs, and the cursors after these packs."""
 
     batches: tuple[Batch, ...]
     cursors: dict[int, dict[str, Any]]
@@ -86,10 +86,9 @@ class _Step:
 class PackStream:
     """One rank's view of the global sequence of packs; implements base.objective.BatchSource.
 
-    Global step k takes pack k of every stream; rank r of R owns streams r, r + R, r + 2R, ... One thread
-    reads and packs ahead; an exception there is raised by `next_step`. Not to be used by several threads.
-    Raises UserError when opened: more ranks than streams, fewer samples than streams, a sample over the
-    budget.
+    Global step k takes pack k of every stream; rank r of R owns streams r, r + R, r + 2R, ... One thread reads and
+    packs ahead; `next_step` raises its exceptions. Only one thread may use a PackStream. The constructor raises
+    UserError: more ranks than streams, fewer samples than streams, or a sample over the budget.
     """
 
     def __init__(
@@ -123,15 +122,15 @@ class PackStream:
                 f"{packer.budget} ({len(too_long)} such samples); raise it or leave them out of the shards"
             )
         self._cursors = {stream: self._cursor(stream) for stream in range(rank, num_streams, world)}
-        self._saved = self._snapshot()  # after the last returned step; self._cursors run ahead of it
+        self._saved = self._snapshot()  # cursors after the last returned step; self._cursors run ahead
         self._metrics: dict[str, float] = {}
         self._prefetch: Prefetch[_Step] | None = None
 
     def num_steps(self, max_epochs: int) -> int:
-        """Steps of a whole run in which every stream meets no sample more than `max_epochs` times.
+        """Number of steps of a whole run in which no stream meets a sample more than `max_epochs` times.
 
-        Counted by planning them (some seconds for 10 million samples), the same on every rank. Raises UserError: not
-        even one step.
+        Plans all packs to count them (some seconds for 10 million samples); the number is equal on every rank. Raises
+        UserError: there is not even one step.
         """
         steps = min(
             _num_packs(self._cursor(stream, only_counts=True), max_epochs)
@@ -145,7 +144,7 @@ class PackStream:
         return steps
 
     def next_step(self) -> Sequence[Batch]:
-        """This rank's packs of the next global step, in stream order."""
+        """This rank's packs of the next global step, in stream order. Raises what the prefetch thread raised."""
         if self._prefetch is None:
             for stream, cursor in self._cursors.items():
                 cursor.load_state_dict(self._saved[stream])
@@ -167,10 +166,10 @@ class PackStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the cursors of all streams, merged over the ranks that saved them, and continues after them.
+        """Continues from the cursors of all streams, merged over the ranks that saved them.
 
-        Raises UserError: another data set, seed, number of streams or budget; a stream missing; streams at different
-        steps; cursors whose samples have other keys here.
+        Raises UserError: another data set, seed, number of streams or budget; a missing stream; streams at different
+        steps; samples that have other keys in this data set.
         """
         keys = {
             "fingerprint": "what data.shards, data.mixture or data.quarantine name",
@@ -199,11 +198,12 @@ class PackStream:
         self._metrics = {}
 
     def metrics(self) -> Mapping[str, float]:
-        """Of the last returned step on this rank; empty before the first.
+        """Ledger of the last returned step on this rank; empty before the first step.
 
-        samples; tokens (in the budget's unit, nothing dropped); fill, tokens / budget in (0, 1]; samples_seen, of this
-        run so far on this rank's streams; samples_pending, drawn and not yet packed; epoch (the furthest any stream
-        has come), of a mixture also epoch/NAME and samples/NAME; data_wait_s, the time `next_step` waited.
+        `samples`; `tokens`, in the budget's unit, before dropout; `fill`: tokens / budget, in (0, 1]; `samples_seen`:
+        in this run so far, on this rank's streams; `samples_pending`: drawn and not packed yet; `epoch`: the furthest
+        that any stream has reached; for a mixture also `epoch/NAME` and `samples/NAME`; `data_wait_s`: how long
+        `next_step` waited.
         """
         return self._metrics
 
@@ -217,7 +217,7 @@ class PackStream:
         return {stream: cursor.state_dict() for stream, cursor in self._cursors.items()}
 
     def _steps(self) -> Iterator[_Step]:
-        """Endless; runs in the prefetch thread, which alone moves the cursors meanwhile."""
+        """Yields steps without end. Runs in the prefetch thread, the only one to move the cursors meanwhile."""
         while True:
             batches: list[Batch] = []
             taken: list[npt.NDArray[np.int64]] = []
@@ -266,18 +266,18 @@ class PackStream:
 
 
 def _short(value: object) -> str:
-    """A fingerprint's first letters; numbers as they are."""
+    """A value for a message: a fingerprint's first 12 characters, or a whole number."""
     return str(value)[:12]
 
 
 def _lengths(mixture: Mixture, packer: Packer) -> npt.NDArray[np.int64]:
-    """Of every address, int64 [len(mixture)]."""
+    """Length of the sample at every address, int64 [len(mixture)]."""
     columns = [member.select(packer.lengths(member.dataset)) for member in mixture.members]
     return np.concatenate(columns).astype(np.int64, copy=False)
 
 
 def _num_packs(cursor: StreamCursor, max_epochs: int) -> int:
-    """Packs before the first that meets epoch number `max_epochs`."""
+    """Number of packs before the first pack with a sample of epoch number `max_epochs`."""
     while (cursor.next_pack()[0] < max_epochs).all():
         pass
     return cursor.num_packs - 1

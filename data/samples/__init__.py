@@ -1,1 +1,1 @@
-"""What is in a sample: captions, images, latents, the order of its parts, text."""
+"""Reads the parts of a sample: captions, images, latents, their layout, and text tokens."""

@@ -1,4 +1,4 @@
-"""What a sample's json says: captions or instructions, of one kind or several, texts of splits, or a class label."""
+"""Reads a sample's json: captions or instructions of one or several kinds, texts of splits, or a class label."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from data.shards import Sample
 
 TEXT_FIELDS = ("caption", "captions", "instruction", "instructions")
 EDGES = re.compile(r"\A[\s\ufeff]+|[\s\ufeff]+\Z")
-BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
+BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols without a visible shape
 
 
 def clean_text(text: str) -> str:
-    """`text` without spaces and byte order marks at its ends; "" where nothing in it can be seen.
+    """`text` without spaces and byte order marks at its ends; "" if no character in it is visible.
 
-    Half a surrogate pair, which JSON can hold and tokenizers refuse, becomes "?". Zero-width characters stay inside a
-    text: they join letters and emoji.
+    A lone surrogate, which JSON can hold and tokenizers refuse, becomes "?". Zero-width characters inside a text stay:
+    they join letters and emoji.
     """
     text = EDGES.sub("", mended(text))
     return text if any(map(_is_visible, text)) else ""
 
 
 def mended(text: str) -> str:
-    """`text` with "?" for each half of a character: where what others wrote must be kept."""
+    """`text` with "?" for each lone surrogate, and otherwise unchanged."""
     return text.encode("utf-8", "replace").decode()
 
 
 def half_character(text: str) -> int | None:
-    """Where the first half of a character stands in a text (a lone surrogate); None: the text is whole.
+    """Position of the first lone surrogate (half a character) in a text; None: there is none.
 
-    JSON can write one ("\\ud83d"), UTF-8 and tokenizers cannot.
+    JSON can write a lone surrogate ("\\ud83d"); UTF-8 and tokenizers cannot.
     """
     try:
         text.encode()
@@ -47,7 +47,7 @@ def half_character(text: str) -> int | None:
 
 
 def check_whole(text: str, where: str) -> str:
-    """`text`. Raises UserError naming `where`: it holds half a character."""
+    """Returns `text`. Raises UserError naming `where`: the text holds a lone surrogate."""
     place = half_character(text)
     if place is not None:
         raise UserError(f"{where} {text[:60]!a}: half a character at position {place}; write the text again")
@@ -55,14 +55,14 @@ def check_whole(text: str, where: str) -> str:
 
 
 def _is_visible(letter: str) -> bool:
-    """Not a space, a control or format character or a mark alone."""
+    """Whether a character is visible: not a space, a control or format character, or a combining mark."""
     return unicodedata.category(letter) not in ("Cc", "Cf", "Mn", "Zs", "Zl", "Zp") and letter not in BLANKS
 
 
 def read_object(payload: bytes) -> dict[str, Any]:
-    """The object that a JSON text holds; NaN and infinities, which are no JSON but are written, become null.
+    """The object in a JSON text; NaN and infinities, which some writers emit although JSON lacks them, become null.
 
-    Raises ValueError: not JSON, nested too deep, not an object.
+    Raises ValueError: not JSON, nested too deep, or not an object.
     """
     try:
         tree = json.loads(payload, parse_float=_finite, parse_constant=_finite)
@@ -74,7 +74,7 @@ def read_object(payload: bytes) -> dict[str, Any]:
 
 
 def read_meta(sample: Sample) -> dict[str, Any]:
-    """The sample's json, {} without one. Raises UserError naming the sample: no JSON object."""
+    """The sample's json, {} without one. Raises UserError naming the sample: the part is not a JSON object."""
     try:
         return read_object(sample.parts.get("json", b"{}"))
     except ValueError as error:
@@ -82,20 +82,21 @@ def read_meta(sample: Sample) -> dict[str, Any]:
 
 
 def read_captions(sample: Sample) -> list[str]:
-    """The captions or instructions in the sample's json: one text, a list, or an object of kind -> text.
+    """All captions or instructions in the sample's json, where they are a text, a list, or an object of kind -> text.
 
-    Of an interleaved sample (data/samples/layouts.py) the texts of its splits.
+    For an interleaved sample (data/samples/layouts.py), returns the texts of its splits.
 
-    Raises UserError: no json, no text, an empty text, a caption that is no text.
+    Raises UserError: no json, no text, an empty text, or a caption that is not a text.
     """
     return [text for _, text in _named_captions(sample)]
 
 
 def choose_caption(sample: Sample, draw: float, weights: Mapping[str, float]) -> str:
-    """One caption by `draw` in [0, 1), each alike; with `weights`, kind -> weight >= 0, by the weight of its kind.
+    """Chooses a caption with `draw`, a uniform number in [0, 1).
 
-    A kind that the sample lacks leaves its share to the others; one that `weights` lacks is never taken.
-    Raises UserError: as read_captions; no caption of these kinds.
+    Without `weights` all captions are equally likely; with `weights`, kind -> weight >= 0, a kind's weight counts. If
+    the sample lacks a kind, the other kinds share its weight. A kind that `weights` lacks is never chosen.
+    Raises UserError: as read_captions; no caption of a kind with a weight.
     """
     captions = _named_captions(sample)
     if not weights:
@@ -116,14 +117,14 @@ def is_class_sample(sample: Sample) -> bool:
 
 
 def is_class(tree: Mapping[str, Any]) -> bool:
-    """Whether a sample's json has a class label and no text; null is none."""
+    """Whether a sample's json has a class label and no text; null counts as absent."""
     label = tree.get("label")
     is_number = isinstance(label, int) and not isinstance(label, bool)
     return is_number and all(tree.get(name) is None for name in TEXT_FIELDS)
 
 
 def read_label(sample: Sample, num_classes: int) -> int:
-    """The class in the sample's json. Raises UserError: no json, no label, none of 0 .. num_classes - 1."""
+    """The class in the sample's json. Raises UserError: no json, no label, or a label outside 0 .. num_classes - 1."""
     tree = read_meta(sample)
     label = tree.get("label")
     if isinstance(label, bool) or not isinstance(label, int):
@@ -140,7 +141,7 @@ def read_label(sample: Sample, num_classes: int) -> int:
 
 
 def split_texts(tree: Mapping[str, Any]) -> list[Any] | None:
-    """What the texts of json's "splits" are, good and bad; None without splits."""
+    """The texts in json's "splits", valid or not; None without splits."""
     splits = tree.get("splits")
     if not isinstance(splits, list):
         return None
@@ -148,7 +149,7 @@ def split_texts(tree: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _named_captions(sample: Sample) -> list[tuple[str, str]]:
-    """(kind, text) of each caption; the kind is "" where the json names none."""
+    """(kind, text) of each caption; the kind is "" if the json names none."""
     tree = _read_json(sample)
     found = next((tree[name] for name in TEXT_FIELDS if tree.get(name) is not None), None)
     if found is None:
@@ -177,7 +178,7 @@ def _read_json(sample: Sample) -> dict[str, Any]:
 
 
 def _finite(number: str) -> float | None:
-    value = float(number)  # 1e999 is infinite too
+    value = float(number)  # 1e999 is infinite, too
     return value if math.isfinite(value) else None
 
 

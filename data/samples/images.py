@@ -1,4 +1,4 @@
-"""Image files -> pixels: decode, resize, crop; and batches of pixels for the tokenizer.
+"""Image files -> pixels: decoding, resizing, cropping, and batches of pixels for the tokenizer.
 
 Shapes: B images, H = W = image_px.
 """
@@ -32,9 +32,9 @@ IMAGE_FORMATS = (
     "PNG",
     "JPEG",
     "WEBP",
-)  # as Pillow names them; it knows many more, with more ways to go wrong
-MAX_PIXELS = 1 << 26  # of a file's image, and of one resized: 8192 x 8192
-TURNS = {  # by the EXIF orientation; 1 is upright
+)  # Pillow's names; its many other formats bring more ways to fail
+MAX_PIXELS = 1 << 26  # of a decoded and of a resized image: 8192 x 8192
+TURNS = {  # by EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -43,13 +43,13 @@ TURNS = {  # by the EXIF orientation; 1 is upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-QUARTER_TURNS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))  # width and height change places
+QUARTER_TURNS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))  # swap width and height
 TRANSPARENT_SCALES = {
     "L;2": 85,
     "L;4": 17,
     "RGB;16B": 1 / 256,
 }  # a PNG's transparent colour -> Pillow's 8 bits
-# What Pillow raises for damaged files.
+# Pillow's errors for damaged files.
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
 NOTE_ERRORS = (
     *DECODE_ERRORS,
@@ -68,12 +68,12 @@ class PixelBatch:
 
     pixels: Tensor  # uint8 [B, 3, H, W]
     sample_ids: tuple[str, ...]
-    seed: int  # 63 bits, of (run seed, global step, stream)
+    seed: int  # 63 bits, from (run seed, global step, stream)
     meta: tuple[Mapping[str, Any], ...]  # each sample's json, {} without one
 
     @property
     def pixels_01(self) -> Tensor:
-        """float32 [B, 3, H, W] in [0, 1]."""
+        """The pixels as float32 [B, 3, H, W] in [0, 1]."""
         return self.pixels.float() / 255
 
     def to(self, device: torch.device) -> PixelBatch:
@@ -82,17 +82,17 @@ class PixelBatch:
 
 
 MAX_IMAGES_PER_PACK = 1 << 24
-"""No GPU holds so many; lists of so many fit into memory."""
+"""No GPU holds so many images; a list of so many entries fits into memory."""
 
 
 @dataclass(frozen=True)
 class PixelConfig:
-    """How image files become batches."""
+    """Config of batches of image files."""
 
     images_per_pack: Count  # images in one micro-batch of one rank
-    image_px: Count  # side of the square the model sees
+    image_px: Count  # side of the square that the model sees, pixels
     resize_px: Count | None = None  # short side before the crop, pixels; None: image_px
-    crop: Literal["center", "random"] = "center"  # random: keyed by (seed, epoch, sample)
+    crop: Literal["center", "random"] = "center"  # random: determined by (seed, epoch, sample)
 
     def __post_init__(self) -> None:
         if self.images_per_pack < 1 or self.image_px < 1:
@@ -104,7 +104,7 @@ class PixelConfig:
 
 
 class PixelPacker:
-    """Every sample has length 1: a pack is `images_per_pack` samples in the plan's order."""
+    """Packs image files. Every sample has length 1, so a pack is `images_per_pack` samples in the plan's order."""
 
     budget_key = "pixels.images_per_pack"
 
@@ -113,7 +113,7 @@ class PixelPacker:
         self._config = config
 
     def lengths(self, dataset: ShardDataset) -> npt.NDArray[np.int64]:
-        """Ones, int64 [len(dataset)]. Raises UserError when the shards hold latents."""
+        """Ones, int64 [len(dataset)]. Raises UserError: the shards hold latents."""
         if dataset.manifest.latent is not None:
             raise UserError(
                 f"{dataset.directory}: holds latents, not pixels; give the shards they were made from"
@@ -123,10 +123,10 @@ class PixelPacker:
     def collate(
         self, samples: Sequence[Sample], *, step: int, stream: int, epochs: Sequence[int], seed: int
     ) -> PixelBatch:
-        """Decodes `samples`, each met in its epoch of `epochs`; `seed` is the run's.
+        """Makes one batch of `samples`, each met in its epoch of `epochs`; `seed`: the run's seed.
 
-        Raises UserError naming shard and key: no image or several, one that cannot be decoded or is too long and
-        thin to be resized, bad json.
+        Raises UserError naming shard and key: no image or several, an image that cannot be decoded or is too long and
+        thin to be resized, or bad json.
         """
         config = self._config
         pixels = []
@@ -151,9 +151,9 @@ class PixelPacker:
 
 
 def decode_image(sample: Sample, part: str) -> Image.Image:
-    """`read_rgb` of `sample.parts[part]`.
+    """The image in `sample.parts[part]`, as `to_rgb` gives it.
 
-    Raises UserError naming shard and key.
+    Raises UserError naming shard and key: the part cannot be decoded.
     """
     try:
         return read_rgb(io.BytesIO(sample.parts[part]))
@@ -165,12 +165,12 @@ def decode_image(sample: Sample, part: str) -> Image.Image:
 
 
 def read_rgb(payload: io.BytesIO) -> Image.Image:
-    """`to_rgb` of a PNG, JPEG or WebP file. Raises ValueError: no such image."""
+    """The image of a PNG, JPEG or WebP file, as `to_rgb` gives it. Raises ValueError: as open_image."""
     return to_rgb(open_image(payload))
 
 
 def read_rgb_file(path: str | Path) -> Image.Image:
-    """`to_rgb` of a PNG, JPEG or WebP file. Raises UserError naming it: no such file, no such image."""
+    """The image of the file at `path`, as `to_rgb` gives it. Raises UserError naming it: no such file or image."""
     try:
         return to_rgb(open_image_file(path))
     except (OSError, ValueError) as error:
@@ -179,14 +179,15 @@ def read_rgb_file(path: str | Path) -> Image.Image:
 
 
 def open_image_file(path: str | Path) -> Image.Image:
-    """`open_image` of the file at `path`. Raises OSError: as base.limits.read_bytes; ValueError: as open_image."""
+    """Opens the image file at `path`. Raises OSError: as base.limits.read_bytes; ValueError: as open_image."""
     return open_image(io.BytesIO(limits.read_bytes(path, limits.IMAGE_BYTES)))
 
 
 def open_image(payload: io.BytesIO) -> Image.Image:
-    """The decoded image of a PNG, JPEG or WebP file, in its own mode; the first one of an animation: the only `open`.
+    """The decoded image of a PNG, JPEG or WebP file, in its own mode; an animation's first image.
 
-    Raises ValueError: another format, a damaged file, more than MAX_PIXELS.
+    This is the project's only call of Image.open. Raises ValueError: another format, a damaged file, or more than
+    MAX_PIXELS.
     """
     try:
         image: Image.Image = Image.open(payload, formats=IMAGE_FORMATS)
@@ -195,7 +196,7 @@ def open_image(payload: io.BytesIO) -> Image.Image:
         layouts = [tile[3] for tile in getattr(image, "tile", ())]
         image.load()
         _scale_transparent(image, layouts[0] if layouts else None)
-    except UnidentifiedImageError:  # its message holds an address in memory, different in every run
+    except UnidentifiedImageError:  # its message holds a memory address, which differs between runs
         raise ValueError("not a PNG, JPEG or WebP file, or its header is damaged") from None
     except DECODE_ERRORS as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
@@ -203,10 +204,10 @@ def open_image(payload: io.BytesIO) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB, 8 bits, of an image in any mode of Pillow: the one way in which pictures are read.
+    """Converts an image in any of Pillow's modes to upright 8-bit RGB. Every picture is read this way.
 
-    The EXIF orientation is followed, transparency laid on white, 16 bits of grey are rounded to 8; floats count from
-    0 to 255. Raises ValueError: a mode that Pillow cannot turn into RGB (LAB).
+    Applies the EXIF orientation, lays transparency on white and rounds 16-bit grey to 8 bits; floats range from 0 to
+    255. Raises ValueError: Pillow cannot convert the mode to RGB (LAB).
     """
     turn = turn_of(image)
     if image.mode[0] in "IF":  # convert() would clip 16 bits at 255
@@ -219,11 +220,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What makes the image upright, by its EXIF orientation; None: it is."""
+    """The transposition that makes the image upright, from its EXIF orientation; None: it is upright."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except NOTE_ERRORS:
-        return None  # damaged notes of the camera beside a sound image
+        return None  # damaged EXIF data in a sound image
     return TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
@@ -233,7 +234,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _scale_transparent(image: Image.Image, layout: object) -> None:
-    """Pillow brings a PNG's pixels to 8 bits, by their `layout` in the file, but not its transparent colour."""
+    """Scales a PNG's transparent colour to 8 bits. Pillow scales the pixels, by their `layout` in the file, only."""
     scale = TRANSPARENT_SCALES.get(layout) if isinstance(layout, str) else None
     found = image.info.get("transparency")
     if scale is not None and isinstance(found, int):
@@ -243,7 +244,7 @@ def _scale_transparent(image: Image.Image, layout: object) -> None:
 
 
 def _grey_8_bits(image: Image.Image) -> Image.Image:
-    """Of 16-bit (I;16 and its like, I) or floating-point (F) grey, with the transparent value that a PNG may name."""
+    """8-bit grey from 16-bit (I;16, I;16B, ..., I) or floating-point (F) grey; applies a PNG's transparent value."""
     values = np.asarray(image)
     scale = 1 if image.mode == "F" else 257
     grey = np.clip(np.rint(np.nan_to_num(values) / scale), 0, 255).astype(np.uint8)
@@ -256,7 +257,7 @@ def _grey_8_bits(image: Image.Image) -> Image.Image:
 
 
 def image_suffix(payload: bytes) -> str:
-    """ "png", "jpg" or "webp", by the first bytes of a file. Raises ValueError: none of them."""
+    """The suffix "png", "jpg" or "webp", from a file's first bytes. Raises ValueError: another format."""
     if payload.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if payload.startswith(b"\xff\xd8\xff"):
@@ -267,12 +268,12 @@ def image_suffix(payload: bytes) -> str:
 
 
 def part_name(role: str, suffix: str) -> str:
-    """The name of an image part: "jpg", or with a role (data/samples/layouts.py) "source.jpg", "target1.jpg"."""
+    """Name of an image part: "jpg", or with a role (data/samples/layouts.py) "source.jpg" or "target1.jpg"."""
     return f"{role}.{suffix}" if role else suffix
 
 
 def image_parts(parts: Iterable[str]) -> list[str]:
-    """The names of image parts ("jpg", "source.png"), sorted: sources come before targets, numbers ascend."""
+    """The names of image parts ("jpg", "source.png") among `parts`, sorted: sources before targets, by number."""
     return sorted(part for part in parts if part.rpartition(".")[2] in IMAGE_PARTS)
 
 
@@ -283,7 +284,7 @@ def fit_image(
     resize_px: int | None = None,
     corner: tuple[float, float] | None = None,
 ) -> Tensor:
-    """`fit_square` as uint8 [3, image_px, image_px]. Raises UserError: as fit_square."""
+    """The result of `fit_square` as uint8 [3, image_px, image_px]. Raises UserError: as fit_square."""
     image = fit_square(image, image_px, resize_px=resize_px, corner=corner)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
@@ -296,13 +297,13 @@ def fit_square(
     corner: tuple[float, float] | None = None,
     pad: bool = False,
 ) -> Image.Image:
-    """A square of image_px: bicubic, short side to `resize_px` (default image_px), then a crop.
+    """A square of `image_px`: resizes the short side to `resize_px` (None: image_px), bicubic, then crops.
 
-    With `pad` the long side becomes image_px and white fills the square: nothing is cut away.
+    With `pad` the long side becomes `image_px` and white fills the square, so that nothing is cut away.
 
-    `corner`, two numbers in [0, 1), places the crop between left and right, top and bottom; None: in the
-    centre. Halving by boxes before the bicubic step, as in ADM (Dhariwal & Nichol 2021), keeps large
-    photographs free of aliasing. Raises UserError: so long and thin that it would be enlarged beyond MAX_PIXELS.
+    `corner`, two numbers in [0, 1), places the crop between left and right, top and bottom; None: centre. Box filters
+    halve large images before the bicubic step, as in ADM (Dhariwal & Nichol 2021), against aliasing. Raises UserError:
+    the image is so long and thin that resizing would enlarge it beyond MAX_PIXELS.
     """
     if pad:
         return _pad_square(image, image_px)

@@ -1,4 +1,4 @@
-"""Latent parts of samples -> normalised tensors: which view, its mean or a draw."""
+"""Latent parts of samples -> normalised tensors of one view: its mean or a random draw."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 
 
 def check_latent_shards(dataset: ShardDataset, expected: LatentInfo) -> None:
-    """Raises UserError: shards of pixels, or other latents than `expected`."""
+    """Raises UserError: shards of pixels, or latents that are not `expected`."""
     latent, where = dataset.manifest.latent, dataset.directory
     if latent is None:
         raise UserError(f"{where}: holds pixels, not latents; run launch/encode_latents.py on it")
@@ -26,7 +26,7 @@ def check_latent_shards(dataset: ShardDataset, expected: LatentInfo) -> None:
 
 
 def check_has_variance(latent: LatentInfo) -> None:
-    """Raises UserError: latents to draw from were stored without a variance."""
+    """Checks that latents can be drawn. Raises UserError: they were stored without a variance."""
     if not latent.has_logvar:
         raise UserError(
             "packing.sample_latents: these latents were stored without a variance; encode with logvar: true"
@@ -34,7 +34,7 @@ def check_has_variance(latent: LatentInfo) -> None:
 
 
 def latent_seed(seed: int, epoch: int, key: str) -> int:
-    """Seed of the draw of a sample's latents in one epoch, 60 bits; `seed` is the run's."""
+    """Seed for drawing a sample's latents in one epoch, 60 bits; `seed`: the run's seed."""
     return int(files.digest(["latent", seed, epoch, key])[:15], 16)
 
 
@@ -48,10 +48,10 @@ def read_latents(
 ) -> Tensor:
     """Normalised latents, (z - mean) / std, as float32 [len(samples), len(parts), C, Y, X].
 
-    `views` says which view of each sample, the same in all its parts; None: the first, the centre crop. With `seeds`
-    z is drawn, mu + exp(logvar / 2) eps, eps ~ N(0, I) from each sample's seed; None: z is mu. The statistics are
-    those of mu either way: drawn latents deviate by a little more than 1. Raises UserError naming the sample: a
-    missing part, a part of another size.
+    `views`: the view of each sample, used for all its parts; None: the first view, the centre crop. `seeds`: draws z =
+    mu + exp(logvar / 2) eps, eps ~ N(0, I), with each sample's seed; None: z = mu. `mean` and `std` are those of mu in
+    both cases, so the standard deviation of drawn latents is a little above 1. Raises UserError naming the sample: a
+    part is missing or of another size.
     """
     num_moments = 1 if seeds is None else 2
     assert latent.has_logvar or seeds is None
@@ -69,7 +69,7 @@ def read_latents(
     channels, height, width = latent.shape
     stored = torch.frombuffer(bytearray().join(wanted), dtype=TORCH_DTYPES[latent.dtype])
     stored = stored.view(len(samples), len(parts), num_moments, channels, height * width)
-    # Channels last in memory, as packs store tokens; moved while it is small, before float().
+    # Channels last in memory, as packs store tokens; transposed before float(), while it is small.
     moments = stored.transpose(-1, -2).contiguous().float()
     z = moments[:, :, 0]
     if seeds is not None:

@@ -1,19 +1,19 @@
-"""What a sample is made of: its images, named by roles, and its texts, in the order in which training packs them.
+"""The layout of a sample: its images, named by roles, and its texts, in the order in which training packs them.
 
-A role is part of an image's name, KEY.<role>.jpg, and stays when the image is encoded, KEY.<role>.latent:
+A role is part of an image's name, KEY.<role>.jpg, and remains when the image is encoded, KEY.<role>.latent:
 
-    text-to-image  jpg                     [caption, target]; the only image has no role
+    text-to-image  jpg                     [caption, target]; the single image has no role
     edit           source.jpg target.jpg   [source, instruction, target]; several of a kind are numbered from 0,
                                            source0.jpg source1.jpg ... target0.jpg target1.jpg ...:
                                            [source0, source1, ..., instruction, target0, target1, ...]
-    interleaved    image0.jpg image1.jpg   as json's "splits" says, any list with a text, a target and every image:
+    interleaved    image0.jpg image1.jpg   json's "splits", any list with a text, a target and every image:
                                            [{"text": "a cup"}, {"image": "image0", "target": true},
                                             {"image": "image0"}, {"text": "fill it", "loss": true},
                                             {"image": "image1", "target": true}]
 
-A target is noisy and no later split sees it, so several targets of an edit are several answers to it. An image that is
-first drawn and then seen stands in "splits" twice, the second time without "target". "loss" marks a text that the model
-learns to write. json is a part too, so a sample has at most 7 images.
+A target is noisy and no later split sees it, so several targets of an edit are alternative results of it. An image that
+is first generated and then seen stands in "splits" twice, the second time without "target". "loss" marks a text that
+the model learns to write. json is a part, too, so a sample has at most 7 images.
 """
 
 from __future__ import annotations
@@ -51,37 +51,37 @@ class TextPart:
 class ImagePart:
     """An image of a sample."""
 
-    role: str  # "" of the only one
-    target: bool  # drawn from noise; else a condition
+    role: str  # "" for a sample's single image
+    target: bool  # generated from noise; else a condition
 
 
 Layout = list[TextPart | ImagePart]
 
 
 def is_target(part: TextPart | ImagePart) -> bool:
-    """Whether it is an image to be drawn."""
+    """Whether the part is an image to be generated."""
     return isinstance(part, ImagePart) and part.target
 
 
 def image_roles(parts: Iterable[str]) -> list[str]:
-    """The role of each latent part, without any of each image, sorted; names that are no roles are passed over."""
+    """Sorted roles of the latent parts, or without latents, of the image parts. Names that are no roles are ignored."""
     named = [(role, suffix) for role, _, suffix in (part.rpartition(".") for part in parts)]
     suffixes = (LATENT_SUFFIX,) if any(suffix == LATENT_SUFFIX for _, suffix in named) else IMAGE_PARTS
     return sorted(role for role, suffix in named if suffix in suffixes and ROLE_PATTERN.fullmatch(role))
 
 
 def of_kind(roles: Iterable[str], kind: str) -> list[str]:
-    """Those of "source", "target" or "image", with or without a number."""
+    """The roles of one kind ("source", "target" or "image"), with or without a number."""
     return [role for role in roles if role.rstrip("0123456789") == kind]
 
 
 def is_interleaved(roles: Iterable[str]) -> bool:
-    """Whether json's "splits" says where images of these roles stand."""
+    """Whether images with these roles belong to an interleaved sample, whose order json's "splits" gives."""
     return bool(of_kind(roles, "image"))
 
 
 def check_roles(roles: Sequence[str]) -> None:
-    """Raises ValueError: sorted roles of none of the layouts above, or of too many images."""
+    """Raises ValueError: the sorted roles fit none of the layouts above, or are too many."""
     held = ", ".join(role or "one without a role" for role in roles) or "none"
     if len(roles) > MAX_IMAGES:
         raise ValueError(f"{len(roles)} images, a sample holds at most {MAX_IMAGES}")
@@ -99,15 +99,15 @@ def check_roles(roles: Sequence[str]) -> None:
 
 
 def number_roles(kind: str, count: int) -> list[str]:
-    """kind0, kind1, ..."""
+    """The roles kind0, kind1, ... of `count` images."""
     return [f"{kind}{number}" for number in range(count)]
 
 
 def read_splits(tree: Mapping[str, Any], roles: Collection[str]) -> Layout:
-    """json's "splits" of an interleaved sample that has images of `roles`.
+    """The layout in json's "splits" of an interleaved sample that has images of `roles`.
 
-    Raises ValueError: no such list, a split that is neither a text nor an image, no text, no target, images that are
-    not there or left over.
+    Raises ValueError: no such list, a split that is neither a text nor an image, no text, no target, or images that are
+    missing or unused.
     """
     splits = tree.get("splits")
     if not isinstance(splits, list):
@@ -140,9 +140,9 @@ def _read_split(number: int, split: object, roles: Collection[str]) -> TextPart 
 
 
 def read_layout(sample: Sample, draw: float = 0.0, weights: Mapping[str, float] | None = None) -> Layout:
-    """What training packs of `sample`, pixels or latents; of several captions the one that `choose_caption` takes.
+    """The layout that training packs, of a sample of pixels or latents; `choose_caption` takes one of several captions.
 
-    Raises UserError naming the sample: images of no layout, bad "splits", no caption.
+    Raises UserError naming the sample: images of no layout, bad "splits", or no caption.
     """
     roles = image_roles(sample.parts)
     tree = read_meta(sample) if is_interleaved(roles) else {}
@@ -160,8 +160,10 @@ def read_layout(sample: Sample, draw: float = 0.0, weights: Mapping[str, float] 
 
 
 def num_split_tokens(layout: Layout, tokens_per_image: int, text_tokenizer: TextTokenizer) -> tuple[int, int]:
-    """What the index holds of an interleaved sample: tokens of its images, as often as they stand there, and of its
-    texts, with the special tokens of all but one.
+    """An interleaved sample's counts for the index: tokens of its images and of its texts.
+
+    An image counts as often as it stands in the layout. The texts' count includes the special tokens of all but one
+    text.
     """
     texts = [len(text_tokenizer.encode(part.text)) for part in layout if isinstance(part, TextPart)]
     num_images = len(layout) - len(texts)
@@ -171,9 +173,9 @@ def num_split_tokens(layout: Layout, tokens_per_image: int, text_tokenizer: Text
 def packed_lengths(
     dataset: ShardDataset, latent: LatentInfo, draws_per_caption: int
 ) -> npt.NDArray[np.int64]:
-    """Tokens of each sample in a pack, int64 [len(dataset)], with its longest caption and nothing left out.
+    """Tokens of each sample in a pack with its longest caption and no dropout, int64 [len(dataset)].
 
-    `draws_per_caption`: a sample's noisy images are its targets and so many less one.
+    `draws_per_caption`: a sample has that number less one of noisy images beside its targets.
     """
     tokens_per_image = latent.shape[1] * latent.shape[2]
     num_images = -(-dataset.num_image_tokens // tokens_per_image) + draws_per_caption - 1

@@ -1,6 +1,6 @@
-"""Text <-> token ids: one interface over a small sentencepiece model and Qwen2.5's tokenizer.
+"""Text <-> token ids: one interface for a small sentencepiece model and Qwen2.5's tokenizer.
 
-Captions are data: "<|im_end|>" typed into one becomes ordinary tokens, never the special token.
+Captions are data: "<|im_end|>" in a caption becomes ordinary tokens, never the special token.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ MIN_VOCAB_SIZE = 320  # 256 bytes, <unk>, 4 special tokens, and room for some le
 
 
 class TextTokenizer(Protocol):
-    """What the rest of the project asks of a text tokenizer. All ids are below `vocab_size`."""
+    """The project's interface of a text tokenizer. All ids are below `vocab_size`."""
 
     vocab_size: int
     im_start_id: int
     im_end_id: int
     vision_start_id: int
     vision_end_id: int
-    fingerprint: str  # equal fingerprints: equal ids for every text
+    fingerprint: str  # equal fingerprints mean equal ids for every text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without special tokens. Unknown letters become bytes.
+        """Ids of `text`, without special tokens. Unknown letters become bytes.
 
-        Raises UserError: half a character in it.
+        Raises UserError: `text` holds a lone surrogate.
         """
 
     def decode(self, ids: list[int]) -> str:
@@ -49,17 +49,17 @@ class TextTokenizer(Protocol):
 
 
 class SentencePieceTextTokenizer:
-    """Byte pairs with byte fallback, as `train_text_tokenizer` writes it. Text is case-folded (NFKC)."""
+    """Byte-pair encoding with byte fallback, from `train_text_tokenizer`. Text is NFKC-normalised and case-folded."""
 
     def __init__(self, model: bytes) -> None:
-        """Raises ValueError: no such model."""
+        """`model`: the bytes of a sentencepiece model. Raises ValueError: they are not such a model."""
         try:
             self._pieces = sentencepiece.SentencePieceProcessor()
             self._pieces.LoadFromSerializedProto(model)
             self.vocab_size: int = self._pieces.get_piece_size()
             self._pieces.id_to_piece(
                 list(range(self.vocab_size))
-            )  # one that is no text would fail in training
+            )  # a damaged model would fail in training only
         except RuntimeError as error:
             raise ValueError(str(error).rpartition("] ")[2] or "no sentencepiece model") from None
         ids = [self._pieces.piece_to_id(token) for token in SPECIAL_TOKENS]
@@ -80,7 +80,7 @@ class SentencePieceTextTokenizer:
 
 
 class QwenTextTokenizer:
-    """A fast tokenizer of transformers. Qwen2.5's has all special tokens; where one lacks, it is added."""
+    """A fast tokenizer of transformers. Qwen2.5's has all special tokens; those that another one lacks are added."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
@@ -106,9 +106,9 @@ class QwenTextTokenizer:
 
 
 def load_text_tokenizer(name_or_directory: str) -> TextTokenizer:
-    """A folder that `train_text_tokenizer` wrote, or what transformers knows by this name or in this folder.
+    """Loads a folder of `train_text_tokenizer`, or a tokenizer that transformers finds by this name or in this folder.
 
-    Raises UserError: nothing there, a damaged model.
+    Raises UserError: there is no tokenizer, or the model is damaged.
     """
     directory = Path(name_or_directory)
     path = directory / MODEL_NAME
@@ -126,7 +126,7 @@ def load_text_tokenizer(name_or_directory: str) -> TextTokenizer:
             return SentencePieceTextTokenizer(model)
         except ValueError as error:
             raise UserError(f"{path}: no sentencepiece model of ours ({error}); {AGAIN}") from None
-    from transformers import AutoTokenizer  # takes seconds to import: only where it is needed
+    from transformers import AutoTokenizer  # imported here because it takes seconds
 
     try:
         return QwenTextTokenizer(hub.from_pretrained(AutoTokenizer, name_or_directory))
@@ -141,8 +141,8 @@ def load_text_tokenizer(name_or_directory: str) -> TextTokenizer:
 def train_text_tokenizer(captions: Iterable[str], directory: Path, vocab_size: int) -> TextTokenizer:
     """Trains on the distinct captions and writes text_tokenizer.model and config.json, whole or not at all.
 
-    The same set of captions gives the same bytes, in any order. `vocab_size` includes 256 byte tokens and the
-    special tokens; few captions may give fewer. Raises UserError: too small a vocabulary, no captions, a folder of
+    Equal sets of captions give equal bytes, in any order. `vocab_size` includes 256 byte tokens and the special tokens;
+    few captions may give fewer tokens. Raises UserError: too small a vocabulary, no captions, or a folder that holds
     something else.
     """
     check_folder(directory)
@@ -161,13 +161,13 @@ def train_text_tokenizer(captions: Iterable[str], directory: Path, vocab_size: i
         byte_fallback=True,
         character_coverage=1.0,
         normalization_rule_name="nmt_nfkc_cf",
-        # Control symbols, unlike user-defined ones, are never found in text.
+        # sentencepiece finds user-defined symbols in text, control symbols never.
         control_symbols=list(SPECIAL_TOKENS),
         bos_id=-1,
         eos_id=-1,
         pad_id=-1,
         unk_id=0,
-        num_threads=1,  # sums in another order would give other scores
+        num_threads=1,  # several threads would sum scores in varying order
         shuffle_input_sentence=False,
         minloglevel=2,
     )
@@ -178,12 +178,12 @@ def train_text_tokenizer(captions: Iterable[str], directory: Path, vocab_size: i
 
 
 def check_folder(directory: Path) -> None:
-    """Raises UserError: `train_text_tokenizer` would have to replace what is not its own."""
+    """Raises UserError: `train_text_tokenizer` would replace files that are not its own."""
     files.check_new(directory, _is_text_tokenizer)
 
 
 def _is_text_tokenizer(directory: Path) -> bool:
-    """Whether nothing but a text tokenizer of train_text_tokenizer is there, even a damaged one."""
+    """Whether the folder holds only a text tokenizer of `train_text_tokenizer`, possibly damaged."""
     try:
         kind = files.read_json(directory / CONFIG_NAME)["kind"]
     except (OSError, ValueError, KeyError, TypeError):

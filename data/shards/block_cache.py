@@ -1,8 +1,8 @@
-"""A bounded cache of blocks of remote shards on a local disk, shared by the ranks of a node (contract 1).
+"""A bounded cache of remote shards' blocks on a local disk, which the ranks of a node share (contract 1).
 
-CACHE/blocks/FINGERPRINT/SHARD/NUMBER holds one block. Processes coordinate through the file system alone: a block
-appears by a rename, anybody may delete the oldest, and a block that vanished is fetched again. Checksums are those of
-the samples, so a block needs none of its own.
+CACHE/blocks/FINGERPRINT/SHARD/NUMBER holds one block. Processes coordinate through the file system alone: a rename
+makes a block appear, any process may delete the oldest block, and a deleted block is fetched again. A block needs no
+checksum, because every sample has one.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from base import limits
 from base.terminal import say
 from data.shards.storage import replace_file
 
-# Far below what object stores read at full speed, because the plan reads 64 neighbours here and 64 there: with 33 kB
-# a sample, blocks of 4 MiB would fetch three times the bytes that are used.
+# Object stores reach full speed with far larger blocks, but the plan reads 64 neighbours at a time: with 33 kB a
+# sample, blocks of 4 MiB would fetch three times the bytes that are used.
 BLOCK_BYTES = 1 << 20
 MAX_OPEN_BLOCKS = 128
-# Each process counts its own writes, and looks at the folder after every 1/64: eight ranks stay within the bound.
+# Each process counts its own writes and scans the folder after every 1/64 of the bound: eight ranks stay within it.
 SCAN_SHARE = 64
 KEEP_SHARE = 7 / 8
-STALE_S = 3600.0  # a temporary file that old belongs to no living writer
+STALE_S = 3600.0  # a temporary file older than this belongs to no living writer
 
 
 class BlockCache:
-    """Blocks of one data set. Safe to use from several threads and processes."""
+    """The cached blocks of one data set. Several threads and processes may use it."""
 
     def __init__(self, folder: Path, fingerprint: str, max_bytes: int) -> None:
-        """`max_bytes` bounds all data sets in `folder` together."""
+        """`max_bytes`: the bound of all data sets in `folder` together."""
         self.max_bytes = max_bytes
         self._root = folder / "blocks"
         self._folder = self._root / fingerprint[:32]
-        self._unscanned_bytes = max_bytes  # look before the first write
+        self._unscanned_bytes = max_bytes  # scan before the first write
         self._lock = threading.Lock()
         self._is_broken = False
         self._open = functools.lru_cache(maxsize=MAX_OPEN_BLOCKS)(self._open_block)
 
     @property
     def is_writable(self) -> bool:
-        """False once a write failed: the disk is full, or the folder cannot be written."""
+        """Whether no write has failed yet: the disk has room and the folder is writable."""
         return not self._is_broken
 
     def __contains__(self, block: tuple[str, int]) -> bool:
         return self._path(block).is_file()
 
     def read(self, block: tuple[str, int], start: int, num_bytes: int) -> bytes | None:
-        """These bytes of block (shard, number), or None when it is not there or too short."""
+        """`num_bytes` from `start` of block (shard, number); None: the block is missing or too short."""
         try:
             piece = os.pread(self._open(block).number, num_bytes, start)
         except OSError:
@@ -63,7 +63,7 @@ class BlockCache:
         return piece
 
     def write(self, block: tuple[str, int], payload: bytes) -> bool:
-        """Keeps `payload`. False: that failed, now or before; it is said once and not tried again."""
+        """Stores a block. Returns False if this or an earlier write failed; only the first failure is printed."""
         with self._lock:
             if self._is_broken:
                 return False
@@ -80,7 +80,7 @@ class BlockCache:
         return not self._is_broken
 
     def drop(self, block: tuple[str, int]) -> None:
-        """Deletes a block."""
+        """Deletes a block, if it is there."""
         with contextlib.suppress(OSError):
             self._path(block).unlink()
         self._open.cache_clear()
@@ -91,11 +91,11 @@ class BlockCache:
 
     def _open_block(self, block: tuple[str, int]) -> Descriptor:
         path = self._path(block)
-        os.utime(path)  # read just now: among the last to be deleted
+        os.utime(path)  # marks the block as used just now
         return Descriptor(str(path))
 
     def _make_room(self, num_bytes: int) -> None:
-        """Deletes the blocks that were not opened for longest, once there are too many."""
+        """Deletes the least recently used blocks, if `num_bytes` more would exceed the bound."""
         self._unscanned_bytes += num_bytes
         if self._unscanned_bytes < self.max_bytes / SCAN_SHARE:
             return
@@ -111,7 +111,7 @@ class BlockCache:
 
 
 class Descriptor:
-    """An open file, closed when the last reader lets go of it; eviction cannot close it under a reader."""
+    """An open file, which closes when its last reader drops it: eviction cannot close it under a reader."""
 
     def __init__(self, path: str) -> None:
         self.number = limits.open_regular(path)
@@ -122,7 +122,7 @@ class Descriptor:
 
 
 def _scan(folder: str | Path) -> Iterator[tuple[float, int, str]]:
-    """(time of last use, bytes, path) of every block below `folder`; stale temporary files are deleted."""
+    """Yields (time of last use, bytes, path) of every block below `folder`; deletes stale temporary files."""
     try:
         entries = list(os.scandir(folder))
     except OSError:

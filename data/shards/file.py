@@ -1,4 +1,4 @@
-"""One shard being written: a tar under a temporary name and its records (contract 1)."""
+"""Writes one shard: a tar under a temporary name, its index and its side file (contract 1)."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ Rejections = tuple[tuple[str, str], ...]
 
 
 class OpenShard:
-    """A tar being written under a temporary name, and its records."""
+    """A shard that is being written: a tar under a temporary name, and its index records in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed run
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # left by a killed run
             stale.unlink()
         self._file = self._temporary.open("wb")
-        # No user, group or time of this machine: equal samples give equal bytes.
+        # No user, group or time is stored, so that equal samples give equal bytes.
         self._tar = webdataset.TarWriter(self._file, encoder=False, user="", group="", mode=0o444, mtime=0)
         self._records: list[tuple[int, list[int], int, int, int]] = []
         self._keys: set[str] = set()
 
     @property
     def num_samples(self) -> int:
-        """Samples added so far."""
+        """Number of samples added so far."""
         return len(self._records)
 
     def add(self, sample: Sample, num_image_tokens: int = 0, num_text_tokens: int = 0) -> None:
-        """Raises UserError: a name that WebDataset cannot carry, an empty part, a repeated key."""
+        """Adds a sample. Raises UserError: a name that WebDataset cannot carry, an empty part, or a repeated key."""
         _check(sample, self._keys)
         self._keys.add(sample.key)
         part_bytes = [len(sample.parts[part]) for part in sorted(sample.parts)]
@@ -68,7 +68,7 @@ class OpenShard:
         self._tar.write({"__key__": sample.key, **sample.parts})
 
     def drop(self) -> None:
-        """Removes the temporary file."""
+        """Gives the shard up and removes the temporary file."""
         with contextlib.suppress(OSError):  # closing writes, and the disk may be full
             self._tar.close()
         with contextlib.suppress(OSError):
@@ -78,10 +78,10 @@ class OpenShard:
     def close(
         self, source: str, rejected: Rejections, num_read: int | None = None, cut: Cut | None = None
     ) -> ShardEntry | None:
-        """Makes the shard final. The side file comes last, and that of a shard that is replaced goes first: a stop in
-        between leaves an unfinished shard.
+        """Makes the shard final. Returns its entry; None: it has no samples, and only a side file is written.
 
-        Without samples there is no tar, only the side file, and None is returned.
+        The side file is written last, and a replaced shard's side file is removed first, so that a kill in between
+        leaves an unfinished shard.
         """
         entry = None
         if self._records:
@@ -98,7 +98,7 @@ class OpenShard:
         return entry
 
     def _publish(self) -> ShardEntry:
-        """Tar and index under their final names, read back first."""
+        """Reads the tar back, then moves it and its index to their final names."""
         records = np.zeros(len(self._records), RECORD)
         for column, name in enumerate(
             ("key_hash", "part_bytes", "num_image_tokens", "num_text_tokens", "crc32")
@@ -112,14 +112,14 @@ class OpenShard:
         os.fsync(self._file.fileno())
         self._file.close()
         _rescan(self._temporary, records)
-        # Its size would not tell a replaced tar from the new one: tars are padded to 10 KiB.
+        # An old side file would fit the new tar: tars are padded to 10 KiB, so their sizes may agree.
         self.path.with_name(progress_name(self.path.name)).unlink(missing_ok=True)
         self._temporary.replace(self.path)
         return write_index(self.path, records)
 
 
 def write_index(path: Path, records: Records) -> ShardEntry:
-    """Writes the index of the tar at `path`."""
+    """Writes the index of the tar at `path`, and returns the shard's entry."""
     buffer = io.BytesIO()
     np.save(buffer, records)
     index = path.with_name(index_name(path.name))
@@ -134,7 +134,7 @@ def write_index(path: Path, records: Records) -> ShardEntry:
 
 
 def write_progress(path: Path, progress: ShardProgress) -> None:
-    """Writes the side file of the tar at `path`, which makes the shard a finished one."""
+    """Writes the side file of the tar at `path`, which marks the shard as finished."""
     tree = dataclasses.asdict(progress)
     if progress.cut is None:
         del tree["cut"]  # as earlier versions wrote it
@@ -162,7 +162,7 @@ def _check(sample: Sample, keys: set[str]) -> None:
 
 
 def _rescan(path: Path, records: Records) -> None:
-    """Reads the tar back with the standard library, which knows nothing of our index, and compares."""
+    """Compares the tar, read with the standard library's reader, with its index records. Raises UserError."""
     with tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
         position = 0

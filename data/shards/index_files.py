@@ -1,4 +1,4 @@
-"""The indices of a data set's shards, read while they are looked at (contract 1)."""
+"""Reads the index files of a data set's shards on demand (contract 1)."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from data.shards.block_cache import Descriptor
 from data.shards.index import RECORD, Records
 from data.shards.storage import retrying
 
-MAX_OPEN_INDICES = 64  # each holds a file descriptor; a process commonly has 1,024, and may read several sets
-PREFIX_BYTES = 10  # of an .npy file: magic, version, length of the header
+MAX_OPEN_INDICES = 64  # each holds one of a process's descriptors, commonly 1,024, for several data sets
+PREFIX_BYTES = 10  # start of an .npy file: magic, version, length of the header
 MAX_HEAD_BYTES = 4096
-NEAR_RECORDS = 64  # so close, two records are read at once: 5 kB cost less than another call
-READ_ATTEMPTS = 3  # of local files; network file systems repeat by themselves
+NEAR_RECORDS = 64  # records this close are read at once: 5 kB cost less than another call
+READ_ATTEMPTS = 3  # for local files; network file systems retry by themselves
 RETRY_WAIT_S = 0.5
 CONTINUE = "run the writer again (make_shards or encode_latents), it continues there"
 
 
 class IndexFiles:
-    """Records of each shard. `pread`, not mmap: a file that is cut under mmap kills the process with SIGBUS."""
+    """The records of each shard. Uses `pread`: under mmap, truncating the file would kill the process (SIGBUS)."""
 
     def __init__(self, indices: Sequence[Path | Records], num_samples: Sequence[int]) -> None:
-        """`indices` were checked (`load_index`), and hold as many records as `num_samples` says."""
+        """`indices`: files checked by `load_index`, or records; `num_samples`: number of records in each."""
         self._indices = indices
         self._num_samples = num_samples
         self._open = functools.lru_cache(maxsize=MAX_OPEN_INDICES)(self._opened)
 
     def __iter__(self) -> Iterator[Records]:
-        """All records of one shard after the other. Raises UserError: a file that changed."""
+        """Yields all records of each shard in turn. Raises UserError: a file has changed."""
         for index, count in zip(self._indices, self._num_samples, strict=True):
             yield load_index(index, count, index) if isinstance(index, Path) else index
 
     def take(self, shard: int, rows: npt.NDArray[np.int64]) -> Records:
-        """The records of a shard at `rows`, which ascend. Raises UserError: a file that was cut."""
+        """The records of a shard at `rows`, which must ascend. Raises UserError: the file was truncated."""
         index = self._indices[shard]
         if not isinstance(index, Path):
             return index[rows]
@@ -66,13 +66,13 @@ class IndexFiles:
         return np.frombuffer(content, RECORD)[rows - first]
 
     def _opened(self, shard: int) -> tuple[Descriptor, int]:
-        """A file, and where its records begin."""
+        """A shard's open index, and the byte at which its records begin."""
         descriptor = Descriptor(str(self._indices[shard]))
         return descriptor, _data_offset(os.pread(descriptor.number, PREFIX_BYTES, 0))
 
 
 def read_index(path: Path, num_samples: int) -> bytes:
-    """The bytes of an index of so many samples. Raises UserError: it cannot be read, it has more."""
+    """The bytes of an index of `num_samples` records. Raises UserError: it cannot be read, or is larger."""
     try:
         return limits.read_bytes(path, MAX_HEAD_BYTES + num_samples * RECORD.itemsize)
     except OSError as error:
@@ -80,7 +80,7 @@ def read_index(path: Path, num_samples: int) -> bytes:
 
 
 def load_index(file: Path | bytes, num_samples: int, where: object) -> Records:
-    """One index, in memory. Raises UserError, naming `where`: not an index of that many samples."""
+    """One index in memory. Raises UserError naming `where`: it is not an index of `num_samples` samples."""
     content = read_index(file, num_samples) if isinstance(file, Path) else file
     offset = _data_offset(content)
     header = content[PREFIX_BYTES:offset].decode("latin-1").strip()
@@ -91,9 +91,9 @@ def load_index(file: Path | bytes, num_samples: int, where: object) -> Records:
 
 
 def _data_offset(head: bytes) -> int:
-    """Where the records begin in an .npy file of version 1.0; 0 if it is none.
+    """The byte at which the records begin in an .npy file of version 1.0; 0: it is not such a file.
 
-    numpy parses the header with `ast`, which fails now and then when two threads do it (Python 3.11). Ours is known.
+    numpy would parse the header with `ast`, which sometimes fails in two threads at once (Python 3.11).
     """
     is_ours = head[:8] == b"\x93NUMPY\x01\x00" and len(head) >= PREFIX_BYTES
     return PREFIX_BYTES + int.from_bytes(head[8:PREFIX_BYTES], "little") if is_ours else 0

@@ -1,6 +1,6 @@
-"""The quarantine file: samples and shards that are left out of training, each with the reason.
+"""The quarantine file: samples and shards that training leaves out, each with the reason.
 
-jsonl, one object a line, of exactly two fields:
+It is jsonl, one object a line, with exactly two fields:
 {"key": "image-000000017", "reason": "unreadable image: ..."}     one sample
 {"shard": "shard-000003.tar", "reason": "lost shard: ..."}        a whole shard
 """
@@ -22,22 +22,22 @@ SHARD_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 
 @dataclass(frozen=True)
 class Quarantine:
-    """What is left out of one data set."""
+    """The samples (by key) and shards that training leaves out of one data set."""
 
     keys: frozenset[str] = frozenset()
-    shards: frozenset[str] = frozenset()  # file names, as in the manifest
+    shards: frozenset[str] = frozenset()  # the shards' names in the manifest
 
 
 def read_quarantine(path: str | Path) -> Quarantine:
-    """Raises UserError: no such file, a line that is not as described above, naming it."""
+    """Reads a quarantine file. Raises UserError: no such file, or a line in another form, which the message names."""
     keys, shards = _read(Path(path))
     return Quarantine(frozenset(keys), frozenset(shards))
 
 
 def add_to_quarantine(path: str | Path, keys: Mapping[str, str], shards: Mapping[str, str]) -> Quarantine:
-    """Adds samples and shards, each with its reason, to the file, or makes it; what is in it keeps its reason.
+    """Adds samples and shards, each with its reason, to the file, which need not exist; earlier reasons stay.
 
-    The file is replaced as a whole. Returns what it holds now. Raises UserError: as `read_quarantine`.
+    The file is replaced as a whole. Returns its new content. Raises UserError: as `read_quarantine`.
     """
     path = Path(path)
     old_keys, old_shards = _read(path) if path.exists() else ({}, {})
@@ -49,7 +49,7 @@ def add_to_quarantine(path: str | Path, keys: Mapping[str, str], shards: Mapping
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Reasons by key and by shard."""
+    """The file's reasons, by key and by shard."""
     try:
         lines = limits.read_text(path, limits.TEXT_BYTES).splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -64,7 +64,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _parse(line: str, where: str) -> tuple[str, str, str]:
-    """("key" or "shard", its name, reason)"""
+    """One line's ("key" or "shard", name, reason). Raises UserError naming `where`."""
     try:
         tree = json.loads(line)
         (kind,) = set(tree) - {"reason"}

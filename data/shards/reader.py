@@ -1,4 +1,4 @@
-"""Reads samples by index, every byte checked (contract 1)."""
+"""Reads samples by index and checks every byte (contract 1)."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ from data.shards.storage import GIB, Range, ShardBytes, StorageConfig, in_thread
 MAX_OPEN_SHARDS = 128
 OPEN_THREADS = 8
 REPAIR = "delete this shard and run the writer again"
-NAME_BYTES = 100  # of a USTAR header; our names always fit
+NAME_BYTES = 100  # name field of a USTAR header; our names always fit
 
 
 class DamagedSampleError(UserError):
-    """The bytes of a sample are not those that were written."""
+    """The bytes of a sample differ from those that were written."""
 
 
 class ShardDataset:
-    """A finished data set, addressed 0 .. len - 1 in shard order. Safe to read from several threads."""
+    """A finished data set; indices 0 .. len - 1 number its samples in shard order. Several threads may read."""
 
     def __init__(
         self,
@@ -60,22 +60,22 @@ class ShardDataset:
         indices: Sequence[Path | Records],
         payloads: ShardBytes | None = None,
     ) -> None:
-        """`directory` is for messages; `indices`: checked files or their records; `payloads`: by default its files."""
+        """`directory`: for messages; `indices`: checked files or records; `payloads`: None: the local tars."""
         self.directory = directory
         self.manifest = manifest
         self._indices = IndexFiles(indices, [entry.num_samples for entry in manifest.shards])
         self._paths = [f"{directory}/{entry.name}" for entry in manifest.shards]
         self._payloads = LocalShards(self._paths) if payloads is None else payloads
-        self._first = np.cumsum([0, *(entry.num_samples for entry in manifest.shards)])  # then the total
+        self._first = np.cumsum([0, *(entry.num_samples for entry in manifest.shards)])  # ends with the total
 
     @staticmethod
     def open(
         location: str | Path, storage: StorageConfig | None = None, leave_out: Collection[str] = ()
     ) -> ShardDataset:
-        """Opens a folder or an fsspec url (s3://, gs://, https://, hf://, memory://, ...), without shards `leave_out`.
+        """Opens a folder or fsspec url (s3://, gs://, https://, hf://, memory://, ...) without the shards `leave_out`.
 
-        `storage` is for urls. Raises UserError: no or damaged manifest, an empty data set, a missing or short shard,
-        an index that is missing or belongs to another shard, storage that fails for good.
+        `storage`: settings for urls. Raises UserError: a missing or damaged manifest, an empty data set, a missing or
+        short shard, an index that is missing or belongs to another shard, or storage that fails permanently.
         """
         if is_remote(location):
             return _open_remote(str(location), storage or StorageConfig(), leave_out)
@@ -86,7 +86,7 @@ class ShardDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the manifest: equal fingerprints mean the same samples in the same order."""
+        """Digest of the manifest. Equal fingerprints mean equal samples in equal order."""
         return self.manifest.fingerprint
 
     def __len__(self) -> int:
@@ -99,22 +99,22 @@ class ShardDataset:
 
     @property
     def num_image_tokens(self) -> npt.NDArray[np.int64]:
-        """int64 [len]: latent tokens of all images of each sample. Read again each time: packers need it once."""
+        """int64 [len]: latent tokens of all images of each sample. Not cached, as packers need it once."""
         return self._column("num_image_tokens", np.int64)
 
     @property
     def num_text_tokens(self) -> npt.NDArray[np.int64]:
-        """int64 [len]: tokens of the longest caption of each sample, without <|im_start|> and <|im_end|>."""
+        """int64 [len]: tokens of each sample's longest caption, without <|im_start|> and <|im_end|>."""
         return self._column("num_text_tokens", np.int64)
 
     def read(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> list[Sample]:
-        """The samples at `indices`, in that order. Neighbours in a shard are read at once.
+        """The samples at `indices`, in that order. Neighbours in a shard are read together.
 
-        Raises UserError naming shard and key: short file, wrong CRC-32, another sample's bytes.
+        Raises UserError naming shard and key: a short file, a wrong CRC-32, or another sample's bytes.
         """
         ordered, place = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         ranges, cuts, records = self._runs(ordered)
-        # Columns as lists of Python numbers: one by one, numpy's take longer than the samples' bytes.
+        # Columns become lists of Python numbers: reading numpy's one by one takes longer than reading the samples.
         fields = ("offset", "part_bytes", "header_blocks", "crc32")
         rows = list(zip(*(records[name].tolist() for name in fields), strict=True))
         samples: list[Sample] = []
@@ -131,7 +131,7 @@ class ShardDataset:
         return [samples[position] for position in place.tolist()]
 
     def will_need(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> None:
-        """Starts to read these samples ahead in the background; later `read`s, in any order, find them cached."""
+        """Starts reading these samples in the background, so that later `read`s, in any order, find them cached."""
         self._payloads.will_need(self._runs(np.unique(np.asarray(indices, np.int64)))[0])
 
     def _column(self, name: str, dtype: type[Any]) -> npt.NDArray[Any]:
@@ -141,7 +141,7 @@ class ShardDataset:
         return column
 
     def _runs(self, ordered: npt.NDArray[np.int64]) -> tuple[list[Range], list[int], Records]:
-        """Runs of neighbours among sorted indices: their bytes, where each begins (and the end), and all records."""
+        """Runs of neighbours among sorted indices: (byte range of each, begin of each run and the end, all records)."""
         if len(ordered) == 0:
             return [], [0], np.empty(0, RECORD)
         if ordered[0] < 0 or ordered[-1] >= len(self):
@@ -170,7 +170,7 @@ class ShardDataset:
 
 
 class LocalShards:
-    """ShardBytes of local files. `pread`, not mmap: a truncated file under mmap kills the process with SIGBUS."""
+    """ShardBytes of local files. Uses `pread`: under mmap, a truncated file would kill the process (SIGBUS)."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = paths
@@ -179,8 +179,8 @@ class LocalShards:
         )
 
     def read(self, ranges: Sequence[Range]) -> Iterator[memoryview]:
-        """See ShardBytes. An I/O error is tried again on a fresh descriptor."""
-        # One buffer for all: fresh memory for every range would cost more page faults than reading costs.
+        """See ShardBytes. After an I/O error the read is repeated on a fresh descriptor."""
+        # All ranges share one buffer: page faults of fresh memory would take longer than the reads.
         buffer = memoryview(bytearray(max((num_bytes for _, _, num_bytes in ranges), default=0)))
         for shard, offset, num_bytes in ranges:
             block = buffer[:num_bytes]
@@ -189,19 +189,19 @@ class LocalShards:
             yield block
 
     def will_need(self, ranges: Sequence[Range]) -> None:
-        """See ShardBytes: asks the kernel."""
+        """See ShardBytes. Asks the kernel to read ahead."""
         if not hasattr(os, "posix_fadvise"):  # Linux only
             return
         for shard, start, num_bytes in ranges:
-            with contextlib.suppress(OSError):  # only a hint; `read` tells what is wrong
+            with contextlib.suppress(OSError):  # only a hint; `read` reports errors
                 os.posix_fadvise(self._descriptor(shard).number, start, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def forget(self, block: Range) -> bool:
-        """See ShardBytes: there are no copies."""
+        """See ShardBytes. There are no copies to drop."""
         return False
 
     def _pread(self, shard: int, offset: int, block: memoryview) -> None:
-        """Fills `block`."""
+        """Fills `block` with a shard's bytes from `offset`. Raises OSError."""
         try:
             descriptor = self._descriptor(shard)
             while block:
@@ -215,7 +215,7 @@ class LocalShards:
 
 
 def open_shard(directory: Path, entry: ShardEntry) -> Records:
-    """The index of one shard, after checking that tar and index are the manifest's."""
+    """The index of one shard. Raises UserError: tar or index is not the manifest's."""
     path, index_path = directory / entry.name, directory / entry.index_name
     if not path.is_file():
         raise UserError(f"{path}: shard is missing; {CONTINUE}")
@@ -243,7 +243,7 @@ def _open_remote(url: str, storage: StorageConfig, leave_out: Collection[str]) -
 
 
 def _without(manifest: Manifest, leave_out: Collection[str], where: str | Path) -> Manifest:
-    """The manifest without some shards; the fingerprint stays. A name must not lead out of the folder."""
+    """The manifest without the shards `leave_out`, with its fingerprint. Raises UserError: a name leads elsewhere."""
     names = {entry.name for entry in manifest.shards}
     for name in names:
         if Path(name).name != name or name.startswith(".") or "\\" in name:
@@ -262,7 +262,7 @@ def _without(manifest: Manifest, leave_out: Collection[str], where: str | Path) 
 
 
 def _parse_sample(block: bytes | memoryview, block_start: int, row: tuple[Any, ...], path: str) -> Sample:
-    """Cuts one sample out at its tar headers: names come from the headers, lengths from the index."""
+    """Cuts one sample out of a block: names come from the tar headers, lengths from the index."""
     offset, part_bytes, header_blocks, crc32 = row
     begin = offset - block_start
     members = []
@@ -270,13 +270,13 @@ def _parse_sample(block: bytes | memoryview, block_start: int, row: tuple[Any, .
         if num_bytes == 0:
             break
         begin += num_headers * TAR_BLOCK_BYTES
-        header = begin - TAR_BLOCK_BYTES  # the last one is the payload's own
+        header = begin - TAR_BLOCK_BYTES  # the last header block is the payload's own
         name = bytes(block[header : header + NAME_BYTES]).partition(b"\0")[0]
         members.append((name, bytes(block[begin : begin + num_bytes])))
         begin += -(-num_bytes // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
     found = members_crc32(members)
     names = [name.decode("ascii", "replace").partition(".") for name, _ in members]
-    if found != crc32:  # of names and payloads: another sample's bytes are found as well
+    if found != crc32:  # it covers names and payloads, so another sample's bytes fail, too
         raise DamagedSampleError(
             f"{path}: sample '{names[0][0]}' at byte {offset} is damaged (CRC-32); {REPAIR}"
         )

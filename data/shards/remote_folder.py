@@ -1,4 +1,4 @@
-"""The files of an fsspec url: retried requests; manifest, sizes and indices of a data set there (contract 1)."""
+"""Reads files of an fsspec url with retries; fetches a data set's manifest, sizes and indices (contract 1)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ T = TypeVar("T")
 
 
 class RemoteFolder:
-    """The files in an fsspec url. Every request is repeated when it fails."""
+    """The files below an fsspec url. A failed request is repeated."""
 
     def __init__(self, url: str, config: StorageConfig) -> None:
-        """Raises UserError: a kind of url that needs another package, or that nobody knows."""
+        """Raises UserError: the url's protocol is unknown or needs another package."""
         self.url = redact(url).rstrip("/")  # printable
         self.config = config
         try:
@@ -37,7 +37,7 @@ class RemoteFolder:
         except (ImportError, ValueError) as error:
             raise UserError(f"{self.url}: cannot be opened ({redact(str(error))})") from None
         self._query = ""
-        if url.startswith(("http://", "https://")):  # a signed url: the query belongs to every file
+        if url.startswith(("http://", "https://")):  # the query of a signed url applies to every file
             root, mark, query = root.partition("?")
             self._query = mark + query
         self._root = root.rstrip("/")
@@ -46,9 +46,9 @@ class RemoteFolder:
     def content(
         self, name: str, limit_bytes: int, is_right: Callable[[bytes], bool] = lambda _: True
     ) -> bytes:
-        """A whole file; one that `is_right` refuses was damaged on the way and is fetched again.
+        """A whole file. If `is_right` refuses it, the transfer has damaged it and it is fetched again.
 
-        Raises UserError: more than `limit_bytes`, or without an end.
+        Raises UserError: the file has more than `limit_bytes`, or no end.
         """
 
         def action() -> bytes:
@@ -79,7 +79,7 @@ class RemoteFolder:
         return self._retrying(action, name)
 
     def num_bytes(self, name: str) -> int:
-        """Size of a file. Raises UserError: the server does not tell it."""
+        """Size of a file in bytes. Raises UserError: the server does not tell it."""
         info = self._retrying(lambda: self._files.info(self._path(name), **self._options), name)
         if info["size"] is None:
             raise UserError(
@@ -89,13 +89,13 @@ class RemoteFolder:
         return int(info["size"])
 
     def _cat(self, name: str, start: int | None, end: int) -> bytes:
-        """Bytes from `start` (None: the first) to `end`; some more of a server that ignores ranges, never all."""
+        """Bytes from `start` (None: the first) to `end`. A server that ignores ranges yields some more, never all."""
         if isinstance(self._files, HTTPFileSystem):
             return bytes(fsspec.asyn.sync(self._files.loop, self._stream, self._path(name), start, end))
         return bytes(self._files.cat_file(self._path(name), start=start, end=end, **self._options))
 
     async def _stream(self, path: str, start: int | None, end: int) -> bytearray:
-        """As HTTPFileSystem.cat_file, which waits for the end of a body that may have none."""
+        """Replaces HTTPFileSystem.cat_file, which would wait for the end of an endless body."""
         session = await self._files.set_session()
         options = {**self._files.kwargs, **self._options}
         if start is not None:
@@ -117,7 +117,7 @@ class RemoteFolder:
 
 
 def read_manifest(folder: RemoteFolder) -> Manifest:
-    """Raises UserError: as Manifest.read, with the url; a server that ignores ranges."""
+    """Fetches and checks the manifest. Raises UserError: as Manifest.read, or the server ignores ranges."""
     try:
         content = folder.content(MANIFEST_NAME, limits.DOCUMENT_BYTES)
     except MissingFileError:
@@ -134,7 +134,7 @@ def read_manifest(folder: RemoteFolder) -> Manifest:
 
 
 def check_sizes(folder: RemoteFolder, shards: Sequence[ShardEntry]) -> None:
-    """Raises UserError: a shard that is missing or of another size."""
+    """Checks all shards. Raises UserError: a shard is missing or of another size."""
 
     def check(entry: ShardEntry) -> None:
         try:
@@ -151,7 +151,7 @@ def check_sizes(folder: RemoteFolder, shards: Sequence[ShardEntry]) -> None:
 
 
 def fetch_indices(folder: RemoteFolder, shards: Sequence[ShardEntry], cache: Path) -> list[Path | Records]:
-    """A checked local copy of every shard's index, in memory where `cache` cannot be written. Raises UserError."""
+    """A checked local copy of every shard's index, or its records if `cache` is not writable. Raises UserError."""
 
     def fetch(entry: ShardEntry) -> Path | Records:
         path, where = cache / entry.index_name, f"{folder.url}/{entry.index_name}"

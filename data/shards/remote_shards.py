@@ -1,4 +1,4 @@
-"""The bytes of remote shards: ranged reads of aligned blocks, kept on a local disk, fetched ahead (contract 1)."""
+"""Reads remote shards as aligned blocks, which are fetched ahead and cached on a local disk (contract 1)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from data.shards.index import ShardEntry
 from data.shards.remote_folder import RemoteFolder
 from data.shards.storage import Range
 
-# Of the cache that one rank announces ahead: the ranks of a node together must not push out what is about to be read.
+# Share of the cache that one rank announces ahead: all ranks of a node together must not evict blocks about to be read.
 ANNOUNCED_SHARE = 1 / 16
 Block = tuple[int, int]  # shard, number of the block in it
 
 
 class RemoteShards:
-    """ShardBytes of an fsspec url."""
+    """Implements ShardBytes for an fsspec url."""
 
     def __init__(
         self, folder: RemoteFolder, shards: Sequence[ShardEntry], cache: BlockCache, num_threads: int
@@ -27,7 +27,7 @@ class RemoteShards:
         self._shards = shards
         self._cache = cache
         self._queue = _Queue(max_announced=int(cache.max_bytes * ANNOUNCED_SHARE / BLOCK_BYTES) or 1)
-        # The threads know nothing of this object, and end when it goes.
+        # The threads hold no reference to this object, so they end when it is deleted.
         fetch = functools.partial(_fetch, folder, shards, cache)
         self._threads = [
             threading.Thread(target=_work, args=(self._queue, fetch), name="shard blocks", daemon=True)
@@ -41,7 +41,7 @@ class RemoteShards:
             self._queue.close()
 
     def read(self, ranges: Sequence[Range]) -> Iterator[bytes]:
-        """See ShardBytes. Blocks that are not in the cache are fetched at the same time, before all announced ones."""
+        """See ShardBytes. Missing blocks are fetched in parallel, before all announced blocks."""
         coming: dict[Block, Future[bytes | None]] = {}
         if self._cache.is_writable:
             coming = {block: self._queue.demand(block) for block in self._missing(ranges)}
@@ -50,7 +50,7 @@ class RemoteShards:
             yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def will_need(self, ranges: Sequence[Range]) -> None:
-        """See ShardBytes: fetches the blocks in the background, as long as a share of the cache holds them."""
+        """See ShardBytes. Fetches the blocks in the background, up to a share of the cache."""
         if self._cache.is_writable:
             for block in self._missing(ranges):
                 self._queue.announce(block)
@@ -70,7 +70,7 @@ class RemoteShards:
     def _piece(
         self, shard: int, number: int, start: int, num_bytes: int, coming: dict[Block, Future[bytes | None]]
     ) -> bytes:
-        """`num_bytes` from `start` of one block."""
+        """`num_bytes` from `start` of one block, from the cache or a request in flight."""
         name = self._shards[shard].name
         piece = self._cache.read((name, number), start, num_bytes)
         if piece is None and self._cache.is_writable:
@@ -79,12 +79,12 @@ class RemoteShards:
             if block is not None:
                 return block[start : start + num_bytes]
             piece = self._cache.read((name, number), start, num_bytes)
-        # No cache, or one so small that the block is gone again: just what is needed.
+        # Without a cache, or if the block is evicted again already, only the needed bytes are fetched.
         return self._folder.part(name, number * BLOCK_BYTES + start, num_bytes) if piece is None else piece
 
 
 def _cut(shard: int, start: int, num_bytes: int) -> Iterator[tuple[int, int, int, int]]:
-    """(shard, block number, first byte in the block, bytes) of every block that the range touches."""
+    """Yields (shard, block number, first byte in the block, bytes) for every block that the range touches."""
     end = start + num_bytes
     for number in range(start // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
         first = number * BLOCK_BYTES
@@ -95,7 +95,7 @@ def _cut(shard: int, start: int, num_bytes: int) -> Iterator[tuple[int, int, int
 def _fetch(
     folder: RemoteFolder, shards: Sequence[ShardEntry], cache: BlockCache, block: Block
 ) -> bytes | None:
-    """Brings a whole block into the cache; returns it where that cannot be written."""
+    """Fetches a whole block into the cache; returns the block if the cache is not writable, else None."""
     shard, number = block
     entry, start = shards[shard], number * BLOCK_BYTES
     content = folder.part(entry.name, start, min(BLOCK_BYTES, entry.num_bytes - start))
@@ -103,7 +103,7 @@ def _fetch(
 
 
 class _Queue:
-    """Blocks to fetch: those somebody waits for first, each once however many wait for it."""
+    """Blocks to fetch. Demanded blocks come before announced ones, and each block is fetched once for all waiters."""
 
     def __init__(self, max_announced: int) -> None:
         self._max_announced = max_announced
@@ -114,7 +114,7 @@ class _Queue:
         self._futures: dict[Block, Future[bytes | None]] = {}  # queued or being fetched
 
     def announce(self, block: Block) -> None:
-        """Queues `block`, unless there are too many already."""
+        """Queues `block`, unless the queue is full."""
         with self._changed:
             if block not in self._futures and len(self._announced) < self._max_announced:
                 self._futures[block] = Future()
@@ -122,7 +122,7 @@ class _Queue:
                 self._changed.notify()
 
     def demand(self, block: Block) -> Future[bytes | None]:
-        """Queues `block` before all announced ones. Gives its bytes, or None when they are in the cache."""
+        """Queues `block` before all announced ones. The future yields its bytes; None: they are in the cache."""
         with self._changed:
             if block not in self._futures:
                 self._futures[block] = Future()
@@ -134,7 +134,7 @@ class _Queue:
             return self._futures[block]
 
     def take(self) -> tuple[Block, Future[bytes | None]] | None:
-        """The next block; waits for one. None: closed."""
+        """Waits for the next block and returns it; None: the queue is closed."""
         with self._changed:
             while not self._is_closed:
                 waiting = self._urgent or self._announced
@@ -146,12 +146,12 @@ class _Queue:
             return None
 
     def finish(self, block: Block) -> None:
-        """The next demand fetches `block` again."""
+        """Forgets a fetched block, so that the next demand fetches it again."""
         with self._changed:
             del self._futures[block]
 
     def close(self) -> None:
-        """Ends the threads after the requests in flight."""
+        """Ends the threads after their requests in flight."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Where shards are kept: local folders, or anything fsspec opens; settings, retries."""
+"""Storage of shards, in local folders or anything that fsspec opens: settings, interface, retries."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from base.redaction import redact
 
 GIB = 1 << 30
 MAX_WAIT_S = 30.0
-# What no second attempt repairs. Every client library has exceptions of its own: all others are tried again.
+# Errors that no second attempt repairs. All others are retried, because every client library has its own exceptions.
 PERMANENT = (PermissionError, NotADirectoryError, IsADirectoryError, ImportError)
-MISSING_STATUS = {404, 410}  # of HTTP
-PERMANENT_STATUS = set(range(400, 500)) - {408, 425, 429}  # too early, too many: later
+MISSING_STATUS = {404, 410}  # HTTP
+PERMANENT_STATUS = set(range(400, 500)) - {408, 425, 429}  # timeout, too early, too many requests
 
 Range = tuple[int, int, int]  # shard, first byte, number of bytes
 Item = TypeVar("Item")
@@ -35,18 +35,18 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class StorageConfig:
-    """How remote shards (s3://, gs://, https://, hf://, ...) are read. Local folders need none of it."""
+    """Settings for reading remote shards (s3://, gs://, https://, hf://, ...). Local folders ignore them."""
 
     cache_dir: str | None = None
-    """Folder on a local disk for blocks of shards; the ranks of a node share it. None: in the user's cache folder."""
+    """Folder on a local disk for cached blocks, which the ranks of a node share; None: in the user's cache folder."""
     cache_gib: Weight = 50.0
-    """Room for blocks there, GiB. The indices, 76 bytes a sample, come on top and stay."""
+    """Bound of the cached blocks, GiB. The indices (76 bytes a sample) come on top and are never evicted."""
     attempts: Few = 5
-    """Of one request, with growing waits between them, before the run ends."""
+    """Attempts of one request, with growing waits between them, before the run ends."""
     timeout_s: Seconds = 60.0
-    """Of one attempt, where the storage's client lets it be set."""
+    """Time limit of one attempt, if the storage's client has such a setting."""
     parallel_reads: Few = 8
-    """Requests in flight, of each data set and rank."""
+    """Requests in flight for each data set and rank."""
 
     def __post_init__(self) -> None:
         for name in ("attempts", "parallel_reads"):
@@ -58,42 +58,42 @@ class StorageConfig:
 
     @property
     def cache(self) -> Path:
-        """The cache folder."""
+        """The cache folder: `cache_dir`, or rpiae/shards in the user's cache folder."""
         if self.cache_dir is not None:
             return Path(self.cache_dir).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rpiae" / "shards"
 
 
 class MissingFileError(UserError):
-    """A file that is not there."""
+    """A file does not exist in the storage."""
 
 
 class ShardBytes(Protocol):
-    """The bytes of a data set's shards. Safe to use from several threads."""
+    """The bytes of a data set's shards. Several threads may use it."""
 
     def read(self, ranges: Sequence[Range]) -> Iterator[bytes | memoryview]:
-        """Exactly these bytes, range by range; each may be overwritten when the next is asked for.
+        """Yields exactly the bytes of each range; the next one may overwrite them.
 
-        Raises UserError: the storage fails for good, a shard is shorter.
+        Raises UserError: the storage fails permanently, or a shard is shorter.
         """
 
     def will_need(self, ranges: Sequence[Range]) -> None:
-        """A hint that these bytes are read soon."""
+        """A hint that these bytes will be read soon."""
 
     def forget(self, block: Range) -> bool:
-        """Drops copies of these bytes. False: there are none, reading again gives the same."""
+        """Drops copies of these bytes. Returns False if there were none: another read would give equal bytes."""
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether `location` is a url of something else than a local file."""
+    """Whether `location` is a url of anything but a local file."""
     return "://" in str(location) and not str(location).startswith("file://")
 
 
 def retrying(action: Callable[[], Result], where: str, attempts: int, first_wait_s: float) -> Result:
-    """What `action` returns; trouble with the storage is tried again after growing, random waits.
+    """Returns `action()`, which is repeated after growing, random waits while the storage fails.
 
-    Raises UserError, one line with `where`, the number of attempts and the reason; at once what `action` raises as
-    UserError and what no second attempt repairs. MissingFileError: no such file.
+    Raises UserError (one line with `where`, the number of attempts and the reason) after the last attempt, and at once
+    for an error that no attempt repairs or a UserError of `action`. Raises MissingFileError: no such file.
     """
     for attempt in itertools.count(1):
         try:
@@ -113,15 +113,15 @@ def retrying(action: Callable[[], Result], where: str, attempts: int, first_wait
                 times = "1 attempt" if attempt == 1 else f"{attempt} attempts"
                 raise UserError(
                     f"{redact(where)}: cannot be read ({reason}) after {times}; check the storage or the mount"
-                ) from None  # the original may show secrets
-        # All ranks fail together; they must not come back together.
+                ) from None  # the original error may contain secrets
+        # All ranks fail at one time; random waits keep them from returning at one time.
         wait_s = min(MAX_WAIT_S, first_wait_s * 2 ** (attempt - 1))
         time.sleep(wait_s * random.SystemRandom().uniform(0.5, 1.5))
     raise AssertionError
 
 
 def in_threads(action: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> list[Result]:
-    """`action` of every item, in order; the first error in that order ends it, without starting the rest."""
+    """`action(item)` for every item, in order. The first error in that order is raised; waiting items are dropped."""
     pool = ThreadPoolExecutor(num_threads)
     try:
         return list(pool.map(action, items))
@@ -130,7 +130,7 @@ def in_threads(action: Callable[[Item], Result], items: Iterable[Item], num_thre
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file of a cache, whole or not at all, whoever else writes it. Unlike `base.files`, not for good."""
+    """Writes a cache's file, whole or not at all, even if others write it, too. Unlike base.files, without fsync."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     temporary = path.with_name(f".{path.name}.{writer}.tmp")
@@ -143,7 +143,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _trouble(error: Exception) -> BaseException:
-    """What went wrong. fsspec's http says "no such file" for everything that stops it from finding a size."""
+    """The real cause of `error`: fsspec's http reports "no such file" for every failure to find a file's size."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and isinstance(
         cause, (aiohttp.ClientError, asyncio.TimeoutError)
@@ -153,7 +153,7 @@ def _trouble(error: Exception) -> BaseException:
 
 
 def _statuses(error: BaseException) -> set[object]:
-    """The HTTP status of an exception, wherever its library keeps it."""
+    """The HTTP statuses that an exception carries, in any attribute that client libraries use."""
     response = getattr(error, "response", None)
     candidates = (
         getattr(error, "status", None),

@@ -1,4 +1,4 @@
-"""Reads a whole data set again and names everything that is not as it was written."""
+"""Reads a whole data set again and names everything that differs from what was written."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ from data.shards.index import (
 )
 from data.shards.reader import NAME_BYTES, REPAIR, ShardDataset, open_shard
 
-CHUNK_BYTES = 8 << 20  # read at once
+CHUNK_BYTES = 8 << 20  # size of one read
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong."""
+    """One fault of a data set."""
 
     kind: str  # "lost shard", "damaged sample", "bad json", ...
     text: str  # one line that starts with the name of the file
-    shard: str = ""  # file name; "" when it is about the data set
-    key: str = ""  # of the sample; "" when it is about more than one, or when its name cannot be read
+    shard: str = ""  # file name; "" if the fault is the data set's
+    key: str = ""  # of the sample; "" if several samples are concerned, or its name is unreadable
     position: int | None = None  # of the sample in the shard
-    lost: bool = False  # not to be trained on: the sample, or without a key the whole shard
+    lost: bool = False  # training must leave out the sample, or without a key the whole shard
 
 
 class Inspector(Protocol):
-    """Looks into the samples of one shard."""
+    """Examines the samples of one shard."""
 
     def start(self, records: Records) -> None:
-        """Called once, before the samples, where the index is sound."""
+        """Called once, before the samples, if the index is sound."""
 
     def look(self, position: int, sample: Sample, tree: dict[str, Any]) -> Iterable[str]:
-        """Reasons ("kind: detail") why a sample whose bytes are sound is no good; `tree` is its json, {} without."""
+        """Yields the faults ("kind: detail") of a sample whose bytes are sound; `tree`: its json, {} without one."""
 
 
 def verify(directory: str | Path, num_processes: int = 1) -> list[str]:
-    """Reads everything again and returns every problem found, each naming its file; [] means sound."""
+    """Reads a data set again and returns one line for every problem, which names its file; []: it is sound."""
     directory = Path(directory)
     try:
         manifest = Manifest.read(directory)
@@ -72,7 +72,7 @@ def verify(directory: str | Path, num_processes: int = 1) -> list[str]:
 
 
 def leftovers(directory: Path, manifest: Manifest) -> list[str]:
-    """Files that harm no reader of the manifest: of a killed writer, and tars that are not listed."""
+    """Lines about a killed writer's files and tars not in the manifest, which harm no reader of the manifest."""
     listed = {entry.name for entry in manifest.shards}
     notes = [
         f"{path.name}: temporary file of a writer that was killed or is still running; delete it in the first case"
@@ -86,7 +86,7 @@ def leftovers(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def check_rejected(directory: Path, manifest: Manifest) -> Iterator[Problem]:
-    """Whether rejected.jsonl counts up."""
+    """Compares the number of lines in rejected.jsonl with the manifest's."""
     path = directory / REJECTED_NAME
     num_lines = 0
     if path.is_file():
@@ -100,7 +100,7 @@ def check_rejected(directory: Path, manifest: Manifest) -> Iterator[Problem]:
 def check_shard(
     directory: Path, manifest: Manifest, shard: int, inspector: Inspector | None = None
 ) -> list[Problem]:
-    """Reads one shard as training would, and compares it with the manifest; `inspector` looks into its samples."""
+    """Reads one shard as training would and compares it with the manifest; `inspector` examines its samples."""
     entry = manifest.shards[shard]
     try:
         records = open_shard(directory, entry)
@@ -125,7 +125,7 @@ def check_shard(
 
 
 def read_sample(directory: Path, manifest: Manifest, shard: int, position: int) -> Sample:
-    """One sample, whatever the state of the other shards. Raises UserError as ShardDataset."""
+    """Reads one sample; the other shards may be damaged. Raises UserError: as ShardDataset."""
     entry = manifest.shards[shard]
     return _alone(directory, manifest, entry, open_shard(directory, entry)).read([position])[0]
 
@@ -136,7 +136,7 @@ def _alone(directory: Path, manifest: Manifest, entry: ShardEntry, records: Reco
 
 
 def printable(text: str) -> str:
-    """One line without control characters, whatever a caption or a damaged header holds."""
+    """`text` as one line without control characters, which captions or damaged headers may hold."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
@@ -147,7 +147,7 @@ def _named(entry: ShardEntry, text: str) -> str:
 def _read_all(
     directory: Path, manifest: Manifest, entry: ShardEntry, records: Records
 ) -> Iterator[tuple[int, Sample | Problem]]:
-    """(position, sample or what is wrong with it) for every sample of a shard."""
+    """Yields (position, sample or its problem) for every sample of a shard."""
     dataset = _alone(directory, manifest, entry, records)
     ends = np.cumsum(extents(records)) // CHUNK_BYTES
     cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(records)]
@@ -186,7 +186,7 @@ def _look(entry: ShardEntry, position: int, sample: Sample, inspector: Inspector
 
 
 def _damage(path: Path, position: int, records: Records) -> Problem:
-    """What is wrong with a sample whose checksum is, and its key if any of its headers still tells."""
+    """The problem of a sample whose checksum is wrong, with its key if one of its headers is readable."""
     record = records[position]
     members = list(_members(path, record))
     faults = [member.fault or f"payload of '{member.name}' is zeroed" for member in members if member.is_bad]
@@ -202,11 +202,11 @@ def _damage(path: Path, position: int, records: Records) -> Problem:
 
 @dataclass(frozen=True)
 class _Member:
-    """A part as its tar header describes it."""
+    """A part of a sample, from its tar header."""
 
     name: str
-    fault: str  # of the header; "" if there is none
-    is_zeroed: bool  # the payload
+    fault: str  # fault of the header; "" if it is sound
+    is_zeroed: bool  # whether the payload is all zeros
 
     @property
     def is_bad(self) -> bool:
@@ -214,7 +214,7 @@ class _Member:
 
 
 def _members(path: Path, record: Any) -> Iterator[_Member]:
-    """The parts of a sample as a stock reader finds them, at the places that the index gives."""
+    """The parts of a sample that a stock tar reader would find at the index's positions."""
     begin = int(record["offset"])
     sizes = zip(record["part_bytes"].tolist(), record["header_blocks"].tolist(), strict=True)
     with limits.open_file(path) as file:
@@ -238,7 +238,7 @@ def _members(path: Path, record: Any) -> Iterator[_Member]:
 
 
 def _harmless(path: Path, records: Records) -> list[Problem]:
-    """Damage between the bytes that our reader checks. Stock readers lose what follows a bad header, without a word."""
+    """Damage outside the bytes that our reader checks. Stock readers silently lose everything after a bad header."""
     problems = [
         Problem(
             "bad header",

@@ -1,4 +1,4 @@
-"""Writes shards that are whole or absent, and continues where a killed run stopped (contract 1)."""
+"""Writes shards that are whole or absent, and continues after a killed run (contract 1)."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ SHARD_FILES = (
     *("shard-*", ".shard-*", MANIFEST_NAME, REJECTED_NAME),
     *("captions.sqlite", ".captions.sqlite*", ".node-*.lock", ".deduplicating", "moments"),
 )
-"""All that lies in a folder of shards that a command of ours writes, as patterns of names."""
+"""Patterns of all file names that our commands write into a folder of shards."""
 
 
 def claim_shards(directory: Path, command: str) -> None:
-    """The folder is one that `command` may write shards to, as base.files.claim. Raises UserError.
+    """Marks the folder as one into which `command` may write shards. Raises UserError: as base.files.claim.
 
-    Earlier versions left no marker: there a side file of a shard shows it, or the lock that make_shards takes first.
+    Earlier versions left no marker: their folders are recognised by a shard's side file or by make_shards' lock.
     """
     files.claim(directory, command, SHARD_FILES, lambda folder: _has_shards_of(folder, command))
 
 
 def check_shards(directory: Path, command: str) -> None:
-    """Raises UserError: `claim_shards` would. Touches nothing."""
+    """Raises UserError: `claim_shards` would. Writes nothing."""
     files.check_claim(directory, command, SHARD_FILES, lambda folder: _has_shards_of(folder, command))
 
 
@@ -72,12 +72,11 @@ def shard_name(number: int) -> str:
 
 
 class ShardWriter:
-    """Writes samples into numbered shards of a directory, and its manifest at the end.
+    """Writes samples into numbered shards of a directory, and the manifest at the end. Use as a context manager.
 
-    A context manager. A run that was killed leaves finished shards only; opened again on the same directory,
-    the writer counts them, and a deterministic source skips its first `num_consumed` items (written or
-    rejected). Leaving the block normally closes the last shard and writes rejected.jsonl and manifest.json;
-    leaving it by an exception drops the unfinished shard. The same items give the same bytes.
+    A killed run leaves finished shards only. A writer opened again on the directory counts them, and a deterministic
+    source skips its first `num_consumed` items (written or rejected). Leaving the block normally closes the last shard
+    and writes rejected.jsonl and manifest.json; an exception drops the unfinished shard. Equal items give equal bytes.
     """
 
     def __init__(
@@ -94,20 +93,20 @@ class ShardWriter:
         claim_shards(self.directory, "shard_writer")
         finished = _finished(self.directory, source)
         for side in _after_gap(self.directory, len(finished)):
-            side.unlink()  # this writer goes in source order: what follows a lost shard is written again
+            side.unlink()  # the writer follows the source's order, so shards after a lost one are rewritten
         self._num_shards = len(finished)
         self.num_written = sum(shard.num_read - len(shard.rejected) for shard in finished)
         self.num_rejected = sum(len(shard.rejected) for shard in finished)
 
     @property
     def num_consumed(self) -> int:
-        """Source items the directory already accounts for, in source order."""
+        """Number of the source's items, in order, that the directory already accounts for."""
         return self.num_written + self.num_rejected
 
     def write(self, sample: Sample, num_image_tokens: int = 0, num_text_tokens: int = 0) -> None:
-        """Adds one sample. `num_text_tokens`: of its longest caption, without <|im_start|> and <|im_end|>.
+        """Adds a sample. `num_text_tokens`: of its longest caption, without <|im_start|> and <|im_end|>.
 
-        Raises UserError: a key or part name that WebDataset cannot carry, an empty part, a repeated key.
+        Raises UserError: a key or part name that WebDataset cannot carry, an empty part, or a repeated key.
         """
         if self._shard is None:
             self._shard = OpenShard(self.directory / shard_name(self._num_shards))
@@ -117,7 +116,7 @@ class ShardWriter:
             self._close_shard()
 
     def reject(self, key: str, reason: str) -> None:
-        """Records that the next item of the source was not written, and why."""
+        """Records that the source's next item is not written, and why."""
         self._rejected.append((key, reason))
         self.num_rejected += 1
 
@@ -158,11 +157,11 @@ def write_shard(
     source: str,
     rejected: Rejections = (),
 ) -> ShardEntry | None:
-    """Writes one whole shard: temporary name, fsync, re-scan, rename, then the index and the side file.
+    """Writes one shard: temporary name, fsync, re-scan, rename, then the index and the side file.
 
-    `token_counts` gives (num_image_tokens, num_text_tokens) of each sample, `rejected` the (key, reason) of
-    inputs of this shard that were not written. The caller numbers the shards (`shard_name`) and ends with
-    `write_manifest` and the same `source`. None: there was no sample, and there is no tar.
+    `token_counts`: (num_image_tokens, num_text_tokens) of each sample; `rejected`: (key, reason) of each input that is
+    not written. The caller numbers the shards (`shard_name`) and finally calls `write_manifest` with an equal `source`.
+    Returns None if there is no sample; then no tar is written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     shard = OpenShard(path)
@@ -176,9 +175,9 @@ def write_shard(
 
 
 def finished_shard(path: Path, *, source: str) -> ShardProgress | None:
-    """What an earlier run by the same `source` recorded of the shard at `path`, else None.
+    """The side file of a finished shard at `path`; None: the shard is not finished.
 
-    Sizes and the index are checked. Raises UserError when the shard there was made from another source.
+    Checks sizes and the index. Raises UserError: the shard was made from another source.
     """
     side = path.with_name(progress_name(path.name))
     if not side.is_file():
@@ -197,10 +196,9 @@ def finished_shard(path: Path, *, source: str) -> ShardProgress | None:
 def write_manifest(
     directory: Path, names: Sequence[str], *, source: str, latent: LatentInfo | None = None
 ) -> Manifest:
-    """Lists the finished shards `names` of `directory`, in this order, and gathers what they rejected.
+    """Writes the manifest of the finished shards `names`, in this order, and gathers their rejected inputs.
 
-    Raises UserError: a shard missing or cut short, a shard of another source, no sample at all, a key used
-    twice.
+    Raises UserError: a shard is missing, truncated or of another source, there is no sample, or a key occurs twice.
     """
     finished: list[ShardProgress] = []
     for name in names:
@@ -253,7 +251,7 @@ def _key(shard: Path, record: np.void) -> str:
 
 
 def _finished(directory: Path, source: str) -> list[ShardProgress]:
-    """The finished shards 0, 1, ... up to the first that is missing, cut short, or not finished."""
+    """Side files of the finished shards 0, 1, ..., up to the first missing, truncated or unfinished shard."""
     finished: list[ShardProgress] = []
     while (progress := finished_shard(directory / shard_name(len(finished)), source=source)) is not None:
         finished.append(progress)
@@ -261,6 +259,6 @@ def _finished(directory: Path, source: str) -> list[ShardProgress]:
 
 
 def _after_gap(directory: Path, num_finished: int) -> list[Path]:
-    """Side files of shards that come after the first unfinished one."""
+    """Paths of side files of shards after the first unfinished one."""
     gap = progress_name(shard_name(num_finished))
     return sorted(side for side in directory.glob("shard-*.json") if side.name > gap and _is_side(side))

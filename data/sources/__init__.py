@@ -1,1 +1,1 @@
-"""Where samples come from: each source yields `data.shards.Sample`s."""
+"""Sources of samples: each reads one kind of input and yields `data.shards.Sample`s."""

@@ -1,4 +1,4 @@
-"""What every source of samples shares: what it is, its bad items, reproducible draws."""
+"""Shared by all sources of samples: their interface, bad items and reproducible random draws."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class BadItemError(UserError):
-    """One item of a source that cannot become a sample; `key` names it in rejected.jsonl.
+    """An item of a source cannot become a sample; `key` names it in rejected.jsonl.
 
     `reason` starts with its kind and a colon ("too small: 120x80 px, ..."): the ledger counts by kind.
     """
@@ -28,53 +28,53 @@ class BadItemError(UserError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[BadItemError], tuple[str, str]]:
-        """Travels between processes."""
+        """Makes the error picklable, for other processes."""
         return BadItemError, (self.key, self.reason)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of a source that becomes one shard: a range of items, an input file, a few row groups."""
+    """A piece of a source that becomes one shard: a range of items, an input file, or a few row groups."""
 
     name: str  # for messages
-    num_items: int | None = None  # None: known only once it has been read
-    num_bytes: int = 0  # of the input; tells the time left where num_items is unknown
+    num_items: int | None = None  # None: unknown before the unit is read
+    num_bytes: int = 0  # of the input; estimates the time left if num_items is unknown
 
 
 class Source(Protocol):
-    """Units in a fixed order, each with items in a fixed order; the same source gives the same bytes."""
+    """Units in a fixed order, each with items in a fixed order. Equal sources give equal bytes."""
 
     @property
     def description(self) -> str:
-        """What this is, with licence and a digest of what it is made from; kept in the manifest."""
+        """The source in words for the manifest, with licence and a digest of its input."""
 
     @property
     def units(self) -> Sequence[Unit]:
-        """Unit i becomes shard i; processes and nodes share them out."""
+        """Unit i becomes shard i; processes and nodes divide the units among themselves."""
 
     def items(self, unit: int) -> Iterator[Sample | BadItemError]:
-        """Every item of a unit, good and bad: nothing is left out without a word.
+        """Yields every item of a unit, good or bad: nothing is left out silently.
 
-        Raises UserError: the input is damaged, so that its items cannot be counted.
+        Raises UserError: the input is so damaged that its items cannot be counted.
         """
 
 
 class IndexedItems(Protocol):
-    """A source whose items are numbered."""
+    """A source with numbered items."""
 
     @property
     def description(self) -> str:
-        """As of Source."""
+        """See Source."""
 
     def __len__(self) -> int:
         """Number of items, good and bad."""
 
     def sample(self, index: int) -> Sample:
-        """Item `index`. Raises BadItemError."""
+        """Item `index`. Raises BadItemError: it cannot become a sample."""
 
 
 class InUnits:
-    """Numbered items as a Source: units of `max_samples_per_shard` neighbours."""
+    """A Source of numbered items, in units of `max_samples_per_shard` neighbours."""
 
     def __init__(self, indexed: IndexedItems, max_samples_per_shard: int) -> None:
         """Raises UserError: less than one sample a shard."""
@@ -97,9 +97,9 @@ class InUnits:
 
 
 class Draws:
-    """Choices about one item: a pure function of (seed, stream name, index).
+    """Random choices about one item, determined by (seed, stream name, index).
 
-    Made from Philox's raw 64-bit words, which numpy keeps stable, unlike the streams of its Generator.
+    They come from Philox's raw 64-bit words, which numpy keeps stable, unlike the streams of its Generator.
     """
 
     def __init__(self, seed: int, stream: str, index: int) -> None:
@@ -124,13 +124,13 @@ class Draws:
         return items[self.below(len(items))]
 
     def pick(self, items: Sequence[T], number: int) -> list[T]:
-        """`number` different ones of `items`, in random order."""
+        """`number` different elements of `items`, in random order."""
         rest = list(items)
         return [rest.pop(self.below(len(rest))) for _ in range(number)]
 
 
 def philox_key(seed: int, stream: str) -> npt.NDArray[np.uint64]:
-    """The key of Philox for the draws named `stream`, uint64 [2]. Raises UserError: a seed below 0 or above 64 bits."""
+    """Philox's key for the draws named `stream`, uint64 [2]. Raises UserError: a seed below 0 or above 64 bits."""
     if not 0 <= seed < 1 << 64:
         raise UserError(f"seed {seed}: give a whole number from 0 to 2^64 - 1")
     return np.array([seed, key_hash(stream)], np.uint64)

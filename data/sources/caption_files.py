@@ -1,4 +1,4 @@
-"""Files of captions, one row an image: parquet, or one JSON object a line."""
+"""Reads files of captions, one row an image: parquet, or one JSON object a line."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BATCH_ROWS = 10_000
 
 
 def batches(file: Path, columns: Sequence[str]) -> Iterator[tuple[Sequence[Row], float]]:
-    """Rows of a file, at most BATCH_ROWS at a time, and the share of it that is read then.
+    """Yields the rows of a file, at most BATCH_ROWS at a time, and the share of the file read so far.
 
-    Raises UserError: a damaged file, one of another kind.
+    Raises UserError: a damaged file, or a file of another kind.
     """
     if file.suffix == ".parquet":
         yield from _parquet_batches(file, columns)
@@ -45,7 +45,7 @@ def _parquet_batches(file: Path, columns: Sequence[str]) -> Iterator[tuple[Seque
 
 def _jsonl_batches(file: Path) -> Iterator[tuple[Sequence[Row], float]]:
     found: list[Row] = []
-    number, num_bytes = 0, max(1, file.stat().st_size)  # number: of the line that was read last
+    number, num_bytes = 0, max(1, file.stat().st_size)  # number: of the last line read
     try:
         with limits.open_file(file) as raw, gzip.open(raw) if file.suffix == ".gz" else raw as stream:
             for line in without_mark(limits.lines(stream, file, packed_bytes=num_bytes)):

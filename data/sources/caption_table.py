@@ -1,7 +1,7 @@
-"""Captions that come apart from their images, such as LLaVA-NeXT's for CC12M: a table to look them up in.
+"""A lookup table for captions distributed apart from their images, such as LLaVA-NeXT's for CC12M.
 
-A SQLite file, built once from parquet or jsonl files and read by many processes. Keys and urls are kept as 64-bit
-hashes: among 11 M rows two share one with a chance of 3e-6.
+The table is a SQLite file, built once from parquet or jsonl files and read by many processes. It holds 64-bit hashes of
+keys and urls; the probability that two of 11 M rows share a hash is 3e-6.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from data.shards.index import key_hash
 from data.sources.base import BadItemError
 from data.sources.caption_files import batches
 
-LAYOUT = 1  # raise it when the same files would give another table
+LAYOUT = 1  # raise it when equal files would give another table
 # Columns of CaptionEmporium/conceptual-captions-cc12m-llavanext -> names in json's "captions".
 LLAVA_NEXT = {"caption_llava": "llava", "caption_llava_short": "llava_short", "caption": "alt"}
 
 
 class CaptionTable:
-    """Captions by the image's key or url; built by `build_caption_table`. May be used in forked processes."""
+    """Captions by the image's key or url, from `build_caption_table`'s file. Forked processes may use it."""
 
     def __init__(self, path: Path, *, join: Literal["key", "url"] = "url") -> None:
-        """`join`: what finds a sample's row. Keys are numbers of one download: another one counts otherwise.
+        """`join`: the column that finds a sample's row. Keys number the images of one download; other downloads differ.
 
-        Raises UserError: no finished table.
+        Raises UserError: there is no finished table.
         """
         self._path = path
         self._join = join
@@ -50,9 +50,9 @@ class CaptionTable:
         self.description = f"captions {columns} by {join}, of files with digest {digest}"
 
     def find(self, item: str, key: str, url: str) -> dict[str, str]:
-        """{name: caption} of the image with this `key` or `url`, without empty ones; `item` is for messages.
+        """{name: caption} of the image with this `key` or `url`, without empty captions; `item`: for messages.
 
-        Of several rows the first counts. Raises BadItemError: no row, all captions empty, joined by key to a row of
+        The first of several rows counts. Raises BadItemError: no row, all captions empty, or the row with this key has
         another url.
         """
         key, url = _cleaned(key), _cleaned(url)
@@ -74,7 +74,7 @@ class CaptionTable:
         return found
 
     def _connected(self) -> sqlite3.Connection:
-        """This process's connection: one must not be carried over a fork."""
+        """This process's own connection: a connection must not be carried over a fork."""
         if self._connection is None or self._connection[0] != os.getpid():
             self._connection = os.getpid(), _open(self._path)
         return self._connection[1]
@@ -88,12 +88,12 @@ def build_caption_table(
     key_column: str = "key",
     url_column: str = "url",
 ) -> None:
-    """Writes the table `path` from .parquet, .jsonl or .jsonl.gz files, unless it was made of the same before.
+    """Writes the table `path` from .parquet, .jsonl or .jsonl.gz files, unless it was already made of equal ones.
 
-    `columns`: the files' columns with captions -> their names in json's "captions". Files are the same if names and
-    content are; the content is hashed again only where size or time have changed. A killed build leaves no table; of
-    several commands one builds and the others wait for it. Raises UserError: a missing or damaged file, a column that
-    is nowhere filled, no folder to write to.
+    `columns`: the files' columns with captions -> their names in json's "captions". Files are equal if their names and
+    contents are; a content is hashed again only if size or time have changed. A killed build leaves no table. One of
+    several commands builds while the others wait. Raises UserError: a missing or damaged file, a column without any
+    value, or no folder to write to.
     """
     if not captions or not columns or len(set(columns.values())) != len(columns):
         raise UserError("a caption table needs a file, and columns of captions, each with a name of its own")
@@ -122,7 +122,7 @@ def _only_builder(path: Path) -> Iterator[None]:
 
 
 def _build(path: Path, identity: Mapping[str, Any], captions: Sequence[Path]) -> None:
-    for stale in path.parent.glob(f".{path.name}.{socket.gethostname()}-*.tmp"):  # of a killed build
+    for stale in path.parent.glob(f".{path.name}.{socket.gethostname()}-*.tmp"):  # left by a killed build
         stale.unlink()
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
@@ -177,7 +177,7 @@ def _fill(
 
 
 def _text(file: Path, column: str, value: object) -> str:
-    if isinstance(value, int):  # a key
+    if isinstance(value, int):  # a key may be a number
         return str(value)
     if not isinstance(value, str | None):
         raise UserError(f"{file}: column '{column}' holds {type(value).__name__}, not text; name another one")
@@ -185,13 +185,13 @@ def _text(file: Path, column: str, value: object) -> str:
 
 
 def _cleaned(text: str) -> str:
-    """As everywhere; half a surrogate pair could be written in JSON, but not be stored or hashed."""
+    """`text` cleaned as captions are everywhere: SQLite and hashes refuse a lone surrogate, which JSON can hold."""
     text = clean_text(text) if len(text) <= limits.CAPTION_BYTES else ""
     return "" if "\0" in text else text
 
 
 def _key_hash(key: str) -> int:
-    """000000012 and 12 are one key: tables and tars pad numbers differently. Signed, as SQLite wants it."""
+    """Signed 64-bit hash of a key. 000000012 and 12 are one key, because tables and tars pad numbers differently."""
     return key_hash(key.lstrip("0") if key.isdecimal() else key) - (1 << 63)
 
 
@@ -200,7 +200,7 @@ def _url_hash(url: str) -> int:
 
 
 def _describe(file: Path, known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Name, size, time and SHA-256; the last from `known` if the others are the same there."""
+    """Name, size, time and SHA-256 of a file; takes the SHA-256 from `known` if name, size and time are equal there."""
     try:
         status = file.stat()
     except OSError:
@@ -213,7 +213,7 @@ def _describe(file: Path, known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _is_made_of(wanted: Mapping[str, Any], path: Path) -> bool:
-    """Whether `path` is a table of the same files and columns, in the same order."""
+    """Whether `path` is a table of the files and columns in `wanted`, in that order."""
     found = _identity(path)
     if found is None or _without_times(found) != _without_times(wanted):
         return False
@@ -226,7 +226,7 @@ def _without_times(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _identity(path: Path) -> dict[str, Any] | None:
-    """What a table was made of; None: there is none."""
+    """The files and columns that the table `path` was made of; None: there is no table."""
     if not path.is_file():
         return None
     connection = _open(path)
@@ -240,6 +240,6 @@ def _identity(path: Path) -> dict[str, Any] | None:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    """Read-only and without locks: the file never changes, it is only replaced."""
+    """Opens a table read-only and without locks: its file never changes, and is only replaced."""
     location = urllib.parse.quote(str(path.resolve()))
     return sqlite3.connect(f"file:{location}?mode=ro&immutable=1", uri=True)

@@ -1,6 +1,6 @@
-"""Near copies of images removed from finished shards, by perceptual hashes.
+"""Removes near copies of images from finished shards, by perceptual hashes.
 
-shard-000012.phash.npy   one HASHED per sample that the shard had before any was removed
+shard-000012.phash.npy   one HASHED for each sample that the shard had before the removal
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from data.shards import OpenShard, Sample, ShardDataset, ShardEntry, ShardProgre
 from data.shards.index import FORMAT_VERSION, Manifest, key_hash, progress_name, sample_crc32
 from data.shards.reader import open_shard
 
-MAX_BITS = 3  # of 64: two hashes this near agree in one of NUM_BANDS bands of BAND_BITS
+MAX_BITS = 3  # of 64: hashes this near agree in one of NUM_BANDS bands of BAND_BITS
 NUM_BANDS, BAND_BITS = 4, 16
-KIND = "duplicate"  # of the reason in rejected.jsonl
+KIND = "duplicate"  # kind of the reason in rejected.jsonl
 SAMPLES_AT_ONCE = 32
-PAIRS_AT_ONCE = 1 << 22  # compared in one step, 32 MB
+PAIRS_AT_ONCE = 1 << 22  # pairs compared in one step, 32 MB
 
 HASHED = np.dtype(
     [
@@ -45,7 +45,7 @@ Indices = npt.NDArray[np.int64]
 
 
 def description(max_bits: int) -> str:
-    """What `remove_duplicates` does; belongs to the identity of the shards. Raises UserError: max_bits not 0 to 3."""
+    """The removal in words, a part of the shards' identity. Raises UserError: max_bits is not 0 to 3."""
     if not 0 <= max_bits <= MAX_BITS:
         raise UserError(f"duplicates within {max_bits} bits; choose 0 to {MAX_BITS} of 64")
     return f"without duplicates (phash, {max_bits} of 64 bits)"
@@ -54,18 +54,18 @@ def description(max_bits: int) -> str:
 def remove_duplicates(
     directory: Path, names: Sequence[str], identity: str, max_bits: int, num_processes: int
 ) -> int:
-    """Drops every sample that is like an earlier one from the finished shards `names`; how many are dropped by now.
+    """Drops every sample that resembles an earlier one from the finished shards `names`; returns the number dropped.
 
-    Alike: perceptual hashes (phash, 64 bits) that differ in at most `max_bits`, 0 to 3. Of an edit those of target and
-    source together, and the instructions must be equal: small edits of one image hardly change its hash. Earlier is
-    meant in the order of `names`, and the earlier sample may itself be dropped. The result is exact, and the same for
-    any number of processes. Hashes are kept beside the shards; killed and run again it goes on, and the bytes are the
-    same. Raises UserError: a shard missing, cut short or of another identity, hashes lost after samples were dropped.
+    Two samples are alike if their perceptual hashes (phash, 64 bits) differ in at most `max_bits`, 0 to 3. For edits,
+    the bits of target and source add up and the instructions must be equal, because small edits hardly change a hash.
+    The order is that of `names`; the earlier sample may itself be dropped. The result is exact and does not depend on
+    the number of processes. Hashes are kept beside the shards. A killed removal can be repeated and gives equal bytes.
+    Raises UserError: a shard is missing, truncated or of another identity, or hashes were lost after a removal.
     """
     shards = [(directory / name, _progress(directory / name, identity)) for name in names]
     num_samples = [shard.num_read for _, shard in shards]
     hashed = over_shards(lambda shard: _hashes(*shards[shard]), num_samples, num_processes, "hashes")
-    tables = [np.zeros(0, HASHED), *hashed]  # the empty one: there may be no shards
+    tables = [np.zeros(0, HASHED), *hashed]  # an empty table, as there may be no shards
     image, source, text = (
         np.concatenate([table[name] for table in tables]) for name in ("image", "source", "text")
     )
@@ -74,7 +74,7 @@ def remove_duplicates(
     ends = np.cumsum([len(table) for table in tables])
 
     def place(sample: int) -> tuple[int, str]:
-        """Table and key."""
+        """The sample's table and key."""
         table = int(np.searchsorted(ends, sample, side="right"))
         return table, tables[table]["key"][sample - ends[table]].decode()
 
@@ -90,18 +90,18 @@ def remove_duplicates(
 
 
 def find_duplicates(image: Words, source: Words, text: Words, *, max_bits: int) -> Indices:
-    """Index of the earliest sample that each is like, its own where there is none. int64 [N], from uint64 [N] each.
+    """Index of the earliest sample that each sample resembles, or its own index; int64 [N] from three uint64 [N].
 
-    Equal hashes are joined first. Any others within `max_bits` <= 3 agree in one of four bands of 16 bits of `image`
-    (pigeonhole principle), so only those are compared.
+    Equal hashes are grouped first. Other hashes within `max_bits` <= 3 agree in one of four 16-bit bands of `image`
+    (pigeonhole principle), so only such pairs are compared.
     """
-    order = np.lexsort((text, source, image))  # stable: within equal hashes the earliest comes first
+    order = np.lexsort((text, source, image))  # stable: the earliest of equal hashes comes first
     is_new = np.zeros(len(order), bool)
     is_new[:1] = True
     for column in (image, source, text):
         ordered = column[order]
         is_new[1:] |= ordered[1:] != ordered[:-1]
-    first = np.sort(order[is_new])  # the earliest sample of each group; groups are numbered in this order
+    first = np.sort(order[is_new])  # the earliest sample of each group, which numbers the groups
     group_of = np.empty(len(order), np.int64)
     group_of[order] = np.searchsorted(first, order[is_new])[np.cumsum(is_new) - 1]
     image, source, text = image[first], source[first], text[first]
@@ -124,14 +124,14 @@ def find_duplicates(image: Words, source: Words, text: Words, *, max_bits: int) 
 
 
 def _within(words: Words, max_bits: int) -> npt.NDArray[np.bool_]:
-    """Which words have at most `max_bits` bits set: taking the lowest one away so often leaves nothing."""
+    """Whether each word has at most `max_bits` bits set: clearing the lowest set bit that often leaves 0."""
     for _ in range(max_bits):
         words = words & (words - np.uint64(1))
     return np.asarray(words == 0, bool)
 
 
 def _num_bits(words: Words) -> npt.NDArray[np.int64]:
-    """Bits set in each word. [N]"""
+    """Number of set bits in each word, int64 [N]."""
     return np.asarray(np.unpackbits(words[:, None].view(np.uint8), axis=1).sum(axis=1), np.int64)
 
 
@@ -143,7 +143,7 @@ def _progress(path: Path, identity: str) -> ShardProgress:
 
 
 def _hashes(path: Path, progress: ShardProgress) -> Hashed:
-    """The hashes of all samples that the shard had, from the file beside it or from its images."""
+    """Hashes of all samples that the shard had before a removal, from the file beside it or from its images."""
     cache = path.with_name(f"{path.name.removesuffix('.tar')}.phash.npy")
     there = {}
     if progress.entry is not None:
@@ -170,7 +170,7 @@ def _hashes(path: Path, progress: ShardProgress) -> Hashed:
 
 
 def _hash_sample(sample: Sample) -> tuple[str, int, int, int, int]:
-    """Values of HASHED. Raises UserError: no image, one that cannot be decoded, bad json of an edit."""
+    """One row of HASHED. Raises UserError: no image, an image that cannot be decoded, or bad json of an edit."""
     parts = image_parts(sample.parts)
     if not parts:
         raise UserError(f"{sample.where}: has no image; duplicates are looked for among images only")
@@ -180,13 +180,13 @@ def _hash_sample(sample: Sample) -> tuple[str, int, int, int, int]:
     if len(parts) == 1:
         return sample.key, crc, words[0], 0, 0
     tree = read_meta(sample)
-    # Of more images than two the others must be equal, as the texts must.
+    # Further images than these two must be equal, as the texts must.
     rest = [tree.get("instructions"), tree.get("splits"), words[2:]]
     return sample.key, crc, words[1], words[0], key_hash(json.dumps(rest))
 
 
 def _rewrite(path: Path, progress: ShardProgress, drops: Mapping[str, str]) -> None:
-    """The shard without the samples `drops` names, which join the rejected ones; nothing if they are gone already."""
+    """Rewrites a shard without the samples in `drops`, which become rejected; does nothing if they are gone already."""
     done = {key for key, reason in progress.rejected if reason.partition(":")[0] == KIND}
     new = [(key, f"{KIND}: of {original}") for key, original in drops.items() if key not in done]
     if not new:
@@ -206,7 +206,7 @@ def _rewrite(path: Path, progress: ShardProgress, drops: Mapping[str, str]) -> N
 
 
 def _dataset(path: Path, entry: ShardEntry) -> ShardDataset:
-    """One shard alone."""
+    """A data set of one shard."""
     manifest = Manifest(FORMAT_VERSION, "", (entry,), None, entry.num_samples, 0)
     return ShardDataset(path.parent, manifest, [open_shard(path.parent, entry)])
 

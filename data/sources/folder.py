@@ -1,4 +1,4 @@
-"""A folder of images with captions, labels, edits or interleaved texts -> samples. Files are stored as they are."""
+"""A folder of images with captions, labels, edits or interleaved texts -> samples. File contents stay unchanged."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from data.sources.text_files import decode_text, without_mark
 
 
 class FolderSource:
-    """Images below a folder; implements data.sources.base.IndexedItems.
+    """The images below a folder. Implements data.sources.base.IndexedItems.
 
     - `listing`: a jsonl file with one sample a line, in this order: {"file": path below the folder, "caption": text},
       or "captions": a list, or an object of kind -> text. Edits: {"source": file, "target": file, "instruction": text},
       or "instructions": a list; source and target may be lists of files. Interleaved: {"splits": [{"text": text},
-      {"image": file, "target": true}, ...]} as in data/samples/layouts.py, with files in place of roles. The
-      json gets the roles, and its "files" names the files. Other fields are kept, all but null ones.
-    - `labels`: every folder below `images` is a class, numbered in sorted order, and json holds its number and name, as
-      tokenizers and class-conditional generators need (ImageNet's layout). No captions. An image beside the folders
-      has no class and is rejected, a folder without images ends the run: it would shift the labels after it.
-    - else every image below the folder, in the order of the paths, with its caption beside it: NAME.json with fields as
-      in a listing, or NAME.txt.
+      {"image": file, "target": true}, ...]} as in data/samples/layouts.py, with files in place of roles. The sample's
+      json holds the roles, and the files under "files". Other fields are kept, except null.
+    - `labels`: every folder below `images` is a class, numbered in sorted order (ImageNet's layout). The sample's json
+      holds the class's number and name, and no caption. An image beside the folders has no class and is rejected. A
+      folder without images ends the run, because it would shift the labels after it.
+    - otherwise: every image below the folder, in the order of paths, with its caption beside it: NAME.json with the
+      fields of a listing, or NAME.txt.
 
-    Images are files named *.png, *.jpg, *.jpeg or *.webp. Without a listing, other files come after them and are
-    rejected, all but the captions of images; which files count at all is said in data/sources/folders.py.
+    Images are files named *.png, *.jpg, *.jpeg or *.webp. Without a listing, other files except captions of images come
+    after the images and are rejected; data/sources/folders.py defines which files count at all.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class FolderSource:
         without: Path | None = None,
         links_outside: bool = True,
     ) -> None:
-        """`without`: a folder below `images` that is not part of it, such as the one to write to.
+        """`without`: a folder below `images` that is ignored, such as the output.
 
-        Raises UserError: no such folder or file, no images, no classes, listing and labels at once; without
-        `links_outside`, a link to a file that lies elsewhere.
+        Raises UserError: no such folder or file, no images, no classes, listing and labels at once; or without
+        `links_outside`, a link leads to a file outside the folder.
         """
         if labels and listing is not None:
             raise UserError("give --captions or --labels, not both: labels are the names of the folders")
@@ -95,18 +95,22 @@ class FolderSource:
 
     @property
     def outside_line(self) -> str:
-        """What is read from elsewhere; "" where nothing is. Whoever publishes the shards publishes these files."""
+        """A line about files outside the folder that links lead to, which published shards would contain; "": none."""
         if not self.outside:
             return ""
         count = f"{len(self.outside)} {'file lies' if len(self.outside) == 1 else 'files lie'}"
         return f"{count} outside {self._images}, links lead there: {first_of(self.outside)}"
 
     def __len__(self) -> int:
-        """Number of images, good and bad, and of files that are none."""
+        """Number of items: images, good or bad, and other files."""
         return len(self._paths) + len(self._others) if self._lines is None else len(self._lines)
 
     def sample(self, index: int) -> Sample:
-        """Raises BadItemError: unreadable image, outside the folder, no caption, no class, bad json, line or splits."""
+        """Item `index`.
+
+        Raises BadItemError: an unreadable image, a file outside the folder, no caption, no class, or a bad json, line
+        or splits.
+        """
         key = f"image-{index:09d}"
         if self._lines is not None:
             return self._from_line(key, index)
@@ -156,9 +160,9 @@ class FolderSource:
         return _with_texts(key, fields, name, is_edit=False)
 
     def _read_listed(self, key: str, name: str) -> bytes:
-        """The file that a listing names: it may come from elsewhere and must not lead out of the folder."""
+        """Reads a file that a listing names. The name may be a stranger's, so it must not lead out of the folder."""
         try:
-            if PurePosixPath(name).is_absolute():  # it is kept in json, and says where the folder was
+            if PurePosixPath(name).is_absolute():  # json would tell where the folder was
                 raise UserError(name)
             files.inside(self._root, name)
         except UserError:
@@ -182,7 +186,7 @@ def _fields(key: str, payload: bytes, where: str) -> dict[str, Any]:
 
 
 def _with_texts(key: str, fields: Mapping[str, Any], where: str, is_edit: bool) -> dict[str, Any]:
-    """`fields` with their captions, or instructions as a list, cleaned. Raises BadItemError: there are none."""
+    """`fields` with cleaned captions, or a list of cleaned instructions. Raises BadItemError: there is no text."""
     others = {name: value for name, value in fields.items() if name not in TEXT_FIELDS and value is not None}
     for name in ("instruction", "instructions") if is_edit else TEXT_FIELDS:
         texts = select_texts(fields.get(name))
@@ -194,7 +198,7 @@ def _with_texts(key: str, fields: Mapping[str, Any], where: str, is_edit: bool) 
 
 
 def _listed(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Role -> file, of a line of a listing. Raises ValueError: files that are no paths, or make no sample."""
+    """Role -> file in a line of a listing. Raises ValueError: a file is not a path, or the files make no sample."""
     names: dict[str, Any] = {"": fields.get("file")}
     if "file" not in fields and "target" in fields:
         names = {**_numbered("source", fields.get("source")), **_numbered("target", fields["target"])}
@@ -210,14 +214,14 @@ def _listed(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _numbered(kind: str, files: object) -> dict[str, Any]:
-    """Role -> file, of one file or of a list of them."""
+    """Role -> file for one file or a list of files."""
     if not isinstance(files, list) or len(files) == 1:
         return {kind: files[0] if isinstance(files, list) else files}
     return dict(zip(number_roles(kind, len(files)), files, strict=True))
 
 
 def _with_splits(key: str, fields: Mapping[str, Any], where: str, names: Mapping[str, str]) -> dict[str, Any]:
-    """`fields` with roles in place of the files of "splits". Raises BadItemError: bad splits."""
+    """`fields` with the files in "splits" replaced by roles. Raises BadItemError: bad splits."""
     roles = {name: role for role, name in names.items()}
     splits = [
         {**split, "image": roles[split["image"]]}
@@ -235,7 +239,7 @@ def _with_splits(key: str, fields: Mapping[str, Any], where: str, names: Mapping
 
 
 def _sample(key: str, files: Mapping[str, tuple[str, bytes]], fields: Mapping[str, Any]) -> Sample:
-    """`files`: role -> name and bytes. Parts are named by what the files are, not by their names."""
+    """A sample from `files`: role -> (name, bytes). Contents, not file names, decide the suffixes of the parts."""
     parts = {"json": json.dumps(fields, sort_keys=True).encode()}
     for role, (name, payload) in files.items():
         try:

@@ -1,8 +1,7 @@
-"""Folders that people bring: one walk, with one set of rules, for every command that reads files below a folder.
+"""Walks folders that people bring, with one set of rules for every command that reads files below a folder.
 
-Names that start with a dot and `__MACOSX` are passed over: programs leave them there (.DS_Store, ._0.png,
-.ipynb_checkpoints), no person means them. Links to files and folders are followed. Names are ordered as texts, with
-"/" between folders.
+Names that start with a dot and `__MACOSX` are ignored: programs leave them, and nobody means them (.DS_Store, ._0.png,
+.ipynb_checkpoints). Links to files and folders are followed. Names are sorted as texts, with "/" between folders.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from base.terminal import say
 from data.samples.images import IMAGE_PARTS
 
 MAC_FOLDER = "__MACOSX"
-SIDECARS = ("txt", "json")  # beside an image: its caption
+SIDECARS = ("txt", "json")  # files beside an image that hold its caption
 MAX_NAMED = 3  # files that a note names
-MAX_WAYS = 16  # to one folder, by links: links that double at each level would make more than can be listed
+MAX_WAYS = 16  # ways to one folder: links that double at each level grow exponentially
 
 
 @dataclass(frozen=True)
 class Below:
-    """What lies below a folder; names are relative to it, with "/", sorted."""
+    """The content of a folder and its subfolders; names are sorted and relative to the folder, with "/"."""
 
     files: tuple[str, ...]
-    """Regular files, and links that lead nowhere: whoever opens one says so."""
+    """Regular files, and dangling links, which the reader reports."""
     others: tuple[tuple[str, str], ...]
-    """(name, reason) of what cannot be read as a file: pipes, sockets, devices."""
+    """(name, reason) of pipes, sockets and devices, which cannot be read as files."""
     folders: tuple[str, ...]
-    """Those directly in it."""
+    """The folders directly in the folder."""
     outside: tuple[str, ...] = ()
-    """Those of `files` that lie elsewhere: links lead to them, or to a folder above them."""
+    """The `files` that lie outside the folder, to which links lead."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,23 @@ class ImagesBelow:
 
     folder: Path
     names: tuple[str, ...]
-    """Relative to it, sorted."""
+    """Names relative to `folder`, sorted."""
     others: tuple[tuple[str, str], ...]
     """(name, reason) of all files that are neither images nor the caption of one."""
     folders: tuple[str, ...]
-    """Those directly in it, with and without images."""
+    """The folders directly in `folder`, with or without images."""
     outside: tuple[str, ...] = ()
-    """Images, and captions of images, that lie elsewhere: links lead there."""
+    """Images, and captions of images, that lie outside `folder`, to which links lead."""
 
     @property
     def paths(self) -> list[Path]:
-        """The images' files."""
+        """The paths of the images."""
         return [self.folder / name for name in self.names]
 
     def classes(self) -> list[str]:
-        """The folders directly in it, sorted: a class each.
+        """The folders directly in `folder`, sorted, each of which is a class.
 
-        Raises UserError: one without an image, since a class that is not counted shifts the labels after it.
+        Raises UserError: a folder has no image; leaving the class out would shift the labels after it.
         """
         filled = {name.partition("/")[0] for name in self.names if "/" in name}
         for name in self.folders:
@@ -73,19 +72,19 @@ class ImagesBelow:
         return list(self.folders)
 
     def tell_others(self) -> None:
-        """One line on stderr about files that are not read, if there are any."""
+        """Prints one line on stderr about files that are not read, if there are any."""
         tell_passed_over(self.folder, [name for name, _ in self.others])
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is passed over."""
+    """Whether a file or folder of this name is ignored."""
     return name.startswith(".") or name == MAC_FOLDER
 
 
 def below(folder: Path, *, without: Path | None = None) -> Below:
-    """Everything below `folder` but what is hidden, and what lies in the folder `without`.
+    """Everything below `folder` except hidden names and the folder `without`.
 
-    Raises UserError: a folder that cannot be read, a circle of links, one reached in more than MAX_WAYS ways.
+    Raises UserError: a folder cannot be read, links form a cycle, or links lead to a folder in more than MAX_WAYS ways.
     """
     skipped = _identity(without) if without is not None and without.is_dir() else None
     root = folder.resolve()
@@ -95,7 +94,7 @@ def below(folder: Path, *, without: Path | None = None) -> Below:
     folders: list[str] = []
     outside: list[str] = []
     ways = Counter[tuple[int, int]]()
-    todo = [("", above, False)]  # a folder, those that lead to it, whether it lies elsewhere
+    todo = [("", above, False)]  # (folder, the folders that lead to it, whether it lies outside)
     while todo:
         prefix, way, is_outside = todo.pop()
         for entry in _entries(folder / prefix):
@@ -134,7 +133,7 @@ def below(folder: Path, *, without: Path | None = None) -> Below:
 def images_below(
     folder: Path, suffixes: Sequence[str] = IMAGE_PARTS, *, without: Path | None = None
 ) -> ImagesBelow:
-    """The image files below `folder`, by their names. Raises UserError: no such folder, as `below`."""
+    """The image files below `folder`, by suffix. Raises UserError: no such folder; as `below`."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds the images")
     found = below(folder, without=without)
@@ -156,17 +155,17 @@ def images_below(
 
 
 def suffix_of(name: str) -> str:
-    """ "jpg" of "a/b.JPG"."""
+    """The suffix of a name in lower case: "jpg" for "a/b.JPG"."""
     return PurePosixPath(name).suffix.lower().lstrip(".")
 
 
 def first_of(names: Sequence[str]) -> str:
-    """The first names, for a message."""
+    """The first MAX_NAMED names, for a message."""
     return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
 
 
 def tell_passed_over(folder: object, names: Sequence[str]) -> None:
-    """One line on stderr about files below `folder` that are not read, if there are any; one rank says it."""
+    """Prints one line on stderr, on rank 0, about files below `folder` that are not read, if there are any."""
     if names and os.environ.get("RANK", "0") == "0":
         count = f"{len(names)} other {'file is' if len(names) == 1 else 'files are'}"
         say(f"{folder}: {count} not read: {first_of(names)}", sys.stderr)
@@ -181,7 +180,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """What two ways to one folder share."""
+    """Device and inode, which are equal for all paths to one folder."""
     status = path.stat()
     return status.st_dev, status.st_ino
 

@@ -1,8 +1,8 @@
-"""ImageNet (ILSVRC 2012) as it is distributed: tars of JPEG files, read in place.
+"""ImageNet (ILSVRC 2012) in its distributed form: tars of JPEG files, which are read in place.
 
-Training: ILSVRC2012_img_train.tar, a tar of 1000 tars nXXXXXXXX.tar, or a folder of those; once unpacked to folders
-it is FolderSource's with `labels`. Validation: ILSVRC2012_img_val.tar and a file of labels. Labels are the places of
-the synsets nXXXXXXXX in sorted order. Training images come class by class: wrap this in shuffled.Shuffled.
+Training: ILSVRC2012_img_train.tar, a tar of 1000 tars nXXXXXXXX.tar, or a folder of those tars; FolderSource with
+`labels` reads unpacked class folders. Validation: ILSVRC2012_img_val.tar and a file of labels. Labels number the
+synsets nXXXXXXXX in sorted order. Training images come class by class: wrap this source in shuffled.Shuffled.
 """
 
 from __future__ import annotations
@@ -35,26 +35,25 @@ SYNSET = re.compile(r"n[0-9]{8}")
 
 @dataclass(frozen=True)
 class _Archive:
-    """A tar of images: a file, or a member of one."""
+    """A tar of images: a file, or a member of a tar."""
 
     path: Path
     inside: Member | None
-    synset: str  # "": the images are of all classes
+    synset: str  # "": images of all classes
 
 
 class ImageNetSource:
-    """The images of one split; implements data.sources.base.IndexedItems.
+    """The images of one split. Implements data.sources.base.IndexedItems.
 
-    All headers are read once at construction (1.28 M small reads for training); no archive is unpacked.
+    The constructor reads all headers (1.28 M small reads for training); no archive is unpacked.
     """
 
     def __init__(self, tars: Path, labels: Path | None = None, *, num_classes: int = NUM_CLASSES) -> None:
-        """`labels` makes it the validation split: one line per image in the order of their names, a synset or a number.
+        """`labels`: makes it the validation split; one line per image in the order of names, a synset or a number.
 
-        A file of synsets is TensorFlow's imagenet_2012_validation_synset_labels.txt; numbers, from 0, are the second
-        column of Caffe's val.txt. The numbers of the development kit (from 1, in another order) are refused.
-        Raises UserError: a missing or damaged archive, a class twice, another number of classes or labels than there
-        should be.
+        TensorFlow's imagenet_2012_validation_synset_labels.txt lists synsets; the second column of Caffe's val.txt
+        lists numbers from 0. The development kit's numbers (from 1, in another order) are refused.
+        Raises UserError: a missing or damaged archive, a repeated class, or a wrong number of classes or labels.
         """
         if labels is None:
             archives = _training_archives(tars)
@@ -79,7 +78,7 @@ class ImageNetSource:
         self._places = np.array([(member.data_offset, member.num_bytes) for member in members], np.int64)
         self._names = np.array(
             [member.name.encode() for member in members]
-        )  # one block: forked workers share it
+        )  # one block, which forked workers share
         about, self._labels = "training", self._archive
         if labels is not None:
             order = np.argsort(self._names, kind="stable")
@@ -97,7 +96,7 @@ class ImageNetSource:
         return len(self._names)
 
     def sample(self, index: int) -> Sample:
-        """Raises BadItemError: a file that is no image by its name. UserError: the archive became shorter."""
+        """Item `index`. Raises BadItemError: its name is not an image's. UserError: the archive became shorter."""
         name = self._names[index].decode()
         label = int(self._labels[index])
         key, suffix = PurePosixPath(name).stem, PurePosixPath(name).suffix.lower().lstrip(".")
@@ -120,7 +119,7 @@ class ImageNetSource:
 
 
 def _training_archives(path: Path) -> list[_Archive]:
-    """The archives of the classes, sorted by synset."""
+    """The archives of all classes, sorted by synset."""
     if path.is_dir():
         there = sorted(below for below in path.iterdir() if not is_hidden(below.name))
         found = [
@@ -148,7 +147,7 @@ def _training_archives(path: Path) -> list[_Archive]:
 
 
 def _list(archives: Sequence[_Archive]) -> tuple[list[int], list[Member]]:
-    """Every file of the archives, in their order, and the number of its archive."""
+    """(number of each file's archive, the files), in the order of the archives. Raises UserError."""
     owners: list[int] = []
     members: list[Member] = []
     progress = ProgressLine("headers of ImageNet", "images")
@@ -174,7 +173,7 @@ def _list(archives: Sequence[_Archive]) -> tuple[list[int], list[Member]]:
 def _read_labels(
     path: Path, num_images: int, num_classes: int
 ) -> tuple[list[str] | None, npt.NDArray[np.int32]]:
-    """(synsets in the order of their labels, or None where the file has numbers; labels, int32 [num_images])."""
+    """(synsets in the order of labels, or None for a file of numbers; labels, int32 [num_images])."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a text file with one synset or number a line")
     words = read_text(path).split()

@@ -15,8 +15,8 @@ SCORES = (
     "sc_score_2",
     "pq_score",
     "o_score",
-)  # 0 to 10: edit done, rest kept, quality, overall
-# Ids are kept, but not trusted to be unique: a repeated one would end the run after its last shard.
+)  # 0 to 10: edit applied, rest unchanged, quality, overall
+# Ids are stored but are not keys: a repeated id would end the run after its last shard.
 COLUMNS = ParquetColumns(
     source="src_img",
     target="edited_img",
@@ -27,7 +27,7 @@ COLUMNS = ParquetColumns(
 
 @dataclass(frozen=True)
 class OmniEditFilter:
-    """Edits by score and task; implements data.sources.parquet.RowFilter."""
+    """Selects edits by score and task. Implements data.sources.parquet.RowFilter."""
 
     min_scores: Mapping[str, float] = field(default_factory=dict)  # score column -> least value
     tasks: tuple[
@@ -36,7 +36,7 @@ class OmniEditFilter:
     columns: tuple[str, ...] = ("task", *SCORES)
 
     def __post_init__(self) -> None:
-        """Raises UserError: a score that there is not."""
+        """Raises UserError: an unknown score."""
         for name in self.min_scores:
             if name not in SCORES:
                 raise UserError(f"no score '{name}' in OmniEdit; choose one of {', '.join(SCORES)}")
@@ -49,7 +49,7 @@ class OmniEditFilter:
         return ", ".join([*limits, tasks])
 
     def reason(self, row: Row) -> str | None:
-        """See RowFilter. A missing score is below every limit, and so is what is no number."""
+        """See RowFilter. A score that is missing or not a number is below every limit."""
         if self.tasks and row["task"] not in self.tasks:
             return f"task: {row['task']}"
         for name, limit in self.min_scores.items():
@@ -65,7 +65,7 @@ class OmniEditFilter:
 def omniedit_source(
     paths: Sequence[str], max_samples_per_shard: int, row_filter: OmniEditFilter | None = None
 ) -> ParquetSource:
-    """Edits of the parquet files of TIGER-Lab/OmniEdit-Filtered-1.2M; json has "instructions", task, id and scores.
+    """The edits in parquet files of TIGER-Lab/OmniEdit-Filtered-1.2M; json has "instructions", task, id and scores.
 
     Raises UserError: as ParquetSource.
     """

@@ -22,24 +22,24 @@ from data.sources.prepare import select_texts
 from data.sources.table_values import whole_number_in
 
 FOOTERS_AT_ONCE = 16
-OWN_FIELDS = (*TEXT_FIELDS, "label", "class", "source_key")  # of json, with a meaning for training
+OWN_FIELDS = (*TEXT_FIELDS, "label", "class", "source_key")  # fields of json that training reads
 
 
 @dataclass(frozen=True)
 class ParquetColumns:
-    """Which columns hold what. An image column holds a file's bytes, or a struct with a field `bytes` (the hub's)."""
+    """The role of each column. An image column holds a file's bytes, or the hub's struct with a field `bytes`."""
 
-    image: str | None = None  # one image; or an edit's `source` and `target`
+    image: str | None = None  # a single image; an edit has `source` and `target` instead
     source: str | None = None
     target: str | None = None
-    captions: tuple[str, ...] = ()  # text, or list of texts; of several columns each is a kind of caption
-    instruction: str | None = None  # of an edit: text, or list of texts
-    label: str | None = None  # class number; json gets the name as well where the hub's features have it
-    key: str | None = None  # unique; without it, or where it is no valid key, rows are numbered
-    kept: tuple[str, ...] = ()  # further columns, kept in json under their names
+    captions: tuple[str, ...] = ()  # text, or list of texts; each of several columns is a kind of caption
+    instruction: str | None = None  # an edit's text, or list of texts
+    label: str | None = None  # class number; json also gets the name if the hub's features have it
+    key: str | None = None  # unique; without it, or if it is no valid key, rows are numbered
+    kept: tuple[str, ...] = ()  # further columns, stored in json under their names
 
     def __post_init__(self) -> None:
-        """Raises UserError: columns that make no sample."""
+        """Raises UserError: the columns make no sample."""
         is_edit = self.source is not None and self.target is not None
         if is_edit == (self.image is not None) or (self.source is None) != (self.target is None):
             raise UserError("parquet columns: give an image column, or a source and a target column")
@@ -62,29 +62,29 @@ class ParquetColumns:
 
     @property
     def names(self) -> list[str]:
-        """All columns, each once."""
+        """All columns without repetition."""
         single = (self.instruction, self.label, self.key)
         named = (*self.images.values(), *self.captions, *filter(None, single), *self.kept)
         return list(dict.fromkeys(named))
 
 
 class RowFilter(Protocol):
-    """Rows that are not wanted."""
+    """Decides which rows are rejected."""
 
     @property
     def columns(self) -> Sequence[str]:
-        """What it looks at; must be read."""
+        """The columns that the filter reads."""
 
     @property
     def description(self) -> str:
-        """Part of the source's description."""
+        """The filter in words, a part of the source's description."""
 
     def reason(self, row: Row) -> str | None:
-        """Why the row is rejected, "kind: detail"; None: it is not."""
+        """Why the row is rejected, as "kind: detail"; None: the row is kept."""
 
 
 class ParquetSource:
-    """Rows of parquet files; implements data.sources.base.Source. A unit is neighbouring row groups of one file."""
+    """The rows of parquet files. A unit is neighbouring row groups of one file. Implements data.sources.base.Source."""
 
     def __init__(
         self,
@@ -95,10 +95,10 @@ class ParquetSource:
         name: str = "parquet",
         row_filter: RowFilter | None = None,
     ) -> None:
-        """`paths`: files, folders and globs, local or any fsspec url. Reads every footer.
+        """`paths`: files, folders and globs, local or fsspec urls. Reads every footer.
 
-        Row groups are not cut: one with more rows than `max_samples_per_shard` makes a shard of its own. Raises
-        UserError: no files, damaged ones, one given twice, a column that is missing or of the wrong type.
+        Row groups are not divided: a row group with more rows than `max_samples_per_shard` makes a shard of its own.
+        Raises UserError: no files, a damaged or repeated file, or a column that is missing or of the wrong type.
         """
         if max_samples_per_shard < 1:
             raise UserError(f"max_samples_per_shard is {max_samples_per_shard}; give at least 1")
@@ -131,7 +131,7 @@ class ParquetSource:
         columns = self._columns
         key = number if columns.key is None or row[columns.key] is None else str(row[columns.key])
         kept = read_object(json.dumps({name: row[name] for name in columns.kept}, default=str).encode())
-        fields = {name: value for name, value in kept.items() if value is not None}  # NaN is null by now
+        fields = {name: value for name, value in kept.items() if value is not None}  # NaN has become null
         if not KEY_PATTERN.fullmatch(key):
             fields["source_key"], key = key, number
         reason = self._filter.reason(row) if self._filter is not None else None
@@ -179,7 +179,7 @@ class ParquetSource:
             label = whole_number_in(value)
         except ValueError as error:
             raise BadItemError(key, f"no label: column '{self._columns.label}' holds {error}") from None
-        if label is None or label < 0:  # the hub writes -1 for images without a label
+        if label is None or label < 0:  # the hub's label -1 means none
             raise BadItemError(key, f"no label: {value}")
         if not self._class_names:
             return {"label": label}

@@ -1,4 +1,4 @@
-"""Parquet files: where they are, what their footers say, their rows a few at a time."""
+"""Finds parquet files, reads their footers, and reads their rows a few at a time."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from base.redaction import redact
 from data.sources.folders import below, is_hidden, tell_passed_over
 from data.sources.parquet_rows import Row, open_table, row_batches
 
-ROWS_AT_ONCE = 16  # in memory, with their images
+ROWS_AT_ONCE = 16  # rows in memory, with their images
 READ_ERRORS = (OSError, ValueError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What a parquet file says about itself."""
+    """The footer of a parquet file: its row groups and schema."""
 
     file: str
     schema: pa.Schema
-    groups: tuple[tuple[int, int], ...]  # rows and bytes, decompressed, of each row group
+    groups: tuple[tuple[int, int], ...]  # (rows, decompressed bytes) of each row group
 
     @staticmethod
     def read(file: str) -> Footer:
-        """`file`: a path or an fsspec url. Raises UserError: damaged, not there."""
+        """Reads the footer of `file`, a path or an fsspec url. Raises UserError: missing or damaged."""
         try:
             check_local(file)
             with fsspec.open(file, "rb") as stream:
@@ -46,8 +46,10 @@ class Footer:
         )
 
     def check(self, columns: Sequence[str], images: Sequence[str], label: str | None = None) -> None:
-        """Raises UserError: one of `columns` is missing, one of `images` holds no bytes or another one does, the column
-        `label` holds what cannot be numbers.
+        """Checks the types of columns.
+
+        Raises UserError: one of `columns` is missing, one of `images` holds no bytes or another column does, or the
+        column `label` cannot hold numbers.
         """
         for name in columns:
             if self.schema.names.count(name) > 1:
@@ -69,7 +71,7 @@ class Footer:
                 )
 
     def class_names(self, label: str) -> list[str]:
-        """The names of a label column that the hub's `datasets` keeps beside the schema; [] without them."""
+        """Class names of a label column, which the hub's `datasets` stores in the schema's metadata; [] without any."""
         try:
             about = json.loads((self.schema.metadata or {})[b"huggingface"])
             return [str(name) for name in about["info"]["features"][label]["names"]]
@@ -83,19 +85,19 @@ class RowGroups:
 
     file: str
     groups: tuple[int, ...]
-    first_row: int  # of all rows of all files
+    first_row: int  # number among all rows of all files
     num_rows: int
     num_bytes: int  # decompressed
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The file and its row groups in words, for messages."""
         return f"{redact(self.file)}, row groups {self.groups[0]} to {self.groups[-1]}"
 
     def rows(self, columns: Sequence[str]) -> Iterator[Row]:
-        """Every row. Holds a few rows and a page of each column, which in the hub's files is often a row group.
+        """Yields every row. Holds a few rows and a page of each column, which in the hub's files is often a row group.
 
-        Raises UserError: damaged, not as many rows as the footer says.
+        Raises UserError: damaged, or another number of rows than the footer says.
         """
         num_rows = 0
         try:
@@ -113,13 +115,13 @@ class RowGroups:
 
 
 def check_local(file: str) -> None:
-    """Raises OSError: a path on this machine of what is no regular file."""
+    """Raises OSError: `file` is a local path and not a regular file."""
     if "://" not in file.removeprefix("file://"):
         limits.check_regular(file.removeprefix("file://"))
 
 
 def find_parquet(paths: Sequence[str]) -> list[str]:
-    """The parquet files that `paths` mean, in their order. Raises UserError: none, one that is given twice."""
+    """The parquet files that `paths` denote, in order. Raises UserError: no file, or a file given twice."""
     found = [file for path in paths for file in _expand(path)]
     if not found:
         raise UserError(f"{', '.join(paths)}: no parquet file there; give files, a folder or a glob")
@@ -134,21 +136,21 @@ def find_parquet(paths: Sequence[str]) -> list[str]:
 
 
 def _expand(path: str) -> list[str]:
-    """The parquet files that a path means, sorted: a file, a folder with all below it, or a glob."""
+    """The parquet files that a path denotes, sorted: a file, a folder with its subfolders, or a glob."""
     try:
         if Path(path).is_dir():
             there = below(Path(path)).files
             named = [name for name in there if name.endswith(".parquet")]
             tell_passed_over(path, [name for name in there if not name.endswith(".parquet")])
             return [f"{path.rstrip('/')}/{name}" for name in named]
-        # A file is not looked up: over http that could fetch all of it.
+        # Files are not looked up: over http a lookup could fetch the whole file.
         if path.endswith(".parquet") and "*" not in path:
             return [path]
         system, root = fsspec.core.url_to_fs(path)
         pattern = root if "*" in root else f"{root.rstrip('/')}/**/*.parquet"
         start = (
             len(PurePosixPath(pattern.partition("*")[0] + "x").parts) - 1
-        )  # hidden is what the glob found so
+        )  # only names that the glob found can be hidden
         found = sorted(
             name
             for name in system.glob(pattern)
@@ -162,7 +164,7 @@ def _expand(path: str) -> list[str]:
 
 
 def in_units(footers: Sequence[Footer], max_rows: int) -> Iterator[RowGroups]:
-    """Neighbouring row groups of one file, as many as have `max_rows` rows together, at least one."""
+    """Groups neighbouring row groups of one file: up to `max_rows` rows together, but at least one row group."""
     first_row = 0
     for footer in footers:
         start = 0
@@ -179,7 +181,7 @@ def in_units(footers: Sequence[Footer], max_rows: int) -> Iterator[RowGroups]:
 
 
 def _may_be_numbers(kind: pa.DataType) -> bool:
-    """Text may: "9". Whether it does is said row by row."""
+    """Whether a column's type can hold numbers. Text can ("9"); each row is checked when it is read."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()

@@ -1,8 +1,8 @@
-"""Rows of a parquet file, a few at a time, within limits: some 100 bytes can stand for gigabytes.
+"""Reads a parquet file's rows a few at a time, within limits: some 100 bytes can unpack to gigabytes.
 
-Pages are compressed, and repeat a value of their dictionary in a bit or less. So footers are compared with the file's
-size, texts are unfolded only after their length was summed up, and so few images at once that their dictionary bounds
-them.
+Pages are compressed, and may repeat a dictionary's value in a bit or less. So footers are compared with the file's
+size, texts are unpacked only after their lengths are summed up, and the number of images read at once is so small that
+the size of their dictionary bounds the memory.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import pyarrow.parquet as pq
 
 from base import limits
 
-PAGE_BUFFER_BYTES = 1 << 20  # read ahead in each column
-MAX_VALUES_FREE = 1 << 26  # values of a column in a row group, however few bytes they take
+PAGE_BUFFER_BYTES = 1 << 20  # read-ahead in each column
+MAX_VALUES_FREE = 1 << 26  # values allowed in a column of a row group, even if they take no bytes
 
 Row = Mapping[str, Any]
 
 
 def open_table(source: Any, *, checksums: bool = False) -> pq.ParquetFile:
-    """A file by its path, or an open one. Texts come by their dictionaries, so that they are not unfolded by opening.
+    """Opens a file by path or an open file. Texts are read as dictionaries, so that reading does not unpack them.
 
-    Raises OSError: no regular file, a column that unfolds to too much; ValueError, pyarrow.ArrowException: damaged.
+    Raises OSError: not a regular file, or a column unpacks to too much; ValueError, pyarrow.ArrowException: damaged.
     """
     if isinstance(source, str):
         limits.check_regular(source)
@@ -39,12 +39,12 @@ def open_table(source: Any, *, checksums: bool = False) -> pq.ParquetFile:
 def row_batches(
     table: pq.ParquetFile, group: int, columns: Sequence[str], at_once: int
 ) -> Iterator[list[Row]]:
-    """The rows of a row group, at most `at_once` at a time. Raises OSError: some that unfold to too much."""
+    """Yields a row group's rows, at most `at_once` at a time. Raises OSError: rows unpack to too much."""
     about = table.metadata.row_group(group)
     wanted = [about.column(number) for number in range(about.num_columns)]
     largest = max(
         (
-            column.total_uncompressed_size  # no value of it is longer
+            column.total_uncompressed_size  # no value of the column is longer
             for column in wanted
             if column.path_in_schema.partition(".")[0] in columns
             and column.physical_type == "BYTE_ARRAY"
@@ -54,7 +54,7 @@ def row_batches(
         default=1,
     )
     few = max(1, min(at_once, limits.BATCH_BYTES // max(1, largest)))
-    # Without threads: this runs in forked processes.
+    # No threads, because this runs in forked processes.
     for batch in table.iter_batches(few, row_groups=[group], columns=list(columns), use_threads=False):
         num_bytes = sum(_unfolded_bytes(column) for column in batch.columns)
         if num_bytes > limits.BATCH_BYTES:
@@ -90,7 +90,7 @@ def _check(table: pq.ParquetFile) -> None:
 
 
 def _unfolded_bytes(array: pa.Array) -> int:
-    """Bytes of the values once they stand for themselves."""
+    """Bytes of the values without dictionary encoding."""
     if pa.types.is_dictionary(array.type):
         lengths = pc.binary_length(array.dictionary) if len(array.dictionary) else pa.array([], pa.int32())
         found = pc.sum(pc.take(lengths.cast(pa.int64()), array.indices)).as_py()

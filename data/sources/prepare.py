@@ -1,4 +1,4 @@
-"""Samples as training wants them: readable images of a useful size, captions of a useful length, fitted to a square."""
+"""Prepares samples for training: checks images and captions, and fits images to a square."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from data.shards.index import Cut
 from data.sources.base import BadItemError
 
 JPEG_QUALITY = 95
-EQUAL_ASPECT = 0.01  # source and target of an edit, relative
-CUT_AREA = 0.2  # share of an image that a square crop may take without being counted
+EQUAL_ASPECT = 0.01  # relative tolerance between the aspects of an edit's source and target
+CUT_AREA = 0.2  # share of an image's area that a square crop may remove without being counted
 SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 Texts = str | list[str] | dict[str, str]
@@ -39,28 +39,26 @@ Texts = str | list[str] | dict[str, str]
 
 @dataclass(frozen=True)
 class Preparation:
-    """What every sample goes through before it is written; a `prepare` of data.sources.write.write_sources.
+    """Filters and fits every sample before it is written; the argument `prepare` of data.sources.write.write_sources.
 
-    An image keeps its own bytes where no pixel changes. Pixels change where the file says that the camera was held
-    sideways, and where `resolution` asks for another size.
+    An image keeps its file's bytes unless pixels change: because its EXIF orientation is not upright, or because
+    `resolution` requires another size.
     """
 
-    resolution: int | None = None  # side of the square to fit images to, px; None: any size stays
+    resolution: int | None = None  # side of the square to which images are fitted, px; None: sizes stay
     min_px: int | None = (
-        None  # shortest side of an image, px; None: `resolution`, so that nothing is enlarged
+        None  # least shorter side of an image, px; None: `resolution`, so that nothing is enlarged
     )
     max_aspect: float | None = None  # longer side / shorter side
-    min_words: int = 0  # of a caption; captions outside are dropped, a sample without any left is rejected
+    min_words: int = 0  # of a caption; other captions are dropped; a sample without captions left is rejected
     max_words: int | None = None
     min_letters: int = 0  # of a caption, spaces included
     max_letters: int | None = None
-    encoding: Literal["jpeg", "png", "webp"] = "jpeg"  # of changed images: JPEG 95 4:4:4, or without loss
-    fit: Literal["crop", "pad"] = (
-        "crop"  # to the square: its centre is cut out, or white is laid around the image
-    )
+    encoding: Literal["jpeg", "png", "webp"] = "jpeg"  # of changed images: JPEG 95 4:4:4, or lossless
+    fit: Literal["crop", "pad"] = "crop"  # how: crop the centre square, or pad with white
 
     def __post_init__(self) -> None:
-        """Raises UserError: a limit that nothing passes, an unknown encoding or fit."""
+        """Raises UserError: a limit that no sample passes, or an unknown encoding or fit."""
         if self.fit not in ("crop", "pad"):
             raise UserError(f"fit '{self.fit}': choose crop or pad")
         if self.encoding not in SUFFIXES:
@@ -78,23 +76,23 @@ class Preparation:
 
     @property
     def description(self) -> str:
-        """The settings in words; part of the identity of the shards."""
+        """The settings in words, a part of the shards' identity."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         told = [f"{name} {value}" for name, value in named.items() if value not in (None, 0, "crop")]
-        if self.resolution is not None:  # the bytes of changed images are the library's
+        if self.resolution is not None:  # the library decides the bytes of changed images
             told.append(f"Pillow {PIL.__version__}")
         return f"prepared: {', '.join(told)}"
 
     def __call__(self, sample: Sample) -> Sample:
-        """`prepare` without the counts."""
+        """The prepared sample, without the counts of `prepare`."""
         return self.prepare(sample)[0]
 
     def prepare(self, sample: Sample) -> tuple[Sample, Cut]:
-        """`sample`, fitted, and what that took away. json gets "width" and "height" of the original (of several the
-        last one, an edit's target) where one is resized.
+        """The prepared sample, and the counts of its cropped images.
 
-        Raises BadItemError: no image, unclear images, bad json, caption length, unreadable image, too small, aspect,
-        sizes differ.
+        If an image is resized, json gets "width" and "height" of the original (of the last one: an edit's target).
+        Raises BadItemError, with these kinds: no image, unclear images, bad json, caption length, unreadable image, too
+        small, aspect, sizes differ.
         """
         meta = _read_meta(sample)
         images = {part: _open(sample, part) for part in _one_of_each_role(sample)}
@@ -125,7 +123,7 @@ class Preparation:
         return self.resolution is None or size == (self.resolution, self.resolution)
 
     def _kept_captions(self, key: str, meta: Mapping[str, Any]) -> dict[str, Any]:
-        """The json with the captions of allowed length. Raises BadItemError: none of them is."""
+        """The json with the captions of allowed length. Raises BadItemError: no caption has one."""
         texts = {name: meta[name] for name in TEXT_FIELDS if name in meta}
         kept = {name: select_texts(value, self._has_good_length) for name, value in texts.items()}
         if texts and not any(kept.values()) and not is_class(meta):
@@ -146,7 +144,7 @@ class Preparation:
         short_px, long_px = sorted(size)
         shape = f"'{part}' has {size[0]}x{size[1]} px"
         min_px = self.min_px or self.resolution
-        if self.min_px is None and self.fit == "pad":  # which enlarges nothing while the longer side is there
+        if self.min_px is None and self.fit == "pad":  # padding enlarges nothing if the longer side suffices
             if min_px is not None and long_px < min_px:
                 raise BadItemError(key, f"too small: {shape}, the longer side must have {min_px}")
         elif min_px is not None and short_px < min_px:
@@ -155,7 +153,7 @@ class Preparation:
             raise BadItemError(key, f"aspect: {shape}, sides may differ by a factor of {self.max_aspect:g}")
 
     def _encode(self, key: str, part: str, image: Image.Image) -> bytes:
-        """RGB pixels and nothing else: the camera's notes and colour profile stay behind, as in training."""
+        """Encodes upright RGB pixels, fitted, without EXIF data and colour profile, which training ignores, too."""
         image = to_rgb(image)
         if self.resolution is not None:
             try:
@@ -174,9 +172,9 @@ class Preparation:
 
 
 def select_texts(value: object, keep: Callable[[str], bool] = bool) -> Texts | None:
-    """What `keep` takes of a caption field (a text, a list, or kind -> text), cleaned; empty texts never.
+    """The cleaned texts of a caption field (a text, a list, or kind -> text) that `keep` accepts; None: no text.
 
-    Nor those with zero bytes, which are no text, or beyond limits.CAPTION_BYTES. None: nothing is left.
+    Drops empty texts, texts with zero bytes, and texts beyond limits.CAPTION_BYTES.
     """
     if isinstance(value, list):
         return [text for item in value if (text := _select_text(item, keep))] or None
@@ -186,7 +184,7 @@ def select_texts(value: object, keep: Callable[[str], bool] = bool) -> Texts | N
 
 
 def clean_splits(splits: object) -> object:
-    """json's "splits" with texts as `select_texts` leaves them; "" for what is none, which readers of splits refuse."""
+    """json's "splits" with texts cleaned by `select_texts`; a bad text becomes "", which readers of splits refuse."""
     if not isinstance(splits, list):
         return splits
     return [
@@ -212,7 +210,7 @@ def _read_meta(sample: Sample) -> dict[str, Any]:
 
 
 def _one_of_each_role(sample: Sample) -> list[str]:
-    """The image parts, sorted: sources come before targets."""
+    """The image parts, sorted, so that sources come before targets. Raises BadItemError: none, or several of a role."""
     parts = image_parts(sample.parts)
     if not parts:
         raise BadItemError(sample.key, f"no image: the parts are {', '.join(sorted(sample.parts))}")
@@ -229,9 +227,9 @@ def _open(sample: Sample, part: str) -> Image.Image:
 
 
 def _check_aspects(key: str, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Source and target of an edit show the same: cut to a square they must still do so. `sizes`: of images, by role.
+    """Checks that source and target of an edit have equal aspects, so that square crops show the same region.
 
-    Several sources, and the images of an interleaved sample, need not.
+    `sizes`: (width, height) by role. Several sources, and interleaved images, may differ. Raises BadItemError.
     """
     if is_interleaved(sizes) or len(of_kind(sizes, "source")) > 1:
         return

@@ -1,4 +1,4 @@
-"""Numbered items in a random order, so that every shard holds all classes."""
+"""Shuffles numbered items, so that every shard holds all classes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from data.sources.base import IndexedItems, philox_key
 
 
 class Shuffled:
-    """Another order of `indexed`, a pure function of (its length, seed); implements IndexedItems.
+    """The items of `indexed` in a random order, which (number of items, seed) determines. Implements IndexedItems.
 
-    Made from Philox's raw words and a stable sort, which numpy keeps stable.
+    The order comes from Philox's raw words and a stable sort, which do not change between numpy versions.
     """
 
     def __init__(self, indexed: IndexedItems, seed: int) -> None:
@@ -26,5 +26,5 @@ class Shuffled:
         return len(self._order)
 
     def sample(self, index: int) -> Sample:
-        """The item at place `index` of the new order. Raises BadItemError."""
+        """The item at position `index` of the new order. Raises BadItemError."""
         return self._indexed.sample(int(self._order[index]))

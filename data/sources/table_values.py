@@ -1,7 +1,6 @@
-"""Numbers in tables that people bring: every way in which a table writes one, and nothing that is none.
+"""Reads numbers in tables that people bring, in every form in which tables write them.
 
-On the way programs turn numbers into others: pandas makes integers floats where a column has holes, CSV makes them
-text, databases decimals.
+Programs convert numbers: pandas makes integers floats if a column has gaps, CSV makes them text, databases decimals.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ import re
 import numpy as np
 
 NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
-MAX_WHOLE = 1 << 53  # floats hold every whole number below it
-MAX_SHOWN = 40  # letters of a value in a message
+MAX_WHOLE = 1 << 53  # a float64 holds every whole number up to this
+MAX_SHOWN = 40  # characters of a value in a message
 
 
 def number_in(value: object) -> float | None:
-    """The number that `value` means: 9, 9.0, "9", Decimal("9"); None for null and NaN.
+    """The number that `value` denotes: 9, 9.0, "9", Decimal("9"); None for null and NaN.
 
-    Raises ValueError: it means none. True and False are none: a table that has them says yes and no.
+    Raises ValueError: not a number. True and False are not numbers, but a table's yes and no.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -44,7 +43,7 @@ def number_in(value: object) -> float | None:
 
 
 def whole_number_in(value: object) -> int | None:
-    """As `number_in`, a whole number. Raises ValueError: none, a fraction, beyond 2^53."""
+    """As `number_in`, for whole numbers. Raises ValueError: not a number, a fraction, or beyond 2^53."""
     found = number_in(value)
     if found is None:
         return None
@@ -54,6 +53,6 @@ def whole_number_in(value: object) -> int | None:
 
 
 def shown(value: object) -> str:
-    """A value for a message: on one line, and short."""
+    """A value for a message, on one line and at most MAX_SHOWN characters."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -1,7 +1,7 @@
-"""Tars read strictly: a damaged one is refused, where the standard library and WebDataset take it for a shorter one.
+"""Reads tars strictly: refuses a damaged tar, which the standard library and WebDataset would take for a shorter one.
 
-USTAR, GNU and PAX, uncompressed. Every header's checksum must be right, every payload whole, and the end-of-archive
-marker there; everything is read by `pread`, so that a reader may be shared by forked processes.
+Reads uncompressed USTAR, GNU and PAX. Every header's checksum must be right, every payload whole, and the
+end-of-archive marker present. All reads use `pread`, so that forked processes may share a reader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data.shards.index import TAR_BLOCK_BYTES
 
 AGAIN = "download or copy it again"
 NO_HEADER = "no tar header (a compressed tar must be unpacked first)"
-MAX_EXTENDED_BYTES = 1 << 20  # of a PAX or GNU header; real ones have some hundred
+MAX_EXTENDED_BYTES = 1 << 20  # of a PAX or GNU header; real headers have some hundred
 MAX_PADDING_BYTES = 1 << 20  # of zeros after the end marker; GNU tar and Python pad to 10 KiB
 ZERO_BLOCK = bytes(TAR_BLOCK_BYTES)
 FILE_KINDS = (b"0", b"\0", b"7")
@@ -28,28 +28,28 @@ KINDS_WITHOUT_PAYLOAD = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One entry of a tar; places are bytes from the start of the file."""
+    """One entry of a tar; offsets are bytes from the start of the file."""
 
     name: str
     kind: Literal["file", "folder", "other"]  # other: a link, a device, ...
-    offset: int  # of its first header
-    header_blocks: int  # before the payload, extended headers included
+    offset: int  # of the first header
+    header_blocks: int  # blocks before the payload, extended headers included
     num_bytes: int  # of the payload
-    is_renamed: bool  # its name is in an extended header, not in its own
+    is_renamed: bool  # whether an extended header holds its name
 
     @property
     def data_offset(self) -> int:
-        """Where the payload starts."""
+        """Offset of the payload."""
         return self.offset + self.header_blocks * TAR_BLOCK_BYTES
 
     @property
     def end(self) -> int:
-        """Where the next member starts."""
+        """Offset of the next member."""
         return self.data_offset + _padded(self.num_bytes)
 
 
 class TarReader:
-    """An open tar. A context manager."""
+    """An open tar, as a context manager."""
 
     def __init__(self, path: Path) -> None:
         """Raises UserError: no such file."""
@@ -67,7 +67,7 @@ class TarReader:
         os.close(self._descriptor)
 
     def read(self, offset: int, num_bytes: int) -> bytes:
-        """Exactly `num_bytes` at `offset`. Raises UserError: the file ends before, or cannot be read."""
+        """Exactly `num_bytes` at `offset`. Raises UserError: the file is shorter or cannot be read."""
         pieces: list[bytes] = []
         while num_bytes > 0:
             try:
@@ -81,21 +81,22 @@ class TarReader:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def payload(self, member: Member, limit_bytes: int = limits.IMAGE_BYTES) -> bytes:
-        """The bytes of a file. Raises OSError: more than the limit; a sparse archive holds them without taking room."""
+        """The bytes of a member. Raises OSError: more than the limit, which a sparse archive can hold in no space."""
         if member.num_bytes > limit_bytes:
             raise limits.too_large(self.path, f"'{member.name}' has {member.num_bytes:,} bytes", limit_bytes)
         return self.read(member.data_offset, member.num_bytes)
 
     def members(self, inside: Member | None = None) -> Iterator[Member]:
-        """Every entry in file order, or every entry of the tar that is the payload of member `inside`.
+        """Yields every entry in file order; `inside`: reads the tar that is this member's payload.
 
-        Raises UserError naming the byte: bad checksum, zeroed header, cut payload, no end marker, data after it.
+        Raises UserError naming the byte: a bad checksum, a zeroed header, a truncated payload, no end marker, or data
+        after the end marker.
         """
         position, end = 0, self.num_bytes
         if inside is not None:
             position, end = inside.data_offset, inside.data_offset + inside.num_bytes
-        for_all: dict[str, str] = {}  # from PAX headers of all following members
-        own: dict[str, str] = {}  # from PAX and GNU headers of the next one
+        for_all: dict[str, str] = {}  # from PAX headers for all following members
+        own: dict[str, str] = {}  # from PAX and GNU headers for the next member
         first = position
         while (header := self._header(position, end)) is not None:
             kind, size, name = header
@@ -106,7 +107,7 @@ class TarReader:
                 extended = self.read(data, size)
                 if kind == b"L":
                     own["path"] = _text(extended)
-                elif kind != b"K":  # K: the long target of a link, which is not followed
+                elif kind != b"K":  # K: the long target of a link; links are not followed
                     (own if kind == b"x" else for_all).update(self._pax(extended, position))
                 position = data + _padded(size)
                 continue
@@ -149,12 +150,12 @@ class TarReader:
         if self._number(block[148:156], position) != checksum:
             raise self._damaged(position, NO_HEADER)
         name = _text(block[:100])
-        if block[257:263] == b"ustar\0" and block[345] != 0:  # GNU keeps other things there
+        if block[257:263] == b"ustar\0" and block[345] != 0:  # GNU uses this field otherwise
             name = f"{_text(block[345:500])}/{name}"
         return block[156:157], self._number(block[124:136], position), name
 
     def _check_end(self, position: int, end: int) -> None:
-        """Two blocks of zeros or more, and nothing else, from `position` on."""
+        """Checks that two or more blocks of zeros, and nothing else, follow from `position`. Raises UserError."""
         rest = end - position
         if rest < 2 * TAR_BLOCK_BYTES:
             raise UserError(f"{self.path}: cut short, half an end marker at byte {position}; {AGAIN}")
@@ -164,7 +165,7 @@ class TarReader:
             raise self._damaged(position, f"{rest} bytes from here on were never written")
 
     def _pax(self, records: bytes, position: int) -> dict[str, str]:
-        """Records of the form `LENGTH KEYWORD=VALUE\\n`, the length counting all of it."""
+        """Parses records of the form `LENGTH KEYWORD=VALUE\\n`, whose LENGTH counts the whole record."""
         fields: dict[str, str] = {}
         while records:
             length = self._decimal(_text(records.partition(b" ")[0]), position)
@@ -176,11 +177,11 @@ class TarReader:
         return fields
 
     def _number(self, text: bytes, position: int) -> int:
-        """An octal number, or GNU's base 256 for what does not fit."""
+        """Parses an octal number, or GNU's base 256 for numbers that do not fit."""
         if text[0] == 0x80:
             return int.from_bytes(text[1:], "big")
         digits = text.replace(b"\0", b" ").strip()
-        if not re.fullmatch(rb"[0-7]*", digits):  # int() would take a sign too, and a size below 0 leads back
+        if not re.fullmatch(rb"[0-7]*", digits):  # int() accepts a sign; a negative size would lead back
             raise self._damaged(position, NO_HEADER)
         return int(digits or b"0", 8)
 

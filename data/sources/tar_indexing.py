@@ -1,7 +1,7 @@
-"""Shards written by others (webdataset's ShardWriter, img2dataset), made readable in place: index and manifest.
+"""Writes index and manifest for shards of others (webdataset's ShardWriter, img2dataset), to read them in place.
 
-The tars stay as they are. Their headers are checked strictly, for no count of theirs can be compared to. Photographs
-that were taken sideways stay so in the tars; every reader turns them upright (data.samples.images.to_rgb).
+The tars stay unchanged. Their headers are checked strictly, because no expected count exists to compare with. Readers
+apply the EXIF orientation of photographs (data.samples.images.to_rgb).
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from data.sources.base import BadItemError
 from data.sources.tar_file import TarReader
 from data.sources.tar_samples import Group, groups
 
-MAX_HEADER_BLOCKS = 255  # a byte of the record
+MAX_HEADER_BLOCKS = 255  # one byte in the record
 Record = tuple[int, int, list[int], list[int], int, int, int]  # the fields of RECORD
 
 
 def index_shards(directory: Path) -> Manifest:
-    """Writes index and side file of every *.tar in `directory` by name, and manifest.json; returns the manifest.
+    """Writes index and side file of every *.tar in `directory`, in the order of names, and returns the new manifest.
 
-    Shards that an earlier run indexed are skipped if their sizes are the same. Raises UserError: no tars, a damaged
-    one, a sample that our reader cannot address (the message says which), a key used twice.
+    Skips shards that an earlier run indexed, if their sizes are unchanged. Raises UserError: no tars, a damaged tar, a
+    sample that our reader cannot address (the message names it), or a repeated key.
     """
     directory = directory.resolve()
     paths = sorted(path for path in directory.glob("*.tar") if not path.name.startswith("."))
@@ -64,7 +64,7 @@ def _index(path: Path, source: str) -> ShardProgress:
 
 
 def _record(tar: TarReader, group: Group | BadItemError) -> Record:
-    """The index record of one sample, after checking that our reader will find the same sample by it."""
+    """The index record of one sample. Raises UserError: our reader could not find the sample by it."""
     if isinstance(group, BadItemError):
         raise _unfit(tar, group.reason)
     key, members = group.key, list(group.parts.values())

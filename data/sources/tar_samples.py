@@ -1,4 +1,4 @@
-"""Tars of WebDataset: which members make a sample."""
+"""Groups the members of WebDataset tars into samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data.sources.base import BadItemError
 from data.sources.folders import below, tell_passed_over
 from data.sources.tar_file import Member, TarReader
 
-# The key goes up to the first dot of the last piece, as in WebDataset.
+# The key ends at the first dot of the path's last component, as in WebDataset.
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 
 
@@ -26,9 +26,9 @@ class Group:
 
 
 def groups(tar: TarReader) -> Iterator[Group | BadItemError]:
-    """The samples of a WebDataset tar in file order; members that belong to none come as BadItemError.
+    """Yields the samples of a WebDataset tar in file order, and BadItemErrors for members that belong to no sample.
 
-    Raises UserError: what `TarReader.members` raises, and members of one key that are not neighbours.
+    Raises UserError: as `TarReader.members`; members of one key are not neighbours.
     """
     seen: set[str] = set()
     key, parts, repeated = "", dict[str, Member](), ""
@@ -59,10 +59,10 @@ def groups(tar: TarReader) -> Iterator[Group | BadItemError]:
 
 
 def find_tars(paths: Sequence[Path]) -> list[Path]:
-    """The tars `paths`, in their order; a folder stands for every *.tar below it, in the order of their paths.
+    """The tars in `paths`, in order; a folder stands for every *.tar below it, in the order of paths.
 
-    Which files count is said in data/sources/folders.py; those that are no tars are told. Raises UserError: no such
-    file or folder, no tar at all, a tar given twice or reached by two links.
+    data/sources/folders.py defines which files count; other files are reported. Raises UserError: no such file or
+    folder, no tar at all, or a tar given twice or reached by two links.
     """
     found: list[Path] = []
     for path in paths:

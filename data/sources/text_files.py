@@ -1,7 +1,6 @@
-"""Text that people bring: captions, prompts, labels, JSON lines, CSV. All of it is UTF-8.
+"""Reads text that people bring (captions, prompts, labels, JSON lines, CSV), all in UTF-8.
 
-A byte order mark belongs to the file, not to its text. Other bytes are refused: guessing an old code page would change
-letters without a word.
+A byte order mark is not part of the text. Other encodings are refused: guessing one could silently change letters.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def decode_text(payload: bytes) -> str:
-    """The text of a file's bytes; line ends stay as they are. Raises ValueError: no UTF-8, zero bytes in it."""
+    """The text of a file's bytes, with its line ends. Raises ValueError: not UTF-8, or with zero bytes."""
     if payload.startswith(UTF16_MARKS):
         raise ValueError("UTF-16, not UTF-8")
     try:
@@ -30,7 +29,7 @@ def decode_text(payload: bytes) -> str:
 
 
 def read_text(path: str | Path, kind: str = "text") -> str:
-    """The text of a file of this `kind`. Raises UserError: no such file, no text."""
+    """The text of a file; `kind`: what the file is, for messages. Raises UserError: no such file, or not text."""
     try:
         return decode_text(limits.read_bytes(path, limits.TEXT_BYTES))
     except (OSError, ValueError) as error:
@@ -39,14 +38,14 @@ def read_text(path: str | Path, kind: str = "text") -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text. Not str.splitlines(): that also splits at U+2028 and its like, which may stand in JSON."""
+    """The lines of a text. Unlike str.splitlines(), does not split at U+2028 and similar, which JSON may contain."""
     return text.replace("\r\n", "\n").split("\n")
 
 
 def without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of a file that may have one bad line among good ones, or not fit into memory: each is decoded alone.
+    """The lines of a file without its byte order mark, undecoded, so that one bad line spoils no other.
 
-    Raises ValueError: UTF-16, which has no lines of bytes.
+    Raises ValueError: UTF-16, whose bytes have no lines.
     """
     for number, line in enumerate(lines):
         if number == 0 and line.startswith(UTF16_MARKS):

@@ -1,8 +1,7 @@
-"""WebDataset tars (img2dataset's, the hub's, our own pixel shards) -> samples. Payloads are stored as they are.
+"""WebDataset tars (img2dataset's, the hub's, our own pixel shards) -> samples. Payloads stay unchanged.
 
-A sample has an image part, or those of an edit or an interleaved sample as data/samples/layouts.py names them. Texts
-come from the parts `txt` and `json`, a class from `cls` or json's "label". data/sources/prepare.py looks inside the
-images.
+A sample has one image part, or the image parts of an edit or an interleaved sample (data/samples/layouts.py). Texts
+come from the parts `txt` and `json`, a class from `cls` or json's "label". data/sources/prepare.py examines the images.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ from data.sources.tar_samples import Group, groups
 from data.sources.text_files import decode_text
 
 MAX_KEY_LETTERS = 64
-DIGEST_LETTERS = 16  # of a key that had to be changed
-# Of img2dataset: how the download went, and a block of text about the camera.
+DIGEST_LETTERS = 16  # in a key that had to be changed
+# img2dataset's fields about the download, and a block of text about the camera.
 DROPPED_FIELDS = ("status", "error_message", "exif")
 TEXT_PARTS = ("json", "txt", "cls")
 
 
 class WebDatasetSource:
-    """Tars as a source, each a unit; implements data.sources.base.Source.
+    """Tars as a source; each tar is a unit. Implements data.sources.base.Source.
 
-    Keys are `{tar's stem}-{key in the tar}`, made fit for our shards; json's "source_key" holds the key in the tar.
-    Captions are, in this order: those of `captions` for the sample; the json fields `caption_fields` ("txt" stands for
-    the part), as "captions" {field: text} if several; json's "captions"; the part txt; json's "caption".
-    Other fields of json are kept, all but null ones and DROPPED_FIELDS.
+    Keys are `{tar's stem}-{key in the tar}`, changed if our shards do not allow them; json's "source_key" holds the key
+    in the tar. The first of these that exists gives the captions: the table `captions`; the json fields
+    `caption_fields` ("txt" is the part), as "captions" {field: text} if several; json's "captions"; the part txt;
+    json's "caption". Other fields of json are kept, except null and DROPPED_FIELDS.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class WebDatasetSource:
         caption_fields: Sequence[str] = (),
         captions: CaptionTable | None = None,
     ) -> None:
-        """Raises UserError: no tars, one that is missing, caption fields and a caption table at once."""
+        """Raises UserError: no tars, a missing tar, or caption fields and a caption table at once."""
         if not tars:
             raise UserError("no tars given; name at least one, or a folder that holds them")
         if caption_fields and captions is not None:
@@ -127,7 +126,7 @@ class WebDatasetSource:
         return Sample(key, parts)
 
     def _captions(self, key: str, source_key: str, tree: Mapping[str, Any], txt: str) -> dict[str, Texts]:
-        """{"caption": text} or {"captions": list or object}, or {} without any."""
+        """The json fields of the captions: {"caption": text} or {"captions": list or object}; {}: no captions."""
         if self._table is not None:
             own_key = str(tree.get("key", source_key.rpartition("/")[2]))
             return {"captions": self._table.find(key, own_key, str(tree.get("url", "")))}
@@ -142,7 +141,7 @@ class WebDatasetSource:
 
 
 def _image_parts(key: str, group: Group) -> dict[str, str]:
-    """Role -> part, of one of the layouts."""
+    """Role -> image part. Raises BadItemError: the images fit no layout."""
     found: dict[str, list[str]] = collections.defaultdict(list)
     for part in group.parts:
         role, _, suffix = part.rpartition(".")
@@ -178,7 +177,7 @@ def _payload(key: str, tar: TarReader, member: Member, limit_bytes: int) -> byte
 
 
 def _tree(key: str, payload: bytes) -> dict[str, Any]:
-    """The fields of the part json that are kept."""
+    """The fields of the part json that are kept. Raises BadItemError: bad json."""
     try:
         tree = read_object(payload)
     except ValueError as error:
@@ -204,10 +203,10 @@ def _label(key: str, part: str, value: object) -> int:
 
 
 def _prefixes(names: Sequence[str]) -> list[str]:
-    """What keys of each tar start with, so that no two tars can give one key.
+    """A prefix for the keys of each tar, such that no two tars can yield one key.
 
-    A digest of the path is added to a stem that others share, or that others continue with "-": train.tar's 1-5 and
-    train-1.tar's 5 would be one key.
+    A stem gets a digest of its path if another tar has that stem or continues it with "-": otherwise 1-5 in train.tar
+    and 5 in train-1.tar would yield one key.
     """
     stems = [_fit(Path(name).stem) or "tar" for name in names]
     counts = collections.Counter(stems)
@@ -219,7 +218,7 @@ def _prefixes(names: Sequence[str]) -> list[str]:
 
 
 def _shard_key(prefix: str, source_key: str) -> str:
-    """A key of our shards: as it is where that is allowed, else changed and with a digest of what it was."""
+    """A valid key of our shards. A key that is not allowed is changed, and gets a digest of the original."""
     key = f"{prefix}-{source_key}"
     if KEY_PATTERN.fullmatch(key):
         return key

@@ -1,4 +1,4 @@
-"""Sources -> shards: over processes and nodes, resumable, every item accounted for.
+"""Writes sources as shards, on several processes and nodes, resumably, and accounts for every item.
 
 A unit of a source becomes one shard, so a shard's bytes depend on neither the number of processes nor on kills.
 """
@@ -38,18 +38,18 @@ from data.sources.prepare import CUT_AREA, Preparation
 
 WAIT_REPORT_EVERY_S = 30.0
 LOCK_WAIT_S = 5.0
-DEDUPLICATING = ".deduplicating"  # there while node 0 takes duplicates out
-RECIPE = 1  # raise it when the same input would give other bytes
+DEDUPLICATING = ".deduplicating"  # a file that exists while node 0 removes duplicates
+RECIPE = 1  # raise it when equal input would give other bytes
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Where the items of a source went: num_read = num_written + num_rejected."""
+    """Accounts for the items of a source: num_read = num_written + num_rejected."""
 
     num_read: int
     num_written: int
     num_rejected: int
-    reasons: tuple[tuple[str, int], ...] = ()  # kinds of rejection, the most frequent first
+    reasons: tuple[tuple[str, int], ...] = ()  # (kind of rejection, count), most frequent first
     cut: Cut = field(default_factory=Cut)
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Ledger:
 
     @property
     def cut_line(self) -> str:
-        """What the crop to a square took away; "" where it was little."""
+        """A line about images that lost much of their area to the square crop; "": no image did."""
         if not self.cut.num_cut:
             return ""
         lost = f"{self.cut.num_cut} of {self.cut.num_images} images lost more than {100 * CUT_AREA:.0f} % of their area"
@@ -68,10 +68,10 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Workers:
-    """Who shares the units. The shards do not depend on it."""
+    """The processes and nodes that divide the units. The shards do not depend on them."""
 
     num_processes: int = 1
-    node: int = 0  # of num_nodes, each running the same command on the same storage
+    node: int = 0  # number of this node; all nodes run one command on shared storage
     num_nodes: int = 1
 
     def __post_init__(self) -> None:
@@ -83,12 +83,12 @@ class Workers:
 
 @dataclass(frozen=True)
 class _Task:
-    """One unit, and where it goes."""
+    """One unit, and the path of its shard."""
 
     source: Source
     unit: int
     path: Path
-    identity: str  # of source and preparation
+    identity: str  # of source and preparation, in words
 
 
 def write_sources(
@@ -101,10 +101,10 @@ def write_sources(
 ) -> dict[Path, Ledger]:
     """Writes each source into its own folder; `prepare` filters and fits samples.
 
-    Units that an earlier run finished are kept. Bad items go to rejected.jsonl with their reason; with `strict` the
-    first one ends the run. `deduplicate_bits`: see remove_duplicates. Node 0 waits for the others and writes the
-    manifests; it returns the ledgers, the other nodes nothing. Prints a progress line. Raises UserError: damaged inputs
-    (each is named, all others are finished first), shards of another source in the folder.
+    Units that an earlier run finished are kept. Bad items go to rejected.jsonl with their reason; with `strict`, the
+    first bad item ends the run. `deduplicate_bits`: `max_bits` of remove_duplicates. Node 0 waits for the other nodes,
+    writes the manifests and returns the ledgers; other nodes return {}. Prints a progress line. Raises UserError:
+    damaged inputs (each is named, after all others are finished), or shards of another source in the folder.
     """
     workers = workers or Workers()
     identities = {
@@ -115,13 +115,13 @@ def write_sources(
         for directory, source in sources.items()
         for unit in range(len(source.units))
     ]
-    for touch in (check_shards, claim_shards):  # nothing is touched where one is refused
+    for touch in (check_shards, claim_shards):  # if any folder is refused, none is marked
         for directory in sources:
             touch(directory, MAKE_SHARDS)
     with contextlib.ExitStack() as locks:
         for directory in sources:
             locks.enter_context(_only_writer(directory, workers.node))
-        # Once node 0 takes duplicates out, shards change, and what is missing is its business alone.
+        # Once node 0 has begun to remove duplicates, shards change, so node 0 alone writes missing shards.
         is_late = any((directory / DEDUPLICATING).exists() for directory in sources)
         mine = tasks[workers.node :: workers.num_nodes]
         if is_late:
@@ -152,7 +152,7 @@ def write_sources(
 def _finish(
     directory: Path, names: Sequence[str], identity: str, deduplicate_bits: int | None, num_processes: int
 ) -> Ledger:
-    """Takes duplicates out, and writes the manifest."""
+    """Removes duplicates and writes the manifest. Returns the ledger."""
     if deduplicate_bits is not None:
         (directory / DEDUPLICATING).touch()
         remove_duplicates(directory, names, identity, deduplicate_bits, num_processes)
@@ -164,7 +164,7 @@ def _finish(
 
 @contextlib.contextmanager
 def _only_writer(directory: Path, node: int) -> Iterator[None]:
-    """Two commands must not write the same shards. Raises UserError: another one does, no folder can be made."""
+    """Inside, no other command writes as this node. Raises UserError: one does, or the folder cannot be made."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / f".node-{node}.lock").open("w")
@@ -173,9 +173,7 @@ def _only_writer(directory: Path, node: int) -> Iterator[None]:
             f"{directory}: no folder to write to ({error.strerror}); choose another --out"
         ) from None
     with lock:
-        give_up_s = (
-            time.monotonic() + LOCK_WAIT_S
-        )  # workers of a killed command need a moment to see that it is gone
+        give_up_s = time.monotonic() + LOCK_WAIT_S  # workers of a killed command need a moment to end
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,7 +191,7 @@ def _only_writer(directory: Path, node: int) -> Iterator[None]:
 
 
 def _identity(source: Source, prepare: Preparation | None, deduplicate_bits: int | None) -> str:
-    """What a shard was made of and how, kept in its side file."""
+    """The source and the preparation of a shard in words, which its side file keeps."""
     told = [source.description, f"recipe {RECIPE}"]
     if prepare is not None:
         told.append(prepare.description)
@@ -205,12 +203,12 @@ def _identity(source: Source, prepare: Preparation | None, deduplicate_bits: int
 def _run(
     todo: Sequence[_Task], num_kept: int, num_processes: int, prepare: Preparation | None, strict: bool
 ) -> list[str]:
-    """Writes the units of `todo`; returns what is wrong with each that could not be written."""
+    """Writes the units of `todo`; returns a line for each unit that could not be written."""
     if not todo:
         return []
     counts = multiprocessing.get_context("fork").Array(
         "q", 2 * len(todo), lock=False
-    )  # items read, 1 when done
+    )  # items read; then 1 for each finished unit
     progress = ProgressLine(f"{len(todo)} shards to write, {num_kept} kept", "items")
 
     def work(slot: int) -> str | None:
@@ -232,7 +230,7 @@ def _run(
 
 
 def _share(todo: Sequence[_Task], counts: Sequence[int]) -> float:
-    """How much of the work is done: by items, or by bytes where inputs of unknown length are among them."""
+    """Share of the work that is done, by items, or by bytes if the length of an input is unknown."""
     units = [task.source.units[task.unit] for task in todo]
     num_items = [unit.num_items for unit in units if unit.num_items is not None]
     if len(num_items) == len(units):
@@ -242,7 +240,7 @@ def _share(todo: Sequence[_Task], counts: Sequence[int]) -> float:
 
 
 def _wait_for_nodes(tasks: Sequence[_Task]) -> None:
-    """Until the other nodes have written their units."""
+    """Waits until the other nodes have written their units."""
     said_s = 0.0
     while waiting := [task for task in tasks if finished_shard(task.path, source=task.identity) is None]:
         if time.monotonic() - said_s > WAIT_REPORT_EVERY_S:
@@ -254,7 +252,7 @@ def _wait_for_nodes(tasks: Sequence[_Task]) -> None:
 
 
 def ledger(shards: Sequence[ShardProgress]) -> Ledger:
-    """The sums over shards, with the kinds of rejection counted."""
+    """Sums up the shards' side files, and counts rejections by kind."""
     kinds = collections.Counter(reason.partition(":")[0] for shard in shards for _, reason in shard.rejected)
     num_rejected = sum(len(shard.rejected) for shard in shards)
     num_written = sum(shard.entry.num_samples for shard in shards if shard.entry is not None)
@@ -295,5 +293,5 @@ def _write_unit(
 def _add(shard: OpenShard, sample: Sample, task: _Task) -> None:
     try:
         shard.add(sample)
-    except UserError as error:  # a repeated key: the input must say which
+    except UserError as error:  # a repeated key: names the input
         raise UserError(f"{task.source.units[task.unit].name}: {error}") from None

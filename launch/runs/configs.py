@@ -1,4 +1,4 @@
-"""The config of each kind of run (one YAML each)."""
+"""The configs of all kinds of runs; a YAML describes one run."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from tokenizer.training.stages import StageConfig
 
 @dataclass(frozen=True)
 class PixelRun:
-    """What every training on pixels has. Settings of several sections that must agree are compared when it is read."""
+    """The sections of every training on pixels. Reading the config compares settings that must agree."""
 
     run_dir: str
-    """Folder of checkpoints, logs, samples and the export; running again with it continues."""
+    """Folder of checkpoints, logs, samples and the export. A repeated command continues there."""
     data: DataConfig
     pixels: PixelConfig
     engine: EngineConfig
@@ -43,14 +43,14 @@ class PixelRun:
 
 @dataclass(frozen=True)
 class TokenizerRun(PixelRun):
-    """One stage of the tokenizer."""
+    """A training of one stage of the tokenizer."""
 
     stage: StageConfig
     preview_shards: str | None = None
-    """Validation shards whose first images the sample grids reconstruct."""
+    """Validation shards, of which the sample grids reconstruct the first images."""
     num_preview_images: Count = 16
     evaluation: StageEvaluationConfig | None = None
-    """Scores while the training goes on; None: none."""
+    """Scores during the training; None: no scores."""
 
     def __post_init__(self) -> None:
         stage = self.stage
@@ -71,7 +71,7 @@ class TokenizerRun(PixelRun):
             raise ConfigError(
                 "stage.discriminator is trained by engine.adversary_optimizer, which is not set; set it"
             )
-        if self.engine.zero_stage == 3:  # its weights are read outside its own engine's forward
+        if self.engine.zero_stage == 3:  # the loss reads the weights outside the engine's forward
             raise ConfigError(
                 "stage.discriminator and engine.zero_stage 3 do not go together; set engine.zero_stage 1"
             )
@@ -79,10 +79,10 @@ class TokenizerRun(PixelRun):
 
 @dataclass(frozen=True)
 class GeneratorRun:
-    """Text-to-image or editing on latent shards."""
+    """A training of text-to-image or editing on latent shards."""
 
     run_dir: str
-    """Folder of checkpoints, logs, samples and the export; running again with it continues."""
+    """Folder of checkpoints, logs, samples and the export. A repeated command continues there."""
     data: DataConfig
     packing: PackingConfig
     text_tokenizer: str
@@ -91,16 +91,16 @@ class GeneratorRun:
     engine: EngineConfig
     flow: FlowConfig = field(default_factory=FlowConfig)
     autoencoder: str | None = None
-    """Export that decodes the sample grids; None: no grids."""
+    """Exported autoencoder that decodes the sample grids; None: no grids."""
     preview_shards: str | None = None
-    """Validation latents whose first captions (and sources) the sample grids draw."""
+    """Validation latents, of which the sample grids draw the first captions (and sources)."""
     num_preview_images: Count = 8
     preview_sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the grids are drawn, and by default what sample.py draws; the time shift is always flow.time_shift."""
+    """Sampling of the grids, and the default of sample.py. The time shift is always flow.time_shift."""
     evaluation: PromptEvaluationConfig | None = None
-    """Scores while the training goes on; None: none."""
+    """Scores during the training; None: no scores."""
     task: Task | None = None
-    """What is learned. The entry point fills it in, so that the run folder's config.json says it."""
+    """The task that is learned. The entry point fills it in, so that the run folder's config.json has it."""
 
     def __post_init__(self) -> None:
         if self.packing.max_side != self.generator.max_side:
@@ -120,8 +120,9 @@ class GeneratorRun:
         _check_compile(self.flow.compile, self.engine)
 
     def learning(self, task: Task) -> GeneratorRun:
-        """This run with its task filled in. Raises UserError: it is a run of the other task; a text loss for samples
-        that mark no text.
+        """This run with its task filled in.
+
+        Raises UserError: the run is of the other task, or a text loss is set for samples that mark no text.
         """
         if self.task not in (None, task):
             raise UserError(f"task is {self.task}: start this config with launch/train_{self.task}.py")
@@ -134,16 +135,16 @@ class GeneratorRun:
 
     @property
     def sampling(self) -> SamplingConfig:
-        """`preview_sampling` under the time shift of the training: what grids, sample.py and exports draw with."""
+        """`preview_sampling` with the training's time shift, for grids, sample.py and exports."""
         return dataclasses.replace(self.preview_sampling, time_shift=self.flow.time_shift)
 
 
 @dataclass(frozen=True)
 class ClassRun:
-    """Class-conditional generation on latent shards."""
+    """A training of class-conditional generation on latent shards."""
 
     run_dir: str
-    """Folder of checkpoints, logs, samples and the export; running again with it continues."""
+    """Folder of checkpoints, logs, samples and the export. A repeated command continues there."""
     data: DataConfig
     packing: ClassPackingConfig
     generator: DitConfig
@@ -152,10 +153,10 @@ class ClassRun:
     autoencoder: str | None = None
     """Export that decodes the sample grids; None: no grids."""
     num_preview_images: Count = 16
-    """Images of a sample grid, their classes spread over all."""
+    """Images of a sample grid, whose classes are spread evenly over all classes."""
     preview_sampling: ClassSamplingConfig = field(default_factory=ClassSamplingConfig)
     evaluation: ClassEvaluationConfig | None = None
-    """Scores while the training goes on; None: none."""
+    """Scores during the training; None: no scores."""
 
     def __post_init__(self) -> None:
         align = self.flow.align
@@ -169,7 +170,7 @@ class ClassRun:
 
     @property
     def sampling(self) -> ClassSamplingConfig:
-        """`preview_sampling` under the time shift of the training: what sample_class.py and evaluations draw with."""
+        """`preview_sampling` with the training's time shift, for sample_class.py and evaluations."""
         return dataclasses.replace(self.preview_sampling, time_shift=self.flow.time_shift)
 
 
@@ -182,13 +183,13 @@ def _check_decoder(evaluation: object, autoencoder: str | None) -> None:
 
 @dataclass(frozen=True)
 class EncodeRun(EncodeConfig):
-    """Encoding of one data set, and of others that go with it."""
+    """Encoding of one data set, and of others with its statistics."""
 
     also: dict[str, str] = field(default_factory=dict)
-    """Further data sets, shards: out; encoded alike, under the first one's mean and deviation."""
+    """Further data sets, as shards: out. They are encoded alike, with the first set's mean and deviation."""
 
     def configs(self) -> list[EncodeConfig]:
-        """One config for each data set, the first one first."""
+        """One config for each data set, that of `shards` first."""
         common = {field.name: getattr(self, field.name) for field in dataclasses.fields(EncodeConfig)}
         first = EncodeConfig(**common)
         statistics_from = self.statistics_from or self.out

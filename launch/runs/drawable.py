@@ -1,4 +1,4 @@
-"""What sample.py, sample_class.py and evaluate.py draw with: a finished run's folder, or one that export.py wrote."""
+"""Finds what sample.py, sample_class.py and evaluate.py draw with, in a finished run's folder or an export's."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TRAININGS = {GeneratorRun: "t2i or edit", ClassRun: "class-conditional"}
 
 
 def prompt_models(folder: Path) -> tuple[tuple[Path, str, str], SamplingConfig]:
-    """Generator, autoencoder and text tokenizer of text-to-image or editing, and how they draw.
+    """(generator, autoencoder, text tokenizer) of text-to-image or editing, and their sampling.
 
-    Raises UserError: a run that is not finished, or that names no autoencoder; a folder of classes.
+    Raises UserError: the run is not finished, names no autoencoder, or is class-conditional.
     """
     if (folder / SAMPLING).is_file():
         if not (folder / TEXT_TOKENIZER).is_dir():
@@ -42,7 +42,7 @@ def check_edits(folder: Path) -> None:
 
 
 def class_models(folder: Path) -> tuple[tuple[Path, str], ClassSamplingConfig]:
-    """Generator and autoencoder of classes, and how they draw. Raises UserError as `prompt_models`."""
+    """(generator, autoencoder) of class-conditional generation, and their sampling. Raises UserError: as above."""
     if (folder / SAMPLING).is_file():
         if (folder / TEXT_TOKENIZER).is_dir():
             raise UserError(f"{folder}: draws prompts, not classes; give it to launch/sample.py")
@@ -61,7 +61,7 @@ def _exported(folder: Path, cls: type[SamplingT]) -> tuple[tuple[Path, str, str]
 
 
 def finished_run(run_dir: Path, cls: type[RunT]) -> tuple[RunT, str]:
-    """The config of a finished run, and its autoencoder. Raises UserError."""
+    """The config of a finished run, and its autoencoder. Raises UserError: not finished, or no autoencoder."""
     check_finished(run_dir, TRAININGS[cls])
     where = run_dir / "config.json"
     run = from_dict(cls, read_object(where), where=str(where))
@@ -69,14 +69,14 @@ def finished_run(run_dir: Path, cls: type[RunT]) -> tuple[RunT, str]:
 
 
 def autoencoder_of(run: GeneratorRun | ClassRun, run_dir: Path) -> str:
-    """Raises UserError: the run names none."""
+    """The folder of the run's autoencoder. Raises UserError: the run names none."""
     if run.autoencoder is None:
         raise UserError(f"{run_dir}/config.json: names no autoencoder; set 'autoencoder' in the run's config")
     return run.autoencoder
 
 
 def check_finished(run_dir: Path, training: str) -> None:
-    """Raises UserError: not the folder of a finished run; of a stopped one, with the command that makes do."""
+    """Raises UserError: `run_dir` holds no finished run. For a stopped run, names the command that exports it."""
     if (run_dir / EXPORT).is_dir():
         return
     if checkpoints := checkpoint_folder.all_in(run_dir / CHECKPOINTS):

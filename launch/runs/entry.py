@@ -1,4 +1,4 @@
-"""What every entry point shares: one line for a person's mistake, and the right packages on the path."""
+"""Shared by every entry point: exit statuses, one line for a person's mistake, checked packages, and parsers."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ STATUSES = {
     UserError: 2,
     KeyboardInterrupt: INTERRUPTED,
 }
-"""By the first class that an error is of; 1: a bug."""
+"""Exit status of an error, by the first class that fits; 1: a bug."""
 
 ConfigT = TypeVar("ConfigT")
 
 
 def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
-    """Calls `main` and returns the exit status, the same one on every rank; a UserError is printed as one line.
+    """Calls `main` and returns the exit status, equal on every rank; prints a UserError as one line.
 
-    0: finished. 2: a person has to do something. STOPPED: ended by a signal and saved. LOST_CONTACT: another rank is
-    gone. INTERRUPTED: Ctrl-C. After the last three the same command goes on; schedulers may give it again. 1: a bug.
-    `has_ranks`: the program is started once per rank; the first that cannot go on speaks for all.
+    0: finished. 2: a person must act. STOPPED: a signal ended it and it is saved. LOST_CONTACT: another rank is gone.
+    INTERRUPTED: Ctrl-C. After the last three a repeated command goes on; schedulers may repeat it. 1: a bug.
+    `has_ranks`: the program is started once a rank; the first rank that cannot go on speaks for all.
     """
     if has_ranks and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-        # launch/node.sh ignores it for the launcher's sake; a rank that hangs before training must end by it.
+        # launch/node.sh makes the launcher ignore SIGTERM; a rank that hangs before training must still end by it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     allow_tf32(True)
     terminal.hold()
@@ -60,7 +60,7 @@ def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
         if explained := peers.lost_contact(error) or files.full_disk(error):
             error = explained
         if isinstance(error, SystemExit) and (world == 1 or not error.code):
-            raise  # --help, or argparse, which has said why
+            raise  # --help, or an error that argparse has printed
         if world == 1 and not isinstance(error, (UserError, KeyboardInterrupt)):
             raise
         own = End(rank, _status(error), redact(_text(error)))
@@ -69,12 +69,12 @@ def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
     finally:
         terminal.flush()
     if distributed.is_started():
-        os._exit(status)  # the other ranks may wait in a collective: no clean-up that would wait for them
+        os._exit(status)  # no clean-up: it could wait for ranks that are in a collective
     return status
 
 
 def _show_bug(_kind: object, error: BaseException, _trace: object) -> None:
-    """Where a bug is, without secrets: an error of a library may hold the address that it was given."""
+    """Prints a bug's traceback without secrets: a library's error may contain a url with a password."""
     say(redact("".join(traceback.format_exception(error))), sys.stderr)
 
 
@@ -96,7 +96,7 @@ def _text(error: BaseException) -> str:
 
 
 def _tell(own: End, error: BaseException) -> None:
-    """What ended this rank, for people: a line, and for a bug where it is."""
+    """Prints what ended this rank: one line, and for a bug the traceback."""
     if own.status == 1 and not isinstance(error, SystemExit):
         _show_bug(None, error, None)
     what = "" if own.status == INTERRUPTED else "error: "
@@ -105,7 +105,7 @@ def _tell(own: End, error: BaseException) -> None:
 
 
 def check_packages() -> None:
-    """The registry has packages named `tokenizer` and `data`: refuses to run with those in place of ours."""
+    """Checks that our packages are imported. Raises UserError: others of their names (`data`, `tokenizer`) are."""
     for name in FOLDERS:
         spec = importlib.util.find_spec(name)
         origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
@@ -116,7 +116,7 @@ def check_packages() -> None:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser that also accepts the `--local_rank` which the deepspeed launcher appends."""
+    """An argument parser that also accepts `--local_rank`, which the deepspeed launcher appends."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return result
@@ -143,5 +143,5 @@ def read_config(cls: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
 
 
 def print_config(config: object) -> None:
-    """The resolved config as YAML, as --dry-run shows it: without secrets."""
+    """Prints the resolved config as YAML, secrets masked, for --dry-run."""
     say(dump(config).rstrip("\n"))

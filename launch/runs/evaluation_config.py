@@ -1,4 +1,4 @@
-"""Section `evaluation` of a training's config: what is scored on the way, and how often."""
+"""Section `evaluation` of a training's config: what is scored during the training, and how often."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Option = bool | int | float | str
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is scored, and how often."""
+    """The fields that all kinds of trainings share."""
 
     every_steps: Steps
-    """Steps between two evaluations; one more follows the last step. Training waits meanwhile."""
+    """Steps between two evaluations, for which the training waits; another evaluation follows the last step."""
     suites: dict[str, dict[str, Option]]
-    """Suite -> its options, as `launch/evaluate.py SUITE --help` names them, without dashes:
+    """Suite -> its options, with the names in `launch/evaluate.py SUITE --help`, without dashes:
     {generation: {reference: VIRTUAL_imagenet256_labeled.npz}}.
     """
 
@@ -32,13 +32,13 @@ class EvaluationConfig:
         if not self.suites:
             raise ConfigError("suites: names none; take the section 'evaluation' out, or name one")
         for suite in self.suites:
-            if suite not in SUITES or suite == "linear":  # which scores an encoder's export, no images
+            if suite not in SUITES or suite == "linear":  # linear scores an encoder's export, not images
                 known = ", ".join(name for name in SUITES if name != "linear")
                 raise ConfigError(f"suites: '{suite}' is none that a training can run; there are {known}")
             self.arguments(suite)
 
     def arguments(self, suite: str) -> argparse.Namespace:
-        """The suite's options as its command line gives them. Raises ConfigError: an unknown one, one missing."""
+        """The suite's options, as its command line parses them. Raises ConfigError: an option is unknown or missing."""
         parser = _Strict(prog=suite, add_help=False, allow_abbrev=False)
         add_suite_options(suite, parser)
         words = []
@@ -50,33 +50,33 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class ClassEvaluationConfig(EvaluationConfig):
-    """Of a class-conditional training."""
+    """The section of a class-conditional training."""
 
     num_images: Count = 5000
-    """Drawn each time, of all classes together. Published numbers use 50,000."""
+    """Images drawn each time, of all classes together. Published scores use 50,000."""
     sampling: ClassSamplingConfig | None = None
-    """How they are drawn; None: as preview_sampling. The time shift is always flow.time_shift."""
+    """Sampling of the images; None: preview_sampling. The time shift is always flow.time_shift."""
 
 
 @dataclass(frozen=True)
 class PromptEvaluationConfig(EvaluationConfig):
-    """Of a text-to-image or editing training."""
+    """The section of a text-to-image or editing training."""
 
     prompts: str
-    """File of prompts or edits (generator/prompts.py; launch/evaluate.py prompts writes those of benchmarks)."""
+    """File of prompts or edits (generator/prompts.py). `launch/evaluate.py prompts` writes those of benchmarks."""
     images_per_prompt: Count = 1
     sampling: SamplingConfig | None = None
-    """How they are drawn; None: as preview_sampling. The time shift is always flow.time_shift."""
+    """Sampling of the images; None: preview_sampling. The time shift is always flow.time_shift."""
 
 
 @dataclass(frozen=True)
 class StageEvaluationConfig(EvaluationConfig):
-    """Of a tokenizer's stage."""
+    """The section of a tokenizer stage."""
 
     shards: str
-    """Validation images."""
+    """Shards of validation images."""
     num_images: Count = 5000
-    """The first ones are reconstructed each time. Published numbers use ImageNet's 50,000."""
+    """How many of the first validation images are reconstructed each time. Published scores use ImageNet's 50,000."""
 
 
 class _Strict(argparse.ArgumentParser):

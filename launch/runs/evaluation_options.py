@@ -124,14 +124,15 @@ SUITES: Mapping[str, Callable[[argparse.Namespace, str], Suite]] = {
 
 
 def prepare_images(arguments: argparse.Namespace, team: Team) -> tuple[Path, Path | None]:
-    """The folder of the image set, --images or what is made of it in --out, and a manifest in place of the folder's
-    own; rank 0 makes them.
+    """The folder of the image set (--images, or one made from it in --out), and its manifest (None: the folder's own).
+
+    Rank 0 makes the folder and the manifest. Raises UserError: another number of class folders than the head has.
     """
     manifest: Path | None = arguments.manifest
     images: Path = arguments.images
     made = arguments.out / "images"
     if team.rank == 0 and (arguments.command == "linear" or images.suffix == ".npz"):
-        left = (made / NPZ_NAME, arguments.out / SCORES_NAME)  # by an earlier version, without a marker
+        left = (made / NPZ_NAME, arguments.out / SCORES_NAME)  # written by an earlier version, without a marker
         files.claim(
             made,
             "evaluate",
@@ -143,7 +144,7 @@ def prepare_images(arguments: argparse.Namespace, team: Team) -> tuple[Path, Pat
             num_classes = write_class_folders(images, made, IMAGE_PARTS)
             if (
                 num_classes != NUM_CLASSES
-            ):  # labels are places in the sorted list: they would name other classes
+            ):  # labels are positions in the sorted list of folders
                 raise UserError(f"{images}: {num_classes} class folders, the head names {NUM_CLASSES}")
         manifest = made / MANIFEST_NAME
     elif images.suffix == ".npz":
@@ -155,7 +156,7 @@ def prepare_images(arguments: argparse.Namespace, team: Team) -> tuple[Path, Pat
 
 
 def write_prompts(arguments: argparse.Namespace) -> None:
-    """A file of prompts that launch/sample.py draws from."""
+    """Writes a file of prompts for launch/sample.py."""
     out, given = arguments.out, arguments.file
     if arguments.benchmark in ("geneval", "geneval_rewritten"):
         say(benchmark_files.obtain(arguments.benchmark, given and given[0], arguments.expect_sha256))
@@ -177,7 +178,7 @@ def write_prompts(arguments: argparse.Namespace) -> None:
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """A command for every suite, and prompts, calibrate, report."""
+    """Adds a command for every suite, and prompts, calibrate and report."""
     commands = parser.add_subparsers(dest="command", required=True)
     for name in SUITES:
         suite = commands.add_parser(name)
@@ -203,7 +204,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def add_suite_options(name: str, parser: argparse.ArgumentParser) -> None:
-    """What one suite needs besides images: references, networks, judges."""
+    """Adds the options of one suite besides images: references, networks, judges."""
     add = parser.add_argument
     if name in ("reconstruction", "generation"):
         add("--inception", default=DOWNLOAD, help=f"FID's network: {_source()}")

@@ -1,7 +1,7 @@
-"""What a training reads, in so few words that all ranks can compare it: data sets, and the files that the config names.
+"""Fingerprints of a training's inputs, which all ranks compare: data sets, and the files that the config names.
 
-A data set's manifest holds the hash of every shard and index; each rank has checked its index files against it when it
-opened the set, and checks every sample that it reads. Of weights, which take gigabytes, size and a sample are compared.
+A data set's manifest holds the hash of every shard and index. Each rank has checked its index files against it when it
+opened the set, and checks every sample that it reads. Weights take gigabytes: their size and some blocks are compared.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ NAMED_BY = {
     "vgg16_weights",
     "weights",
 }
-"""Fields of a run's config that name files or folders to read. What is no path on this host is a name on the hub."""
+"""Fields of a run's config that name files or folders to read. A value that is no path on this host is a hub's name."""
 DATA = "data."
-"""Section whose sets are compared by their manifests."""
+"""Section of the data sets, which are compared by their manifests."""
 NUM_FILES = 32
 NUM_BLOCKS, BLOCK_BYTES = 16, 1 << 16
 DIGITS = 12
 
 
 def facts(config: Mapping[str, Any], mixture: Mixture, objective: Objective) -> dict[str, dict[str, str]]:
-    """By kind (of launch.runs.nodes.REMEDIES), then by name: the data sets, and what the model starts from.
+    """Fingerprints of the data sets and of the model's start, by kind (launch.runs.nodes.REMEDIES), then by name.
 
-    `config`: the resolved one of the run.
+    `config`: the run's resolved config.
     """
     sets = {
         f"{member.name or 'shards'} ({member.dataset.directory})": (
@@ -56,7 +56,7 @@ def facts(config: Mapping[str, Any], mixture: Mixture, objective: Objective) -> 
 
 
 def _samples(path: Path) -> Iterator[tuple[str, str]]:
-    """File and what is in it, for a file or up to NUM_FILES + 2 of a folder's; of shards, for their manifest."""
+    """Yields (file, fingerprint) for a file, or for up to NUM_FILES + 2 files of a folder; for shards, the manifest."""
     if path.is_file():
         yield str(path), _sample(path)
     elif (path / MANIFEST_NAME).is_file():
@@ -75,7 +75,7 @@ def _samples(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _sample(path: Path) -> str:
-    """Size, and a digest of blocks from the first to the last; of a small file, of all of it."""
+    """A file's size, and a digest of some blocks from the first to the last; of a small file, of all bytes."""
     digest = hashlib.sha256()
     with limits.open_file(path) as file:
         size = file.seek(0, os.SEEK_END)

@@ -1,6 +1,6 @@
-"""What must be equal on every node, and which node differs: checked at the start of every training.
+"""Checks, at the start of every training, what must be equal on every node, and names the node that differs.
 
-Comparison is pure: reports in, lines out. `launch/check_nodes.py` prints more about the same nodes.
+The comparison is a pure function of the ranks' reports. `launch/check_nodes.py` prints more about the nodes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ REMEDIES = {
 }
 TOKEN = ".nodes-check"  # noqa: S105  # a file's name
 SHARED_WITHIN_S = 15.0
-"""Network file systems show a new file after their attribute cache has expired."""
+"""How long a file may take to appear on other nodes: network file systems cache attributes."""
 
 Facts = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank says of its node. `facts`: by kind (a key of REMEDIES), then by name."""
+    """One rank's report of its node. `facts`: by kind (a key of REMEDIES), then by name."""
 
     rank: int
     host: str
@@ -52,7 +52,7 @@ class Report:
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Versions, source files and config of this process: what decides what it computes."""
+    """Versions, source files and config of this process, which determine what it computes."""
     found = versions()
     if torch.cuda.is_available():
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
@@ -60,13 +60,13 @@ def facts(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def source_hashes(repository: Path) -> dict[str, str]:
-    """Short SHA-256 of every Python file of the packages: unlike a commit, it sees edits that nobody committed."""
+    """Short SHA-256 of every Python file of the packages, which unlike a commit shows uncommitted edits."""
     paths = [path for name in FOLDERS for path in (repository / name).rglob("*.py")]
     return {path.relative_to(repository).as_posix(): files.sha256(path)[:12] for path in sorted(paths)}
 
 
 def differences(reports: Sequence[Report]) -> list[str]:
-    """One line for each node and kind that differs from what most ranks have (of two equal halves, rank 0's)."""
+    """A line for each node and kind that differs from the majority of ranks; between equal halves rank 0's counts."""
     lines = []
     for kind, remedy in REMEDIES.items():
         odd: dict[str, list[str]] = {}
@@ -97,18 +97,18 @@ def _nodes(reports: Sequence[Report], positions: Sequence[int]) -> list[str]:
 
 
 def compare(ranks: Ranks, own: Facts) -> list[str]:
-    """`differences` of all ranks; whole reports travel only if their digests differ. Collective."""
+    """`differences` of all ranks. Ranks exchange whole reports only if their digests differ. Collective."""
     if len(set(ranks.gather(files.digest(own)))) == 1:
         return []
     return differences(ranks.gather(Report(ranks.rank, socket.gethostname(), own)))
 
 
 def not_shared(ranks: Ranks, run_dir: Path, within_s: float = SHARED_WITHIN_S) -> list[str]:
-    """A line for each node where `run_dir` is not the folder that the first rank sees. Collective.
+    """A line for each node on which `run_dir` is not the first rank's folder. Collective.
 
-    Raises UserError when the first rank cannot write there.
+    Raises UserError: the first rank cannot write to it.
     """
-    name = f"{TOKEN}-{uuid.uuid4().hex}"  # each start has its own: of two at once the run lock refuses one, by name
+    name = f"{TOKEN}-{uuid.uuid4().hex}"  # unique, because two starts at once must not mix; the run lock refuses one
     if ranks.is_first:
         try:
             files.write_text(run_dir / name, "")
@@ -132,21 +132,21 @@ def not_shared(ranks: Ranks, run_dir: Path, within_s: float = SHARED_WITHIN_S) -
 
 
 def check_start(ranks: Ranks, run_dir: Path, config: Mapping[str, Any], inputs: Facts | None = None) -> None:
-    """Refuses a training whose nodes differ, with one line that names one of them. Collective.
+    """Refuses a training whose nodes differ, with one line that names a node. Collective.
 
-    `inputs`: what this rank reads (launch/runs/inputs.py). Raises UserError: other versions, source, config, data or
-    weights; run_dir not shared.
+    `inputs`: fingerprints of what this rank reads (launch/runs/inputs.py). Raises UserError: versions, source, config,
+    data or weights differ, or run_dir is not shared.
     """
     lines = compare(ranks, {**facts(config), **(inputs or {})}) + not_shared(ranks, run_dir)
     if lines:
         more = f"; {len(lines) - 1} more, see launch/check_nodes.py" if len(lines) > 1 else ""
-        distributed.stop()  # all ranks have found the same: the first one says it (entry.run)
+        distributed.stop()  # all ranks raise it; only the first prints it (entry.run)
         raise UserError(lines[0] + more)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """State of one rank's node that may differ, and what is suspect in it. Bytes; seconds since 1970."""
+    """State of one rank's node, which may differ between nodes. Sizes in bytes, times in seconds since 1970."""
 
     host: str
     memory_free: int
@@ -162,7 +162,7 @@ GIB = 2**30
 
 
 def hardware() -> dict[str, str]:
-    """GPU, their number on this node, driver; that of a CPU is its core count."""
+    """GPU model, number of GPUs on this node and driver; on a CPU, the number of cores."""
     if not torch.cuda.is_available():
         return {"GPU": "none", "CPU cores": str(threads.num_cores())}
     driver = Path("/proc/driver/nvidia/version")
@@ -174,7 +174,7 @@ def hardware() -> dict[str, str]:
 
 
 def condition(run_dir: Path, device: torch.device) -> Condition:
-    """What is free on this node now."""
+    """This node's present state: free memory and disk, and its clock."""
     gpu_free, gpu_total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
     memory_free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     disk_free = shutil.disk_usage(run_dir).free
@@ -182,7 +182,7 @@ def condition(run_dir: Path, device: torch.device) -> Condition:
 
 
 def suspects(conditions: Sequence[Condition]) -> list[str]:
-    """A line for each rank whose clock is off or whose GPU is in use; `conditions` in rank order, taken at once."""
+    """A line for each rank whose clock is off or whose GPU is in use. `conditions`: of one moment, in rank order."""
     lines = []
     clocks = sorted(state.clock_s for state in conditions)
     usual_s = clocks[len(clocks) // 2] if len(clocks) > 2 else conditions[0].clock_s

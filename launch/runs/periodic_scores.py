@@ -1,7 +1,7 @@
-"""Scores of the averaged weights every so many steps of a training, on all its ranks: section `evaluation` of a config.
+"""Scores the averaged weights at regular steps of a training, on all its ranks: section `evaluation` of a config.
 
-RUN/scores.jsonl gets a line each time. RUN/evaluation/ holds step_XXXXXXXX/SUITE/ with what launch/evaluate.py writes,
-the images of the last time and the reference's features.
+Each evaluation adds a line to RUN/scores.jsonl. RUN/evaluation/ holds step_XXXXXXXX/SUITE/ with the files of
+launch/evaluate.py, the last evaluation's images, and the reference's features.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ from tokenizer.training.stage_objective import StageObjective
 
 FOLDER = "evaluation"
 WAIT_S = 6 * 3600
-"""Ranks wait so long for the first one to score, which can take longer than any step."""
+"""How long ranks wait while the first rank scores, which can take longer than any step."""
 DrawSet = Callable[[Path, int, Any, Ranks, Team], None]
 """Draws an image set: folder, step, the training's objective, this rank and its device, all ranks."""
 SamplingT = TypeVar("SamplingT", bound=DrawingConfig)
 Start = Callable[[Ranks, Any], Evaluation]
-"""Makes the evaluation of an objective, once the ranks have met. Collective."""
+"""Builds the evaluation of an objective, once the ranks have met. Collective."""
 
 
 class TrainingScores:
-    """Draws an image set with the weights that are in the model, and scores it; implements base.objective.Evaluation.
+    """Draws an image set with the weights now in the model, and scores it. Implements base.objective.Evaluation.
 
-    The suites' networks are loaded each time and dropped again: a training needs the memory.
+    The suites' networks are loaded for each evaluation and dropped afterwards, because the training needs the memory.
     """
 
     def __init__(
         self, config: EvaluationConfig, run_dir: Path, draw: DrawSet, ranks: Ranks, objective: Objective
     ) -> None:
-        """Collective."""
+        """`draw`: draws the set; `objective`: owns the model. Collective."""
         self.every_steps = config.every_steps
         self._config, self._folder, self._draw = config, run_dir / FOLDER, draw
         self._ranks, self._objective = ranks, objective
@@ -66,7 +66,7 @@ class TrainingScores:
         self._team = Team(patient.rank, patient.world, patient.barrier, patient.gather)
 
     def run(self, step: int) -> Mapping[str, float]:
-        """`SUITE/METRIC` -> value."""
+        """Draws and scores: `SUITE/METRIC` -> value. Collective."""
         team, images, store = self._team, self._folder / "images", self._folder / "store"
         if team.rank == 0:
             for stale in (images, store):
@@ -83,14 +83,14 @@ class TrainingScores:
                 scores[f"{name}/{metric}"] = math.nan if entry["mean"] is None else entry["mean"]
         team.barrier()
         if team.rank == 0:
-            shutil.rmtree(store, ignore_errors=True)  # gigabytes that serve nobody again
+            shutil.rmtree(store, ignore_errors=True)  # gigabytes without further use
         if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
         return scores
 
 
 def start_of(run: PixelRun | GeneratorRun | ClassRun) -> Start | None:
-    """None where the config asks for no scores. Raises UserError: what they need is missing, or does not fit."""
+    """What starts the config's evaluation; None: it asks for no scores. Raises UserError: an input is missing."""
     if isinstance(run, ClassRun):
         return _of_class(run)
     if isinstance(run, GeneratorRun):
@@ -135,7 +135,7 @@ def _of_prompts(run: GeneratorRun) -> Start | None:
 
 
 def _of_stage(run: TokenizerRun) -> Start | None:
-    """Images are fitted as launch/reconstruct.py fits them."""
+    """The evaluation of a tokenizer stage, which fits images as launch/reconstruct.py does."""
     config = run.evaluation
     if config is None:
         return None
@@ -155,7 +155,7 @@ def _of_stage(run: TokenizerRun) -> Start | None:
 
 
 def check(config: EvaluationConfig, roles: Sequence[str]) -> None:
-    """Loads every suite once, so that what is missing is missed before the training. Raises UserError."""
+    """Loads every suite once, so that missing files are found before the training. Raises UserError."""
     for name in config.suites:
         suite = _load(config, name, Path(FOLDER), "cpu")
         if lacking := [role for role in suite.roles if role not in roles]:
@@ -174,12 +174,12 @@ def _load(config: EvaluationConfig, name: str, folder: Path, device: str) -> Sui
 
 
 def _sampling(chosen: SamplingT | None, default: SamplingT) -> SamplingT:
-    """The time shift is always the training's."""
+    """The chosen sampling (None: the default) with the training's time shift."""
     return default if chosen is None else dataclasses.replace(chosen, time_shift=default.time_shift)
 
 
 def _is_bf16(run: PixelRun | GeneratorRun | ClassRun) -> bool:
-    """Whether the weights are, so that nothing else will do."""
+    """Whether the run's weights are bf16, so that only bf16 inference is possible."""
     return run.engine.precision == "bf16"
 
 

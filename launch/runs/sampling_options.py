@@ -1,4 +1,4 @@
-"""How images are drawn, as options of a command line."""
+"""Command-line options for sampling images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ConfigT = TypeVar("ConfigT", bound=DrawingConfig)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """An option for each field of SamplingConfig but the time shift; `default` says where the others come from."""
+    """Adds an option for each field of SamplingConfig but the time shift; `default`: where unset values come from."""
     add = _add_drawing_options(
         parser, default, "seed of the first image; of a file of prompts: of all its seeds"
     )
@@ -29,13 +29,13 @@ def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_class_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """An option for each field of ClassSamplingConfig but the time shift."""
+    """Adds an option for each field of ClassSamplingConfig but the time shift."""
     add = _add_drawing_options(parser, default, "what the seeds of all images derive from")
     add("--guidance", type=float, help="scale; 1: none")
 
 
 def read_sampling_options(arguments: argparse.Namespace, base: ConfigT) -> ConfigT:
-    """`base` with what stands on the command line. Raises ConfigError."""
+    """`base` with the values of the command line. Raises ConfigError."""
     names = {field.name for field in dataclasses.fields(base)}
     given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     return from_dict(type(base), {**to_dict(base), **given}, where="options")

@@ -1,4 +1,4 @@
-"""The commands of make_shards that write shards: their arguments, and the sources these mean."""
+"""The commands of make_shards that write shards: their arguments, and the sources built from them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CAPTION_TABLE = "captions.sqlite"  # in the output folder
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """One command a source."""
+    """Adds one command for each kind of source."""
     folder = commands.add_parser("folder", help="a folder of images with captions, or one folder per class")
     folder.add_argument("--images", type=Path, required=True)
     folder.add_argument(
@@ -88,7 +88,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def add_workers(command: argparse.ArgumentParser) -> None:
-    """Options of every command that writes shards."""
+    """Adds the options of processes and nodes, which every command that writes shards has."""
     command.add_argument("--out", type=Path, required=True, help="folder of the data set")
     command.add_argument("--processes", type=int, default=NUM_PROCESSES, help="the bytes do not depend on it")
     command.add_argument("--node", type=int, default=0, help="this node, from 0; all run the same command")
@@ -118,12 +118,12 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
 
 
 def workers(arguments: argparse.Namespace) -> Workers:
-    """Who writes."""
+    """The processes and nodes that write."""
     return Workers(arguments.processes, arguments.node, arguments.nodes)
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What write_sources is told about filters and fitting."""
+    """The keyword arguments of write_sources for filters and fitting."""
     prepare = Preparation(
         resolution=arguments.resolution,
         min_px=arguments.min_px,
@@ -139,15 +139,15 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def told(ledgers: Mapping[Path, Ledger]) -> list[str]:
-    """What was written and left out, a line for each folder."""
+    """A line for each folder: how many samples were written and rejected."""
     lines = [(directory, line) for directory, ledger in ledgers.items() for line in (ledger.cut_line, ledger)]
     return [f"{directory}: {line}" for directory, line in lines if line]
 
 
 def source(arguments: argparse.Namespace) -> tuple[Source, str]:
-    """What the folder `--out` is written from, and what the summary has to say about the input ("" for nothing).
+    """The source for the folder `--out`, and a line about the input for the summary ("": none).
 
-    Raises UserError: input that is missing or does not fit.
+    Raises UserError: input is missing or unfit.
     """
     _check_inputs(arguments)
     if arguments.command == "folder":
@@ -156,7 +156,7 @@ def source(arguments: argparse.Namespace) -> tuple[Source, str]:
 
 
 def _check_inputs(arguments: argparse.Namespace) -> None:
-    """Raises UserError: shards would be written over what is read, or into it."""
+    """Raises UserError: the output would overwrite the input, or lie in it."""
     given = [getattr(arguments, name, None) or [] for name in ("tars", "captions", "labels", "files")]
     inputs = [
         Path(path) for one in given for path in (one if isinstance(one, list) else [one]) if path is not True

@@ -1,4 +1,4 @@
-"""The processes of one evaluation: all ranks under the deepspeed launcher, this one alone without it."""
+"""The processes of one evaluation: all ranks under the deepspeed launcher, otherwise this process alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from engine import distributed
 from evaluation.runner import ALONE, Team
 
 WAIT_S = 7 * 86400
-"""Ranks that are done wait for those that are not, with nothing between."""
+"""How long finished ranks wait for the others: a whole evaluation may lie between two collectives."""
 
 
 def meet() -> tuple[Team, str]:
-    """The team and this process's device; leave with engine.distributed.stop. Raises UserError: ranks do not meet."""
+    """Joins the ranks: the team and this process's device. End with engine.distributed.stop. Raises UserError."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE, own_device()
     ranks = distributed.start(WAIT_S)
@@ -22,5 +22,5 @@ def meet() -> tuple[Team, str]:
 
 
 def own_device() -> str:
-    """This process's device, where it works alone."""
+    """The device of a process that works alone."""
     return "cuda" if torch.cuda.is_available() else "cpu"

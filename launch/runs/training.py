@@ -1,4 +1,4 @@
-"""What every training entry point does with its config: opens the data, builds the objective, trains."""
+"""Runs a training from its config, for every training entry point: opens the data, builds the objective, trains."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tokenizer.training.stages import build_stage
 
 COMMAND = "train"
 OTHER_START_S = 20.0
-"""From the port to the run lock, of a training that starts."""
+"""How long a starting training may take from opening its port to taking the run lock."""
 RUN_FILES = (
     *(
         "config.json",
@@ -60,19 +60,19 @@ RUN_FILES = (
     ),
     *("hang", "nonfinite", "spikes", run_lock.NAME),
 )
-"""What a training writes to its run_dir, as patterns of names."""
+"""Patterns of the file names that a training writes to its run_dir."""
 PACKERS: dict[Task, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
 
 
 def train_on_pixels(run: PixelRun, build: Callable[[], Objective]) -> None:
-    """Opens the pixel shards first (the cheapest thing to fail), then builds the objective and trains it."""
+    """Opens the pixel shards (the cheapest step that can fail), then builds the objective and trains it."""
     _check_folder(run)
     mixture = Mixture.open(run.data.sets, run.data.storage)
     _train(run, mixture, PixelPacker(run.pixels), build())
 
 
 def train_generator(run: GeneratorRun) -> None:
-    """What launch/train_t2i.py and launch/train_edit.py do, with their task in `run`."""
+    """Trains text-to-image or editing: `run.task` must be filled in."""
     _check_folder(run)
     task = run.task
     assert task is not None
@@ -93,7 +93,7 @@ def train_generator(run: GeneratorRun) -> None:
 
 
 def train_class(run: ClassRun) -> None:
-    """What launch/train_class.py does."""
+    """Trains a class-conditional generator."""
     _check_folder(run)
     mixture = Mixture.open(run.data.sets, run.data.storage)
     latents = _latents(mixture)
@@ -108,9 +108,9 @@ def train_class(run: ClassRun) -> None:
 
 
 def objective_of(run: TokenizerRun | GeneratorRun | ClassRun) -> Objective:
-    """The objective of a training as it starts, without sample grids: what a checkpoint's weights belong in.
+    """A training's objective at its start, without sample grids, into which a checkpoint can be loaded.
 
-    Raises UserError: the data, or the weights that it starts from, are not at hand.
+    Raises UserError: the data or the initial weights are missing.
     """
     if isinstance(run, TokenizerRun):
         return build_stage(run.stage)
@@ -141,10 +141,10 @@ def _latents(mixture: Mixture) -> LatentInfo:
 
 
 def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer, latents: LatentInfo) -> Preview | None:
-    """The first validation captions (and sources), decoded by the autoencoder; None where one of them is missing.
+    """The preview of the first validation captions (and sources); None: the run has no preview shards or autoencoder.
 
-    Raises UserError: the autoencoder, or the preview's latents, are others than the training data's. Without preview
-    shards an autoencoder that is named need not be here yet.
+    Raises UserError: the autoencoder or the preview's latents do not match the training data. Without preview shards,
+    the autoencoder need not exist yet.
     """
     if run.autoencoder is None:
         return None
@@ -166,7 +166,7 @@ def _preview(run: GeneratorRun, text_tokenizer: TextTokenizer, latents: LatentIn
 
 
 def _check_autoencoder(autoencoder: str, latents: LatentInfo) -> None:
-    """Raises UserError: there is none, or the training data are of another one."""
+    """Raises UserError: the autoencoder is missing, or encoded other data than the training's."""
     if fingerprint(autoencoder) != latents.tokenizer_fingerprint:
         raise UserError(
             f"autoencoder {autoencoder}: the training latents were encoded with another one; give that one"
@@ -174,7 +174,7 @@ def _check_autoencoder(autoencoder: str, latents: LatentInfo) -> None:
 
 
 def _runs_sdpa(run: GeneratorRun) -> bool:
-    """Whether every pack will need its padded buckets. Raises UserError: a forced kernel cannot run here."""
+    """Whether SDPA will run, so that packs need padded buckets. Raises UserError: a forced kernel cannot run here."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if run.engine.precision == "fp32" else torch.bfloat16
     return (
@@ -183,12 +183,12 @@ def _runs_sdpa(run: GeneratorRun) -> bool:
 
 
 def _check_folder(run: PixelRun | GeneratorRun | ClassRun) -> None:
-    """Raises UserError: in run_dir are files that a training would replace, and none shows that one wrote them."""
+    """Raises UserError: run_dir holds files that a training would replace and that no training marked as its own."""
     files.check_claim(run.run_dir, COMMAND, RUN_FILES, _is_run)
 
 
 def _is_run(run_dir: Path) -> bool:
-    """Whether a training of an earlier version, which left no marker, wrote there."""
+    """Whether a training of an earlier version, which left no marker, wrote to the folder."""
     for name, fields in (("config.json", {"run_dir", "engine"}), (run_lock.NAME, {"machine", "pid"})):
         try:
             if fields <= set(files.read_json(run_dir / name)):
@@ -199,9 +199,10 @@ def _is_run(run_dir: Path) -> bool:
 
 
 def _start_ranks(run_dir: Path) -> Ranks:
-    """Two launches of one command on a host ask for one port: the second is told of the training, not of the port.
+    """Joins the ranks. If the port is taken by another training in `run_dir`, the error names that training.
 
-    The other one may have started a moment ago, and not hold the folder yet.
+    Two launches of one command on a host use one port. The other training may have started a moment ago, and may not
+    hold the folder's lock yet.
     """
     try:
         return distributed.start()
@@ -220,7 +221,7 @@ def _train(
     packer: Packer,
     objective: Objective,
 ) -> None:
-    if os.environ.get("RANK", "0") == "0":  # which alone talks to wandb
+    if os.environ.get("RANK", "0") == "0":  # only rank 0 uses wandb
         logs.check_wandb(run.engine.wandb)
     if run.engine.deterministic:
         if isinstance(run, PixelRun) and torch.cuda.is_available():
@@ -229,7 +230,7 @@ def _train(
                 "may need, have no deterministic kernel on a GPU; set it to false"
             )
         make_deterministic()
-    scores = periodic_scores.start_of(run)  # before the ranks meet: a mistake is one line, not one from each
+    scores = periodic_scores.start_of(run)  # before the ranks meet: a mistake is one line, not one a rank
     ranks = _start_ranks(Path(run.run_dir))
     resolved = to_dict(run)
     nodes.check_start(ranks, Path(run.run_dir), resolved, inputs.facts(resolved, mixture, objective))

@@ -1,1 +1,1 @@
-"""What a run will need, before it is started: memory, time, storage; and one measured step."""
+"""Estimates of a run's memory, time and storage before its start, and measurements of one step."""

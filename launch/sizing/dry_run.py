@@ -1,4 +1,4 @@
-"""--dry-run: the resolved config, parameter counts, and memory and time before anything is started."""
+"""The report of --dry-run: parameter counts, and estimates of memory and time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ GPU_COUNTS = (1, 8, 32, 256)
 
 
 def tokenizer_run(run: TokenizerRun) -> str:
-    """Report of a tokenizer stage."""
+    """The report of a tokenizer stage."""
     plan = tokenizer_plan(run)
     step = f"a step: {plan.num_images} images, {plan.step_flops:.3g} FLOP; {plan.engine.steps:,} steps"
     return "\n".join([dump(run) + "---", *_sizes(plan), step, *_on_gpus(plan)])
 
 
 def generator_run(run: GeneratorRun, *, is_edit: bool) -> str:
-    """Report of a text-to-image or editing run. Without the shards, the latents' shape is assumed and said so."""
+    """The report of a text-to-image or editing run. Without shards, a note says that the latents' shape is assumed."""
     shape, note = latent_shape(run)
     plan = generator_plan(run, shape, is_edit=is_edit)
     step = f"{plan.num_tokens:,} tokens, about {plan.num_images:,} targets"
@@ -31,7 +31,7 @@ def generator_run(run: GeneratorRun, *, is_edit: bool) -> str:
 
 
 def class_run(run: ClassRun) -> str:
-    """Report of a class-conditional run, likewise."""
+    """The report of a class-conditional run. Without shards, a note says that the latents' shape is assumed."""
     shape, note = latent_shape(run)
     plan = class_plan(run, shape)
     step = f"{plan.num_images:,} images of {plan.num_tokens // plan.num_images} tokens"
@@ -52,7 +52,7 @@ def _latents_report(
 
 
 def objective_run(run: object, objective: Objective) -> str:
-    """Report of a small training whose model is built anyway."""
+    """The report of a small training, whose model is built to count its parameters."""
     return f"{dump(run)}---\nparameters: {num_parameters(objective.model):,}"
 
 
@@ -64,7 +64,7 @@ def _sizes(plan: Plan) -> list[str]:
 
 
 def _on_gpus(plan: Plan) -> list[str]:
-    """Per number of GPUs; launch/preflight.py has the parts of the memory."""
+    """Lines of memory and time by number of GPUs. launch/preflight.py shows the parts of the memory."""
     counts = [gpus for gpus in GPU_COUNTS if gpus <= plan.num_streams]
     lines = [
         f"activations of a pack: {plan.activations / GIB:.1f} GiB",

@@ -1,4 +1,4 @@
-"""The arithmetic of a run before it starts: memory, time, storage. What --dry-run, recipes and preflight print."""
+"""Estimates a run's memory, time and storage by arithmetic, for --dry-run, recipes and preflight."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from launch.sizing.stage_size import PhaseSize, count_parameters, num_parameters
 from launch.sizing.step_time import H100, StepTime, Work, step_time
 
 TEXT_TOKENS = 102
-"""Of a caption of 100 tokens, where nothing has been counted yet."""
+"""Tokens of a text split with a caption of 100 tokens, assumed while nothing has been counted."""
 INSTRUCTION_TOKENS = 32
 PEAK = H100.peak_flops
 EXPERTS = 2
-"""Of a mixture's layer; a class-conditional block is like one of them."""
+"""Experts in a layer of the mixture of transformers; a class-conditional block resembles one expert."""
 CONTEXT_GIB = 3.0
-"""Of a GPU, for CUDA itself, communication and what the allocator cannot use."""
+"""GPU memory that CUDA itself, communication and the allocator's fragmentation take."""
 LATENT_SHAPES = {
     "runs/imagenet/decoder/export": (64, 16, 16),
     "runs/ablations/table5c/latent32/decoder/export": (32, 16, 16),
@@ -49,82 +49,82 @@ LATENT_SHAPES = {
     "runs/sd-vae": (4, 32, 32),
     "runs/flux-vae": (16, 32, 32),
 }
-"""What the autoencoders in configs/generator make of 256 px, by folder; as soon as there are shards, they decide."""
+"""Latent shapes (C, Y, X) at 256 px of configs/generator's autoencoders, by folder. Existing shards take precedence."""
 PAPER_LATENTS = (64, 16, 16)
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run in numbers. Counts are of parameters, sizes bytes, times seconds."""
+    """The numbers of a run. Counts are in parameters, sizes in bytes, times in seconds."""
 
     trained: dict[str, int]
-    """By module of the model."""
+    """Trained parameters by module of the model."""
     frozen: dict[str, int]
     num_adversary: int
     helper_bytes: int
-    """Frozen networks beside the model, whole on every GPU."""
+    """Size of the frozen networks beside the model, which every GPU holds whole."""
     phases: tuple[PhaseSize, ...]
-    """What a training step is like at first, then, and at last."""
+    """Memory and work of a step in each successive phase of the training."""
     phase_steps: tuple[int, ...]
-    """Steps of the run that are like each of them."""
+    """Number of steps in each phase."""
     works: tuple[Work, ...]
-    """What a pack is to a GPU in each of them."""
+    """A GPU's work for one pack in each phase."""
     num_tokens: int
-    """Of a step over all GPUs; the tokenizer's are places of the token grid."""
+    """Tokens of a step over all GPUs; a tokenizer's tokens are positions of its token grid."""
     num_images: int
-    """Of a step; a generator's targets."""
+    """Images of a step over all GPUs; a generator's targets."""
     pack_units: int
     """Size of a pack in the config's unit: tokens, or images."""
     engine: EngineConfig
     num_streams: int
     recomputing: float = 1.0
-    """Executed products over those in `phases` (activation checkpointing)."""
+    """Ratio of executed products to those in `phases`; above 1 with activation checkpointing."""
     num_unexported: int = 0
     """Parameters that only the training needs."""
 
     @property
     def num_trained(self) -> int:
-        """Of the model."""
+        """The model's trained parameters."""
         return sum(self.trained.values())
 
     @property
     def num_parameters(self) -> int:
-        """Of the model, trained or not."""
+        """All parameters of the model."""
         return self.num_trained + sum(self.frozen.values())
 
     @property
     def activations(self) -> int:
-        """Of a pack, in the fullest phase."""
+        """Bytes of a pack's activations in the fullest phase."""
         return max(phase.activations for phase in self.phases)
 
     @property
     def step_flops(self) -> float:
-        """Of a step, in the last phase."""
+        """FLOPs of a step in the last phase."""
         return self.phases[-1].flops * self.num_streams
 
     @property
     def run_flops(self) -> float:
-        """Of all steps, without what checkpointing does again in a generator."""
+        """FLOPs of all steps, without a generator's recomputation under checkpointing."""
         each = zip(self.phases, self.phase_steps, strict=True)
         return sum(phase.flops * steps for phase, steps in each) * self.num_streams
 
     def packs(self, num_gpus: int) -> int:
-        """Of the fullest rank in a step."""
+        """Packs of the fullest rank in a step."""
         return -(-self.num_streams // num_gpus)
 
     def at(self, zero_stage: int) -> Plan:
-        """The same under another ZeRO stage."""
+        """This plan under another ZeRO stage."""
         return dataclasses.replace(self, engine=dataclasses.replace(self.engine, zero_stage=zero_stage))
 
     def model_state(self, num_gpus: int, num_packs: int | None = None) -> StateBytes:
-        """Of one GPU. `num_packs` of a rank, if not those of the config."""
+        """States of the model's engine on one GPU. `num_packs`: packs of a rank; None: from the config."""
         packs = self.packs(num_gpus) if num_packs is None else num_packs
         frozen = self.num_parameters - self.num_trained
         return StateBytes.of(self.engine, self.num_trained, frozen, num_gpus, accumulates=packs > 1)
 
     def adversary_state(self, num_gpus: int, num_packs: int | None = None) -> StateBytes:
-        """Of one GPU: the discriminator's engine, which has no average; zeros without one."""
+        """States of the discriminator's engine, which has no average, on one GPU; zeros without a discriminator."""
         if not self.num_adversary:
             return StateBytes(*[0.0] * 6)
         packs = self.packs(num_gpus) if num_packs is None else num_packs
@@ -132,27 +132,27 @@ class Plan:
         return StateBytes.of(engine, self.num_adversary, 0, num_gpus, accumulates=packs > 1)
 
     def peak(self, num_gpus: int, phase: PhaseSize | None = None, num_packs: int | None = None) -> float:
-        """Bytes of one GPU at the fullest moment of a step like `phase`, or of the run, without CUDA's CONTEXT_GIB."""
+        """Peak bytes on one GPU in a step of `phase` (None: in the run), without CONTEXT_GIB."""
         if phase is None:
             return max(self.peak(num_gpus, each, num_packs) for each in self.phases)
         state, adversary = self.model_state(num_gpus, num_packs), self.adversary_state(num_gpus, num_packs)
         accumulates = (self.packs(num_gpus) if num_packs is None else num_packs) > 1
         if (
             phase.updates_adversary and accumulates and self.engine.zero_stage == 1
-        ):  # it keeps its bucket till the end
+        ):  # the adversary's engine keeps its bucket until the end
             return (state + adversary).peak(phase.activations) + self.helper_bytes
         peak = state.peak(phase.activations) + adversary.lasting
-        if phase.updates_adversary:  # its backward pass comes after the model's
+        if phase.updates_adversary:  # the adversary's backward pass comes after the model's
             kept = state.lasting + (state.gradients if accumulates else 0)
             peak = max(peak, adversary.peak(phase.activations) + kept)
         return peak + self.helper_bytes
 
     def memory_gib(self, num_gpus: int) -> float:
-        """`peak`."""
+        """`peak` of the run in GiB."""
         return self.peak(num_gpus) / GIB
 
     def step_time(self, num_gpus: int, phase: int = -1) -> StepTime:
-        """Of a step in the last phase, or another; GPUs with fewer packs than others wait for them."""
+        """Time of a step in `phase` (default: the last). GPUs with fewer packs wait for the others."""
         return step_time(
             self.works[phase].times(self.recomputing),
             self.engine,
@@ -162,15 +162,15 @@ class Plan:
         )
 
     def compute_s(self, num_gpus: int, mfu: float | None = None) -> float:
-        """Of a step's packs in the last phase. `mfu`: of an H100's peak, in place of the parts."""
+        """Seconds of a step's packs in the last phase. `mfu`: computes with this share of an H100's peak instead."""
         return self._compute_s(num_gpus, len(self.phases) - 1, mfu)
 
     def exchange_s(self, num_gpus: int) -> float:
-        """Of a step, once: gradients to their owners, the optimizer, weights back."""
+        """Seconds once a step: gradients to their owners, the optimizer, weights back."""
         return self.step_time(num_gpus).exchange_s
 
     def hours(self, num_gpus: int, mfu: float | None = None) -> float:
-        """Of the whole run."""
+        """Hours of the whole run. `mfu`: as in compute_s."""
         compute_s = sum(
             self._compute_s(num_gpus, index, mfu) * steps for index, steps in enumerate(self.phase_steps)
         )
@@ -182,19 +182,20 @@ class Plan:
         return self.phases[phase].flops * self.packs(num_gpus) * self.recomputing / (mfu * PEAK)
 
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint, all ranks' files: masters, two moments, averages; discriminator. Muon has one moment for
-        its matrices: for it an upper bound.
+        """Bytes of one checkpoint over all ranks: masters, two moments, averages, and the discriminator.
+
+        An upper bound for Muon, whose matrices have one moment.
         """
         average = 4 * len(self.engine.ema_decays)
         return self.num_trained * (12 + average) + self.num_adversary * 12
 
     def export_bytes(self) -> int:
-        """Of the export: averaged weights, whole."""
+        """Bytes of the export of the averaged weights."""
         return (self.num_parameters - self.num_unexported) * (2 if self.engine.precision == "bf16" else 4)
 
 
 def generator_plan(run: GeneratorRun, shape: tuple[int, int, int], *, is_edit: bool) -> Plan:
-    """For equal samples: captions of 100 tokens, or a source and an instruction of 30."""
+    """Plan of a generator on equal samples: a caption of 100 tokens, or a source and an instruction of 30 tokens."""
     channels, *grid = shape
     with torch.device("meta"):
         trained, frozen = count_parameters(Generator(run.generator, untrained_latents(shape)))
@@ -237,7 +238,7 @@ def generator_plan(run: GeneratorRun, shape: tuple[int, int, int], *, is_edit: b
 
 
 def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
-    """Of class-conditional generation on latents of `shape`; its attention's time is in that of the products."""
+    """Plan of class-conditional generation on latents of `shape`. Attention counts among the products."""
     align = run.flow.align
     with torch.device("meta"):
         model = new_generator(run.generator, untrained_latents(shape))
@@ -265,7 +266,7 @@ def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
         pack_images,
         precision=run.engine.precision,
         checkpointing=False,
-        num_weights=0,  # copies of weights are counted once a pack by themselves
+        num_weights=0,  # copies of weights are counted separately, once a pack
         align=align,
     )
     flops = class_sizing.training_flops(run.generator, shape, pack_images, align)
@@ -290,9 +291,9 @@ def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
 
 
 def tokenizer_plan(run: TokenizerRun) -> Plan:
-    """What a stage needs, by running its code without values (launch/sizing/stage_size.py).
+    """Plan of a tokenizer stage, from running its code on fake tensors (launch/sizing/stage_size.py).
 
-    The host is taken to keep up. The attention's time is in that of the products.
+    It assumes that the host keeps up with the GPU. Attention counts among the products.
     """
     size = stage_size(run.stage, run.pixels, run.engine.precision)
     steps, starts = run.engine.steps, [0]
@@ -320,8 +321,9 @@ def tokenizer_plan(run: TokenizerRun) -> Plan:
 
 
 def latent_shape(run: GeneratorRun | ClassRun) -> tuple[tuple[int, int, int], str]:
-    """Of the shards, and ""; without them of the run's autoencoder or the paper's (as far as the position table goes),
-    and a note that says so.
+    """Shape (C, Y, X) of the shards' latents, and ''.
+
+    Without shards: the shape of the run's autoencoder or the paper's, within the position table, and a note about it.
     """
     shape = LATENT_SHAPES.get(run.autoencoder or "", PAPER_LATENTS)
     if isinstance(run, GeneratorRun):
@@ -337,5 +339,5 @@ def latent_shape(run: GeneratorRun | ClassRun) -> tuple[tuple[int, int, int], st
 
 
 def untrained_latents(shape: tuple[int, int, int], text_tokenizer: str = "") -> LatentInfo:
-    """Latents of a shape that have not been made."""
+    """Format of latents of `shape` that do not exist yet."""
     return LatentInfo("bf16", shape, (0.0,) * shape[0], (1.0,) * shape[0], "", text_tokenizer)

@@ -1,4 +1,4 @@
-"""launch/preflight.py --execute: one real step of every phase on random data, measured beside the estimate."""
+"""launch/preflight.py --execute: measures one real step of every phase on random data, beside the estimate."""
 
 from __future__ import annotations
 
@@ -33,17 +33,20 @@ from tokenizer.export import CONFIG_NAME
 from tokenizer.training.stages import build_untrained
 
 MAX_PACKS = 2
-"""Of a rank and step: more than one accumulate gradients, and further ones add nothing."""
-PREVIEW_STEPS = 4  # of the solver: more take longer, not more memory
+"""Packs of a rank in a step: two packs accumulate gradients, and more packs need no more memory."""
+PREVIEW_STEPS = 4  # of the solver; more steps take longer, but no more memory
 Build = Callable[[], Objective]
 Evaluate = Callable[[Objective], Evaluation]
 Parts = tuple[Build, Callable[[int], Batch], str]
-"""How the objective is built, the pack of a stream, and a line about both."""
+"""What builds the objective, what makes the pack of a stream, and a line about both."""
 SamplingT = TypeVar("SamplingT", bound=DrawingConfig)
 
 
 def execute(preflight: Preflight, *, gpu_gib: float) -> None:
-    """In a temporary folder beside the run's. Raises UserError: out of memory, more ranks than packs."""
+    """Runs and prints the measurement, in a temporary folder beside the run's.
+
+    Raises UserError: out of memory, or more ranks than packs.
+    """
     run, plan = preflight.run, preflight.plan
     ranks = distributed.start()
     if ranks.world > run.data.num_streams:
@@ -86,7 +89,7 @@ def execute(preflight: Preflight, *, gpu_gib: float) -> None:
 
 
 def _evaluation(run: Run, folder: Path, ranks: Ranks) -> tuple[Evaluate | None, str]:
-    """A block of images for each rank (of prompts all), in few steps, scored by the real suites; a line about it."""
+    """A short evaluation by the real suites: one batch of images a rank (or all prompts), few steps; and a line."""
     if run.evaluation is None:
         return None, ""
     try:
@@ -115,7 +118,7 @@ def _with_few_images(run: Run, world: int) -> Run:
 
 
 def table(meter: Meter, plan: Plan, ranks: Ranks, packs: int) -> list[str]:
-    """A line for each phase, then the estimate's error for those that have one."""
+    """A line for each phase, then the estimate's error for the phases that have an estimate."""
     on_gpu = ranks.device.type == "cuda"
     columns = ("allocated", "reserved") if on_gpu else ("tensors", "resident")
     lines = [
@@ -226,7 +229,7 @@ def _shortened(sampling: SamplingT) -> SamplingT:
 
 
 def _decoder(autoencoder: str | None) -> tuple[Decode | None, str]:
-    """What turns previews into pixels, as far as it is there; None: the run draws none."""
+    """The decoder of previews, or a grey stand-in if it does not exist yet; None: the run draws no previews."""
     if autoencoder is None:
         return None, "samples: none, autoencoder or preview_shards is not set"
     if (Path(autoencoder) / CONFIG_NAME).is_file():
@@ -239,7 +242,7 @@ def _grey(latents: Tensor) -> Tensor:
 
 
 def _folder_beside(run_dir: str) -> str:
-    """On the file system that the training will use: a checkpoint is gigabytes, and all nodes must see it."""
+    """A new folder on the training's file system, which has room for a checkpoint and which all nodes share."""
     parent = Path(run_dir).parent
     parent.mkdir(parents=True, exist_ok=True)
     return tempfile.mkdtemp(prefix=".preflight-", dir=parent)

@@ -1,4 +1,4 @@
-"""What launch/preflight.py prints before anything is started: memory by ZeRO stage, storage, time."""
+"""The report of launch/preflight.py: memory by ZeRO stage, storage and time."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from launch.sizing.run_kinds import Run, Task
 
 RunT = TypeVar("RunT", bound=Run)
 STAGES = (1, 2, 3)
-TOKEN_STEP = 256  # what a smaller pack is rounded to, where there are so many
+TOKEN_STEP = 256  # suggested packs of more tokens are multiples of this
 IMAGENET_CLASSES, IMAGENET_IMAGES = 1_000, 1_281_167
 PACKS: dict[type[Run], tuple[str, str]] = {
     TokenizerRun: ("pixels", "images_per_pack"),
     GeneratorRun: ("packing", "tokens_per_pack"),
     ClassRun: ("packing", "images_per_pack"),
 }
-"""Section and field of the size of a pack."""
+"""The config's section and field that set the size of a pack, by task."""
 CHECKPOINTING = "activation_checkpointing"
 
 
@@ -45,47 +45,47 @@ class Preflight:
     run: Run
     plan: Plan
     shape: tuple[int, int, int] | None
-    """Latents of a generator."""
+    """Shape (C, Y, X) of a generator's latents."""
     note: str = ""
 
     @property
     def pack_key(self) -> str:
-        """The config's size of a pack."""
+        """The config's key for the size of a pack."""
         return ".".join(PACKS[type(self.run)])
 
     @property
     def counts_tokens(self) -> bool:
-        """Of a pack; others count images."""
+        """Whether the size of a pack is in tokens; otherwise it is in images."""
         return self.pack_key.endswith(".tokens_per_pack")
 
     @property
     def checkpointing_key(self) -> str:
-        """The config's switch."""
+        """The config's key for activation checkpointing."""
         return f"{self._trained}.{CHECKPOINTING}"
 
     def zero_change(self, stage: int) -> str:
-        """What makes it a run of another ZeRO stage; the third takes no compiled layers."""
+        """The settings that change the ZeRO stage; stage 3 also needs compiling off."""
         is_compiled = not isinstance(self.run, TokenizerRun) and self.run.flow.compile
         return f"engine.zero_stage={stage}" + (" flow.compile=false" if stage == 3 and is_compiled else "")
 
     def with_pack(self, units: int) -> Plan:
-        """With packs of so many tokens or images."""
+        """The plan with packs of `units` tokens or images."""
         section, field = PACKS[type(self.run)]
         return _plan(self.task, _changed(self.run, section, field, units), self.shape)
 
     def with_checkpointing(self) -> Plan | None:
-        """With activation checkpointing; None where the run has it."""
+        """The plan with activation checkpointing; None: the run has it already."""
         changed = _changed(self.run, self._trained, CHECKPOINTING, True)
         return None if changed == self.run else _plan(self.task, changed, self.shape)
 
     @property
     def _trained(self) -> str:
-        """The config's section of what is trained."""
+        """The config's section for the objective."""
         return "stage" if isinstance(self.run, TokenizerRun) else "flow"
 
 
 def plan_run(task: Task, run: Run) -> Preflight:
-    """The arithmetic of a run. Raises UserError: an earlier stage's export that is not there."""
+    """Plans a run. Raises UserError: an earlier stage's export is missing."""
     shape, note = (None, "") if isinstance(run, TokenizerRun) else latent_shape(run)
     return Preflight(task, run, _plan(task, run, shape), shape, note)
 
@@ -123,7 +123,7 @@ def report(preflight: Preflight, *, num_gpus: int, gpu_gib: float, mfu: float | 
 
 
 def remedies(preflight: Preflight, num_gpus: int, gpu_gib: float) -> list[str]:
-    """What to change so that the run fits, a line each, the cheapest first."""
+    """Changes of the config that make the run fit, one a line, cheapest first."""
     plan, limit = preflight.plan, (gpu_gib - CONTEXT_GIB) * GIB
     lines = [
         f"{preflight.zero_change(stage)}: {plan.at(stage).peak(num_gpus) / GIB:.1f} GiB"
@@ -150,7 +150,7 @@ def remedies(preflight: Preflight, num_gpus: int, gpu_gib: float) -> list[str]:
 
 
 def _smaller_pack(preflight: Preflight, num_gpus: int, limit: float) -> tuple[int, float] | None:
-    """The largest pack that fits, and its peak; it still holds a sample."""
+    """The largest pack that fits and still holds a sample, and its peak; None: there is none."""
     plan = preflight.plan
     least = -(-plan.num_tokens // plan.num_images) if preflight.counts_tokens else 1
     room = limit - plan.peak(num_gpus) + plan.activations
@@ -166,7 +166,7 @@ def _smaller_pack(preflight: Preflight, num_gpus: int, limit: float) -> tuple[in
 
 
 def _allowed_stages(preflight: Preflight) -> tuple[int, ...]:
-    """Those that the run's config takes (launch/runs/configs.py)."""
+    """ZeRO stages that the run's config allows (launch/runs/configs.py)."""
     run = preflight.run
     weighs_pivot = isinstance(run, TokenizerRun) and run.stage.weighs_pivot
     return STAGES[:2] if preflight.plan.num_adversary or weighs_pivot else STAGES

@@ -1,4 +1,4 @@
-"""Which kind of training a YAML describes."""
+"""Tells which kind of training a YAML describes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Run = TokenizerRun | GeneratorRun | ClassRun
 
 
 def read_run(path: str, overrides: Sequence[str] = ()) -> tuple[Task, Run]:
-    """By its sections: `stage` is a tokenizer's, `generator` a generator's.
+    """The task and config of a training's YAML. Section `stage` marks a tokenizer, section `generator` a generator.
 
-    An editing run is one that says so (`task`, as a run folder's config.json does) or that sets packing.source_dropout:
-    only edits have a source to drop. A class-conditional one sets packing.images_per_pack: others count tokens. Raises
-    UserError: neither or both sections, and what `base.config.load` refuses.
+    An editing run has `task` (as in a run folder's config.json) or sets packing.source_dropout, because only edits have
+    a source to drop. A class-conditional run sets packing.images_per_pack, because other packs count tokens. Raises
+    UserError: neither or both sections; as `base.config.load`.
     """
     tree = resolve(path, overrides)
     kinds = [name for name in ("stage", "generator") if name in tree]

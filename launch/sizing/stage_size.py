@@ -1,7 +1,7 @@
-"""Memory and work of a tokenizer stage's phases: its own code runs on tensors that have a shape and no values.
+"""Measures memory and work of a tokenizer stage's phases by running its code on fake tensors (shapes without values).
 
-Attention counts as what a fused kernel keeps (PyTorch's for the CPU and those for GPUs keep the same); the arithmetic
-under autocast is the CPU's, which differs from a GPU's with precision bf16 alone: there norms keep fp32 as well.
+Attention counts as what a fused kernel keeps, which is equal for PyTorch's CPU kernel and the GPU kernels. Autocast is
+the CPU's, which differs from a GPU's with precision bf16 only: there a GPU's norms keep fp32 values, too.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from engine.memory import TensorBytes
 from tokenizer.training.stages import StageConfig, StageObjective, build_untrained
 
 PHASES = ("losses", "+ discriminator's update", "+ its loss for the decoder")
-"""From `in_phases`'s steps FIRST_STEP, FIRST_STEP + 1, ... on. Without a discriminator the first one alone."""
-FIRST_STEP = 1  # step 0 is apart: optimizer states are made at its end
+"""Phases that begin at steps FIRST_STEP, FIRST_STEP + 1, ... of `in_phases`. Without a discriminator only the first."""
+FIRST_STEP = 1  # not step 0, at whose end the optimizer states are allocated
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class PhaseSize:
-    """Of one pack."""
+    """Memory and work of one pack in one phase."""
 
     name: str
     activations: int
-    """Bytes at the fullest."""
+    """Peak bytes."""
     flops: float
-    """Of all products done, also those done again."""
+    """FLOPs of all executed products, recomputed ones included."""
     updates_adversary: bool = False
 
 
 @dataclass(frozen=True)
 class StageSize:
-    """What a stage holds and does. Counts are of parameters."""
+    """Memory and work of a stage. Counts are in parameters."""
 
     trained: dict[str, int]
-    """By module."""
+    """Trained parameters by module."""
     frozen: dict[str, int]
     num_adversary: int
     helper_bytes: int
-    """Frozen networks beside the model: replica, perceptual network, discriminator's features."""
+    """Size of the frozen networks beside the model: replica, perceptual network, discriminator's features."""
     latent_shape: tuple[int, int, int]
     phases: tuple[PhaseSize, ...]
 
 
 def in_phases(stage: StageConfig) -> StageConfig:
-    """The stage with one more of PHASES at each of its first steps."""
+    """A copy of the stage that enters one of PHASES at each of its first steps."""
     return dataclasses.replace(
         stage,
         adaptive_pivot_start_step=0,
@@ -63,12 +63,12 @@ def in_phases(stage: StageConfig) -> StageConfig:
 
 
 def phase_names(stage: StageConfig) -> tuple[str, ...]:
-    """Those of PHASES that the stage has."""
+    """The PHASES that the stage has."""
     return PHASES if stage.gan is not None else PHASES[:1]
 
 
 def stage_size(stage: StageConfig, pixels: PixelConfig, precision: Precision) -> StageSize:
-    """Takes seconds, no memory and no weights. Raises UserError as `build_untrained` does."""
+    """Measures a stage in seconds, without memory or weights. Raises UserError: as `build_untrained`."""
     with torch.device("meta"):
         objective = build_untrained(in_phases(stage))
     model, adversary, helpers = objective.model, objective.adversary, objective.helpers
@@ -95,7 +95,7 @@ def stage_size(stage: StageConfig, pixels: PixelConfig, precision: Precision) ->
 
 
 def count_parameters(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
-    """By child module: parameters that are trained, and that are not. Children without any are left out."""
+    """Numbers of trained and of frozen parameters by child module; children without parameters are left out."""
     trained, frozen = (
         {
             name: sum(p.numel() for p in child.parameters() if p.requires_grad == is_trained)
@@ -108,14 +108,14 @@ def count_parameters(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Parameters of a module, trainable or not."""
+    """Number of all parameters of a module, trainable or not."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _phase(
     objective: StageObjective, name: str, step: int, pixels: PixelConfig, precision: Precision
 ) -> PhaseSize:
-    """One pack forward and backward, and the discriminator's, as the loop does it."""
+    """Runs one pack forward and backward, then the discriminator's update, as the loop does."""
     shape = (pixels.images_per_pack, 3, pixels.image_px, pixels.image_px)
     batch = PixelBatch(torch.zeros(shape, dtype=torch.uint8), ("",) * shape[0], 0, ({},) * shape[0])
     modules = (
@@ -140,6 +140,6 @@ def _backward(loss: Callable[..., LossOutput], batch: object, step: int, precisi
 
 
 def _zero_gradient(parameter: Tensor) -> Tensor:
-    """There already, as the engine's arithmetic counts it: what the pass adds is its activations alone."""
+    """Allocates the gradient before the pass, so that only activations are counted; StateBytes counts gradients."""
     parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

@@ -1,7 +1,7 @@
-"""Seconds of a training step on a GPU, part by part: what --dry-run, recipes and preflight print.
+"""Estimates the seconds of a training step on a GPU, part by part, for --dry-run, recipes and preflight.
 
-Every part is an amount (FLOP, bytes, kernels) over a rate. The amounts follow from the config; the rates stand in one
-table, REACHED, with where each is from. None has been measured on this code yet: `make gpu` measures them.
+Every part is an amount (FLOP, bytes, kernels) divided by a rate. The amounts follow from the config. The table REACHED
+holds the rates and their sources. No rate has been measured on this code yet: `make gpu` measures them.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ MASTER_BYTES = 4  # sums, masters and each moment are fp32
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a device can do, from its data sheet."""
+    """A device's rates from its data sheet."""
 
     name: str
     peak_flops: float
-    """Dense bf16 FLOP a second."""
+    """Dense bf16 FLOP/s."""
     memory_bytes_per_s: float
     node_bytes_per_s: float
-    """Out of one GPU to others of its node."""
+    """Bandwidth out of one GPU to others of its node."""
     far_bytes_per_s: float
-    """Out of one GPU to other nodes."""
+    """Bandwidth out of one GPU to other nodes."""
 
 
 H100 = Gpu("H100", PEAK_FLOPS["H100"], 3.35e12, 450e9, 50e9)
-"""SXM, with NVLink 4 and InfiniBand NDR."""
+"""H100 SXM with NVLink 4 and InfiniBand NDR."""
 
 
 @dataclass(frozen=True)
 class Reached:
-    """Shares of a device's rates that this code reaches, and what the host costs."""
+    """Shares of a device's rates that this code reaches, and the host's costs in seconds."""
 
     products: float = 0.59
     """Matrix products: 570 to 600 TFLOP/s of an H100's 989 at width 896, from the tiles of their shapes."""
     attention: float = 0.14
-    """Useful pairs, forward and backward: variable-length kernels execute 1.7 times as many, in heads of 64 columns."""
+    """Useful query-key pairs, both passes. Variable-length kernels execute 1.7 times as many, for heads of width 64."""
     memory: float = 0.85
-    """Kernels that only read and write, as copies of large tensors reach it."""
+    """Kernels that only read and write, which reach the rate of copies of large tensors."""
     node: float = 0.73
     """NCCL's all-gather and reduce-scatter inside a node: 330 of 450 GB/s."""
     far: float = 0.8
-    """The same between nodes: 40 of 50 GB/s."""
+    """NCCL's all-gather and reduce-scatter between nodes: 40 of 50 GB/s."""
     launch_s: float = 9e-6
-    """Of the host for one kernel: 18 ms for the 2,000 of a sampling step."""
+    """Host time for launching one kernel, from 18 ms for the 2,000 kernels of a sampling step."""
     pack_s: float = 1e-3
-    """A pack's beginning: its tensors' way to the device, the first kernels."""
+    """Time for starting a pack: copying its tensors to the device, and the first kernels."""
 
 
 REACHED = Reached()
@@ -59,18 +59,18 @@ REACHED = Reached()
 
 @dataclass(frozen=True)
 class Work:
-    """One pack, forward and backward pass."""
+    """Work of one pack's forward and backward pass."""
 
     products: float
-    """FLOP."""
+    """FLOP of matrix products."""
     attention: float
-    """FLOP of the pairs that the mask allows."""
+    """FLOP of the query-key pairs that the mask allows."""
     moved: float
-    """Bytes that everything else reads and writes (generator/traffic.py)."""
+    """Bytes that all other kernels read and write (generator/traffic.py)."""
     launches: int
 
     def times(self, share: float) -> Work:
-        """So much of it: a checkpointed model runs its forward pass twice."""
+        """This work times `share`, for example 4/3 for activation checkpointing, which repeats the forward pass."""
         return Work(
             self.products * share, self.attention * share, self.moved * share, round(self.launches * share)
         )
@@ -78,31 +78,31 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step by named part; they add up."""
+    """Seconds of one step by named part; the parts add up."""
 
     packs: dict[str, float] = field(default_factory=dict)
-    """Of all packs of a rank."""
+    """Seconds for all packs of a rank."""
     boundary: dict[str, float] = field(default_factory=dict)
-    """Once a step: exchange and optimizer. Nothing of it overlaps with computing."""
+    """Seconds once a step, for exchange and optimizer. They do not overlap with computing."""
 
     @property
     def parts(self) -> dict[str, float]:
-        """All of them."""
+        """The parts of packs and boundary."""
         return self.packs | self.boundary
 
     @property
     def compute_s(self) -> float:
-        """Of the packs."""
+        """Seconds of the packs."""
         return sum(self.packs.values())
 
     @property
     def exchange_s(self) -> float:
-        """Of the boundary."""
+        """Seconds of the boundary."""
         return sum(self.boundary.values())
 
     @property
     def total_s(self) -> float:
-        """Of the step."""
+        """Seconds of the step."""
         return sum(self.parts.values())
 
 
@@ -116,12 +116,12 @@ def step_time(
     gpu: Gpu = H100,
     reached: Reached = REACHED,
 ) -> StepTime:
-    """A rank's step of `num_packs` packs like `work`. `num_trained`: parameters, the discriminator's included."""
+    """Time of a rank's step with `num_packs` packs of `work`. `num_trained`: parameters, with the discriminator's."""
     memory = reached.memory * gpu.memory_bytes_per_s
     weight = ValueBytes.of(engine.precision).stream
     casts = (
         2 * (weight + 2) if engine.precision == "bf16_autocast" else 0
-    )  # a weight to bf16, its gradient back
+    )  # casts a weight to bf16 and its gradient back
     device = {
         "matrix products": work.products / (reached.products * gpu.peak_flops),
         "norms, rotations, SwiGLU, casts": (work.moved + casts * num_trained) / memory,
@@ -136,7 +136,7 @@ def step_time(
     out, back = _exchanges(engine, num_packs)
     others = (num_gpus - 1) / num_gpus
     share = num_trained / num_gpus
-    # A shard: gradient, clipped; master, both moments, each average in and out; the weight that is sent.
+    # Bytes of a shard: the gradient, clipped; master, both moments and each average in and out; the weight sent.
     shard_bytes = MASTER_BYTES * (3 + 3 * 2 + 3 * len(engine.ema_decays)) + weight
     boundary = {
         "gradients exchanged": num_trained * MASTER_BYTES * out * others / link,
@@ -148,10 +148,10 @@ def step_time(
 
 
 def _exchanges(engine: EngineConfig, num_packs: int) -> tuple[float, float]:
-    """How often a gradient leaves a GPU in a step, and a weight comes.
+    """How often in a step a gradient leaves a GPU, and how often a weight arrives.
 
-    Gradients go to their owners alone: once a step (ZeRO-1), or of every pack (2, 3). ZeRO-3 also fetches the weights
-    twice for each pack.
+    Gradients go only to their owners: once a step (ZeRO-1), or once a pack (ZeRO-2 and 3). ZeRO-3 also fetches the
+    weights twice a pack.
     """
     if engine.zero_stage == 1:
         return 1, 1

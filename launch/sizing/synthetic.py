@@ -1,4 +1,4 @@
-"""Random images, latents, texts and classes in place of shards, to measure a training before its data are there."""
+"""Random images, latents, texts and classes, with which a training is measured before its data exist."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPECIAL_IDS = 4
 
 
 class SyntheticText:
-    """A text tokenizer of a given vocabulary: bytes, folded into it. Implements data.samples.text.TextTokenizer."""
+    """A text tokenizer that maps bytes into a vocabulary of given size. Implements data.samples.text.TextTokenizer."""
 
     im_start_id, im_end_id, vision_start_id, vision_end_id = range(SPECIAL_IDS)
     fingerprint = "synthetic"
@@ -27,49 +27,49 @@ class SyntheticText:
         self.vocab_size = vocab_size
 
     def encode(self, text: str) -> list[int]:
-        """One id a byte."""
+        """One id for each byte of `text`."""
         return [SPECIAL_IDS + byte % (self.vocab_size - SPECIAL_IDS) for byte in text.encode()]
 
     def decode(self, ids: list[int]) -> str:
-        """The ids themselves: folded bytes cannot be told apart."""
+        """The ids as text, because different bytes may share an id."""
         return " ".join(map(str, ids))
 
 
 class SyntheticSource:
-    """The same packs every step, one for each of this rank's streams. Implements base.objective.BatchSource."""
+    """Returns fixed packs at every step, one for each of this rank's streams. Implements base.objective.BatchSource."""
 
     def __init__(self, batches: Sequence[Batch], num_streams: int) -> None:
         self.num_streams = num_streams
         self._batches = batches
 
     def next_step(self) -> Sequence[Batch]:
-        """This rank's packs."""
+        """This rank's fixed packs."""
         return self._batches
 
     def state_dict(self) -> dict[str, Any]:
-        """There is nothing to remember."""
+        """A state without content."""
         return {"fingerprint": "synthetic", "streams": {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """There is nothing to take up."""
+        """Does nothing: the source has no position."""
 
     def metrics(self) -> Mapping[str, float]:
-        """Samples of a step on this rank."""
+        """Ledger of a step: this rank's samples."""
         return {"samples": float(sum(len(batch.sample_ids) for batch in self._batches))}
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: the source holds no resources."""
 
 
 def pixel_pack(config: PixelConfig, seed: int) -> PixelBatch:
-    """A pack of noise."""
+    """A pack of noise images."""
     images = pixels(config.images_per_pack, config.image_px, seed)
     names = tuple(f"synthetic-{index}" for index in range(len(images)))
     return PixelBatch(images, names, seed, tuple({} for _ in names))
 
 
 def pixels(num_images: int, image_px: int, seed: int = 0) -> Tensor:
-    """Noise, uint8 [num_images, 3, image_px, image_px]."""
+    """Noise images, uint8 [num_images, 3, image_px, image_px]."""
     shape = (num_images, 3, image_px, image_px)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
@@ -86,9 +86,9 @@ def latent_pack(
     max_side: int,
     seed: int,
 ) -> PackedBatch:
-    """Equal samples as long as they fit, nothing dropped; the last one's text fills the pack to `num_tokens`.
+    """A pack of as many equal samples as fit, without dropout; the last sample's text fills it to `num_tokens`.
 
-    `text_tokens` is less where not even one sample would fit.
+    The text is shorter than `text_tokens` if not even one sample would fit.
     """
     generator = torch.Generator().manual_seed(seed)
     sources, targets = (
@@ -111,7 +111,7 @@ def latent_pack(
 
 
 def class_pack(shape: tuple[int, int, int], *, num_images: int, num_classes: int, seed: int) -> ClassBatch:
-    """A pack of noise, its images of all classes in turn."""
+    """A pack of noise latents, of all classes in turn."""
     latents = torch.randn((num_images, *shape), generator=torch.Generator().manual_seed(seed))
     names = tuple(f"synthetic-{index}" for index in range(num_images))
     return ClassBatch(latents, torch.arange(num_images) % num_classes, names, seed)
@@ -120,7 +120,7 @@ def class_pack(shape: tuple[int, int, int], *, num_images: int, num_classes: int
 def conditions(
     shape: tuple[int, int, int], *, num_images: int, text_tokens: int, num_sources: int
 ) -> tuple[Condition, ...]:
-    """What previews are drawn from."""
+    """Equal conditions for previews: a text of zeros, and sources of noise."""
     sources = tuple(
         torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in range(num_sources)
     )
