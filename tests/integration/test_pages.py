@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from base import FOLDERS
 from base.config import UserError
 from data.doctor.examination import diagnose
 from data.doctor.findings import Problem
@@ -217,8 +218,7 @@ def test_no_name_of_a_chart_becomes_an_element() -> None:
 
 
 def sources() -> list[tuple[str, ast.Module]]:
-    folders = ("data", "tokenizer", "generator", "evaluation", "engine", "launch")
-    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     return [(str(path.relative_to(ROOT)), ast.parse(path.read_text())) for path in paths]
 
 

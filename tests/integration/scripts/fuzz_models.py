@@ -18,10 +18,12 @@ from base.config import UserError
 from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from engine import checkpoint_export, checkpoint_folder, checkpoint_writer
 from engine.layout import Segment
-from launch.runs.configs import EncodeRun, JudgeRun, StandInRun
+from launch.runs.configs import EncodeRun
 from launch.sizing import run_kinds
 from quickstart.judge import Judge, JudgeConfig, JudgeExport, SceneClasses
 from quickstart.judge_network import JudgeNetwork
+from quickstart.train_judge import JudgeRun
+from quickstart.train_standin import StandInRun
 from tokenizer.releases.checkpoint import read_checkpoint
 from tokenizer.weights import write_tensors
 
@@ -36,7 +38,7 @@ def module_at(path: str) -> ModuleType:
     return module
 
 
-exports = module_at("unit/test_strange_exports.py")
+exports = module_at("unit/base/test_strange_exports.py")
 
 
 def checkpoint(folder: Path) -> None:
