@@ -356,7 +356,11 @@ def test_an_index_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
     assert [sample.key for sample in dataset.read([0, 100, 499])] == ["s0", "s100", "s499"]
     os.truncate(tmp_path / "shard-000000.index.npy", 4096)
     assert [sample.key for sample in dataset.read([3, 498])] == ["s3", "s498"]
-    for read in (lambda: dataset.read([3, 999]), lambda: dataset.read([600]), lambda: dataset.num_text_tokens):
+    for read in (
+        lambda: dataset.read([3, 999]),
+        lambda: dataset.read([600]),
+        lambda: dataset.num_text_tokens,
+    ):
         with pytest.raises(UserError, match=r"shard-000000\.index\.npy: .*run the writer again"):
             read()
 
