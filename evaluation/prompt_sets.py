@@ -63,7 +63,7 @@ def _original(edits: Path, images: Path, name: str) -> Path:
         path = files.inside(images, name)
     except UserError as error:
         raise UserError(f"{edits}: {error}") from None
-    if not path.is_file():
+    if not files.is_file(path):
         raise UserError(f"{path}: no such file; unpack ImgEdit-Bench's images below {images}")
     return path
 

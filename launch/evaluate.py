@@ -120,7 +120,7 @@ def _compare(known: str, scores: Mapping[str, Any]) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    say(render_benchmarks(arguments.runs, arguments.out, arguments.max_failed))
+    say(render_benchmarks(arguments.runs, arguments.out, arguments.max_failed, arguments.images))
 
 
 if __name__ == "__main__":

@@ -93,20 +93,25 @@ class Run:
     evaluations: tuple[Evaluation, ...]  # ordered by the path of their scores
 
 
-def read_run(folder: Path) -> Run:
-    """Reads every scores.json in the folder or below it. Raises UserError: no scores."""
+def read_run(folder: Path, images: Sequence[Path] = ()) -> Run:
+    """Reads every scores.json in the folder or below it; `images`: folders elsewhere that may be shown.
+
+    Raises UserError: no scores.json.
+    """
     paths = sorted(folder.rglob(SCORES_NAME))
     if not paths:
         raise UserError(f"{folder}: no {SCORES_NAME} in or below it; score a set of images first")
-    return Run(folder.resolve().name, tuple(read_evaluation(path) for path in paths))
+    return Run(folder.resolve().name, tuple(read_evaluation(path, [folder, *images]) for path in paths))
 
 
-def render_benchmarks(folders: Sequence[Path], out: Path, max_failed: int = MAX_FAILED) -> Path:
-    """Writes the page, with the images of at most `max_failed` failed items of each suite.
+def render_benchmarks(
+    folders: Sequence[Path], out: Path, max_failed: int = MAX_FAILED, images: Sequence[Path] = ()
+) -> Path:
+    """Writes the page, with the images of at most `max_failed` failed items of each suite; `images`: as read_run.
 
     Raises UserError as read_run and base.files.write_page.
     """
-    files.write_page(out, page([read_run(folder) for folder in folders], max_failed))
+    files.write_page(out, page([read_run(folder, images) for folder in folders], max_failed))
     return out
 
 
@@ -205,6 +210,9 @@ def _is_failure(name: str, value: Any) -> bool:
 def _failed(run: Run, max_failed: int) -> Html:
     parts = []
     for evaluation in run.evaluations:
+        if evaluation.hidden:
+            shows = f"to show them, add --images {evaluation.hidden}"
+            parts.append(absent(f"{evaluation.scores['suite']}: its images are elsewhere; {shows}"))
         items = failed_items(evaluation)
         if not items:
             continue

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,7 +114,8 @@ class Evaluation:
     name: str
     scores: Mapping[str, Any]  # scores.json
     per_item: Mapping[str, Mapping[str, Any]]  # key -> line of per_item.jsonl
-    images: ImageSet | None  # None: the images are gone
+    images: ImageSet | None  # None when the images are gone, or may not be shown
+    hidden: str = ""  # where the images are that may not be shown
 
     def groups(self) -> dict[str, list[Item]]:
         """Scored items by their first group ("" without one), groups and items in manifest order."""
@@ -147,7 +149,7 @@ def read_report_input(root: Path) -> ReportInput:
         notes=tuple(_read(root / "notes.json", _NOTES)),
         trainings=tuple(sorted(trainings, key=lambda t: (order.get(t.name, len(order)), t.name))),
         evaluations={
-            path.parent.name: read_evaluation(path)
+            path.parent.name: read_evaluation(path, [root])
             for path in sorted(root.glob(f"evaluation/*/{SCORES_NAME}"))
         },
         machine=machine(),
@@ -176,18 +178,39 @@ def _number(value: object) -> float | None:
         return None
 
 
-def read_evaluation(path: Path) -> Evaluation:
-    """Reads scores.json and the files beside it. Raises UserError: a file that evaluation.runner does not write."""
+def read_evaluation(path: Path, named: Sequence[Path] = ()) -> Evaluation:
+    """Reads scores.json and the files beside it, with pictures where `_may_show` says so; `named`: folders that a person named.
+
+    Raises UserError: a file that is not what evaluation.runner writes.
+    """
     scores = files.checked(_SCORES, files.read_json(path), path)
     lines = read_lines(path.with_name(PER_ITEM_NAME), "an evaluation")
     images_dir = path.parent / scores["images"]
     manifest = path.parent / scores["manifest"] if "manifest" in scores else images_dir / MANIFEST_NAME
+    has_set = files.is_file(manifest)
+    may_show = _may_show(images_dir, manifest, path.parent, named)
     return Evaluation(
         name=path.parent.name,
         scores=scores,
         per_item={line["key"]: line for line in files.checked(_LINES, lines, path.with_name(PER_ITEM_NAME))},
-        images=ImageSet.open(images_dir, manifest) if files.is_file(manifest) else None,
+        images=ImageSet.open(images_dir, manifest) if has_set and may_show else None,
+        hidden=os.path.normpath(images_dir) if has_set and not may_show else "",
     )
+
+
+def _may_show(images: Path, manifest: Path, own: Path, named: Sequence[Path]) -> bool:
+    """Whether a page may show these images: scores of a stranger may name any folder, and pages are sent to others.
+
+    Images and manifest stand below the scores' `own` folder or below folders that the person named, or both are a set
+    beside the own folder.
+    """
+    try:
+        images, manifest, own = images.resolve(), manifest.resolve(), own.resolve()
+        allowed = [own, *(folder.resolve() for folder in named)]
+    except (OSError, ValueError, RuntimeError):  # a circle of links; a zero byte
+        return False
+    is_below = all(any(map(path.is_relative_to, allowed)) for path in (images, manifest))
+    return is_below or (images.parent == own.parent and manifest == images / MANIFEST_NAME)
 
 
 def _read(path: Path, kind: TypeAdapter[Any]) -> Any:

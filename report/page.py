@@ -112,8 +112,11 @@ def page(report: ReportInput, found: Sequence[Outcome]) -> str:
     sections = [_targets(report, found)]
     for gallery in GALLERIES:
         evaluation = report.evaluations.get(gallery.evaluation)
-        shown = evaluation is not None and evaluation.images is not None
-        body = gallery.render(evaluation) if evaluation and shown else absent("No images yet.")
+        if evaluation is None or evaluation.images is None:
+            hidden = evaluation.hidden if evaluation else ""
+            body = absent(f"Its images are outside the run folder: {hidden}" if hidden else "No images yet.")
+        else:
+            body = gallery.render(evaluation)
         sections.append(section(gallery.title, body, gallery.lead))
     sections += [
         section("Scores by category", _scores(report)),

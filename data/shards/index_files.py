@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +20,14 @@ from data.shards.storage import retrying
 MAX_OPEN_INDICES = 64  # each holds one of a process's descriptors, commonly 1,024, for several data sets
 PREFIX_BYTES = 10  # start of an .npy file: magic, version, length of the header
 MAX_HEAD_BYTES = 4096
-NEAR_RECORDS = 64  # records this close are read at once: 5 kB cost less than another call
-READ_ATTEMPTS = 3  # for local files; network file systems retry by themselves
+BLOCK_RECORDS = 256  # read at once: 20 kB cost little more than one record
+# A window of the plan is 32 runs of 64 neighbours (data/plan/plan.py): their blocks stay while its packs are read, and
+# those of the next window and of a few other streams beside them. 5 MB.
+MAX_BLOCKS = 256
+# A record without its fields: with them, numpy copies one field after the other, and takes 50 times as long.
+OPAQUE = np.dtype((np.void, RECORD.itemsize))
+BLOCK_BITS = 32  # of a place: the shard's number before them, in them the block's
+READ_ATTEMPTS = 3  # of local files; network file systems repeat by themselves
 RETRY_WAIT_S = 0.5
 CONTINUE = "run the writer again (make_shards or encode_latents), it continues there"
 
@@ -33,23 +40,32 @@ class IndexFiles:
         self._indices = indices
         self._num_samples = num_samples
         self._open = functools.lru_cache(maxsize=MAX_OPEN_INDICES)(self._opened)
+        self._block = functools.lru_cache(maxsize=MAX_BLOCKS)(self._read)
 
     def __iter__(self) -> Iterator[Records]:
         """Yields all records of each shard in turn. Raises UserError: a file has changed."""
         for index, count in zip(self._indices, self._num_samples, strict=True):
             yield load_index(index, count, index) if isinstance(index, Path) else index
 
-    def take(self, shard: int, rows: npt.NDArray[np.int64]) -> Records:
-        """The records of a shard at `rows`, which must ascend. Raises UserError: the file was truncated."""
-        index = self._indices[shard]
-        if not isinstance(index, Path):
-            return index[rows]
-        breaks = np.flatnonzero(np.diff(rows) > NEAR_RECORDS) + 1
-        pieces = [self._near(shard, index, some) for some in np.split(rows, breaks)] if len(breaks) else []
-        return np.concatenate(pieces) if pieces else self._near(shard, index, rows)
+    def take(self, shards: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> Records:
+        """The records at `rows` of `shards`, one or more, ascending together. Raises UserError: a file that was cut."""
+        block, inside = rows // BLOCK_RECORDS, rows % BLOCK_RECORDS
+        places = shards << BLOCK_BITS | block
+        cuts = [0, *(np.flatnonzero(places[1:] != places[:-1]) + 1).tolist(), len(rows)]
+        blocks = map(self._block, places[cuts[:-1]].tolist())
+        pieces = [
+            records[inside[a:b]] for records, (a, b) in zip(blocks, itertools.pairwise(cuts), strict=True)
+        ]
+        return np.concatenate(pieces).view(RECORD)
 
-    def _near(self, shard: int, path: Path, rows: npt.NDArray[np.int64]) -> Records:
-        first, num_bytes = int(rows[0]), (int(rows[-1]) - int(rows[0]) + 1) * RECORD.itemsize
+    def _read(self, place: int) -> npt.NDArray[np.void]:
+        """The records of one block, each as bytes. Raises UserError: a file that was cut."""
+        shard, first = place >> BLOCK_BITS, (place & (1 << BLOCK_BITS) - 1) * BLOCK_RECORDS
+        last = min(first + BLOCK_RECORDS, self._num_samples[shard])
+        path = self._indices[shard]
+        if not isinstance(path, Path):
+            return path[first:last].view(OPAQUE)
+        num_bytes = (last - first) * RECORD.itemsize
 
         def action() -> bytes:
             try:
@@ -62,8 +78,7 @@ class IndexFiles:
                 raise UserError(f"{path}: index was cut while it is read; {CONTINUE}")
             return content
 
-        content = retrying(action, str(path), READ_ATTEMPTS, RETRY_WAIT_S)
-        return np.frombuffer(content, RECORD)[rows - first]
+        return np.frombuffer(retrying(action, str(path), READ_ATTEMPTS, RETRY_WAIT_S), OPAQUE)
 
     def _opened(self, shard: int) -> tuple[Descriptor, int]:
         """A shard's open index, and the byte at which its records begin."""

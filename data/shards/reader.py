@@ -147,13 +147,7 @@ class ShardDataset:
         if ordered[0] < 0 or ordered[-1] >= len(self):
             raise IndexError(f"sample index outside 0 .. {len(self) - 1}")
         shards = np.searchsorted(self._first, ordered, side="right") - 1
-        changes = np.flatnonzero(np.diff(shards)) + 1
-        pieces = [
-            self._indices.take(shard, ordered[a:b] - self._first[shard])
-            for a, b in itertools.pairwise([0, *changes.tolist(), len(ordered)])
-            for shard in [int(shards[a])]
-        ]
-        records = np.concatenate(pieces)
+        records = self._indices.take(shards, ordered - self._first[shards])
         starts = records["offset"].astype(np.int64)
         ends = starts + extents(records)
         breaks = np.flatnonzero((starts[1:] != ends[:-1]) | (shards[1:] != shards[:-1])) + 1

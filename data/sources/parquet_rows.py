@@ -39,7 +39,10 @@ def open_table(source: Any, *, checksums: bool = False) -> pq.ParquetFile:
 def row_batches(
     table: pq.ParquetFile, group: int, columns: Sequence[str], at_once: int
 ) -> Iterator[list[Row]]:
-    """Yields a row group's rows, at most `at_once` at a time. Raises OSError: rows unpack to too much."""
+    """Yields a row group's rows, at most `at_once` at a time.
+
+    Raises OSError: rows unpack to too much; pyarrow.ArrowInvalid: a value that Python cannot hold.
+    """
     about = table.metadata.row_group(group)
     wanted = [about.column(number) for number in range(about.num_columns)]
     largest = max(
@@ -64,7 +67,11 @@ def row_batches(
             column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
             for column in batch.columns
         ]
-        yield pa.RecordBatch.from_arrays(plain, names=batch.schema.names).to_pylist()
+        try:
+            rows = pa.RecordBatch.from_arrays(plain, names=batch.schema.names).to_pylist()
+        except (ValueError, OverflowError) as error:  # a time in nanoseconds that Python's times cannot say
+            raise pa.ArrowInvalid(str(error)) from None
+        yield rows
 
 
 def _columns(table: pq.ParquetFile) -> list[Any]:

@@ -199,6 +199,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     calibrate("--scores", type=Path, required=True, help="its scores.json")
     report = commands.add_parser("report").add_argument
     report("runs", type=Path, nargs="+", help="folders with a scores.json in or below them, one column each")
+    report("--images", type=Path, nargs="+", default=[], help="folders whose images may be shown, beside those of runs")
     report("--max-failed", type=int, default=MAX_FAILED, help="failed items shown of each suite and run")
     report("--out", type=Path, required=True, help="the page, an .html file")
 

@@ -250,7 +250,8 @@ def test_the_report_sets_runs_beside_the_paper_and_shows_what_failed(
     write_scores(
         tmp_path / "second/dpg/scores.json", "dpg", {"dpg_qwen3vl": 81.23, "dpg_qwen3vl_entity": 90}, {}
     )
-    run(monkeypatch, "report", tmp_path / "first", tmp_path / "second", "--out", tmp_path / "page.html")
+    where = ("--images", folder, "--out", tmp_path / "page.html")
+    run(monkeypatch, "report", tmp_path / "first", tmp_path / "second", *where)
     page = (tmp_path / "page.html").read_text()
     assert "Table 4, GenEval" in page and "0.71<br>" in page and "RPiAE + DDT head" in page
     assert "second, DPG is dpg_qwen3vl" in page and "81.23" in page
@@ -258,13 +259,13 @@ def test_the_report_sets_runs_beside_the_paper_and_shows_what_failed(
         "Tables 3", ""
     )  # none of its numbers is there
     assert "&lt;thing" in page and "<thing" not in page and "data:image/png;base64," in page
-    first = read_run(tmp_path / "first")
+    first = read_run(tmp_path / "first", [folder])
     (evaluation,) = [one for one in first.evaluations if one.scores["suite"] == "generation"]
     failed = [item.key for item in failed_items(evaluation)]
     lines = evaluation.per_item.values()
     assert failed == [line["key"] for line in lines if not line["values"]["precision_features"]] != []
     assert page.count("data:image/png") == min(len(failed), 60)
-    run(monkeypatch, "report", tmp_path / "first", "--out", tmp_path / "page.html", "--max-failed", 2)
+    run(monkeypatch, "report", tmp_path / "first", *where, "--max-failed", 2)
     page = (tmp_path / "page.html").read_text()
     assert page.count("data:image/png") == 2 and f"{len(failed)} of 130 items, the first 2 shown" in page
     with pytest.raises(UserError, match=r"no scores\.json in or below"):

@@ -94,7 +94,7 @@ EXPORT = "/export cannot be written: No space left on device; step 12 is saved: 
     [
         ([], ["--full", 9, 99], LAST, 8, 1),
         ([], ["--fail-export"], EXPORT, 12, 1),
-        (["--export-at", 6], ["--fail-export"], EARLY, 6, 1),
+        pytest.param(["--export-at", 6], ["--fail-export"], EARLY, 6, 1, marks=pytest.mark.slow),
         pytest.param(["--export-at", 6], ["--fail-export"], EARLY, 6, 2, marks=pytest.mark.slow),
     ],
 )

@@ -7,6 +7,7 @@ seed, and the folder with the input stays. It is repeated by `run_one(CASES[NAME
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib.util
 import json
 import os
@@ -94,10 +95,12 @@ def run(case: Any, seeds: Sequence[int], folder: Path) -> list[str]:
         status = 1
         try:
             _limit()
-            with report.open("a", buffering=1) as out:
+            with report.open("a", buffering=1) as out, Path(os.devnull).open("w") as nowhere:
                 for seed in seeds:
                     out.write(json.dumps([seed, "died"]) + "\n")
                     signal.alarm(MAX_S)
+                    # A reader that hangs in a library's own code never lets Python's handler run.
+                    faulthandler.dump_traceback_later(MAX_S + 10, exit=True, file=nowhere)
                     problem = run_one(case, seed, folder / str(seed), valid)
                     signal.alarm(0)
                     out.write(json.dumps([seed, problem]) + "\n")

@@ -26,7 +26,8 @@ def written_past(tree: ast.AST) -> Iterator[str]:
             continue
         name = ast.unparse(node.func)
         streams = {"sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__"}
-        given = {ast.unparse(argument) for argument in (*node.args, *(word.value for word in node.keywords))}
+        values = (*node.args, *(word.value for word in node.keywords))
+        given = {ast.unparse(value) for value in values if isinstance(value, ast.Attribute)}
         writes = name.rpartition(".")[0].removesuffix(".buffer") in streams and ".write" in name
         if name in ("print", "builtins.print", "pprint", "pprint.pprint", "traceback.print_exc") or writes:
             yield f"line {node.lineno}: {name}"
