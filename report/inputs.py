@@ -179,9 +179,10 @@ def _number(value: object) -> float | None:
 
 
 def read_evaluation(path: Path, named: Sequence[Path] = ()) -> Evaluation:
-    """Reads scores.json and the files beside it, with pictures where `_may_show` says so; `named`: folders that a person named.
+    """Reads scores.json and the files beside it, with pictures where `_may_show` says so.
 
-    Raises UserError: a file that is not what evaluation.runner writes.
+    `named`: folders that a person named. Raises UserError: a file that is not what evaluation.runner
+    writes.
     """
     scores = files.checked(_SCORES, files.read_json(path), path)
     lines = read_lines(path.with_name(PER_ITEM_NAME), "an evaluation")

@@ -6,12 +6,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.packs.class_batch import ClassPackingConfig
-from data.samples.images import PixelConfig
-from data.packs.packing import PackingConfig
-from data.plan.stream import DataConfig
 from base.bounds import Count
 from base.config import ConfigError, UserError
+from data.packs.class_batch import ClassPackingConfig
+from data.packs.packing import PackingConfig
+from data.plan.stream import DataConfig
+from data.samples.images import PixelConfig
 from engine.engine_config import EngineConfig
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.objective import ClassFlowConfig

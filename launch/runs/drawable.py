@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from engine import checkpoint_folder
 from base.config import UserError, from_dict
 from base.files import read_object
+from engine import checkpoint_folder
 from engine.loop import CHECKPOINTS, EXPORT
 from generator.class_conditional.sampling import ClassSamplingConfig
 from generator.pretrained import AUTOENCODER, GENERATOR, SAMPLING, TEXT_TOKENIZER

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from engine import distributed, peers, threads
 from base import FOLDERS, files, terminal
 from base.config import ConfigError, StoppedError, UserError, dump, load
-from engine.endings import LOST_CONTACT, End, EndedError
 from base.redaction import redact
 from base.terminal import say
 from base.tf32 import allow_tf32
+from engine import distributed, peers, threads
+from engine.endings import LOST_CONTACT, End, EndedError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STOPPED = 75

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
-from data.samples.images import IMAGE_PARTS
 from base import files
 from base.config import UserError
 from base.terminal import say
+from data.samples.images import IMAGE_PARTS
 from evaluation import benchmark_files, prompt_sets
 from evaluation.calibration import KNOWN, known_of
 from evaluation.features.inception import AdmInception, InceptionFeatures
@@ -29,7 +29,6 @@ from evaluation.manifest import MANIFEST_NAME, write_class_folders
 from evaluation.metrics.lpips import Lpips
 from evaluation.metrics.manifold import Distances
 from evaluation.reference import Reference
-from report.benchmarks import MAX_FAILED
 from evaluation.runner import SCORES_NAME, Suite, Team
 from evaluation.suites.dpg import DpgSuite
 from evaluation.suites.edit_benchmarks import GEditSuite, ImgEditSuite
@@ -38,6 +37,7 @@ from evaluation.suites.geneval import GenEvalSuite
 from evaluation.suites.linear_probe import LinearProbeSuite
 from evaluation.suites.reconstruction import ReconstructionSuite
 from launch.runs.sampling_options import add_sampling_options
+from report.benchmarks import MAX_FAILED
 from tokenizer.representation import Representation, RepresentationConfig
 from tokenizer.rpiae import Autoencoder
 
@@ -132,7 +132,10 @@ def prepare_images(arguments: argparse.Namespace, team: Team) -> tuple[Path, Pat
     images: Path = arguments.images
     made = arguments.out / "images"
     if team.rank == 0 and (arguments.command == "linear" or images.suffix == ".npz"):
-        left = (made / NPZ_NAME, arguments.out / SCORES_NAME)  # written by an earlier version, without a marker
+        left = (
+            made / NPZ_NAME,
+            arguments.out / SCORES_NAME,
+        )  # written by an earlier version, without a marker
         files.claim(
             made,
             "evaluate",
@@ -142,9 +145,7 @@ def prepare_images(arguments: argparse.Namespace, team: Team) -> tuple[Path, Pat
     if arguments.command == "linear":
         if team.rank == 0:
             num_classes = write_class_folders(images, made, IMAGE_PARTS)
-            if (
-                num_classes != NUM_CLASSES
-            ):  # labels are positions in the sorted list of folders
+            if num_classes != NUM_CLASSES:  # labels are positions in the sorted list of folders
                 raise UserError(f"{images}: {num_classes} class folders, the head names {NUM_CLASSES}")
         manifest = made / MANIFEST_NAME
     elif images.suffix == ".npz":
@@ -199,7 +200,13 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     calibrate("--scores", type=Path, required=True, help="its scores.json")
     report = commands.add_parser("report").add_argument
     report("runs", type=Path, nargs="+", help="folders with a scores.json in or below them, one column each")
-    report("--images", type=Path, nargs="+", default=[], help="folders whose images may be shown, beside those of runs")
+    report(
+        "--images",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="folders whose images may be shown, beside those of runs",
+    )
     report("--max-failed", type=int, default=MAX_FAILED, help="failed items shown of each suite and run")
     report("--out", type=Path, required=True, help="the page, an .html file")
 

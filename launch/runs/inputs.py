@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.plan.mixture import Mixture
-from data.shards.index import MANIFEST_NAME
 from base import files, limits
 from base.config import flatten
 from base.objective import Objective
+from data.plan.mixture import Mixture
+from data.shards.index import MANIFEST_NAME
 
 NAMED_BY = {
     "autoencoder",

@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 
-from engine import distributed, threads
-from base import files
+from base import FOLDERS, files
 from base.config import UserError, flatten
+from engine import distributed, threads
 from engine.distributed import Ranks
 from engine.peers import numbers_text
 from evaluation.environment import versions
-from base import FOLDERS
 from launch.runs.entry import REPOSITORY
 
 REMEDIES = {

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from base.config import UserError
+from base.objective import Evaluation, Objective
 from data.samples.images import PixelConfig, PixelPacker
 from data.shards import ShardDataset
 from engine import distributed
-from base.config import UserError
 from engine.distributed import Ranks
-from base.objective import Evaluation, Objective
 from evaluation.class_set import draw_classes
 from evaluation.runner import Suite, Team, evaluate
 from evaluation.sampled_set import draw_prompts
@@ -32,9 +32,9 @@ from generator.drawing import DrawingConfig
 from generator.objective import FlowObjective
 from generator.pipeline import Pipeline
 from generator.prompts import read_prompts
+from launch.runs.configs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
 from launch.runs.evaluation_config import EvaluationConfig
 from launch.runs.evaluation_options import SUITES
-from launch.runs.configs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import read_tree
 from tokenizer.training.stage_objective import StageObjective

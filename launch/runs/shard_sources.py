@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from base import files
+from base.config import UserError
 from data.shards import MAKE_SHARDS, SHARD_FILES, claim_shards
 from data.sources.base import InUnits, Source
 from data.sources.caption_table import CaptionTable, build_caption_table
@@ -19,10 +21,7 @@ from data.sources.shuffled import Shuffled
 from data.sources.tar_samples import find_tars
 from data.sources.webdataset import WebDatasetSource
 from data.sources.write import Ledger, Workers
-from base import files
 from engine import threads
-from base.config import UserError, load
-from launch.runs import entry
 
 NUM_PROCESSES = threads.num_cores()
 CAPTION_TABLE = "captions.sqlite"  # in the output folder

@@ -11,23 +11,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.packs.class_batch import ClassPacker
-from data.samples.images import PixelConfig, PixelPacker
-from data.plan.mixture import Mixture
-from data.packs.packing import EditPacker, T2IPacker
-from data.shards import LatentInfo, ShardDataset
-from data.plan.stream import Packer, PackStream
-from data.samples.text import TextTokenizer, load_text_tokenizer
-from engine import checkpoint_folder, distributed, logs, run_lock
 from base import files
 from base.config import UserError, to_dict
+from base.objective import Objective
+from base.redaction import redact
+from base.terminal import say
+from data.packs.class_batch import ClassPacker
+from data.packs.packing import EditPacker, T2IPacker
+from data.plan.mixture import Mixture
+from data.plan.stream import Packer, PackStream
+from data.samples.images import PixelConfig, PixelPacker
+from data.samples.text import TextTokenizer, load_text_tokenizer
+from data.shards import LatentInfo, ShardDataset
+from engine import checkpoint_folder, distributed, logs, run_lock
 from engine.determinism import make_deterministic
 from engine.distributed import Ranks
 from engine.loop import CHECKPOINTS, EXPORT, train
-from base.objective import Objective
 from engine.peers import LostContactError
-from base.redaction import redact
-from base.terminal import say
 from generator.attention import choose_backend
 from generator.class_conditional.objective import (
     ClassPreview,
