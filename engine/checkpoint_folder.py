@@ -31,7 +31,7 @@ class _Engine(TypedDict):
 class _State(TypedDict):
     format: int
     step: int
-    num_ranks: Annotated[int, Field(ge=1)]
+    num_ranks: Annotated[int, Field(ge=1, le=1 << 20)]  # each has a name to be made
     ema_decays: list[float]
     fingerprints: dict[str, str]
     engines: dict[str, _Engine]

@@ -187,7 +187,7 @@ class TarReader:
 
     def _decimal(self, text: str, position: int) -> int:
         if not re.fullmatch(r"[0-9]{1,18}", text):
-            raise self._damaged(position, f"a PAX header with '{text[:20]}' for a number")
+            raise self._damaged(position, f"a PAX header with {text[:20]!r} for a number")
         return int(text)
 
     def _damaged(self, position: int, what: str) -> UserError:

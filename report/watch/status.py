@@ -5,6 +5,7 @@ from __future__ import annotations
 from report.charts import short
 from report.watch.run import Run
 
+MAX_S = 1e10  # three centuries
 STATE_WORDS = {
     "waiting": "started, nothing logged yet",
     "running": "running",
@@ -87,7 +88,9 @@ def trouble(run: Run) -> list[tuple[str, str]]:
 
 def duration(seconds: float) -> str:
     """The duration in words: `12 s`, `3 min`, `2 h 05 min`, `3 d 4 h`."""
-    whole = max(int(seconds), 0)
+    if not seconds < MAX_S:  # what no log can mean
+        return "–"
+    whole = int(max(seconds, 0))
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:

@@ -202,7 +202,14 @@ def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("format", None), ("num_ranks", "3"), ("num_ranks", 0), ("files", {"a": 3}), ("engines", [])],
+    [
+        ("format", None),
+        ("num_ranks", "3"),
+        ("num_ranks", 0),
+        ("num_ranks", 1 << 31),
+        ("files", {"a": 3}),
+        ("engines", []),
+    ],
 )
 def test_a_state_of_another_shape_is_damage_whatever_its_checksum_says(name, value, tmp_path, capsys):
     save(tmp_path, 3, 6)
