@@ -223,8 +223,7 @@ def _build(hint: Any, value: Any, where: str, path: str) -> Any:
         if required and name not in arguments:
             raise ConfigError(f"{where}: missing key '{_join(path, name)}'")
     try:
-        for name, value in arguments.items():
-            check_sizes({name: value}, f"{where}: {path}" if path else where)
+        check_sizes(arguments, f"{where}: {path}" if path else where)
     except UserError as error:
         raise ConfigError(str(error)) from None
     place = f"{where}: {path or 'top level'}"

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from base import limits
-from base.bounds import Count
+from base.bounds import MAX_COUNT, Count
 from base.config import ConfigError, UserError
 from data.packs.transfer import to_device
 from data.plan.plan import pack_seed, sample_uniforms
@@ -81,10 +81,6 @@ class PixelBatch:
         return to_device(self, device)
 
 
-MAX_IMAGES_PER_PACK = 1 << 24
-"""No GPU holds so many images; a list of so many entries fits into memory."""
-
-
 @dataclass(frozen=True)
 class PixelConfig:
     """Config of batches of image files."""
@@ -97,8 +93,8 @@ class PixelConfig:
     def __post_init__(self) -> None:
         if self.images_per_pack < 1 or self.image_px < 1:
             raise ConfigError("images_per_pack and image_px must be positive")
-        if self.images_per_pack > MAX_IMAGES_PER_PACK:
-            raise ConfigError(f"images_per_pack is {self.images_per_pack}; at most {MAX_IMAGES_PER_PACK}")
+        if self.images_per_pack > MAX_COUNT:
+            raise ConfigError(f"images_per_pack is {self.images_per_pack}; at most {MAX_COUNT}")
         if self.resize_px is not None and self.resize_px < self.image_px:
             raise ConfigError(f"resize_px = {self.resize_px} is smaller than image_px = {self.image_px}")
 
