@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDERS = ("base", "data", "tokenizer", "generator", "evaluation", "report", "engine", "launch", "quickstart")
+import base
+from base import FOLDERS
+
 ELSEWHERE = ("tests", "benchmarks")
 ROOT = Path(__file__).parents[1]
 
@@ -79,9 +81,8 @@ def imported(text: str) -> set[str]:
 def sources(commit: str | None) -> Iterator[tuple[str, str]]:
     """Path and text of every Python file in the folders at `commit`; None: in the working tree."""
     if commit is None:
-        for folder in (*FOLDERS, *ELSEWHERE):
-            for file in sorted((ROOT / folder).rglob("*.py")):
-                yield file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
+        for file in base.sources(ROOT, *ELSEWHERE):
+            yield file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
         return
     for path in _git("ls-tree", "-r", "--name-only", commit).splitlines():
         if path.endswith(".py") and path.partition("/")[0] in (*FOLDERS, *ELSEWHERE):

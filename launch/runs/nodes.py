@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from base import FOLDERS, files
+from base import files, sources
 from base.config import UserError, flatten
 from engine import distributed, threads
 from engine.distributed import Ranks
@@ -60,8 +60,7 @@ def facts(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 def source_hashes(repository: Path) -> dict[str, str]:
     """Short SHA-256 of every Python file of the packages, which unlike a commit shows uncommitted edits."""
-    paths = [path for name in FOLDERS for path in (repository / name).rglob("*.py")]
-    return {path.relative_to(repository).as_posix(): files.sha256(path)[:12] for path in sorted(paths)}
+    return {path.relative_to(repository).as_posix(): files.sha256(path)[:12] for path in sources(repository)}
 
 
 def differences(reports: Sequence[Report]) -> list[str]:

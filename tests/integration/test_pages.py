@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from base import FOLDERS
+from base import sources
 from base.config import UserError
 from data.doctor.examination import diagnose
 from data.doctor.findings import Problem
@@ -217,15 +217,14 @@ def test_no_name_of_a_chart_becomes_an_element() -> None:
     )
 
 
-def sources() -> list[tuple[str, ast.Module]]:
-    paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-    return [(str(path.relative_to(ROOT)), ast.parse(path.read_text())) for path in paths]
+def parsed() -> list[tuple[str, ast.Module]]:
+    return [(str(path.relative_to(ROOT)), ast.parse(path.read_text())) for path in sources(ROOT)]
 
 
 def test_html_is_made_in_one_place_from_constants() -> None:
     """Templates are constants of their module; no other text that a program puts together holds a tag."""
     num_templates = 0
-    for name, tree in sources():
+    for name, tree in parsed():
         if name == BUILDER:
             continue
         constants = {

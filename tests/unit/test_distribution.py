@@ -9,17 +9,13 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
-from base import FOLDERS
+from base import FOLDERS, sources
 
 ROOT = Path(__file__).parents[2]
 
 
 def source_folders() -> set[str]:
-    return {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for folder in FOLDERS
-        for path in (ROOT / folder).rglob("*.py")
-    }
+    return {".".join(path.parent.relative_to(ROOT).parts) for path in sources(ROOT)}
 
 
 def test_every_folder_of_source_is_a_package_that_is_installed() -> None:
@@ -31,6 +27,6 @@ def test_no_source_is_ignored_by_git() -> None:
     """`runs/` for the folder of results once hid launch/runs, too."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("no checkout")
-    paths = [str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    paths = [str(path.relative_to(ROOT)) for path in sources(ROOT)]
     asked = ["git", "check-ignore", "--no-index", *paths]
     assert subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout == ""

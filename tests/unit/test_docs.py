@@ -19,7 +19,7 @@ import pytest
 import yaml
 from deepspeed.launcher.runner import parse_args as parse_launcher
 
-from base import FOLDERS
+from base import FOLDERS, sources
 from launch.runs import entry
 from launch.sizing.run_kinds import read_run
 
@@ -338,11 +338,10 @@ def test_the_readme_is_short() -> None:
 def literals() -> str:
     """All texts that stand in the source, pieces of f-strings among them."""
     found = set()
-    for folder in FOLDERS:
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    found.add(node.value)
+    for path in sources(ROOT):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
     return "\n".join(found)
 
 

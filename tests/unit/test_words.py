@@ -11,15 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from base import FOLDERS
+from base import FOLDERS, sources
 
 ROOT = Path(__file__).parents[2]
 SWEPT = ("base", "data", "engine", "launch")
 """Folders whose docstrings were all rewritten under the rules of `riddle`."""
-FILES = sorted(
-    (path for folder in (*FOLDERS, "benchmarks") for path in (ROOT / folder).rglob("*.py")),
-    key=lambda path: path.as_posix(),
-)
+FILES = sources(ROOT, "benchmarks")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from huggingface_hub import constants
 
-from base import FOLDERS, hub
+from base import hub, sources
 from base.config import UserError
 from data.samples.text import load_text_tokenizer
 from evaluation.features.vision_transformers import VisionFeatures
@@ -74,17 +74,16 @@ def calls(path: Path) -> Iterator[tuple[str, str]]:
 def test_every_download_goes_through_the_hub_module() -> None:
     """Found in the sources: calls of the libraries' loading functions, under whatever name they were imported."""
     met = 0
-    for package in FOLDERS:
-        for path in (ROOT / package).rglob("*.py"):
-            inside = path == ROOT / "base" / "hub.py"
-            for function, name in calls(path):
-                met += name.startswith("hub.") and name != "hub.offline_if_unreachable"
-                if name.rpartition(".")[2] in DOWNLOADS and not name.startswith("hub."):
-                    assert inside, f"{path}:{function} calls {name}: let base/hub.py do it"
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.ImportFrom) and node.module and not inside:
-                    taken = {alias.name for alias in node.names} & DOWNLOADS
-                    assert not taken, f"{path} imports {taken}: let base/hub.py do it"
+    for path in sources(ROOT):
+        inside = path == ROOT / "base" / "hub.py"
+        for function, name in calls(path):
+            met += name.startswith("hub.") and name != "hub.offline_if_unreachable"
+            if name.rpartition(".")[2] in DOWNLOADS and not name.startswith("hub."):
+                assert inside, f"{path}:{function} calls {name}: let base/hub.py do it"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and not inside:
+                taken = {alias.name for alias in node.names} & DOWNLOADS
+                assert not taken, f"{path} imports {taken}: let base/hub.py do it"
     assert met >= 12
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from base import FOLDERS, limits, model_sizes
+from base import limits, model_sizes, sources
 from base.config import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -73,13 +73,12 @@ def is_read(call: ast.Call) -> bool:
 
 def test_whatever_a_stranger_gives_is_opened_by_the_rule() -> None:
     around, met = {}, 0
-    for package in FOLDERS:
-        for path in (ROOT / package).rglob("*.py"):
-            name = path.relative_to(ROOT).as_posix()
-            for function, call, goes_by_limits in reads(path):
-                met += 1
-                if not goes_by_limits and name != "base/limits.py":
-                    around.setdefault(name, []).append(f"{function}: {call}")
+    for path in sources(ROOT):
+        name = path.relative_to(ROOT).as_posix()
+        for function, call, goes_by_limits in reads(path):
+            met += 1
+            if not goes_by_limits and name != "base/limits.py":
+                around.setdefault(name, []).append(f"{function}: {call}")
     unknown = {name: calls for name, calls in around.items() if name not in OWN}
     allowed_in_vain = OWN.keys() - around.keys()
     assert met > 40
@@ -100,7 +99,7 @@ def test_the_scan_sees_a_read_that_goes_round(source: str, tmp_path: Path) -> No
 def test_pictures_are_opened_in_one_place() -> None:
     """With the formats and the limit of pixels that data/samples/images.py has: Pillow opens EPS by Ghostscript."""
     calls = []
-    for path in (path for package in (*FOLDERS, "benchmarks") for path in (ROOT / package).rglob("*.py")):
+    for path in sources(ROOT, "benchmarks"):
         for node in ast.walk(ast.parse(path.read_text())):
             is_open = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "open"
             if is_open and ast.unparse(node.func).endswith("Image.open"):

@@ -14,7 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from base import FOLDERS, config
+from base import config, sources
 from base.config import UserError, dump
 from base.redaction import MASK, is_secret, redact, redacted
 from engine.logs import RunLog
@@ -73,7 +73,7 @@ def is_text(node: ast.expr) -> bool:
 def test_no_source_file_runs_what_comes_from_outside() -> None:
     paths = [
         ROOT / "setup.py",
-        *(path for folder in (*FOLDERS, "benchmarks") for path in (ROOT / folder).rglob("*.py")),
+        *sources(ROOT, "benchmarks"),
     ]
     assert len(paths) > 150
     found = [
@@ -323,8 +323,7 @@ def test_every_test_that_the_page_names_is_there() -> None:
 def test_every_exception_from_the_security_rules_says_why() -> None:
     lines = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
-        for folder in (*FOLDERS, "tests")
-        for path in (ROOT / folder).rglob("*.py")
+        for path in sources(ROOT, "tests")
         for line in path.read_text().splitlines()
         if re.search(r"# noqa: [A-Z0-9, ]*S\d{3}", line)
     ]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from base import FOLDERS, terminal
+from base import sources, terminal
 from base.config import UserError
 from launch.runs import entry
 
@@ -37,7 +37,7 @@ def written_past(tree: ast.AST) -> Iterator[str]:
 
 def test_no_source_file_prints_but_by_say() -> None:
     met = 0
-    for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+    for path in sources(ROOT):
         tree = ast.parse(path.read_text())
         met += sum(
             isinstance(n, ast.Call) and ast.unparse(n.func) in ("say", "terminal.say") for n in ast.walk(tree)
