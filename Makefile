@@ -45,7 +45,7 @@ format: install ## repair what lint and format can
 
 bench: install ## every measurement that needs no GPU
 	$(BIN)/python -m benchmarks.data
-	$(BIN)/python -m benchmarks.adaptive
+	$(BIN)/python -m benchmarks.adaptive_weights
 	$(BIN)/python -m benchmarks.mot
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.checkpoint

@@ -16,7 +16,7 @@ from base import files, limits
 from base.config import UserError
 from data.samples.images import image_suffix, read_rgb
 from data.sources.parquet_files import READ_ERRORS, ROWS_AT_ONCE
-from data.sources.parquet_rows import Row, open_table, row_batches
+from data.sources.parquet_reading import Row, open_table, row_batches
 from evaluation.metrics.dpg import read_graphs
 from generator.prompts import KEY_PATTERN
 

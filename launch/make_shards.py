@@ -10,7 +10,7 @@ from pathlib import Path
 from base import files
 from base.config import UserError
 from base.terminal import say
-from data.doctor.examination import diagnose
+from data.doctor.examine_set import diagnose
 from data.doctor.readiness import Launch
 from data.shards import verify
 from data.shards.quarantine import add_to_quarantine

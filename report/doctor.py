@@ -11,9 +11,9 @@ from PIL import Image
 
 from base import files
 from base.config import UserError
-from data.doctor.examination import Diagnosis, Shown
+from data.doctor.examine_set import Diagnosis, Shown
 from data.doctor.findings import Histogram
-from data.doctor.tally import normalised, stored_values
+from data.doctor.sample_checks import normalised, stored_values
 from data.samples.captions import TEXT_FIELDS
 from data.samples.images import IMAGE_PARTS, decode_image
 from data.shards import LatentInfo, Sample

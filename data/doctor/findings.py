@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.doctor.tally import Tally, Vector
+from data.doctor.sample_checks import Tally, Vector
 from data.shards import LatentInfo
 from data.shards.verification import Problem
 

@@ -1,19 +1,13 @@
-"""Shared by all sources of samples: their interface, bad items and reproducible random draws."""
+"""Shared by all sources of samples: their interface and bad items."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import Protocol
 
 from base.config import UserError
 from data.shards import Sample
-from data.shards.index import key_hash
-
-T = TypeVar("T")
 
 
 class BadItemError(UserError):
@@ -94,43 +88,3 @@ class InUnits:
             except BadItemError as error:
                 item = error
             yield item
-
-
-class Draws:
-    """Random choices about one item, determined by (seed, stream name, index).
-
-    They come from Philox's raw 64-bit words, which numpy keeps stable, unlike the streams of its Generator.
-    """
-
-    def __init__(self, seed: int, stream: str, index: int) -> None:
-        """Raises UserError: a seed below 0 or above 64 bits."""
-        counter = np.array([0, index, 0, 0], np.uint64)
-        self._bits = np.random.Philox(key=philox_key(seed, stream), counter=counter)
-
-    def below(self, limit: int) -> int:
-        """Uniform in [0, limit)."""
-        return int(self._bits.random_raw()) * limit >> 64
-
-    def between(self, low: int, high: int) -> int:
-        """Uniform in [low, high], both included."""
-        return low + self.below(high - low + 1)
-
-    def chance(self, percent: int) -> bool:
-        """True in `percent` of 100 cases."""
-        return self.below(100) < percent
-
-    def choice(self, items: Sequence[T]) -> T:
-        """One of `items`."""
-        return items[self.below(len(items))]
-
-    def pick(self, items: Sequence[T], number: int) -> list[T]:
-        """`number` different elements of `items`, in random order."""
-        rest = list(items)
-        return [rest.pop(self.below(len(rest))) for _ in range(number)]
-
-
-def philox_key(seed: int, stream: str) -> npt.NDArray[np.uint64]:
-    """Philox's key for the draws named `stream`, uint64 [2]. Raises UserError: a seed below 0 or above 64 bits."""
-    if not 0 <= seed < 1 << 64:
-        raise UserError(f"seed {seed}: give a whole number from 0 to 2^64 - 1")
-    return np.array([seed, key_hash(stream)], np.uint64)

@@ -12,7 +12,7 @@ import pyarrow
 from base import limits
 from base.config import UserError
 from data.samples.captions import read_object
-from data.sources.parquet_rows import Row, open_table, row_batches
+from data.sources.parquet_reading import Row, open_table, row_batches
 from data.sources.text_files import without_mark
 
 BATCH_ROWS = 10_000

@@ -2,7 +2,7 @@
 
 Training: ILSVRC2012_img_train.tar, a tar of 1000 tars nXXXXXXXX.tar, or a folder of those tars; FolderSource with
 `labels` reads unpacked class folders. Validation: ILSVRC2012_img_val.tar and a file of labels. Labels number the
-synsets nXXXXXXXX in sorted order. Training images come class by class: wrap this source in shuffled.Shuffled.
+synsets nXXXXXXXX in sorted order. Training images come class by class: wrap this source in draws.Shuffled.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from base.config import UserError
 from data.sources.parquet import ParquetColumns, ParquetSource
-from data.sources.parquet_rows import Row
+from data.sources.parquet_reading import Row
 from data.sources.table_values import number_in
 
 SCORES = (

@@ -17,7 +17,7 @@ from data.shards import Sample
 from data.shards.index import KEY_PATTERN
 from data.sources.base import BadItemError, Unit
 from data.sources.parquet_files import Footer, find_parquet, in_units
-from data.sources.parquet_rows import Row
+from data.sources.parquet_reading import Row
 from data.sources.prepare import select_texts
 from data.sources.table_values import whole_number_in
 

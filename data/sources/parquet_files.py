@@ -15,7 +15,7 @@ from base import limits
 from base.config import UserError
 from base.redaction import redact
 from data.sources.folders import below, is_hidden, tell_passed_over
-from data.sources.parquet_rows import Row, open_table, row_batches
+from data.sources.parquet_reading import Row, open_table, row_batches
 
 ROWS_AT_ONCE = 16  # rows in memory, with their images
 READ_ERRORS = (OSError, ValueError, pa.ArrowException)

@@ -20,7 +20,7 @@ from generator.model import GeneratorConfig
 from generator.model_card import Task
 from generator.objective import FlowConfig
 from generator.sampling import SamplingConfig
-from launch.runs.evaluation_config import (
+from launch.runs.periodic_config import (
     ClassEvaluationConfig,
     PromptEvaluationConfig,
     StageEvaluationConfig,

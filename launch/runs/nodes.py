@@ -132,8 +132,8 @@ def not_shared(ranks: Ranks, run_dir: Path, within_s: float = SHARED_WITHIN_S) -
 def check_start(ranks: Ranks, run_dir: Path, config: Mapping[str, Any], inputs: Facts | None = None) -> None:
     """Refuses a training whose nodes differ, with one line that names a node. Collective.
 
-    `inputs`: fingerprints of what this rank reads (launch/runs/inputs.py). Raises UserError: versions, source, config,
-    data or weights differ, or run_dir is not shared.
+    `inputs`: fingerprints of what this rank reads (launch/runs/input_fingerprints.py). Raises UserError: versions,
+    source, config, data or weights differ, or run_dir is not shared.
     """
     lines = compare(ranks, {**facts(config), **(inputs or {})}) + not_shared(ranks, run_dir)
     if lines:

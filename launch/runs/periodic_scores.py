@@ -33,8 +33,8 @@ from generator.objective import FlowObjective
 from generator.pipeline import Pipeline
 from generator.prompts import read_prompts
 from launch.runs.configs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
-from launch.runs.evaluation_config import EvaluationConfig
 from launch.runs.evaluation_options import SUITES
+from launch.runs.periodic_config import EvaluationConfig
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import read_tree
 from tokenizer.training.stage_objective import StageObjective

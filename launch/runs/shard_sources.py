@@ -12,12 +12,12 @@ from base.config import UserError
 from data.shards import MAKE_SHARDS, SHARD_FILES, claim_shards
 from data.sources.base import InUnits, Source
 from data.sources.caption_table import CaptionTable, build_caption_table
+from data.sources.draws import Shuffled
 from data.sources.folder import FolderSource
 from data.sources.imagenet import ImageNetSource
 from data.sources.omniedit import OmniEditFilter, omniedit_source
 from data.sources.parquet import ParquetColumns, ParquetSource
 from data.sources.prepare import Preparation
-from data.sources.shuffled import Shuffled
 from data.sources.tar_samples import find_tars
 from data.sources.webdataset import WebDatasetSource
 from data.sources.write import Ledger, Workers

@@ -37,7 +37,7 @@ from generator.class_conditional.objective import (
 from generator.model_card import Task
 from generator.objective import Preview, build_objective
 from generator.sampling import read_conditions
-from launch.runs import inputs, nodes, periodic_scores
+from launch.runs import input_fingerprints, nodes, periodic_scores
 from launch.runs.configs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import fingerprint
@@ -233,7 +233,9 @@ def _train(
     scores = periodic_scores.start_of(run)  # before the ranks meet: a mistake is one line, not one a rank
     ranks = _start_ranks(Path(run.run_dir))
     resolved = to_dict(run)
-    nodes.check_start(ranks, Path(run.run_dir), resolved, inputs.facts(resolved, mixture, objective))
+    nodes.check_start(
+        ranks, Path(run.run_dir), resolved, input_fingerprints.facts(resolved, mixture, objective)
+    )
     if ranks.is_first:
         files.claim(run.run_dir, COMMAND, RUN_FILES, _is_run)
     evaluation = None if scores is None else scores(ranks, objective)

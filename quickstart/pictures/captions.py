@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from data.sources.base import Draws
+from data.sources.draws import Draws
 from quickstart.pictures.edits import Edit
 from quickstart.pictures.scenes import Kind, Place, Relation, Scene
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from data.sources.base import Draws
+from data.sources.draws import Draws
 from quickstart.pictures.scenes import (
     BACKGROUND_NAMES,
     SKIN_OBJECTS,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from data.shards.index import key_hash
-from data.sources.base import Draws
+from data.sources.draws import Draws
 
 CANVAS = 64
 HELD_OUT_SHARE = 10  # one combination in this many is for validation

@@ -20,7 +20,7 @@ from base import files
 from base.bounds import Amount, Count, Seed
 from base.config import ConfigError, to_dict
 from data.shards import Sample
-from data.sources.base import Draws
+from data.sources.draws import Draws
 from quickstart.pictures.art import attribution, compose, identities, png, render
 from quickstart.pictures.captions import captions, instructions
 from quickstart.pictures.edits import Edit, draw_edit, in_split

@@ -20,7 +20,7 @@ import pytest
 
 from base import sources
 from base.config import UserError
-from data.doctor.examination import diagnose
+from data.doctor.examine_set import diagnose
 from data.doctor.findings import Problem
 from report import benchmarks, doctor, render_report
 from report.charts import Curve, chart_file, stacked_bar

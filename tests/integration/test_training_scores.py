@@ -28,7 +28,7 @@ from generator.mot import MotConfig
 from generator.objective import FlowConfig, FlowObjective
 from generator.sampling import SamplingConfig
 from launch.runs.configs import GeneratorRun, TokenizerRun
-from launch.runs.evaluation_config import PromptEvaluationConfig, StageEvaluationConfig
+from launch.runs.periodic_config import PromptEvaluationConfig, StageEvaluationConfig
 from launch.runs.periodic_scores import _of_prompts, _of_stage, check
 from quickstart.emoji_images import read_samples, real_renders, reconstructions
 from tokenizer.export import fingerprint

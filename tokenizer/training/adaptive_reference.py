@@ -1,6 +1,6 @@
 """Stage I's loss with adaptive weights computed the plain way: one full backward pass for each gradient norm.
 
-The slow reference of `PivotObjective.loss` (objectives.py), for the tests and benchmarks/adaptive.py.
+The slow reference of `PivotObjective.loss` (objectives.py), for the tests and benchmarks/adaptive_weights.py.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 from fuzz_inputs import IMAGE, Case, lines, parquet_of, png, put, tar_of
 
 from base import files
-from data.doctor.examination import diagnose
+from data.doctor.examine_set import diagnose
 from data.samples.images import decode_image, image_parts, read_rgb_file
 from data.samples.latents import read_latents
 from data.shards import LatentInfo, Sample, ShardDataset, shard_name, write_manifest, write_shard

@@ -38,7 +38,7 @@ from data.sources.caption_files import batches
 from data.sources.folder import FolderSource
 from data.sources.imagenet import ImageNetSource
 from data.sources.parquet import ParquetColumns, ParquetSource
-from data.sources.parquet_rows import open_table, row_batches
+from data.sources.parquet_reading import open_table, row_batches
 from data.sources.tar_indexing import index_shards
 from data.sources.webdataset import WebDatasetSource
 from engine import checkpoint_folder, checkpoint_writer

@@ -9,7 +9,7 @@ import pytest
 from base import files
 from base.config import ConfigError, load
 from data.samples.images import decode_image
-from data.sources.base import Draws
+from data.sources.draws import Draws
 from quickstart.pictures.art import identities
 from quickstart.pictures.captions import captions, instructions, with_article
 from quickstart.pictures.edits import PERCENT, Edit

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from base.config import UserError
-from data.doctor.examination import Diagnosis, diagnose
+from data.doctor.examine_set import Diagnosis, diagnose
 from data.doctor.findings import histogram
 from data.doctor.readiness import Launch, readiness, sample_lengths
-from data.doctor.tally import MAX_GROUPS, OTHERS, Tally, stored_values
+from data.doctor.sample_checks import MAX_GROUPS, OTHERS, Tally, stored_values
 from data.packs.packing import EditPacker, PackingConfig, T2IPacker
 from data.samples.latents import TORCH_DTYPES
 from data.shards import LatentInfo, Sample, ShardDataset, shard_name, write_manifest, write_shard
@@ -244,7 +244,7 @@ def test_a_channel_off_the_manifests_statistics_is_named(tmp_path: Path) -> None
 def test_values_that_were_not_measured_are_allowed_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.doctor.tally.MEASURED_LATENTS", 2)
+    monkeypatch.setattr("data.doctor.sample_checks.MEASURED_LATENTS", 2)
     samples = [latent_sample(number) for number in range(40)]
     told = replace(LATENT, mean=(1.0, -1.0))
     diagnosis = diagnose(write(tmp_path, [samples], told))
@@ -285,7 +285,7 @@ def test_a_shard_that_is_gone_does_not_hide_the_others(tmp_path: Path) -> None:
 
 
 def test_systematic_problems_do_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.doctor.examination.MAX_NAMED", 5)
+    monkeypatch.setattr("data.doctor.examine_set.MAX_NAMED", 5)
     samples = [pixel_sample(f"s{i}", {}) for i in range(8)]
     diagnosis = diagnose(write(tmp_path, [samples[:3], samples[3:7], samples[7:]]))
     assert diagnosis.num_unnamed == 3 and len(texts(diagnosis)) == 5

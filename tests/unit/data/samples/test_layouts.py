@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from base.config import UserError
-from data.doctor.examination import diagnose
+from data.doctor.examine_set import diagnose
 from data.packs.packing import EditPacker, PackingConfig
 from data.samples.captions import read_captions
 from data.samples.images import image_parts

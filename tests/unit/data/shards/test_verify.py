@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from base.config import UserError
-from data.doctor.examination import diagnose
+from data.doctor.examine_set import diagnose
 from data.processes import over_shards
 from data.samples.captions import read_captions
 from data.shards import (

@@ -12,9 +12,9 @@ import pytest
 
 from base.config import UserError
 from data.shards import Sample, ShardDataset
-from data.sources.base import BadItemError, Draws, InUnits
+from data.sources.base import BadItemError, InUnits
+from data.sources.draws import Draws, Shuffled
 from data.sources.imagenet import ImageNetSource
-from data.sources.shuffled import Shuffled
 from data.sources.write import Workers, write_sources
 
 SYNSETS = ["n01440764", "n01443537", "n02099601"]  # three of the 1000

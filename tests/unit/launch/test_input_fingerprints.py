@@ -13,7 +13,7 @@ import pytest
 
 from data.plan.mixture import Mixture, SetConfig
 from data.shards import Sample, ShardWriter
-from launch.runs import inputs, nodes
+from launch.runs import input_fingerprints, nodes
 from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
 from launch.runs.nodes import Report
 from quickstart.train_judge import JudgeRun
@@ -59,7 +59,9 @@ def lines_of(first: Path, second: Path, monkeypatch: pytest.MonkeyPatch, **finge
             fingerprints=lambda rank=rank: fingerprints if rank else {"perceptual": "1"}
         )
         mixture = Mixture.open({"": SetConfig("pixels")})
-        reports.append(Report(rank, f"node-{'ab'[rank]}", inputs.facts(CONFIG, mixture, objective)))
+        reports.append(
+            Report(rank, f"node-{'ab'[rank]}", input_fingerprints.facts(CONFIG, mixture, objective))
+        )
     return nodes.differences(reports)
 
 
@@ -132,7 +134,7 @@ def test_of_gigabytes_a_sample_is_read(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    assert dict(inputs._samples(path))[str(path)].startswith(f"{1 << 40} bytes, ")
+    assert dict(input_fingerprints._samples(path))[str(path)].startswith(f"{1 << 40} bytes, ")
 
 
 NO_INPUTS = {
@@ -149,7 +151,7 @@ NO_INPUTS = {
 @pytest.mark.parametrize("run", [TokenizerRun, GeneratorRun, ClassRun, StandInRun, JudgeRun])
 def test_every_text_of_a_config_is_compared_or_is_no_input(run: type) -> None:
     names = set(texts(run))
-    assert names and names <= inputs.NAMED_BY | NO_INPUTS.keys() | {"mixture"}
+    assert names and names <= input_fingerprints.NAMED_BY | NO_INPUTS.keys() | {"mixture"}
 
 
 def texts(kind: Any, name: str = "") -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Examines a data set: whether it is whole, whether training can use it, and what it contains.
 
-`data.shards.verification` checks bytes, `tally` examines samples, `readiness` checks a launch. This module joins their
-results.
+`data.shards.verification` checks bytes, `sample_checks` examines samples, `readiness` checks a launch. This module
+joins their results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from base.config import UserError, counted
 from data.doctor.findings import Histogram, Table, histograms, notes, problems_of, tables
 from data.doctor.readiness import Launch, readiness
-from data.doctor.tally import Choice, ShardInspector, Tally
+from data.doctor.sample_checks import Choice, ShardInspector, Tally
 from data.processes import over_shards
 from data.shards import LatentInfo, Manifest, Sample, ShardDataset
 from data.shards.verification import Problem, check_rejected, check_shard, leftovers, printable, read_sample
