@@ -25,7 +25,7 @@ from launch import export as export_command
 from launch import sample as sample_command
 from launch.runs import entry, training
 from launch.runs.configs import GeneratorRun, TokenizerRun
-from launch.sizing.run_kinds import read_run
+from launch.runs.tasks import read_run
 from quickstart.pictures.source import EmojiConfig, EmojiSource
 from tokenizer.bridge import BridgeConfig
 from tokenizer.encode import EncodeConfig, encode_shards
@@ -366,7 +366,7 @@ def test_a_run_folder_says_what_is_learned(finished, capsys, monkeypatch) -> Non
     if task != "t2i":
         pytest.skip("the sections of its config say it")
     config_of_run = str(run / "config.json")
-    assert read_run(config_of_run)[0] == "t2i", "with a source_dropout, as every config that is written out"
+    assert read_run(config_of_run).task == "t2i", "with a source_dropout, as every config that is written out"
     script = str(ROOT / "launch" / "train_edit.py")
     line = error_of(capsys, monkeypatch, [sys.executable, script, "--config", config_of_run])
     assert "task is t2i: start this config with launch/train_t2i.py" in line

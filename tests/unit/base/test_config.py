@@ -93,8 +93,9 @@ def test_of_several_files_the_last_one_that_names_a_key_decides(tmp_path):
     order = ["a.yaml", "b.yaml", "ab.yaml", "c.yaml", "abc.yaml", "d.yaml"]
     extends = {"ab.yaml": ["a.yaml", "b.yaml"], "abc.yaml": ["ab.yaml", "c.yaml"]}
     keys = [*"uvw", *(f"{section}.{key}" for section in "xy" for key in "klm")]
-    draw, (parts, below) = random.Random(0), (tmp_path / "parts", tmp_path / "parts" / "below")  # noqa: S311
-    below.mkdir(parents=True)
+    folders = {"a.yaml": tmp_path / "below", "b.yaml": tmp_path / "below"}
+    (tmp_path / "below").mkdir()
+    draw = random.Random(0)
     for _ in range(50):
         decided = {}
         for name in order:
@@ -105,9 +106,10 @@ def test_of_several_files_the_last_one_that_names_a_key_decides(tmp_path):
                 section, _, inner = key.partition(".")
                 tree.setdefault(section, {})[inner] = own[key]
             if name in extends:
-                tree["extends"] = [f"below/{parent}" if parent in ("a.yaml", "b.yaml") else parent for parent in extends[name]]
-            write((below if name in ("a.yaml", "b.yaml") else parts) / name, yaml.safe_dump(tree))
-        both = [parts / "abc.yaml", parts / "d.yaml"]
+                parents = [folders.get(parent, tmp_path) / parent for parent in extends[name]]
+                tree["extends"] = [str(parent.relative_to(tmp_path)) for parent in parents]
+            write(folders.get(name, tmp_path) / name, yaml.safe_dump(tree))
+        both = [tmp_path / "abc.yaml", tmp_path / "d.yaml"]
         assert config.flatten(config.resolve(both)) == decided
         assert config.flatten(config.resolve(both, ["x.k=1"])) == {**decided, "x.k": "1"}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -19,6 +21,7 @@ from quickstart.pictures.source import EmojiConfig
 from quickstart.train_judge import JudgeRun
 from quickstart.train_standin import StandInRun
 
+RunT = TypeVar("RunT")
 CONFIGS = Path(__file__).parents[3] / "configs"
 KINDS: dict[str, type] = {
     "quickstart/data.yaml": EmojiConfig,
@@ -37,77 +40,157 @@ KINDS: dict[str, type] = {
     **{f"quickstart/{stage}.yaml": TokenizerRun for stage in ("pivot", "bridge", "decoder")},
 }
 FOLDERS: dict[str, type] = {
-    "tokenizer": TokenizerRun,
     "ablation": TokenizerRun,
     "latents": EncodeRun,
-    "generator": GeneratorRun,
     "quickstart_class": ClassRun,
 }
-CLASS = CONFIGS / "generator" / "class"
+TOKENIZER, GENERATOR = CONFIGS / "tokenizer", CONFIGS / "generator"
+CLASS = GENERATOR / "class"
+PARTS = "parts"
+"""Name of the folders whose files name no run and are merged into one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A run as it is named on the command line."""
+
+    files: tuple[Path, ...]
+    overrides: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join([*(str(path.relative_to(CONFIGS)) for path in self.files), *self.overrides])
+
+    @property
+    def name(self) -> str:
+        """The stem of its first file."""
+        return self.files[0].stem
+
+    def load(self, kind: type[RunT]) -> RunT:
+        return config.load(kind, self.files, self.overrides)
+
+
+def files_of(folder: Path) -> list[Named]:
+    """The runs that a file alone names."""
+    return [Named((path,)) for path in sorted(folder.rglob("*.yaml")) if path.parent.name != PARTS]
+
+
+def stages_of(folder: str, stages: Sequence[str], *parts: Path) -> list[Named]:
+    """The main stages in another folder, each from the export of the stage before it, as docs/tokenizer.md says."""
+    before = {"bridge": "pivot", "decoder": "bridge"}
+    start = {stage: f"stage.init_from={folder}/{earlier}/export" for stage, earlier in before.items()}
+    return [
+        Named(
+            (TOKENIZER / f"{stage}.yaml", *parts),
+            (f"run_dir={folder}/{stage}", *filter(None, [start.get(stage)])),
+        )
+        for stage in stages
+    ]
+
+
+LATENTS = ("rpiae32", "rpiae128", "rae", "va_vae", "sd_vae", "flux_vae")
+CLASS_LATENTS = ("rpiae32", "rpiae64", "rpiae128", "rae_b", "rae_s", "va_vae")
+FURTHER_STAGES = ("bridge", "decoder")
+DDT = GENERATOR / PARTS / "ddt.yaml"
+STAGES = [
+    *files_of(TOKENIZER),
+    *stages_of("runs/imagenet-packs-of-64", ("pivot", *FURTHER_STAGES), TOKENIZER / PARTS / "packs_of_64.yaml"),
+    *(named for row in ("cnn_frozen", "cnn_trained", "vit_frozen")
+      for named in stages_of(f"runs/ablations/table5b/{row}", FURTHER_STAGES)),
+    *(named for row in ("latent32", "latent128")
+      for named in stages_of(f"runs/ablations/table5c/{row}", FURTHER_STAGES[1:])),
+    *(named for row in ("weight_025", "weight_050")
+      for named in stages_of(f"runs/ablations/table5d/{row}", FURTHER_STAGES)),
+]  # fmt: skip
+GENERATORS = [
+    *(named for named in files_of(GENERATOR) if CLASS not in named.files[0].parents),
+    *(Named((GENERATOR / "latents" / f"{name}.yaml", DDT), (f"run_dir=runs/cc12m/t2i_{name}_ddt",))
+      for name in LATENTS),
+    *(Named((GENERATOR / "latents" / f"{name}_edit.yaml", DDT), (
+        f"run_dir=runs/omniedit/edit_{name}_ddt", f"flow.init_from=runs/cc12m/t2i_{name}_ddt/export",
+      ))
+      for name in LATENTS),
+]  # fmt: skip
+CLASSES = [
+    *files_of(CLASS),
+    *(Named((CLASS / f"{name}_80.yaml", CLASS / PARTS / f"epochs_{epochs}.yaml"),
+            (f"run_dir=runs/imagenet/class/{name}_{epochs}",))
+      for name in CLASS_LATENTS for epochs in (60, 800)),
+    *(Named((CLASS / "rpiae64_80.yaml", CLASS / PARTS / f"size_{size}.yaml"),
+            (f"run_dir=runs/imagenet/class/rpiae64_{size}_80",))
+      for size in "sbl"),
+]  # fmt: skip
+PAPER: list[tuple[type, Named]] = [
+    *((TokenizerRun, named) for named in STAGES),
+    *((GeneratorRun, named) for named in GENERATORS),
+    *((ClassRun, named) for named in CLASSES),
+]
+"""Every run of the paper, with the class of its config."""
 
 
 def kind_of(path: Path) -> type:
     parts = path.relative_to(CONFIGS).parts
-    if CLASS in path.parents:
-        return ClassRun
     return KINDS.get("/".join(parts)) or FOLDERS[parts[0]]
 
 
-def generator_configs() -> list[Path]:
-    """Of text-to-image and editing."""
-    return [path for path in (CONFIGS / "generator").rglob("*.yaml") if kind_of(path) is GeneratorRun]
+OTHERS = [
+    (kind_of(named.files[0]), named)
+    for named in files_of(CONFIGS)
+    if not {TOKENIZER, GENERATOR} & set(named.files[0].parents)
+]
+"""The runs of the miniature, and encodings."""
 
 
-@pytest.mark.parametrize(
-    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
-)
-def test_config_is_read_strictly_and_written_back_equal(path: Path, tmp_path: Path) -> None:
-    kind = kind_of(path)
-    loaded = config.load(kind, path)
+@pytest.mark.parametrize(("kind", "named"), [*PAPER, *OTHERS], ids=str)
+def test_config_is_read_strictly_and_written_back_equal(kind: type, named: Named, tmp_path: Path) -> None:
+    loaded = named.load(kind)
     copy = tmp_path / "copy.yaml"
     copy.write_text(config.dump(loaded))
     assert config.load(kind, copy) == loaded
 
 
+def test_parts_name_no_run_and_extend_nothing() -> None:
+    """A part that named a task, a folder or parents would overwrite what the files before it say."""
+    parts = [path for path in CONFIGS.rglob("*.yaml") if path.parent.name == PARTS]
+    assert len(parts) == 7
+    for path in parts:
+        text = path.read_text()
+        assert text.startswith("# A part, for any ") and "extends" not in text
+        assert not {"task", "run_dir"} & config.resolve(path).keys()
+
+
 def test_global_batches_of_the_paper() -> None:
     """512 images a step for the tokenizer; 384 K to 400 K tokens for text-to-image, 192 K to 200 K for editing."""
-    tokenizer = CONFIGS / "tokenizer"
-    mains = [*tokenizer.glob("*.yaml"), *tokenizer.glob("gpus/*.yaml")]
-    for path in [*mains, *tokenizer.glob("ablations/**/*.yaml")]:
-        run = config.load(TokenizerRun, path)
-        assert run.pixels.images_per_pack * run.data.num_streams == 512
-    for path in tokenizer.glob("release/*.yaml"):
-        run = config.load(TokenizerRun, path)
-        assert run.pixels.images_per_pack * run.data.num_streams == 256
-    for path in generator_configs():
-        generator = config.load(GeneratorRun, path)
-        steps, low, high = (50_000, 192_000, 200_000) if is_edit(path) else (200_000, 384_000, 400_000)
+    for stage in STAGES:
+        run = stage.load(TokenizerRun)
+        images = 256 if stage.files[0].parent.name == "release" else 512
+        assert run.pixels.images_per_pack * run.data.num_streams == images
+    for named in GENERATORS:
+        generator = named.load(GeneratorRun)
+        is_edit = generator.task == "edit"
+        steps, low, high = (50_000, 192_000, 200_000) if is_edit else (200_000, 384_000, 400_000)
         tokens = generator.packing.tokens_per_pack * generator.data.num_streams
-        if path.stem == "edit_256":  # as its file says: as many tokens in larger, fewer steps
+        if named.name == "edit_256":  # as its file says: as many tokens in larger, fewer steps
             assert tokens * generator.engine.steps == pytest.approx(32 * 6144 * 50_000, rel=1e-4)
         else:
-            assert low <= tokens <= high and generator.engine.steps == steps, path
-
-
-def is_edit(path: Path) -> bool:
-    return "edit" in path.stem
+            assert low <= tokens <= high and generator.engine.steps == steps, named
+        assert is_edit == ("edit" in named.name)
 
 
 def test_generators_have_folders_of_their_own_and_edits_start_from_text_to_image() -> None:
     """Over all latents: an edit has the autoencoder, shape and statistics of what it starts from."""
-    runs = {
-        path: config.load(GeneratorRun, path)
-        for path in generator_configs()
-        if path.parent.name != "gpus"  # the main run for other machines, in its folder
-    }
-    folders = [run.run_dir for run in runs.values()]
+    runs = [
+        named.load(GeneratorRun)
+        for named in GENERATORS
+        if named.files[0].parent.name != "gpus"  # the main run for other machines, in its folder
+    ]
+    folders = [run.run_dir for run in runs]
     assert len(set(folders)) == len(folders) == 28  # 7 latents, with and without a head, both tasks
-    made = {f"{run.run_dir}/export": run for run in runs.values()}
+    made = {f"{run.run_dir}/export": run for run in runs}
     sets: dict[str, set[str]] = {}
-    for path, run in runs.items():
+    for run in runs:
         assert run.autoencoder is not None
         sets.setdefault(run.autoencoder, set()).add(run.data.shards or "")
-        if is_edit(path):
+        if run.task == "edit":
             assert run.flow.init_from is not None
             before = made[run.flow.init_from]
             assert (before.autoencoder, before.generator) == (run.autoencoder, run.generator)
@@ -118,34 +201,32 @@ def test_generators_have_folders_of_their_own_and_edits_start_from_text_to_image
 
 def test_latents_of_a_config_are_those_of_its_autoencoder() -> None:
     """RPiAE's from the stage that trains its bridge; the sizes of the others: test_parameter_counts.py."""
-    written = {
-        f"{run.run_dir}/export": path
-        for path in (CONFIGS / "tokenizer").rglob("*.yaml")
-        if path.parent.name != "gpus"  # the main runs for other machines
-        and (run := config.load(TokenizerRun, path)).stage.stage == "decoder"
-    }
+    written = {f"{run.run_dir}/export": run.stage for run in (named.load(TokenizerRun) for named in STAGES)}
     for folder in (path for path in LATENT_SHAPES if path.endswith("decoder/export")):
-        bridge = config.load(TokenizerRun, written[folder].with_name("bridge.yaml")).stage.bridge
+        decoder = written[folder]
+        assert decoder.stage == "decoder" and decoder.init_from is not None
+        bridge = written[decoder.init_from].bridge
         assert bridge is not None and (bridge.latent_channels, 16, 16) == LATENT_SHAPES[folder]
-    used = {config.load(GeneratorRun, path).autoencoder for path in generator_configs()}
-    used |= {config.load(ClassRun, path).autoencoder for path in CLASS.rglob("*.yaml")}
+    used = {named.load(GeneratorRun).autoencoder for named in GENERATORS}
+    used |= {named.load(ClassRun).autoencoder for named in CLASSES}
     assert used == LATENT_SHAPES.keys()
 
 
 def test_class_conditional_runs_are_the_papers() -> None:
     """1,024 images a step; 60, 80 and 800 epochs of 1,251 steps; the rate constant until epoch 40, down until 800."""
     folders, epoch = [], 1251
-    for path in CLASS.rglob("*.yaml"):
-        run = config.load(ClassRun, path)
+    for named in CLASSES:
+        run = named.load(ClassRun)
         folders.append(run.run_dir)
         assert run.packing.images_per_pack * run.data.num_streams == 1024
-        epochs = int(path.stem.rpartition("_")[2]) if path.stem[-1] == "0" else 80
+        number = Path(run.run_dir).name.rpartition("_")[2]
+        epochs = int(number) if number.isdigit() else 80
         optimizer, steps = run.engine.optimizer, run.engine.steps
         assert steps == epochs * epoch and run.engine.export_at_steps == (20 * epoch,)
         rates = [learning_rate(optimizer, at * epoch, steps) for at in (0, 40, 420, 800)]
         assert rates == pytest.approx([2e-4, 2e-4, 1.1e-4, 2e-5])
         assert (run.engine.ema_decay, optimizer.grad_clip) == (0.9995, 1.0)
-        assert ("ditdh" in path.stem) == (run.generator.head is not None)
+        assert ("ditdh" in named.name) == (run.generator.head is not None)
     assert len(set(folders)) == len(folders) == 6 * 3 + 3 + 3
 
 
@@ -171,8 +252,8 @@ def test_schedules_of_the_paper_in_epochs(folder: str, epoch: int) -> None:
 
 
 def test_every_stage_starts_from_the_export_of_the_stage_before_it() -> None:
-    """Over the whole folder: what an init_from names is what another config writes."""
-    runs = [config.load(TokenizerRun, path) for path in (CONFIGS / "tokenizer").rglob("*.yaml")]
+    """Over all stages: what an init_from names is what another stage writes."""
+    runs = [named.load(TokenizerRun) for named in STAGES]
     folders = [run.run_dir for run in runs]
     assert len(set(folders)) == len(folders), "two configs write to one folder"
     stage_of = {f"{run.run_dir}/export": run.stage.stage for run in runs}
