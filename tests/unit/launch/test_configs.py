@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,57 +73,79 @@ def files_of(folder: Path) -> list[Named]:
     return [Named((path,)) for path in sorted(folder.rglob("*.yaml")) if path.parent.name != PARTS]
 
 
-def stages_of(folder: str, stages: Sequence[str], *parts: Path) -> list[Named]:
-    """The main stages in another folder, each from the export of the stage before it, as docs/tokenizer.md says."""
-    before = {"bridge": "pivot", "decoder": "bridge"}
-    start = {stage: f"stage.init_from={folder}/{earlier}/export" for stage, earlier in before.items()}
-    return [
-        Named(
-            (TOKENIZER / f"{stage}.yaml", *parts),
-            (f"run_dir={folder}/{stage}", *filter(None, [start.get(stage)])),
-        )
-        for stage in stages
-    ]
+def each(words: str, names: str) -> list[Named]:
+    """The runs that the words of a command name: files in configs/ and overrides, with each of `names` for NAME."""
+    runs = []
+    for name in names.split():
+        given = words.replace("NAME", name).split()
+        files = tuple(CONFIGS / word for word in given if "=" not in word)
+        runs.append(Named(files, tuple(word for word in given if "=" in word)))
+    return runs
 
 
-LATENTS = ("rpiae32", "rpiae128", "rae", "va_vae", "sd_vae", "flux_vae")
-CLASS_LATENTS = ("rpiae32", "rpiae64", "rpiae128", "rae_b", "rae_s", "va_vae")
-FURTHER_STAGES = ("bridge", "decoder")
-DDT = GENERATOR / PARTS / "ddt.yaml"
+LATENTS = "rpiae32 rpiae128 rae va_vae sd_vae flux_vae"
+CLASS_LATENTS = "rpiae32 rpiae64 rpiae128 rae_b rae_s va_vae"
+STAGE_1_ROWS = (
+    "table5b/cnn_frozen table5b/cnn_trained table5b/vit_frozen table5d/weight_025 table5d/weight_050"
+)
+STAGE_2_ROWS = "table5c/latent32 table5c/latent128"
 STAGES = [
     *files_of(TOKENIZER),
-    *stages_of("runs/imagenet-packs-of-64", ("pivot", *FURTHER_STAGES), TOKENIZER / PARTS / "packs_of_64.yaml"),
-    *(named for row in ("cnn_frozen", "cnn_trained", "vit_frozen")
-      for named in stages_of(f"runs/ablations/table5b/{row}", FURTHER_STAGES)),
-    *(named for row in ("latent32", "latent128")
-      for named in stages_of(f"runs/ablations/table5c/{row}", FURTHER_STAGES[1:])),
-    *(named for row in ("weight_025", "weight_050")
-      for named in stages_of(f"runs/ablations/table5d/{row}", FURTHER_STAGES)),
-]  # fmt: skip
+    *each(
+        "tokenizer/bridge.yaml run_dir=runs/ablations/NAME/bridge stage.init_from=runs/ablations/NAME/pivot/export",
+        STAGE_1_ROWS,
+    ),
+    *each(
+        "tokenizer/decoder.yaml run_dir=runs/ablations/NAME/decoder "
+        "stage.init_from=runs/ablations/NAME/bridge/export",
+        f"{STAGE_1_ROWS} {STAGE_2_ROWS}",
+    ),
+    *each(
+        "tokenizer/pivot.yaml tokenizer/parts/NAME.yaml run_dir=runs/imagenet-packs-of-64/pivot",
+        "packs_of_64",
+    ),
+    *each(
+        "tokenizer/bridge.yaml tokenizer/parts/NAME.yaml run_dir=runs/imagenet-packs-of-64/bridge "
+        "stage.init_from=runs/imagenet-packs-of-64/pivot/export",
+        "packs_of_64",
+    ),
+    *each(
+        "tokenizer/decoder.yaml tokenizer/parts/NAME.yaml run_dir=runs/imagenet-packs-of-64/decoder "
+        "stage.init_from=runs/imagenet-packs-of-64/bridge/export",
+        "packs_of_64",
+    ),
+]
 GENERATORS = [
     *(named for named in files_of(GENERATOR) if CLASS not in named.files[0].parents),
-    *(Named((GENERATOR / "latents" / f"{name}.yaml", DDT), (f"run_dir=runs/cc12m/t2i_{name}_ddt",))
-      for name in LATENTS),
-    *(Named((GENERATOR / "latents" / f"{name}_edit.yaml", DDT), (
-        f"run_dir=runs/omniedit/edit_{name}_ddt", f"flow.init_from=runs/cc12m/t2i_{name}_ddt/export",
-      ))
-      for name in LATENTS),
-]  # fmt: skip
+    *each(
+        "generator/latents/NAME.yaml generator/parts/ddt.yaml run_dir=runs/cc12m/t2i_NAME_ddt",
+        LATENTS,
+    ),
+    *each(
+        "generator/latents/NAME_edit.yaml generator/parts/ddt.yaml run_dir=runs/omniedit/edit_NAME_ddt "
+        "flow.init_from=runs/cc12m/t2i_NAME_ddt/export",
+        LATENTS,
+    ),
+]
+EPOCHS = (
+    "generator/class/NAME_80.yaml generator/class/parts/epochs_{0}.yaml run_dir=runs/imagenet/class/NAME_{0}"
+)
+SIZES = (
+    "generator/class/rpiae64_80.yaml generator/class/parts/size_NAME.yaml "
+    "run_dir=runs/imagenet/class/rpiae64_NAME_80"
+)
 CLASSES = [
     *files_of(CLASS),
-    *(Named((CLASS / f"{name}_80.yaml", CLASS / PARTS / f"epochs_{epochs}.yaml"),
-            (f"run_dir=runs/imagenet/class/{name}_{epochs}",))
-      for name in CLASS_LATENTS for epochs in (60, 800)),
-    *(Named((CLASS / "rpiae64_80.yaml", CLASS / PARTS / f"size_{size}.yaml"),
-            (f"run_dir=runs/imagenet/class/rpiae64_{size}_80",))
-      for size in "sbl"),
-]  # fmt: skip
+    *each(EPOCHS.format(60), CLASS_LATENTS),
+    *each(EPOCHS.format(800), CLASS_LATENTS),
+    *each(SIZES, "s b l"),
+]
 PAPER: list[tuple[type, Named]] = [
     *((TokenizerRun, named) for named in STAGES),
     *((GeneratorRun, named) for named in GENERATORS),
     *((ClassRun, named) for named in CLASSES),
 ]
-"""Every run of the paper, with the class of its config."""
+"""Every run of the paper and the class of its config: the runs of a file, and those that docs/ put together of several."""
 
 
 def kind_of(path: Path) -> type:
@@ -140,7 +161,9 @@ OTHERS = [
 """The runs of the miniature, and encodings."""
 
 
-@pytest.mark.parametrize(("kind", "named"), [*PAPER, *OTHERS], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "named"), [*PAPER, *OTHERS], ids=[str(named) for _, named in (*PAPER, *OTHERS)]
+)
 def test_config_is_read_strictly_and_written_back_equal(kind: type, named: Named, tmp_path: Path) -> None:
     loaded = named.load(kind)
     copy = tmp_path / "copy.yaml"
@@ -255,7 +278,7 @@ def test_every_stage_starts_from_the_export_of_the_stage_before_it() -> None:
     """Over all stages: what an init_from names is what another stage writes."""
     runs = [named.load(TokenizerRun) for named in STAGES]
     folders = [run.run_dir for run in runs]
-    assert len(set(folders)) == len(folders), "two configs write to one folder"
+    assert len(set(folders)) == len(folders) == 32, "two configs write to one folder"
     stage_of = {f"{run.run_dir}/export": run.stage.stage for run in runs}
     before = {"bridge": "pivot", "decoder": "bridge"}
     for run in runs:
