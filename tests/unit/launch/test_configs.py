@@ -145,7 +145,7 @@ PAPER: list[tuple[type, Named]] = [
     *((GeneratorRun, named) for named in GENERATORS),
     *((ClassRun, named) for named in CLASSES),
 ]
-"""Every run of the paper and the class of its config: the runs of a file, and those that docs/ put together of several."""
+"""Every run of the paper and its class: the runs of a file, and those that docs/ put together of several."""
 
 
 def kind_of(path: Path) -> type:

@@ -25,6 +25,7 @@ from launch.sizing.synthetic import SyntheticText, latent_pack
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 T2I = str(CONFIGS / "generator" / "t2i_cc12m.yaml")
+EDIT = str(CONFIGS / "generator" / "edit_omniedit.yaml")
 CLASS = str(CONFIGS / "generator" / "class" / "rpiae64_80.yaml")
 PIVOT = str(CONFIGS / "quickstart" / "pivot.yaml")
 
@@ -70,7 +71,7 @@ def test_an_unknown_task_is_refused_in_one_line_that_lists_the_known_ones(task: 
 
 
 @pytest.mark.parametrize("task", RUNS)
-@pytest.mark.parametrize("path", [T2I, T2I.replace("t2i_cc12m", "edit_omniedit"), CLASS, PIVOT])
+@pytest.mark.parametrize("path", [T2I, EDIT, CLASS, PIVOT], ids=["t2i", "edit", "class", "pivot"])
 def test_each_command_refuses_a_config_of_another_task_and_names_the_command_for_it(
     path: str, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
