@@ -140,7 +140,7 @@ def _parents(tree: dict[str, Any], path: Path) -> list[str]:
         return []
     named = tree.pop("extends")
     parents = named if isinstance(named, list) else [named]
-    if not parents or not all(isinstance(parent, str) and parent for parent in parents):
+    if not parents or not all(isinstance(name, str) and name and "\0" not in name for name in parents):
         raise ConfigError(
             f"{path}: extends is {_shown('extends', named)}; give a file, or a list of at least one file"
         )

@@ -132,6 +132,7 @@ def test_a_file_that_two_others_extend_is_no_circle(tmp_path):
         ("[b.yaml, [c.yaml]]", "give a file, or a list of at least one file"),
         ("{b: b.yaml}", "give a file, or a list of at least one file"),
         ("''", "extends is ''; give a file, or a list of at least one file"),
+        ('["b.yaml", "b\\0"]', "give a file, or a list of at least one file"),
         ("[b.yaml, none.yaml]", r"none\.yaml: no such config file"),
     ],
 )
