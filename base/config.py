@@ -50,18 +50,30 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Reads one YAML into `cls`. `overrides` are `section.key=value`, values in YAML syntax.
+Paths = str | Path | Sequence[str | Path]
+"""One YAML file, or several that are merged in order."""
 
-    A top-level `extends: other.yaml` (relative to the file) is read first; this file then names only what differs.
+
+def load(cls: type[T], paths: Paths, overrides: Sequence[str] = ()) -> T:
+    """Reads YAML into `cls`. `overrides` are `section.key=value`, values in YAML syntax.
+
+    Of several files a later one wins. A top-level `extends: other.yaml`, or `extends: [a.yaml, b.yaml]`, is read first,
+    in this order and relative to the file; the file then names only what differs.
     Raises ConfigError: missing file, bad YAML, unknown key, wrong type, missing key.
     """
-    return from_dict(cls, resolve(path, overrides), where=str(path))
+    return from_dict(cls, resolve(paths, overrides), where=names_of(paths))
 
 
-def resolve(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The plain, unchecked values of one YAML and all that it extends. Raises ConfigError: no file, or bad YAML."""
-    tree = _read_tree(Path(path))
+def names_of(paths: Paths) -> str:
+    """The files of a config as messages name them: `a.yaml`, or `a.yaml + b.yaml`."""
+    return " + ".join(map(str, _listed(paths)))
+
+
+def resolve(paths: Paths, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain, unchecked values of YAML files and all that they extend. Raises ConfigError: no file, or bad YAML."""
+    tree: dict[str, Any] = {}
+    for path in _listed(paths):
+        tree = _merge(tree, _read_tree(Path(path)))
     for override in overrides:
         _apply_override(tree, override)
     return tree
@@ -112,10 +124,27 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines at the top level")
-    parent = tree.pop("extends", None)
-    if parent is None:
-        return tree
-    return _merge(_read_tree(path.parent / str(parent), (*seen, path.resolve())), tree)
+    merged: dict[str, Any] = {}
+    for parent in _parents(tree, path):
+        merged = _merge(merged, _read_tree(path.parent / parent, (*seen, path.resolve())))
+    return _merge(merged, tree)
+
+
+def _listed(paths: Paths) -> Sequence[str | Path]:
+    return [paths] if isinstance(paths, (str, Path)) else paths
+
+
+def _parents(tree: dict[str, Any], path: Path) -> list[str]:
+    """Takes `extends` out of `tree`: the files that it names, none without it. Raises ConfigError."""
+    if "extends" not in tree:
+        return []
+    named = tree.pop("extends")
+    parents = named if isinstance(named, list) else [named]
+    if not parents or not all(isinstance(name, str) and name and "\0" not in name for name in parents):
+        raise ConfigError(
+            f"{path}: extends is {_shown('extends', named)}; give a file, or a list of at least one file"
+        )
+    return parents
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from generator.model import Generator
 from generator.objective import FlowObjective
 from generator.sizing import PackSize, training_flops
 from launch.runs.configs import GeneratorRun
+from launch.runs.tasks import read_run
 from launch.sizing.estimate import PAPER_LATENTS, untrained_latents
-from launch.sizing.run_kinds import read_run
 from launch.sizing.synthetic import SyntheticText
 
 CONFIG = Path(__file__).parents[1] / "configs" / "generator" / "t2i_cc12m.yaml"
@@ -58,7 +58,7 @@ class Shape:
         """The config with packs of `pack_tokens`, and all packs of a step on one GPU."""
         fields = (f"packing.tokens_per_pack={pack_tokens}", f"flow.compile={str(compiled).lower()}")
         num_packs = f"data.num_streams={max(1, self.step_tokens // pack_tokens)}"
-        _, run = read_run(str(self.config), (*self.overrides, *fields, num_packs, "generator.init=random"))
+        run = read_run(self.config, (*self.overrides, *fields, num_packs, "generator.init=random"))
         assert isinstance(run, GeneratorRun)
         return run
 

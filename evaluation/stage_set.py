@@ -17,7 +17,7 @@ from data.samples.images import PixelConfig, PixelPacker
 from data.shards import ShardDataset
 from evaluation.drawn_set import draw_on_ranks
 from evaluation.manifest import Item, write_image
-from evaluation.metrics.psnr import to_uint8
+from evaluation.metrics.reconstruction import to_uint8
 from evaluation.runner import Team
 from tokenizer.rpiae import Autoencoder
 

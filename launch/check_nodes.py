@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from base.config import UserError, counted, resolve
+from base.config import UserError, counted, names_of, resolve
 from base.terminal import say
 from engine import distributed
 from engine.link_speed import Link, all_reduce_s, measure_links
@@ -25,7 +25,9 @@ SLOW = 0.5
 def main() -> None:
     """Prints what every node has, and every difference."""
     parser = entry.parser(__doc__ or "")
-    parser.add_argument("--config", required=True, help="YAML of the run that the nodes are for")
+    parser.add_argument(
+        "--config", action="append", required=True, help="YAML of the run that the nodes are for"
+    )
     parser.add_argument(
         "--expect", type=int, metavar="N", help="nodes that must meet: with a mistyped hostfile fewer do"
     )
@@ -34,7 +36,7 @@ def main() -> None:
     config = resolve(arguments.config)
     run_dir = arguments.run_dir or Path(str(config.get("run_dir", "")))
     if not str(run_dir).strip("."):
-        raise UserError(f"{arguments.config}: names no run_dir; give --run-dir")
+        raise UserError(f"{names_of(arguments.config)}: names no run_dir; give --run-dir")
     ranks = distributed.start(meeting_s=MEETING_S)
     findings = nodes.compare(ranks, {**nodes.facts(config), "hardware": nodes.hardware()})
     findings += nodes.not_shared(ranks, run_dir)

@@ -12,23 +12,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 from base import files, hub
-from base.config import UserError, to_dict
+from base.config import UserError, resolve, to_dict
 from base.terminal import say
 from data.samples.text import MODEL_NAME, load_text_tokenizer
 from data.shards import ShardDataset
 from engine import checkpoint_export
 from engine.loop import CHECKPOINTS, EXPORT
 from generator.class_conditional.model import load_generator
-from generator.model_card import Card, Task, model_card
+from generator.model_card import Card, model_card
 from generator.pretrained import AUTOENCODER, GENERATOR, SAMPLING, TEXT_TOKENIZER, WEIGHTS, load_pretrained
 from launch.runs import entry
-from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
+from launch.runs.configs import ClassRun, GeneratorRun, Run, TokenizerRun
 from launch.runs.drawable import autoencoder_of, check_finished
+from launch.runs.tasks import RUNS, read_run
 from launch.runs.training import objective_of
-from launch.sizing.run_kinds import read_run
 from tokenizer.autoencoders import load_autoencoder
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -44,9 +43,7 @@ def main() -> None:
         metavar="STEP|latest",
         help="averaged weights of this checkpoint (default: the export)",
     )
-    parser.add_argument(
-        "--task", choices=get_args(Task), help="what it was trained for, if its folder does not say"
-    )
+    parser.add_argument("--task", choices=RUNS, help="what it was trained for, if its folder does not say")
     parser.add_argument("--name", help="OWNER/NAME it will have on the hub; without it no upload is offered")
     parser.add_argument("--license", default="other", help="the hub's identifier (default: other)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -66,9 +63,7 @@ def write(arguments: argparse.Namespace, out: Path) -> str:
     run_dir: Path = arguments.run
     if arguments.checkpoint is None:
         check_finished(run_dir, "tokenizer, t2i, edit or class-conditional")
-    kind, run = read_run(str(run_dir / "config.json"))
-    if isinstance(run, GeneratorRun):
-        kind = task_of(run, arguments.task, run_dir)
+    run = run_of(run_dir, arguments.task)
     with files.directory(out) as temporary:
         if isinstance(run, TokenizerRun):
             step = _weights(arguments, run, temporary)
@@ -86,12 +81,12 @@ def write(arguments: argparse.Namespace, out: Path) -> str:
         else:
             copy_text_tokenizer(run.text_tokenizer, temporary / TEXT_TOKENIZER)
             pipeline, defaults = load_pretrained(temporary)
-            card = _card(arguments, task_of(run, arguments.task, run_dir), run, run_dir, step)
+            card = _card(arguments, run, run_dir, step)
             files.write_text(temporary / "README.md", model_card(card, pipeline.generator, defaults))
-    return f"{kind}{step and f' at step {step}'}"
+    return f"{run.task}{step and f' at step {step}'}"
 
 
-def _weights(arguments: argparse.Namespace, run: TokenizerRun | GeneratorRun | ClassRun, folder: Path) -> str:
+def _weights(arguments: argparse.Namespace, run: Run, folder: Path) -> str:
     """Writes the run's export, or its checkpoint's, into `folder`. Returns the checkpoint's step, or ''."""
     run_dir: Path = arguments.run
     if arguments.checkpoint is None:
@@ -107,14 +102,14 @@ def _weights(arguments: argparse.Namespace, run: TokenizerRun | GeneratorRun | C
     return str(state["step"])
 
 
-def _card(arguments: argparse.Namespace, task: Task, run: GeneratorRun, run_dir: Path, step: str) -> Card:
+def _card(arguments: argparse.Namespace, run: GeneratorRun, run_dir: Path, step: str) -> Card:
     metrics = run_dir / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     if step:
         lines = [line for line in lines if line["step"] <= int(step)]
     return Card(
         name=arguments.name or f"OWNER/{run_dir.resolve().name}",
-        task=task,
+        task=run.task,
         license=arguments.license,
         data=[_describe_set(part.shards, run) for part in run.data.sets.values()],
         optimizer={**to_dict(run.engine.optimizer), "ema_decay": run.engine.ema_decay},
@@ -126,15 +121,19 @@ def _card(arguments: argparse.Namespace, task: Task, run: GeneratorRun, run_dir:
     )
 
 
-def task_of(run: GeneratorRun, given: Task | None, run_dir: Path) -> Task:
-    """The task that the run was trained for. Raises UserError: `given` is another task, or the task is unknown."""
-    if run.task is not None and given not in (None, run.task):
-        raise UserError(f"--task {given}: {run_dir} was trained for {run.task}; leave --task out")
-    if (task := run.task or given) is None:
-        raise UserError(
-            f"{run_dir}/config.json does not say what was trained; give --task t2i or --task edit"
-        )
-    return task
+def run_of(run_dir: Path, given: str | None) -> Run:
+    """The config of a run. `given`: the task of an older run, whose config.json names none.
+
+    Raises UserError: `given` is another task than the recorded one, or none is known.
+    """
+    config = str(run_dir / "config.json")
+    recorded = resolve(config).get("task")
+    if recorded is not None and given not in (None, recorded):
+        raise UserError(f"--task {given}: {run_dir} was trained for {recorded}; leave --task out")
+    if recorded is None and given is None:
+        choices = " or ".join(f"--task {task}" for task in ("t2i", "edit", "class", "tokenizer"))
+        raise UserError(f"{config} does not say what was trained; give {choices}")
+    return read_run(config, [] if given is None else [f"task={given}"])
 
 
 def _without_machine(path: str) -> str:

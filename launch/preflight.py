@@ -11,18 +11,18 @@ import argparse
 import os
 import sys
 
-from base.config import ConfigError
+from base.config import ConfigError, names_of
 from base.terminal import say
 from launch.runs import entry
+from launch.runs.tasks import read_run
 from launch.sizing.rehearsal import execute
 from launch.sizing.report import plan_run, report
-from launch.sizing.run_kinds import read_run
 from launch.sizing.step_time import NODE_GPUS
 
 TITLES = {
     "tokenizer": "a stage of the tokenizer",
-    "t2i": "text-to-image (an editing run sets packing.source_dropout)",
-    "edit": "editing (packing.source_dropout is set)",
+    "t2i": "text-to-image",
+    "edit": "editing",
     "class": "class-conditional generation",
 }
 
@@ -30,21 +30,20 @@ TITLES = {
 def main() -> None:
     """Prints the tables; with --execute, then runs the phases."""
     arguments = _parser().parse_intermixed_args()
-    paths = [*([arguments.config] if arguments.config else [])]
-    paths += [word for word in arguments.words if "=" not in word]
-    if len(paths) != 1:
-        raise ConfigError(f"give one config (FILE or --config FILE), not {len(paths)}")
+    paths = [*arguments.config, *(word for word in arguments.words if "=" not in word)]
+    if not paths:
+        raise ConfigError("give a config: FILE or --config FILE")
     if (
         (arguments.gpus is not None and arguments.gpus < 1)
         or arguments.gpu_memory <= 0
         or (arguments.mfu is not None and not 0 < arguments.mfu <= 1)
     ):
         raise ConfigError("--gpus and --gpu-memory must be above 0, --mfu above 0 and at most 1")
-    task, run = read_run(paths[0], [word for word in arguments.words if "=" in word])
-    preflight = plan_run(task, run)
+    run = read_run(paths, [word for word in arguments.words if "=" in word])
+    preflight = plan_run(run)
     gpus = arguments.gpus or min(NODE_GPUS, run.data.num_streams)
     if os.environ.get("RANK", "0") == "0":
-        say(f"{paths[0]}: {TITLES[task]}")
+        say(f"{names_of(paths)}: {TITLES[run.task]}")
         say(report(preflight, num_gpus=gpus, gpu_gib=arguments.gpu_memory, mfu=arguments.mfu))
         sys.stdout.flush()
     if arguments.execute:
@@ -54,9 +53,9 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = entry.parser(__doc__ or "")
     parser.add_argument(
-        "words", nargs="*", metavar="CONFIG section.key=value", help="YAML file; fields to change"
+        "words", nargs="*", metavar="CONFIG section.key=value", help="YAML files; fields to change"
     )
-    parser.add_argument("--config", help="the YAML file, if it is not given alone")
+    parser.add_argument("--config", action="append", default=[], help="a YAML file, if it is not given alone")
     parser.add_argument("--gpus", type=int, help=f"that the run will have (default: at most {NODE_GPUS})")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="of each, in GiB (default 80)")
     parser.add_argument(

@@ -1,23 +1,25 @@
-"""Prints the table of docs/recipes.md, a line for each config: python -m launch.recipes configs/generator
+"""Prints the table of docs/recipes.md, a line for each run: python -m launch.recipes configs/generator
 
-Memory and time are estimates (launch/sizing/estimate.py) for the number of GPUs in a config's name, else for at most 8.
+Memory and time are estimates (launch/sizing/estimate.py) for the number of GPUs in a config's name, else for at most 8
+and, of the main runs, also for a GPU a pack.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from base.config import UserError
+from base.config import UserError, resolve
 from base.terminal import say
 from generator.flow import resolve_shift
 from launch.runs import entry
 from launch.runs.configs import GeneratorRun
+from launch.runs.tasks import read_run
 from launch.sizing.estimate import LATENT_SHAPES, PAPER_LATENTS, generator_plan
-from launch.sizing.run_kinds import read_run
 from launch.sizing.step_time import NODE_GPUS
 
-CLASS = "class"
-"""The folder of class-conditional configs, which have no text tokens."""
+LATENTS, HEAD = "latents", Path("parts", "ddt.yaml")
+"""The folder of runs on other latents, and the part that adds a head to each of them."""
 TITLES = (
     "config", "latents", "time shift", "parameters, M", "packs x tokens", "targets a step", "TFLOP a step",
     "GPUs", "GiB each", "computing + exchange, ms", "run, h",
@@ -32,23 +34,41 @@ def main() -> None:
 
 
 def table(folder: Path) -> str:
-    """The table of the configs in `folder`, in Markdown. Raises UserError: the folder has no configs."""
-    paths = sorted(path for path in folder.rglob("*.yaml") if CLASS not in path.relative_to(folder).parts)
-    if not paths:
-        raise UserError(f"{folder}: holds no .yaml files; give a folder of generator configs")
-    names = [str(path.relative_to(folder).with_suffix("")) for path in paths]
-    lines = [TITLES, ("---",) * len(TITLES), *map(_row, names, paths)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """The table of the runs in `folder`, in Markdown. Raises UserError: the folder has no configs of these tasks."""
+    rows = list(_rows(folder))
+    if not rows:
+        raise UserError(f"{folder}: holds no config of task t2i or edit; give a folder of generator configs")
+    return "\n".join(f"| {' | '.join(line)} |" for line in [TITLES, ("---",) * len(TITLES), *rows])
 
 
-def _row(name: str, path: Path) -> tuple[str, ...]:
-    task, run = read_run(str(path))
-    if not isinstance(run, GeneratorRun):
-        raise UserError(f"{path}: no generator's config; give a folder of those alone")
+def _rows(folder: Path) -> Iterator[tuple[str, ...]]:
+    """A row for each run and number of GPUs."""
+    for path in sorted(folder.rglob("*.yaml")):
+        if resolve(path).get("task") not in ("t2i", "edit"):  # a part, or a class-conditional run
+            continue
+        name = str(path.relative_to(folder).with_suffix(""))
+        run = _read([path])
+        number, most = path.stem.rpartition("_")[2], run.data.num_streams
+        if number.isdigit():
+            yield _row(name, run, int(number))
+            continue
+        node = min(NODE_GPUS, most)
+        if path.parent.name == LATENTS:
+            yield _row(name, run, node)
+            yield _row(f"{name} + {HEAD.stem}", _read([path, folder / HEAD]), node)
+        else:
+            yield from (_row(name, run, gpus) for gpus in sorted({node, most}))
+
+
+def _read(paths: Sequence[Path]) -> GeneratorRun:
+    run = read_run(paths)
+    assert isinstance(run, GeneratorRun)
+    return run
+
+
+def _row(name: str, run: GeneratorRun, gpus: int) -> tuple[str, ...]:
     shape = LATENT_SHAPES.get(run.autoencoder or "", PAPER_LATENTS)
-    plan = generator_plan(run, shape, is_edit=task == "edit")
-    number = path.stem.rpartition("_")[2]
-    gpus = int(number) if number.isdigit() else min(NODE_GPUS, run.data.num_streams)
+    plan = generator_plan(run, shape)
     return (
         name,
         "x".join(map(str, shape)),

@@ -2,21 +2,12 @@
 
 import sys
 
-from base.terminal import say
-from launch.runs import entry
-from launch.runs.configs import ClassRun
-from launch.runs.training import train_class
-from launch.sizing import dry_run
+from launch.runs import entry, tasks
 
 
 def main() -> None:
     """Trains from the config; the default is the paper's LightningDiT-XL, 80 epochs of ImageNet."""
-    arguments = entry.config_parser(__doc__ or "", "configs/generator/class/rpiae64_80.yaml").parse_args()
-    run = entry.read_config(ClassRun, arguments)
-    if arguments.dry_run:
-        say(dry_run.class_run(run))
-    else:
-        train_class(run)
+    tasks.main("class", __doc__ or "", "configs/generator/class/rpiae64_80.yaml")
 
 
 if __name__ == "__main__":

@@ -2,27 +2,12 @@
 
 import sys
 
-from base.terminal import say
-from launch.runs import entry
-from launch.runs.configs import TokenizerRun
-from launch.runs.training import preview_pixels, train_on_pixels
-from launch.sizing import dry_run
-from tokenizer.training.stages import build_stage
+from launch.runs import entry, tasks
 
 
 def main() -> None:
-    """Reads the config, builds the stage, trains or resumes it."""
-    arguments = entry.config_parser(__doc__ or "", "configs/tokenizer/pivot.yaml").parse_args()
-    run = entry.read_config(TokenizerRun, arguments)
-    if arguments.dry_run:
-        say(dry_run.tokenizer_run(run))
-        return
-    train_on_pixels(
-        run,
-        lambda: build_stage(
-            run.stage, preview_pixels(run.preview_shards, run.num_preview_images, run.pixels)
-        ),
-    )
+    """Trains from the config; the default is the paper's stage I on ImageNet."""
+    tasks.main("tokenizer", __doc__ or "", "configs/tokenizer/pivot.yaml")
 
 
 if __name__ == "__main__":

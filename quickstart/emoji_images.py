@@ -16,7 +16,7 @@ from data.packs.packing import read_captions
 from data.samples.images import decode_image, fit_image
 from data.shards import Sample, ShardDataset
 from evaluation.manifest import Item, write_image, write_manifest
-from evaluation.metrics.psnr import to_uint8
+from evaluation.metrics.reconstruction import to_uint8
 from generator.pipeline import Pipeline
 from generator.sampling import SamplingConfig
 from tokenizer.export import ImageAutoencoder

@@ -20,10 +20,10 @@ from generator.class_conditional.model import new_generator
 from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
 from generator.pipeline import in_bf16
 from generator.sampling import Condition, SamplingConfig, sample_latents
-from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
+from launch.runs.configs import ClassRun, GeneratorRun, Run, TokenizerRun
+from launch.runs.tasks import read_run
 from launch.sizing import synthetic
 from launch.sizing.estimate import PAPER_LATENTS, untrained_latents
-from launch.sizing.run_kinds import Run, read_run
 from launch.sizing.stage_size import FIRST_STEP, in_phases, phase_names
 from tokenizer.export import CONFIG_NAME, FORMAT_VERSION
 from tokenizer.rpiae import Autoencoder, AutoencoderConfig, without_download
@@ -187,4 +187,4 @@ def _drawn(draw: Callable[[], object], images: Images, device: torch.device) -> 
 
 
 def _read(path: Path, *overrides: str) -> Run:
-    return read_run(str(path), overrides)[1]
+    return read_run(path, overrides)

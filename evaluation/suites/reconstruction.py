@@ -16,9 +16,7 @@ from evaluation.features.interface import FeatureExtractor
 from evaluation.image_source import ImagePairs, RoleImages
 from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.frechet import FeatureStatistics, caveat, frechet_distance
-from evaluation.metrics.lpips import Lpips
-from evaluation.metrics.psnr import Rounding, psnr_db
-from evaluation.metrics.ssim import ssim
+from evaluation.metrics.reconstruction import Lpips, Rounding, psnr_db, ssim
 from evaluation.runner import Measurement, SetScore
 
 Pair = tuple[Tensor, Tensor]

@@ -24,7 +24,7 @@ class WideHeadConfig:
 
 @dataclass(frozen=True)
 class DitConfig:
-    """LightningDiT, or with `head` DiTDH. The comments give XL's values (S, B, L: configs/generator/class/sizes)."""
+    """LightningDiT, or with `head` DiTDH. The comments give XL's values (S, B, L: configs/generator/class/parts)."""
 
     num_classes: int
     """Classes; labels are 0 to num_classes - 1 (ImageNet: 1,000)."""

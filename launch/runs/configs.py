@@ -1,13 +1,14 @@
-"""The configs of all kinds of runs; a YAML describes one run."""
+"""The configs of all kinds of runs. A training's config names its task (launch/runs/tasks.py)."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from base.bounds import Count
-from base.config import ConfigError, UserError
+from base.config import ConfigError
 from data.packs.class_batch import ClassPackingConfig
 from data.packs.packing import PackingConfig
 from data.plan.stream import DataConfig
@@ -51,6 +52,7 @@ class TokenizerRun(PixelRun):
     num_preview_images: Count = 16
     evaluation: StageEvaluationConfig | None = None
     """Scores during the training; None: no scores."""
+    task: Literal["tokenizer"] = "tokenizer"
 
     def __post_init__(self) -> None:
         stage = self.stage
@@ -89,6 +91,8 @@ class GeneratorRun:
     """Name or folder of the text tokenizer."""
     generator: GeneratorConfig
     engine: EngineConfig
+    task: Task
+    """What is learned: `t2i` (text-to-image) or `edit`."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     autoencoder: str | None = None
     """Exported autoencoder that decodes the sample grids; None: no grids."""
@@ -99,8 +103,6 @@ class GeneratorRun:
     """Sampling of the grids, and the default of sample.py. The time shift is always flow.time_shift."""
     evaluation: PromptEvaluationConfig | None = None
     """Scores during the training; None: no scores."""
-    task: Task | None = None
-    """The task that is learned. The entry point fills it in, so that the run folder's config.json has it."""
 
     def __post_init__(self) -> None:
         if self.packing.max_side != self.generator.max_side:
@@ -116,22 +118,13 @@ class GeneratorRun:
             raise ConfigError(
                 "generator.text_output is true, but flow.text_loss_weight is 0; set one of them right"
             )
+        if self.task == "t2i" and self.flow.text_loss_weight:
+            raise ConfigError(
+                f"flow.text_loss_weight is {self.flow.text_loss_weight:g}, but only interleaved samples mark text for "
+                "a loss: train those with task edit, or set it to 0 and generator.text_output to false"
+            )
         _check_decoder(self.evaluation, self.autoencoder)
         _check_compile(self.flow.compile, self.engine)
-
-    def learning(self, task: Task) -> GeneratorRun:
-        """This run with its task filled in.
-
-        Raises UserError: the run is of the other task, or a text loss is set for samples that mark no text.
-        """
-        if self.task not in (None, task):
-            raise UserError(f"task is {self.task}: start this config with launch/train_{self.task}.py")
-        if task == "t2i" and self.flow.text_loss_weight:
-            raise UserError(
-                f"flow.text_loss_weight is {self.flow.text_loss_weight:g}, but only interleaved samples mark text for "
-                "a loss: train those with launch/train_edit.py, or set it to 0 and generator.text_output to false"
-            )
-        return dataclasses.replace(self, task=task)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -157,6 +150,7 @@ class ClassRun:
     preview_sampling: ClassSamplingConfig = field(default_factory=ClassSamplingConfig)
     evaluation: ClassEvaluationConfig | None = None
     """Scores during the training; None: no scores."""
+    task: Literal["class"] = "class"
 
     def __post_init__(self) -> None:
         align = self.flow.align
@@ -172,6 +166,10 @@ class ClassRun:
     def sampling(self) -> ClassSamplingConfig:
         """`preview_sampling` with the training's time shift, for sample_class.py and evaluations."""
         return dataclasses.replace(self.preview_sampling, time_shift=self.flow.time_shift)
+
+
+Run = TokenizerRun | GeneratorRun | ClassRun
+"""A training that launch/train_*.py starts."""
 
 
 def _check_decoder(evaluation: object, autoencoder: str | None) -> None:

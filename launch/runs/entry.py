@@ -125,7 +125,9 @@ def parser(description: str) -> argparse.ArgumentParser:
 def config_parser(description: str, default: str) -> argparse.ArgumentParser:
     """`parser` with --config (default: the paper's), --dry-run, and `key=value` overrides."""
     result = parser(description)
-    result.add_argument("--config", default=str(REPOSITORY / default), help=f"YAML file (default {default})")
+    text = f"YAML file (default {default}); give it again for a further one, which wins over those before"
+    result.add_argument("--config", action="append", help=text)
+    result.set_defaults(default_config=str(REPOSITORY / default))
     result.add_argument(
         "--dry-run", action="store_true", help="print the resolved config and sizes, then exit"
     )
@@ -133,13 +135,19 @@ def config_parser(description: str, default: str) -> argparse.ArgumentParser:
     return result
 
 
+def config_words(arguments: argparse.Namespace) -> tuple[Sequence[str], Sequence[str]]:
+    """The files and the overrides of a config. Raises ConfigError."""
+    for override in arguments.overrides:
+        if "=" not in override:
+            raise ConfigError(
+                f"override '{override}': write it as section.key=value, and a further file as --config FILE"
+            )
+    return arguments.config or [arguments.default_config], arguments.overrides
+
+
 def read_config(cls: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
     """The resolved config of a run. Raises ConfigError."""
-    overrides: Sequence[str] = arguments.overrides
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override '{override}': write it as section.key=value")
-    return load(cls, arguments.config, overrides)
+    return load(cls, *config_words(arguments))
 
 
 def print_config(config: object) -> None:

@@ -26,8 +26,8 @@ from evaluation.judges.interface import EDITSCORE, YES_NO, Decoding, VisionLangu
 from evaluation.judges.vision_language import TransformersJudge
 from evaluation.linear_head import HEADS, NUM_CLASSES, HeadClassifier, LinearHead
 from evaluation.manifest import MANIFEST_NAME, write_class_folders
-from evaluation.metrics.lpips import Lpips
 from evaluation.metrics.manifold import Distances
+from evaluation.metrics.reconstruction import Lpips
 from evaluation.reference import Reference
 from evaluation.runner import SCORES_NAME, Suite, Team
 from evaluation.suites.dpg import DpgSuite

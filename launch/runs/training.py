@@ -23,10 +23,10 @@ from data.plan.stream import Packer, PackStream
 from data.samples.images import PixelConfig, PixelPacker
 from data.samples.text import TextTokenizer, load_text_tokenizer
 from data.shards import LatentInfo, ShardDataset
-from engine import checkpoint_folder, distributed, logs, run_lock
+from engine import checkpoint_folder, distributed, logs, loop, run_lock
 from engine.determinism import make_deterministic
 from engine.distributed import Ranks
-from engine.loop import CHECKPOINTS, EXPORT, train
+from engine.loop import CHECKPOINTS, EXPORT
 from engine.peers import LostContactError
 from generator.attention import choose_backend
 from generator.class_conditional.objective import (
@@ -34,11 +34,10 @@ from generator.class_conditional.objective import (
     build_class_objective,
     spread_labels,
 )
-from generator.model_card import Task
 from generator.objective import Preview, build_objective
 from generator.sampling import read_conditions
 from launch.runs import input_fingerprints, nodes, periodic_scores
-from launch.runs.configs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
+from launch.runs.configs import ClassRun, GeneratorRun, PixelRun, Run, TokenizerRun
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import fingerprint
 from tokenizer.training.stages import build_stage
@@ -61,7 +60,18 @@ RUN_FILES = (
     *("hang", "nonfinite", "spikes", run_lock.NAME),
 )
 """Patterns of the file names that a training writes to its run_dir."""
-PACKERS: dict[Task, type[T2IPacker]] = {"t2i": T2IPacker, "edit": EditPacker}
+PACKERS = {"t2i": T2IPacker, "edit": EditPacker}
+
+
+def train(run: Run) -> None:
+    """Trains what the config's task says."""
+    if isinstance(run, TokenizerRun):
+        preview = run.preview_shards, run.num_preview_images, run.pixels
+        train_on_pixels(run, lambda: build_stage(run.stage, preview_pixels(*preview)))
+    elif isinstance(run, GeneratorRun):
+        train_generator(run)
+    else:
+        train_class(run)
 
 
 def train_on_pixels(run: PixelRun, build: Callable[[], Objective]) -> None:
@@ -72,16 +82,14 @@ def train_on_pixels(run: PixelRun, build: Callable[[], Objective]) -> None:
 
 
 def train_generator(run: GeneratorRun) -> None:
-    """Trains text-to-image or editing: `run.task` must be filled in."""
+    """Trains text-to-image or editing."""
     _check_folder(run)
-    task = run.task
-    assert task is not None
     mixture = Mixture.open(run.data.sets, run.data.storage)
     latents = _latents(mixture)
     text_tokenizer = load_text_tokenizer(run.text_tokenizer)
-    packer = PACKERS[task](run.packing, latents, text_tokenizer, pads_attention=_runs_sdpa(run))
+    packer = PACKERS[run.task](run.packing, latents, text_tokenizer, pads_attention=_runs_sdpa(run))
     objective = build_objective(
-        task,
+        run.task,
         run.generator,
         run.flow,
         latents,
@@ -107,7 +115,7 @@ def train_class(run: ClassRun) -> None:
     _train(run, mixture, packer, objective)
 
 
-def objective_of(run: TokenizerRun | GeneratorRun | ClassRun) -> Objective:
+def objective_of(run: Run) -> Objective:
     """A training's objective at its start, without sample grids, into which a checkpoint can be loaded.
 
     Raises UserError: the data or the initial weights are missing.
@@ -118,9 +126,7 @@ def objective_of(run: TokenizerRun | GeneratorRun | ClassRun) -> Objective:
     if isinstance(run, ClassRun):
         return build_class_objective(run.generator, run.flow, latents, seed=run.engine.seed)
     text_tokenizer = load_text_tokenizer(run.text_tokenizer)
-    return build_objective(
-        run.task or "t2i", run.generator, run.flow, latents, text_tokenizer, seed=run.engine.seed
-    )
+    return build_objective(run.task, run.generator, run.flow, latents, text_tokenizer, seed=run.engine.seed)
 
 
 def preview_pixels(shards: str | None, num_images: int, pixels: PixelConfig) -> Tensor | None:
@@ -257,7 +263,7 @@ def _train(
         if ranks.is_first:
             line = f"{engine.steps} steps: at most data.max_epochs = {run.data.max_epochs}"
             say(f"[{objective.name}] {line}")
-    train(
+    loop.train(
         objective,
         source,
         engine,

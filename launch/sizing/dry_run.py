@@ -7,48 +7,33 @@ from collections.abc import Sequence
 from base.config import dump
 from base.objective import Objective
 from generator.flow import resolve_shift
-from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
-from launch.sizing.estimate import GIB, Plan, class_plan, generator_plan, latent_shape, tokenizer_plan
+from launch.runs.configs import ClassRun, GeneratorRun, Run, TokenizerRun
+from launch.sizing.estimate import GIB, Plan, latent_shape, plan_of
 from launch.sizing.stage_size import num_parameters
 from launch.sizing.step_time import H100
 
 GPU_COUNTS = (1, 8, 32, 256)
 
 
-def tokenizer_run(run: TokenizerRun) -> str:
-    """The report of a tokenizer stage."""
-    plan = tokenizer_plan(run)
-    step = f"a step: {plan.num_images} images, {plan.step_flops:.3g} FLOP; {plan.engine.steps:,} steps"
-    return "\n".join([dump(run) + "---", *_sizes(plan), step, *_on_gpus(plan)])
-
-
-def generator_run(run: GeneratorRun, *, is_edit: bool) -> str:
-    """The report of a text-to-image or editing run. Without shards, a note says that the latents' shape is assumed."""
+def report(run: Run) -> str:
+    """The report of a training. Without shards of latents, a note says that their shape is assumed."""
     shape, note = latent_shape(run)
-    plan = generator_plan(run, shape, is_edit=is_edit)
-    step = f"{plan.num_tokens:,} tokens, about {plan.num_images:,} targets"
-    return _latents_report(run, plan, shape, note, step)
-
-
-def class_run(run: ClassRun) -> str:
-    """The report of a class-conditional run. Without shards, a note says that the latents' shape is assumed."""
-    shape, note = latent_shape(run)
-    plan = class_plan(run, shape)
-    step = f"{plan.num_images:,} images of {plan.num_tokens // plan.num_images} tokens"
-    return _latents_report(run, plan, shape, note, step)
-
-
-def _latents_report(
-    run: GeneratorRun | ClassRun, plan: Plan, shape: tuple[int, int, int], note: str, step: str
-) -> str:
-    lines = [
-        *([note] if note else []),
-        dump(run) + "---",
-        *_sizes(plan),
-        f"time shift of {'x'.join(map(str, shape))}: {resolve_shift(run.flow.time_shift, shape):.3g}",
-        f"a step: {step}, {plan.step_flops:.3g} FLOP; {plan.engine.steps:,} steps",
-    ]
+    plan = plan_of(run, shape)
+    lines = [*([note] if note else []), dump(run) + "---", *_sizes(plan)]
+    if shape is not None and not isinstance(run, TokenizerRun):
+        shift = resolve_shift(run.flow.time_shift, shape)
+        lines.append(f"time shift of {'x'.join(map(str, shape))}: {shift:.3g}")
+    lines.append(f"a step: {_step(run, plan)}, {plan.step_flops:.3g} FLOP; {plan.engine.steps:,} steps")
     return "\n".join([*lines, *_on_gpus(plan)])
+
+
+def _step(run: Run, plan: Plan) -> str:
+    """What a step reads, in the words of the run's task."""
+    if isinstance(run, GeneratorRun):
+        return f"{plan.num_tokens:,} tokens, about {plan.num_images:,} targets"
+    if isinstance(run, ClassRun):
+        return f"{plan.num_images:,} images of {plan.num_tokens // plan.num_images} tokens"
+    return f"{plan.num_images} images"
 
 
 def objective_run(run: object, objective: Objective) -> str:

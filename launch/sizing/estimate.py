@@ -24,7 +24,7 @@ from generator.traffic import (
     moved_bytes,
     num_launches,
 )
-from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
+from launch.runs.configs import ClassRun, GeneratorRun, Run, TokenizerRun
 from launch.sizing.stage_size import PhaseSize, count_parameters, num_parameters, stage_size
 from launch.sizing.step_time import H100, StepTime, Work, step_time
 
@@ -194,9 +194,18 @@ class Plan:
         return (self.num_parameters - self.num_unexported) * (2 if self.engine.precision == "bf16" else 4)
 
 
-def generator_plan(run: GeneratorRun, shape: tuple[int, int, int], *, is_edit: bool) -> Plan:
+def plan_of(run: Run, shape: tuple[int, int, int] | None) -> Plan:
+    """Plan of a training. `shape`: as from `latent_shape`."""
+    if isinstance(run, TokenizerRun):
+        return tokenizer_plan(run)
+    assert shape is not None
+    return class_plan(run, shape) if isinstance(run, ClassRun) else generator_plan(run, shape)
+
+
+def generator_plan(run: GeneratorRun, shape: tuple[int, int, int]) -> Plan:
     """Plan of a generator on equal samples: a caption of 100 tokens, or a source and an instruction of 30 tokens."""
     channels, *grid = shape
+    is_edit = run.task == "edit"
     with torch.device("meta"):
         trained, frozen = count_parameters(Generator(run.generator, untrained_latents(shape)))
     streams, is_checkpointed = run.data.num_streams, run.flow.activation_checkpointing
@@ -320,11 +329,13 @@ def tokenizer_plan(run: TokenizerRun) -> Plan:
     )
 
 
-def latent_shape(run: GeneratorRun | ClassRun) -> tuple[tuple[int, int, int], str]:
-    """Shape (C, Y, X) of the shards' latents, and ''.
+def latent_shape(run: Run) -> tuple[tuple[int, int, int] | None, str]:
+    """Shape (C, Y, X) of the shards' latents, None for a tokenizer; and ''.
 
     Without shards: the shape of the run's autoencoder or the paper's, within the position table, and a note about it.
     """
+    if isinstance(run, TokenizerRun):
+        return None, ""
     shape = LATENT_SHAPES.get(run.autoencoder or "", PAPER_LATENTS)
     if isinstance(run, GeneratorRun):
         channels, *grid = shape

@@ -22,11 +22,10 @@ from generator.drawing import DrawingConfig
 from generator.model import Generator
 from generator.objective import Decode, FlowObjective, Preview
 from launch.runs import periodic_scores
-from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
+from launch.runs.configs import ClassRun, GeneratorRun, Run, TokenizerRun
 from launch.sizing import synthetic
 from launch.sizing.estimate import GIB, INSTRUCTION_TOKENS, TEXT_TOKENS, Plan, untrained_latents
 from launch.sizing.report import Preflight, remedies
-from launch.sizing.run_kinds import Run
 from launch.sizing.stage_size import in_phases
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import CONFIG_NAME
@@ -163,8 +162,8 @@ def _tokenizer(run: TokenizerRun) -> Parts:
 
 
 def _generator(preflight: Preflight, run: GeneratorRun) -> Parts:
-    assert preflight.shape is not None and (preflight.task == "t2i" or preflight.task == "edit")
-    task, shape, is_edit = preflight.task, preflight.shape, preflight.task == "edit"
+    assert preflight.shape is not None
+    shape, is_edit = preflight.shape, run.task == "edit"
     text = synthetic.SyntheticText(run.generator.backbone.vocab_size)
     text_tokens = INSTRUCTION_TOKENS if is_edit else TEXT_TOKENS
     decode, note = _decoder(run.autoencoder if run.preview_shards is not None else None)
@@ -185,7 +184,7 @@ def _generator(preflight: Preflight, run: GeneratorRun) -> Parts:
                 _shortened(run.preview_sampling),
                 decode,
             )
-        return FlowObjective(task, model, run.flow, text, start="untrained", preview=preview)
+        return FlowObjective(run.task, model, run.flow, text, start="untrained", preview=preview)
 
     def pack(stream: int) -> Batch:
         return synthetic.latent_pack(

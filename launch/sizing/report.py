@@ -9,20 +9,17 @@ from typing import Any, TypeVar
 
 from base.config import UserError
 from data.shards import ShardDataset
-from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
+from launch.runs.configs import ClassRun, GeneratorRun, Run, TokenizerRun
 from launch.sizing.dry_run import time_parts
 from launch.sizing.estimate import (
     CONTEXT_GIB,
     GIB,
     PEAK,
     Plan,
-    class_plan,
-    generator_plan,
     latent_shape,
-    tokenizer_plan,
+    plan_of,
     untrained_latents,
 )
-from launch.sizing.run_kinds import Run, Task
 
 RunT = TypeVar("RunT", bound=Run)
 STAGES = (1, 2, 3)
@@ -41,7 +38,6 @@ CHECKPOINTING = "activation_checkpointing"
 class Preflight:
     """A run and its plan."""
 
-    task: Task
     run: Run
     plan: Plan
     shape: tuple[int, int, int] | None
@@ -71,12 +67,12 @@ class Preflight:
     def with_pack(self, units: int) -> Plan:
         """The plan with packs of `units` tokens or images."""
         section, field = PACKS[type(self.run)]
-        return _plan(self.task, _changed(self.run, section, field, units), self.shape)
+        return plan_of(_changed(self.run, section, field, units), self.shape)
 
     def with_checkpointing(self) -> Plan | None:
         """The plan with activation checkpointing; None: the run has it already."""
         changed = _changed(self.run, self._trained, CHECKPOINTING, True)
-        return None if changed == self.run else _plan(self.task, changed, self.shape)
+        return None if changed == self.run else plan_of(changed, self.shape)
 
     @property
     def _trained(self) -> str:
@@ -84,19 +80,10 @@ class Preflight:
         return "stage" if isinstance(self.run, TokenizerRun) else "flow"
 
 
-def plan_run(task: Task, run: Run) -> Preflight:
+def plan_run(run: Run) -> Preflight:
     """Plans a run. Raises UserError: an earlier stage's export is missing."""
-    shape, note = (None, "") if isinstance(run, TokenizerRun) else latent_shape(run)
-    return Preflight(task, run, _plan(task, run, shape), shape, note)
-
-
-def _plan(task: Task, run: Run, shape: tuple[int, int, int] | None) -> Plan:
-    if isinstance(run, TokenizerRun):
-        return tokenizer_plan(run)
-    assert shape is not None
-    if isinstance(run, ClassRun):
-        return class_plan(run, shape)
-    return generator_plan(run, shape, is_edit=task == "edit")
+    shape, note = latent_shape(run)
+    return Preflight(run, plan_of(run, shape), shape, note)
 
 
 def _changed(run: RunT, section: str, field: str, value: Any) -> RunT:
@@ -238,7 +225,7 @@ def _shards(preflight: Preflight, shards: str) -> str:
     except UserError:
         if preflight.shape is None:
             return "unknown, they are not there, and the size of the image files is nowhere in the config"
-        each = (2 if preflight.task == "edit" else 1) * untrained_latents(preflight.shape).num_bytes
+        each = (2 if preflight.run.task == "edit" else 1) * untrained_latents(preflight.shape).num_bytes
         count, whose, beside = 1_000_000, "a million", "texts apart"
         if isinstance(preflight.run, ClassRun):
             beside = "with their mirror images twice that"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evaluation.manifest import ImageSet, Item
-from evaluation.metrics.psnr import psnr_db
+from evaluation.metrics.reconstruction import psnr_db
 from evaluation.runner import Measurement
 from quickstart.judge import THRESHOLD, Judge
 from quickstart.suites.text_to_image import object_names, verdict_detail

@@ -16,9 +16,9 @@ from engine.distributed import Ranks
 from generator.model import Generator
 from generator.objective import FlowObjective
 from launch.runs.configs import GeneratorRun, TokenizerRun
+from launch.runs.tasks import read_run
 from launch.sizing import synthetic
 from launch.sizing.estimate import generator_plan, untrained_latents
-from launch.sizing.run_kinds import read_run
 from launch.sizing.stage_size import FIRST_STEP, in_phases, phase_names
 from launch.sizing.synthetic import SyntheticText
 from tokenizer.training.stages import build_untrained
@@ -39,7 +39,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def generator_run(*overrides: str) -> GeneratorRun:
-    _, run = read_run(str(CONFIG), (*SMALL, *overrides))
+    run = read_run(str(CONFIG), (*SMALL, *overrides))
     assert isinstance(run, GeneratorRun)
     return run
 
@@ -88,7 +88,7 @@ def test_the_memory_estimate_is_the_allocators_peak(checkpointing: bool, ranks: 
         "generator.init=random", "generator.backbone.num_layers=4", "data.num_streams=2", "engine.ema_decay=0",
         f"flow.activation_checkpointing={str(checkpointing).lower()}",
     )  # fmt: skip
-    _, run = read_run(str(CONFIG), overrides)
+    run = read_run(str(CONFIG), overrides)
     assert isinstance(run, GeneratorRun)
     text = SyntheticText(run.generator.backbone.vocab_size)
     before = torch.cuda.memory_allocated(ranks.device)
@@ -107,13 +107,13 @@ def test_the_memory_estimate_is_the_allocators_peak(checkpointing: bool, ranks: 
         take(ring, 1)
         torch.cuda.synchronize(ranks.device)
     measured = torch.cuda.max_memory_allocated(ranks.device) - before
-    estimated = generator_plan(run, LATENTS, is_edit=False).peak(1, num_packs=2)
+    estimated = generator_plan(run, LATENTS).peak(1, num_packs=2)
     assert measured == pytest.approx(estimated, rel=0.1)
 
 
 def test_stage_one_takes_a_step_of_every_phase(ranks: Ranks) -> None:
     """All losses, the adaptive weights and the discriminator, in bf16_autocast: finite, and every weight moves."""
-    _, run = read_run(
+    run = read_run(
         str(CONFIGS / "quickstart" / "pivot.yaml"),
         ("engine.precision=bf16_autocast", "engine.optimizer.name=adamw"),
     )

@@ -63,6 +63,7 @@ def inputs(
     encode_shards(encode, rank=0, world=1, barrier=lambda: None)
     (root / "class.yaml").write_text(
         f"""
+task: class
 run_dir: unused
 data: {{shards: {root}/latents, num_streams: 2}}
 packing: {{images_per_pack: 4, class_dropout: 0.2}}

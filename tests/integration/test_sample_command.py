@@ -72,7 +72,7 @@ def inputs(
     train_text_tokenizer(["a red apple on blue", "two dogs beside a small green house"], root / "text", 400)
     autoencoder = tiny_autoencoder(root / "autoencoder")
     tiny = ["backbone.width=32", "backbone.num_layers=2", "backbone.mlp_width=64"]
-    overrides = [f"run_dir={root / 'run'}", f"autoencoder={root / 'autoencoder'}"]
+    overrides = [f"run_dir={root / 'run'}", f"autoencoder={root / 'autoencoder'}", "task=edit"]
     overrides += [f"text_tokenizer={root / 'text'}", *(f"generator.{field}" for field in tiny)]
     run = config.load(GeneratorRun, ROOT / "configs" / "quickstart" / "t2i.yaml", overrides)
     fingerprints = fingerprint(root / "autoencoder"), load_text_tokenizer(str(root / "text")).fingerprint

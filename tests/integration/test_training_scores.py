@@ -20,7 +20,7 @@ from data.shards import LatentInfo
 from engine import distributed
 from engine.distributed import Ranks
 from evaluation.manifest import ImageSet
-from evaluation.metrics.psnr import psnr_db
+from evaluation.metrics.reconstruction import psnr_db
 from evaluation.sampled_set import SampledSetConfig, draw_set
 from evaluation.stage_set import ROLES
 from generator.model import Generator, GeneratorConfig

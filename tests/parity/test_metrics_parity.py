@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.metrics.frechet import FeatureStatistics, frechet_distance
-from evaluation.metrics.lpips import Lpips
 from evaluation.metrics.probe import fit
-from evaluation.metrics.psnr import psnr_db
-from evaluation.metrics.ssim import ssim
+from evaluation.metrics.reconstruction import Lpips, psnr_db, ssim
 from tokenizer.training.perceptual import LpipsVgg16
 
 

@@ -21,7 +21,8 @@ from deepspeed.launcher.runner import parse_args as parse_launcher
 
 from base import FOLDERS, sources
 from launch.runs import entry
-from launch.sizing.run_kinds import read_run
+from launch.runs.tasks import read_run
+from launch.sizing import dry_run
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -131,10 +132,10 @@ def parse(module_name: str, arguments: list[str]) -> argparse.Namespace | None:
     module = importlib.import_module(module_name)
     source = Path(module.__file__ or "").read_text()
     assert "__main__" in source, f"{module_name} is no command"
-    if "parse_" not in source and "run_further" not in source:
+    reads_config = any(name in source for name in ("read_config", "run_further", "tasks.main"))
+    if "parse_" not in source and not reads_config:
         assert not arguments, f"{module_name} takes no options"
         return None
-    reads_config = "read_config" in source or "run_further" in source
 
     def stop(parser: argparse.ArgumentParser, *_: object) -> argparse.Namespace:
         namespace, rest = parser.parse_known_intermixed_args() if intermixed else parser.parse_known_args()
@@ -146,10 +147,15 @@ def parse(module_name: str, arguments: list[str]) -> argparse.Namespace | None:
     def read(cls: type, namespace: argparse.Namespace) -> object:
         raise Parsed(namespace, real_read(cls, namespace))
 
+    def report(run: object) -> str:
+        raise Parsed(argparse.Namespace(run=run))
+
     intermixed, real_read = "parse_intermixed_args" in source, entry.read_config
     err = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
         given = without_placeholder_config(arguments) if reads_config else arguments
+        given = [*given, "--dry-run"] if "tasks.main" in source else given
+        patch.setattr(dry_run, "report", report)
         patch.setattr(sys, "argv", [module_name, *given])
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         patch.setattr(argparse.ArgumentParser, "parse_intermixed_args", stop)
@@ -176,9 +182,10 @@ def test_commands_parse_and_name_configs_and_keys_that_exist(page: Path) -> None
                 continue
             namespace = parse(module_name, arguments)
             if module_name == "launch.preflight":
-                words = [*filter(None, [namespace.config]), *namespace.words]
+                words = [*namespace.config, *namespace.words]
                 if words[0].endswith(".yaml"):
-                    read_run(str(ROOT / words[0]), [word for word in words if "=" in word])
+                    files = [ROOT / word for word in words if "=" not in word]
+                    read_run(files, [word for word in words if "=" in word])
             for word in command.words:
                 assert not word.startswith("configs/") or (ROOT / word).exists(), f"no {word}"
         except (AssertionError, ValueError, pytest.fail.Exception) as error:
@@ -202,6 +209,7 @@ def test_the_pages_hold_commands_of_every_kind() -> None:
         ("launch.train_t2i", ["--confg", "a"], "unrecognized"),
         ("launch.train_t2i", ["engine.stepps=3"], "did you mean 'engine.steps'"),
         ("launch.train_t2i", ["--config", "configs/none.yaml"], "no such config file"),
+        ("launch.train_t2i", ["--config", "configs/tokenizer/pivot.yaml"], "task is tokenizer"),
         ("launch.make_shards", ["folders", "--images", "a"], "invalid choice"),
         ("launch.sample", ["--prompt", "a"], "required: --run"),
         ("benchmarks.data", ["--fast"], "takes no options"),

@@ -16,8 +16,8 @@ from engine.loop import train
 from generator.model import Generator
 from generator.objective import FlowObjective
 from launch.runs.configs import GeneratorRun
+from launch.runs.tasks import read_run
 from launch.sizing.estimate import untrained_latents
-from launch.sizing.run_kinds import read_run
 from launch.sizing.synthetic import SyntheticText
 
 LATENTS = (64, 16, 16)
@@ -60,7 +60,7 @@ class Ring:
 
 def main(run_dir: Path, kill_at: int) -> None:
     ranks = distributed.start()
-    _, run = read_run(str(CONFIG), OVERRIDES)
+    run = read_run(str(CONFIG), OVERRIDES)
     assert isinstance(run, GeneratorRun)
     text = SyntheticText(run.generator.backbone.vocab_size)
     model = Generator.create(run.generator, untrained_latents(LATENTS, text.fingerprint), run.engine.seed)

@@ -19,7 +19,7 @@ from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from engine import checkpoint_export, checkpoint_folder, checkpoint_writer
 from engine.layout import Segment
 from launch.runs.configs import EncodeRun
-from launch.sizing import run_kinds
+from launch.runs.tasks import read_run
 from quickstart.judge import Judge, JudgeConfig, JudgeExport, SceneClasses
 from quickstart.judge_network import JudgeNetwork
 from quickstart.train_judge import JudgeRun
@@ -110,10 +110,10 @@ def read_checkpoints(folder: Path) -> None:
 
 
 CONFIGS = {
-    "tokenizer/pivot.yaml": run_kinds.read_run,
-    "tokenizer/decoder.yaml": run_kinds.read_run,
-    "generator/edit_omniedit.yaml": run_kinds.read_run,
-    "generator/class/ditdh_raw_adaptive.yaml": run_kinds.read_run,
+    "tokenizer/pivot.yaml": read_run,
+    "tokenizer/decoder.yaml": read_run,
+    "generator/edit_omniedit.yaml": read_run,
+    "generator/class/ditdh_raw_adaptive.yaml": read_run,
     "latents/cc12m.yaml": lambda path: config.load(EncodeRun, path).configs(),
     "quickstart/standin.yaml": lambda path: config.load(StandInRun, path),
     "quickstart/judge.yaml": lambda path: config.load(JudgeRun, path),

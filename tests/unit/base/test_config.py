@@ -1,7 +1,9 @@
+import random
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+import yaml
 
 from base import config
 from base.config import ConfigError
@@ -84,6 +86,69 @@ def test_extends_names_only_what_differs(tmp_path):
     write(tmp_path / "base.yaml", "extends: child.yaml\nsteps: 3\n")
     with pytest.raises(ConfigError, match="circle"):
         config.load(Outer, child)
+
+
+def test_of_several_files_the_last_one_that_names_a_key_decides(tmp_path):
+    """Parents in their order, then the file itself; files on the command line in theirs. Each key for itself."""
+    order = ["a.yaml", "b.yaml", "ab.yaml", "c.yaml", "abc.yaml", "d.yaml"]
+    extends = {"ab.yaml": ["a.yaml", "b.yaml"], "abc.yaml": ["ab.yaml", "c.yaml"]}
+    keys = [*"uvw", *(f"{section}.{key}" for section in "xy" for key in "klm")]
+    folders = {"a.yaml": tmp_path / "below", "b.yaml": tmp_path / "below"}
+    (tmp_path / "below").mkdir()
+    draw = random.Random(0)
+    for _ in range(50):
+        decided = {}
+        for name in order:
+            own = {key: f"{name} {key}" for key in keys if draw.random() < 0.4}
+            decided |= own
+            tree = {key: value for key, value in own.items() if "." not in key}
+            for key in own.keys() - tree.keys():
+                section, _, inner = key.partition(".")
+                tree.setdefault(section, {})[inner] = own[key]
+            if name in extends:
+                parents = [folders.get(parent, tmp_path) / parent for parent in extends[name]]
+                tree["extends"] = [str(parent.relative_to(tmp_path)) for parent in parents]
+            write(folders.get(name, tmp_path) / name, yaml.safe_dump(tree))
+        both = [tmp_path / "abc.yaml", tmp_path / "d.yaml"]
+        assert config.flatten(config.resolve(both)) == decided
+        assert config.flatten(config.resolve(both, ["x.k=1"])) == {**decided, "x.k": "1"}
+
+
+def test_a_file_that_two_others_extend_is_no_circle(tmp_path):
+    write(tmp_path / "base.yaml", "steps: 3\n")
+    write(tmp_path / "a.yaml", "extends: base.yaml\nname: a\n")
+    write(tmp_path / "b.yaml", "extends: base.yaml\ndepths: [7]\n")
+    child = write(tmp_path / "child.yaml", "extends: [a.yaml, b.yaml]\n")
+    assert config.load(Outer, child) == Outer(3, depths=(7,), name="a")
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        ("a.yaml", "'extends' runs in a circle; remove one of them"),
+        ("[b.yaml, a.yaml]", "'extends' runs in a circle; remove one of them"),
+        ("[]", r"extends is \[\]; give a file, or a list of at least one file"),
+        ("[b.yaml, 3]", r"extends is \['b.yaml', 3\]; give a file, or a list of at least one file"),
+        ("[b.yaml, [c.yaml]]", "give a file, or a list of at least one file"),
+        ("{b: b.yaml}", "give a file, or a list of at least one file"),
+        ("''", "extends is ''; give a file, or a list of at least one file"),
+        ('["b.yaml", "b\\0"]', "give a file, or a list of at least one file"),
+        ("[b.yaml, none.yaml]", r"none\.yaml: no such config file"),
+    ],
+)
+def test_extends_that_names_no_files_is_one_line(tmp_path, extends, message):
+    write(tmp_path / "b.yaml", "steps: 3\n")
+    path = write(tmp_path / "a.yaml", f"extends: {extends}\n")
+    with pytest.raises(ConfigError, match=message) as error:
+        config.load(Outer, path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_error_of_merged_files_names_them_all(tmp_path):
+    paths = [write(tmp_path / "a.yaml", "steps: 3\n"), write(tmp_path / "b.yaml", "step: 4\n")]
+    with pytest.raises(ConfigError) as error:
+        config.load(Outer, paths)
+    assert str(error.value).startswith(f"{paths[0]} + {paths[1]}: unknown key 'step'")
 
 
 def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path):

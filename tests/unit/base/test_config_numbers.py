@@ -212,11 +212,6 @@ def test_a_dry_run_of_the_least_and_the_greatest_numbers_ends(
     cls, path = RUNS[name][0], TINY[name]
     loaded = from_dict(cls, resolve(CONFIGS / path))
     tree = to_dict(loaded)
-    report: Callable[[Any], str] = {
-        "pivot": dry_run.tokenizer_run,
-        "t2i": functools.partial(dry_run.generator_run, is_edit=False),
-        "class": dry_run.class_run,
-    }[name]
     count = 0
     for section in (
         LOOKED_AT[2:3] if name == "pivot" else LOOKED_AT
@@ -230,7 +225,7 @@ def test_a_dry_run_of_the_least_and_the_greatest_numbers_ends(
                 in_time(what)
                 changed = {**tree[section], field: replaced(tree[section][field], number)}
                 try:
-                    assert report(from_dict(cls, {**tree, section: changed}))
+                    assert dry_run.report(from_dict(cls, {**tree, section: changed}))
                 except UserError as error:
                     assert "\n" not in str(error), what
                 count += 1

@@ -10,7 +10,7 @@ import torch
 from base.config import UserError, counted
 from data.shards import LatentInfo
 from engine.peers import lost_contact
-from evaluation.metrics.lpips import Lpips
+from evaluation.metrics.reconstruction import Lpips
 from generator.model import GeneratorConfig
 from generator.mot import MotConfig
 from generator.objective import FlowConfig, build_objective

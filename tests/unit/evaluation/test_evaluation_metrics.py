@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evaluation.metrics.interval import mean, rate
-from evaluation.metrics.psnr import MAX_DB, psnr_db, to_uint8
+from evaluation.metrics.reconstruction import MAX_DB, psnr_db, to_uint8
 
 
 def test_psnr_of_a_constant_offset_is_the_closed_form() -> None:

@@ -14,9 +14,7 @@ from base.config import UserError
 from evaluation.features.interface import FeatureExtractor
 from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.frechet import FeatureStatistics, frechet_distance
-from evaluation.metrics.lpips import Lpips
-from evaluation.metrics.psnr import to_uint8
-from evaluation.metrics.ssim import ssim
+from evaluation.metrics.reconstruction import Lpips, ssim, to_uint8
 from evaluation.runner import evaluate
 from evaluation.suites.reconstruction import ReconstructionSuite
 from report import render_report

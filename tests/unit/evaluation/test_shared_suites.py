@@ -13,9 +13,7 @@ from torch import Tensor
 from base.config import UserError
 from evaluation.features import feature_files
 from evaluation.manifest import Item, write_image, write_manifest
-from evaluation.metrics.lpips import Lpips
-from evaluation.metrics.psnr import MAX_DB, psnr_db
-from evaluation.metrics.ssim import ssim
+from evaluation.metrics.reconstruction import MAX_DB, Lpips, psnr_db, ssim
 from evaluation.runner import Suite, Team, evaluate
 from evaluation.suites.linear_probe import LinearProbeSuite, ranked
 from evaluation.suites.reconstruction import ReconstructionSuite

@@ -67,7 +67,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(model.latent_out.weight, generator=torch.Generator().manual_seed(1))
     (root / "run" / "export").mkdir(parents=True)
     model.save(root / "run" / "export")
-    write_json(root / "run" / "config.json", to_dict(run.learning("t2i")))
+    write_json(root / "run" / "config.json", to_dict(run))
     (root / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
     return root / "run"
 

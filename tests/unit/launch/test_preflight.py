@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +14,24 @@ from base.config import UserError, load
 from data.shards import Sample, ShardWriter
 from engine.memory import StateBytes, TensorBytes, asked_for, reset_resident_peak, resident_peak_bytes
 from engine.rehearsal import Meter, OutOfMemoryError
+from launch.runs import entry
 from launch.runs.configs import GeneratorRun
+from launch.runs.tasks import RUNS, read_run
+from launch.sizing import dry_run
 from launch.sizing.estimate import GIB, PEAK, untrained_latents
 from launch.sizing.report import Preflight, plan_run, remedies, report
-from launch.sizing.run_kinds import read_run
 from launch.sizing.stage_size import PHASES, stage_size
 from launch.sizing.synthetic import SyntheticText, latent_pack
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 T2I = str(CONFIGS / "generator" / "t2i_cc12m.yaml")
+EDIT = str(CONFIGS / "generator" / "edit_omniedit.yaml")
 CLASS = str(CONFIGS / "generator" / "class" / "rpiae64_80.yaml")
 PIVOT = str(CONFIGS / "quickstart" / "pivot.yaml")
 
 
 def preflight(path: str = T2I, *overrides: str) -> Preflight:
-    return plan_run(*read_run(path, overrides))
+    return plan_run(read_run(path, overrides))
 
 
 def tables(of: Preflight, *, num_gpus: int = 8, gpu_gib: float = 80, mfu: float | None = None) -> str:
@@ -39,21 +44,49 @@ def tables(of: Preflight, *, num_gpus: int = 8, gpu_gib: float = 80, mfu: float 
 def test_the_kind_of_every_config_is_found_or_refused_in_one_line(path: Path) -> None:
     folder, below = path.relative_to(CONFIGS).parts[:2]
     is_class = folder == "quickstart_class" and path.stem in ("rpiae", "rae", "vae")
-    if is_class or below == "class":
-        assert read_run(str(path))[0] == "class"
-    elif folder == "generator" or (folder == "quickstart" and path.stem in ("t2i", "edit")):
-        assert read_run(str(path))[0] == ("edit" if "edit" in path.stem else "t2i")
-    elif (
-        folder == "latents"
+    is_part = path.parent.name == "parts"
+    if (
+        is_part
+        or folder == "latents"
         or path.stem.startswith("latents_")
         or path.stem in ("data", "judge", "latents", "run", "standin", "features")
     ):
         with pytest.raises(
-            UserError, match=rf"{path.name}: .*'stage'.*'generator'.*; give one of these runs"
+            UserError, match=rf"{path.name}: there is no 'task'.*tokenizer, t2i, edit, class$"
         ):
             read_run(str(path))
+    elif is_class or below == "class":
+        assert read_run(str(path)).task == "class"
+    elif folder == "generator" or (folder == "quickstart" and path.stem in ("t2i", "edit")):
+        assert read_run(str(path)).task == ("edit" if "edit" in path.stem else "t2i")
     else:
-        assert read_run(str(path))[0] == "tokenizer"
+        assert read_run(str(path)).task == "tokenizer"
+
+
+@pytest.mark.parametrize("task", ["t2v", "[t2i]", "3", "{t2i: edit}", "''"])
+def test_an_unknown_task_is_refused_in_one_line_that_lists_the_known_ones(task: str) -> None:
+    with pytest.raises(UserError, match=r"pivot\.yaml: task is .*tokenizer, t2i, edit, class$") as error:
+        read_run(PIVOT, [f"task={task}"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("task", RUNS)
+@pytest.mark.parametrize("path", [T2I, EDIT, CLASS, PIVOT], ids=["t2i", "edit", "class", "pivot"])
+def test_each_command_refuses_a_config_of_another_task_and_names_the_command_for_it(
+    path: str, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = read_run(path).task
+    monkeypatch.setattr(sys, "argv", [f"train_{task}", "--config", path, "--dry-run"])
+    monkeypatch.setattr(dry_run, "report", lambda run: f"report of {run.task}")
+    status = entry.run(importlib.import_module(f"launch.train_{task}").main)
+    printed = capsys.readouterr()
+    if task == own:
+        assert (status, printed.out, printed.err) == (0, f"report of {task}\n", "")
+    else:
+        (line,) = printed.err.splitlines()
+        assert (status, printed.out) == (2, "") and Path(path).name in line
+        assert line.endswith(f": task is {own}: start this config with launch/train_{own}.py")
+        assert (CONFIGS.parent / "launch" / f"train_{own}.py").is_file()
 
 
 @pytest.mark.parametrize("path", [T2I, CLASS], ids=["t2i", "class"])
@@ -179,7 +212,7 @@ def test_a_synthetic_pack_is_as_full_as_the_config_allows() -> None:
 
 
 def test_sizes_of_a_stage_are_those_of_its_modules_and_need_no_weights() -> None:
-    run = load(type(read_run(PIVOT)[1]), PIVOT)
+    run = load(type(read_run(PIVOT)), PIVOT)
     size = stage_size(run.stage, run.pixels, run.engine.precision)
     fewer = dataclasses.replace(run.pixels, images_per_pack=run.pixels.images_per_pack // 2)
     half = stage_size(run.stage, fewer, run.engine.precision)

@@ -22,10 +22,10 @@ from generator.qwen import QWEN2_5_0_5B
 from generator.sizing import PackSize, attention_flops, training_flops, typical_pack
 from generator.traffic import ValueBytes, moved_bytes, num_launches
 from launch import recipes
+from launch.runs.tasks import read_run
 from launch.sizing import dry_run
 from launch.sizing.estimate import Plan
 from launch.sizing.report import plan_run
-from launch.sizing.run_kinds import read_run
 from launch.sizing.step_time import H100, REACHED, Work, step_time
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -38,7 +38,7 @@ AS_IT_STOOD = ValueBytes(stream=2, norm=4, product=2, copies_qkv=3, copies_mlp=2
 
 @functools.lru_cache
 def plan(*overrides: str, path: str = T2I) -> Plan:
-    return plan_run(*read_run(path, overrides)).plan
+    return plan_run(read_run(path, overrides)).plan
 
 
 def pack_ms(sizes: ValueBytes, *, compiled: bool) -> float:
@@ -216,8 +216,7 @@ def test_hours_are_the_steps_of_every_kind_of_run(path: str) -> None:
 
 
 def test_a_dry_run_prints_every_part_and_the_sum() -> None:
-    task, run = read_run(T2I)
-    printed = dry_run.generator_run(run, is_edit=task == "edit").partition("a step's ms")[2]
+    printed = dry_run.report(read_run(T2I)).partition("a step's ms")[2]
     parts_ms = plan().step_time(8).parts
     for name, seconds in parts_ms.items():
         line = next(line for line in printed.splitlines() if line.strip().startswith(name))
