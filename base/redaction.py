@@ -10,6 +10,8 @@ from typing import Any
 MASK = "***"
 MIN_SECRET_CHARACTERS = 8
 """Shorter values of the environment are not masked: ordinary words may contain them."""
+FOLDERS_OF_A_SHELL = ("PWD", "OLDPWD")
+"""Variables of every shell: their names look like a password's, but they hold the current and the last folder."""
 
 _WORDS = (
     r"pass|pwd|passwd|password|passphrase|secrets?|credentials?|sas|signature|authorization|bearer|cookie"
@@ -39,7 +41,7 @@ def redact(text: str) -> str:
     the text (`name=value`, `'name': 'value'`) are masked by their names, too.
     """
     for name, value in os.environ.items():
-        if len(value) >= MIN_SECRET_CHARACTERS and is_secret(name):
+        if len(value) >= MIN_SECRET_CHARACTERS and is_secret(name) and name not in FOLDERS_OF_A_SHELL:
             text = text.replace(value, MASK)
     if "://" in text:
         text = _QUERY.sub(r"\1", _USER.sub("://", text))

@@ -290,6 +290,14 @@ def test_secrets_of_the_environment_are_masked_wherever_they_turn_up(monkeypatch
     assert redact("401 for hf_abcdefghij, a short one") == f"401 for {MASK}, a short one"
 
 
+def test_the_current_folder_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/home/someone/rpiae")
+    monkeypatch.setenv("OLDPWD", "/home/someone/others")
+    monkeypatch.setenv("DB_PWD", "abcdefgh1234")
+    said = redact("/home/someone/rpiae/a.yaml, /home/someone/others/b: abcdefgh1234")
+    assert said == f"/home/someone/rpiae/a.yaml, /home/someone/others/b: {MASK}"
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs" / "generator").glob("*.yaml")), ids=lambda path: path.stem
 )
