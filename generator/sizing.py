@@ -3,6 +3,9 @@
 The counts cover what the model needs: each token through its own expert, attention over the pairs that the mask
 allows, and of the last layer only what is read. A kernel's padding and a checkpointed layer's second run do not count.
 
+The bytes are formulas, not a run on fake tensors as for a tokenizer stage: without a GPU no backward pass runs on fake
+CUDA tensors, and norms and attention of a CPU keep other tensors. A test compares them with fake forward passes.
+
 Symbols: U understanding tokens, G generation tokens, N noisy latent tokens, D width, C latent channels.
 """
 

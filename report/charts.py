@@ -1,78 +1,61 @@
-"""Charts as SVG: inline, coloured by the page's style sheet, or as files that contain the style rules."""
+"""Charts of a page: curves drawn by matplotlib as SVG, which may also be files of their own, and bars in HTML."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import io
 import itertools
+import logging
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from report.markup import Html, fill, whole
-from report.style import chart_file_style
+from base.terminal import printable
+from report.markup import Html, fill, vector
+from report.style import CURVES, LIGHT
 
-WIDTH, HEIGHT = 320, 180  # user units; the page scales them
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 320, 180  # px; the page scales them
 LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 22  # margins around the plot
-FILE_SIZE = (720, 300)  # size of a chart in a file
-FILE_HEAD = 52  # height of title and legend above the plot
-CHARACTER_WIDTH = 7  # upper bound for a character of the legend
+FILE_SIZE = (720, 352)  # size of a chart in a file
+FILE_HEAD = 62  # height of title and legend above the plot
 MAX_POINTS = 400
-BAR_HEIGHT = 24
-NUM_COLOURS = 8  # number of colours in the style sheet
-
-_CURVES = """\
-<svg viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ label }}">
-{% for place, text in ticks %}
-<line class="grid" x1="{{ left }}" x2="{{ right }}" y1="{{ place }}" y2="{{ place }}"/>\
-<text x="{{ left - 6 }}" y="{{ place }}" dy="3.5" text-anchor="end">{{ text }}</text>
-{% endfor %}
-{% for place, event in marks %}
-<line class="mark" x1="{{ place }}" x2="{{ place }}" y1="{{ top }}" y2="{{ bottom }}"><title>{{ event }}</title></line>
-{% endfor %}
-{% for curve, places, level in curves %}
-<polyline class="{{ curve.classes }}" \
-points="{% for x, y in places %}{{ ' ' if not loop.first }}{{ x }},{{ y }}{% endfor %}"/>
-{% if is_detailed %}
-{% for x, y in places %}<circle class="{{ curve.classes }}" cx="{{ x }}" cy="{{ y }}" r="2.5"/>{% endfor %}
-
-{% endif %}
-{% if level %}
-<line class="{{ curve.classes }} level" x1="{{ left }}" x2="{{ right }}" y1="{{ level }}" y2="{{ level }}"/>
-{% endif %}
-{% endfor %}
-{% for x, text, anchor in labels %}
-<text x="{{ x }}" y="{{ height - 5 }}" text-anchor="{{ anchor }}">{{ text }}</text>
-{% endfor %}
-</svg>"""
-_FILE = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {{ width }} {{ height + head }}" width="{{ width }}" \
-height="{{ height + head }}" role="img" aria-label="{{ title }}">
-<style>
-{{ style }}svg text { font-size: 12px; }
-</style>
-<rect width="100%" height="100%" fill="white"/><text x="{{ margin }}" y="20">{{ title }}</text>
-{% for curve, x in legend %}
-<line class="{{ curve.classes }}" x1="{{ x }}" x2="{{ x + 20 }}" y1="38" y2="38"/>\
-<text x="{{ x + 26 }}" y="42">{{ curve.name }}</text>
-{% endfor %}
-<svg y="{{ head }}" width="{{ width }}" height="{{ height }}">{{ chart }}</svg></svg>
-"""
+NUM_COLOURS = len(CURVES)
+SETTINGS: dict[Any, Any] = {
+    "axes.titlelocation": "left",
+    "font.family": "DejaVu Sans",  # comes with matplotlib; the page's style sheet puts its own in its place
+    "font.size": 10,
+    "grid.color": LIGHT["line"],
+    "grid.linewidth": 1,
+    "path.simplify": False,  # it would take points out
+    "svg.fonttype": "none",  # text remains text
+    "svg.hashsalt": "RPiAE",  # equal charts are equal bytes
+    "text.color": LIGHT["soft"],
+    "text.parse_math": False,  # a dollar is a dollar
+    "xtick.bottom": False,
+    "xtick.labelcolor": LIGHT["soft"],
+    "ytick.labelcolor": LIGHT["soft"],
+    "ytick.left": False,
+}
 _STACKED = """\
-<svg class="bars" viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ label }}">\
-<rect class="rest" width="{{ width }}" height="{{ height }}"/>
-{% for number, left, extent, name, share in parts %}
-<rect class="p{{ number }}" x="{{ left }}" y="0" width="{{ extent }}" height="{{ height }}">\
-<title>{{ name }} {{ share }}</title></rect>
+<div class="stack" role="img" aria-label="{{ label }}">
+{% for name, share in parts %}
+<i class="k{{ loop.index0 % num_colours }}" style="width: {{ '%.2f' | format(share * 100) }}%" \
+title="{{ name }} {{ '%.1f' | format(share * 100) }}%"></i>
 {% endfor %}
-</svg>"""
+</div>"""
 _BARS = """\
-<svg class="bars" viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ label }}">
-{% for name, text, top, extent, end in bars %}
-<text x="{{ left - 10 }}" y="{{ top + 16 }}" text-anchor="end">{{ name }}</text>\
-<rect class="bar" x="{{ left }}" y="{{ top + 4 }}" width="{{ extent }}" height="16" rx="2"/>\
-<text x="{{ end }}" y="{{ top + 16 }}">{{ text }}</text>
+<div class="bars" role="group" aria-label="{{ label }}">
+{% for name, length, text in bars %}
+<span>{{ name }}</span>\
+<div><i class="k0" style="width: {{ '%.2f' | format(length / longest * 100) }}%"></i> {{ text }}</div>
 {% endfor %}
-</svg>"""
+</div>"""
 
 
 @dataclass(frozen=True)
@@ -96,7 +79,7 @@ class Axis:
         """Position of `value` on the axis, 0 to 1."""
         if self.logarithmic:
             return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
+        return (value - self.low) / ((self.high - self.low) or 1.0)
 
     def ticks(self) -> list[tuple[float, str]]:
         """Three to six round numbers, with labels that differ from each other."""
@@ -113,14 +96,9 @@ class Curve:
 
     name: str
     points: Sequence[tuple[float, float]]  # x ascending; at least one
-    colour: int = 0  # number of the colour in the style sheet
+    colour: int = 0  # number of the colour among the style sheet's CURVES
     is_faint: bool = False  # drawn faintly, under its smoothed curve
     level: float | None = None  # reference value: a dashed line across
-
-    @property
-    def classes(self) -> str:
-        """The curve's classes in the style sheet."""
-        return "curve" + (f" c{self.colour}" if self.colour else "") + (" faint" if self.is_faint else "")
 
 
 def line_chart(points: Sequence[tuple[float, float]], label: str) -> Html:
@@ -135,69 +113,35 @@ def curve_chart(
     size: tuple[int, int] = (WIDTH, HEIGHT),
     unit: str = "step",
     marks: Sequence[tuple[float, str]] = (),
-    axis: Axis | None = None,
-    is_detailed: bool = False,
 ) -> Html:
-    """Curves on shared axes, at least one. `unit`: the unit of x; `marks`: (x, what happened there), dashed lines.
-
-    `axis`: the axis of the values (default: one that holds them all). `is_detailed`: with rings at the points and round
-    numbers along x.
-    """
-    width, height = size
-    curves = [dataclasses.replace(curve, points=thinned(curve.points)) for curve in curves]
-    levels = [curve.level for curve in curves if curve.level is not None]
-    axis = axis or Axis.of([*levels, *(value for curve in curves for _, value in curve.points)])
-    steps = [x for curve in curves for x, _ in curve.points]
-    first, last = min(steps), max(steps)
-    span = (last - first) or 1.0
-
-    def x(step: float) -> float:
-        return LEFT + (step - first) / span * (width - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        return TOP + (1 - axis.place(value)) * (height - TOP - BOTTOM)
-
-    labels = [(float(LEFT), f"{unit} {short(first)}", "start"), (float(width - RIGHT), short(last), "end")]
-    if is_detailed and last > first:
-        labels = [(x(step), text, "middle") for step, text in Axis(first, last, False).ticks()]
-    return fill(
-        _CURVES,
-        width=width,
-        height=height,
-        label=label,
-        left=LEFT,
-        right=width - RIGHT,
-        top=TOP,
-        bottom=height - BOTTOM,
-        ticks=[(f"{y(value):.1f}", text) for value, text in axis.ticks()],
-        marks=[(f"{x(step):.1f}", event) for step, event in marks if first <= step <= last],
-        curves=[
-            (
-                curve,
-                [(f"{x(step):.1f}", f"{y(value):.1f}") for step, value in curve.points],
-                "" if curve.level is None else f"{y(curve.level):.1f}",
-            )
-            for curve in sorted(curves, key=lambda curve: not curve.is_faint)
-        ],
-        labels=[(f"{left:.1f}", text, anchor) for left, text, anchor in labels],
-        is_detailed=is_detailed,
-    )
+    """Curves on shared axes, at least one. `unit`: the unit of x; `marks`: (x, what happened there), dashed lines."""
+    with _settings():
+        figure, axes, across = _plot(curves, size, TOP)
+        shown = [(across.place(x), event) for x, event in marks if across.low <= x <= across.high]
+        for number, (place, _) in enumerate(shown):
+            line = axes.axvline(place, color=LIGHT["bad"], lw=1, ls="--", alpha=0.7, clip_on=False)
+            line.set_gid(f"mark {number}")
+        axes.set_xticks([0, 1], [f"{unit} {short(across.low)}", short(across.high)])
+        begin, end = axes.get_xticklabels()
+        begin.set_horizontalalignment("left")
+        end.set_horizontalalignment("right")
+        titles = {f"mark {number}": event for number, (_, event) in enumerate(shown)}
+        return vector(_written(figure), size, label, titles)
 
 
 def chart_file(curves: Sequence[Curve], title: str, axis: Axis | None = None) -> str:
-    """The chart as an SVG file that stands alone: styles, white ground (for dark pages too), title and legend inside.
+    """The chart as an SVG file that stands alone: white ground (for dark pages too), title and legend inside.
 
-    `title` names the two axes. Curves without a name are not in the legend.
+    `title` names the two axes; `axis`: the axis of the values (default: one that holds them all).
     """
-    width, height = FILE_SIZE
-    legend, left = [], float(LEFT)
-    for curve in curves:
-        if curve.name:
-            legend.append((curve, left))
-            left += 60 + CHARACTER_WIDTH * len(curve.name)
-    chart = curve_chart(curves, title, size=FILE_SIZE, axis=axis, is_detailed=True)
-    size = {"width": width, "height": height, "head": FILE_HEAD, "margin": LEFT}
-    return whole(fill(_FILE, **size, title=title, legend=legend, chart=chart, style=chart_file_style()))
+    with _settings():
+        figure, axes, across = _plot(curves, FILE_SIZE, FILE_HEAD, axis, marker="o", fillstyle="none")
+        places, labels = zip(*across.ticks(), strict=True)
+        axes.set_xticks([across.place(place) for place in places], labels)
+        axes.set_title(printable(title), pad=32)
+        names = [printable(curve.name) for curve in curves]
+        axes.legend(axes.lines[: len(names)], names, loc=(0, 1.01), ncols=len(names), frameon=False)
+        return _written(figure)
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -225,23 +169,13 @@ def smoothed(points: Sequence[tuple[float, float]], reach: int) -> list[tuple[fl
 
 def stacked_bar(parts: Sequence[tuple[str, float]], label: str) -> Html:
     """One bar of shares that add up to 1 at most; colours in order, names in the tooltip."""
-    width, left, shown = 720, 0.0, []
-    for number, (name, share) in enumerate(parts):
-        extent = share * width
-        shown.append((number % NUM_COLOURS, f"{left:.1f}", f"{extent:.1f}", name, f"{share:.1%}"))
-        left += extent
-    return fill(_STACKED, width=width, height=18, label=label, parts=shown)
+    return fill(_STACKED, parts=parts, label=label, num_colours=NUM_COLOURS)
 
 
 def bar_chart(bars: Sequence[tuple[str, float, str]], label: str) -> Html:
     """Horizontal bars: (name, length >= 0, text beside the bar), at least one."""
     longest = max(length for _, length, _ in bars) or 1.0
-    left, right, width = 150, 70, 720
-    shown = []
-    for place, (name, length, text) in enumerate(bars):
-        extent = length / longest * (width - left - right)
-        shown.append((name, text, place * BAR_HEIGHT, f"{max(extent, 1):.1f}", f"{left + extent + 8:.1f}"))
-    return fill(_BARS, width=width, height=len(bars) * BAR_HEIGHT, left=left, label=label, bars=shown)
+    return fill(_BARS, bars=bars, longest=longest, label=label)
 
 
 def short(value: float) -> str:
@@ -254,6 +188,8 @@ def short(value: float) -> str:
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers inside [low, high]."""
     raw = (high - low) / 4
+    if raw == 0:
+        return [low]
     power: float = 10 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.99)
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -264,3 +200,56 @@ def _log_ticks(low: float, high: float) -> list[float]:
     powers = [10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     fine = [factor * power for power in powers for factor in (1, 2, 5) if low <= factor * power <= high]
     return fine if len(fine) <= 6 else [power for power in powers if low <= power <= high]
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """Loads matplotlib, half a second at first; applies SETTINGS, and keeps its notes on fonts from the terminal."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # a person's matplotlibrc changes nothing
+        matplotlib.rcParams.update(SETTINGS)
+        warnings.simplefilter("ignore")  # of characters that its font lacks: a browser finds another font
+        yield
+
+
+def _plot(
+    curves: Sequence[Curve], size: tuple[int, int], head: int, axis: Axis | None = None, **style: Any
+) -> tuple[Figure, Axes, Axis]:
+    """Curves, faint ones below, and levels on the unit square, under `head` px; returns the axis of the steps, too."""
+    from matplotlib.figure import Figure
+
+    (width, height), steps = size, [x for curve in curves for x, _ in curve.points]
+    across = Axis(min(steps), max(steps), False)
+    levels = [curve.level for curve in curves if curve.level is not None]
+    axis = axis or Axis.of([*levels, *(value for curve in curves for _, value in curve.points)])
+    figure = Figure((width / 72, height / 72), dpi=72)
+    place = (LEFT / width, BOTTOM / height, (width - LEFT - RIGHT) / width, (height - head - BOTTOM) / height)
+    axes = figure.add_axes(place, xlim=(0, 1), ylim=(0, 1), frame_on=False)
+    for curve in curves:
+        points, colour = thinned(curve.points), LIGHT[CURVES[curve.colour]]
+        (line,) = axes.plot(
+            [across.place(x) for x, _ in points],
+            [axis.place(value) for _, value in points],
+            color=colour, clip_on=False, **style,
+        )  # fmt: skip
+        line.set(lw=1, alpha=0.3, zorder=1.9) if curve.is_faint else line.set(lw=1.6)
+    for curve in curves:
+        if curve.level is not None:
+            axes.axhline(
+                axis.place(curve.level), color=LIGHT[CURVES[curve.colour]], lw=1, ls="--", clip_on=False
+            )
+    values, labels = zip(*axis.ticks(), strict=True)
+    axes.set_yticks([axis.place(value) for value in values], labels)
+    axes.grid(axis="y", clip_on=False)
+    return figure, axes, across
+
+
+def _written(figure: Figure) -> str:
+    """The SVG of a figure, without the time of its making."""
+    file = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", metadata=metadata)
+    return file.getvalue()

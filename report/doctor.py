@@ -29,7 +29,7 @@ MAX_TEXTS = 4  # captions shown of a sample
 MAX_TEXT_CHARACTERS = 400
 LATENT_RANGE = 2.5  # standard deviations from black to white
 STYLE = """
-table, svg.bars { max-width: 800px; }
+table, .bars { max-width: 800px; }
 .strip { flex-wrap: wrap; }
 .problem { color: var(--bad); font-size: 13px; overflow-wrap: anywhere; }
 ol.problems { padding-left: 28px; font-size: 14px; overflow-wrap: anywhere; }

@@ -6,12 +6,15 @@ A template is a constant of the module that uses it (Jinja2's language). Attribu
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup as Html
 
-__all__ = ["Html", "absent", "document", "facts", "fill", "section", "together", "whole"]
+from report.style import LIGHT
+
+__all__ = ["Html", "absent", "document", "facts", "fill", "section", "together", "vector", "whole"]
 
 _TEMPLATES = Environment(
     autoescape=True,
@@ -32,6 +35,11 @@ _SECTION = """\
 <section><h2>{{ title }}</h2>{% if lead %}<p class="soft">{{ lead }}</p>{% endif %}{{ body }}</section>
 """
 _FACTS = "<dl>{% for name, value in pairs %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>"
+
+_DRAWING = """\
+<svg viewBox="0 0 {{ width }} {{ height }}" role="img" aria-label="{{ label }}">{{ drawing }}</svg>"""
+_PATH = re.compile(r' d="([^"]*)"')
+_HUNDREDTHS = re.compile(r"(?<=\.\d)\d+")
 
 
 def fill(template: str, **values: object) -> Html:
@@ -63,6 +71,22 @@ def document(title: str, style: str, body: Html, refresh_s: float | None = None)
     """A whole page. `style`: our own CSS, a constant; `refresh_s`: seconds after which a browser reloads the page."""
     css = Html(style)  # noqa: S704  # a constant
     return whole(fill(_DOCUMENT, title=title, style=css, body=body, refresh_s=refresh_s))
+
+
+def vector(svg: str, size: tuple[int, int], label: str, titles: Mapping[str, str]) -> Html:
+    """A drawing of matplotlib's, without text of people, as an element of a page and in its colours.
+
+    `size`: width and height in px; `titles`: tooltips by the ids of the drawing's parts.
+    """
+    drawing = svg[svg.index('<g id="figure_1">') : svg.rindex("</g>") + 4]
+    for name, colour in LIGHT.items():
+        drawing = drawing.replace(f": {colour}", f": var(--{name})")
+    drawing = _PATH.sub(lambda path: _HUNDREDTHS.sub("", path[0].replace("\n", "")), drawing)
+    for part, title in titles.items():
+        tooltip = fill("<g><title>{{ title }}</title>", title=title)
+        drawing = drawing.replace(f'<g id="{part}">', tooltip)
+    made = Html(re.sub(r'(?<=<g) id="[^"]*"|\n *', "", drawing))  # noqa: S704  # numbers, and what fill made
+    return fill(_DRAWING, width=size[0], height=size[1], label=label, drawing=made)
 
 
 def whole(made: Html) -> str:

@@ -1,38 +1,22 @@
 """The page's style sheet: light and dark, without external fonts or files."""
 
-import re
-
-_LIGHT = """\
-  --paper: #fbfaf8; --card: #ffffff; --ink: #1f2328; --soft: #62676f; --line: #e4e1dc;
-  --accent: #2f6f8f; --good: #2b7a4b; --bad: #b3432b; --none: #8a8f98;
-  --c1: #c2702a; --c2: #6b5fb5; --c3: #4b8a4f; --c4: #b0497d; --c5: #7d6b3c;
-  --c6: #3d9a9a; --c7: #8c4a3f;
-"""
-
-_CHARTS = """\
-svg text { font-size: 10px; fill: var(--soft); font-variant-numeric: tabular-nums; }
-svg.bars text { font-size: 13px; }
-svg .grid { stroke: var(--line); stroke-width: 1; }
-svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.6; stroke-linejoin: round; }
-svg .c1 { stroke: var(--c1); } svg .c2 { stroke: var(--c2); } svg .c3 { stroke: var(--c3); }
-svg .c4 { stroke: var(--c4); } svg .c5 { stroke: var(--c5); } svg .c6 { stroke: var(--c6); }
-svg .c7 { stroke: var(--c7); }
-svg .faint { stroke-width: 1; opacity: 0.3; }
-svg .level { stroke-width: 1; stroke-dasharray: 6 4; opacity: 0.8; }
-svg .mark { stroke: var(--bad); stroke-width: 1; stroke-dasharray: 3 3; opacity: 0.7; }
-svg .bar { fill: var(--accent); }
-svg .rest { fill: var(--line); }
-svg .p0 { fill: var(--accent); } svg .p1 { fill: var(--c1); } svg .p2 { fill: var(--c2); }
-svg .p3 { fill: var(--c3); } svg .p4 { fill: var(--c4); } svg .p5 { fill: var(--c5); }
-svg .p6 { fill: var(--c6); } svg .p7 { fill: var(--c7); }
-"""
+LIGHT = {
+    "paper": "#fbfaf8", "card": "#ffffff", "ink": "#1f2328", "soft": "#62676f", "line": "#e4e1dc",
+    "accent": "#2f6f8f", "good": "#2b7a4b", "bad": "#b3432b", "none": "#8a8f98",
+    "c1": "#c2702a", "c2": "#6b5fb5", "c3": "#4b8a4f", "c4": "#b0497d", "c5": "#7d6b3c",
+    "c6": "#3d9a9a", "c7": "#8c4a3f",
+}  # fmt: skip
+"""Colours by the name of their CSS variable. No two are equal: a chart's colours are told apart by their values."""
+CURVES = ("accent", "c1", "c2", "c3", "c4", "c5", "c6", "c7")
+"""Names of the colours that tell curves and runs apart."""
 
 CSS = (
     f"""
 :root {{
   color-scheme: light dark;
-{_LIGHT}}}
-{_CHARTS}"""
+  {" ".join(f"--{name}: {colour};" for name, colour in LIGHT.items())}
+}}
+"""
     + """\
 @media (prefers-color-scheme: dark) {
   :root {
@@ -76,8 +60,14 @@ figcaption .marks { display: block; font-size: 13px; color: var(--soft); padding
 .marks span { white-space: nowrap; margin-right: 6px; }
 .chart { padding: 12px 12px 8px; }
 .chart b { font-size: 15px; }
-svg { display: block; width: 100%; height: auto; font-family: inherit; }
+svg { display: block; width: 100%; height: auto; stroke-linejoin: round; }
+svg text { font-family: inherit !important; font-variant-numeric: tabular-nums; }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 6px 0 0; }
+.bars { display: grid; grid-template-columns: max-content 1fr; gap: 4px 10px; font-size: 13px; color: var(--soft); }
+.bars span { text-align: right; max-width: 40vw; overflow-wrap: anywhere; }
+.bars div { display: flex; align-items: center; padding-right: 12em; white-space: pre; }
+.bars i { flex: none; height: 16px; border-radius: 2px; min-width: 1px; }
+.stack { display: flex; height: 18px; background: var(--line); }
 .k0 { background: var(--accent); } .k1 { background: var(--c1); } .k2 { background: var(--c2); }
 .k3 { background: var(--c3); } .k4 { background: var(--c4); } .k5 { background: var(--c5); }
 .k6 { background: var(--c6); } .k7 { background: var(--c7); }
@@ -89,10 +79,3 @@ a { color: var(--accent); }
 @media print { figure { break-inside: avoid; } }
 """
 )
-
-
-def chart_file_style() -> str:
-    """Style rules of a chart in a file of its own: always light, without CSS variables, which some viewers lack."""
-    colours = dict(re.findall(r"--(\w+): (#\w+);", _LIGHT))
-    rules = re.sub(r"var\(--(\w+)\)", lambda found: colours[found[1]], _CHARTS)
-    return f"svg {{ font-family: system-ui, Segoe UI, sans-serif; }}\n{rules}"

@@ -1,8 +1,10 @@
 """FID's InceptionV3 in torch: the network of 2015-12-05 behind every published FID.
 
-It is torchvision's InceptionV3 except for the pooling branches: averages leave out the padding, and the last
-block takes a maximum. Input: TF1's resize to 299, (x - 128) / 128; output: pool3, 2048 values. ADM's protocol also
-reads the first 7 channels of a 17 x 17 layer (sFID) and the classifier of 1008 classes (inception score).
+It is torchvision's InceptionV3 with torch-fidelity's pooling branches: averages leave out the padding, and the last
+block takes a maximum. torch-fidelity's own network would run what a weights file holds (`torch.load` without
+`weights_only`), so only its blocks and its resize are used. Input: TF1's resize to 299, (x - 128) / 128; output: pool3,
+2048 values. ADM's protocol also reads the first 7 channels of a 17 x 17 layer (sFID) and the classifier of 1008 classes
+(inception score).
 
 Two things could not be checked without a network: that the published weights give the published numbers (a faithful
 port has FID 3.9410 where TensorFlow has 3.9426 on ADM's samples), and the file itself. Checked with random
@@ -14,19 +16,19 @@ Shapes: B images, H W pixels, D = 2048 features, C channels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch_fidelity.feature_extractor_inceptionv3 import InceptionA, InceptionC, InceptionE_1, InceptionE_2
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torchvision.models import inception
 
 from base import files
 from base.config import UserError
 from evaluation.downloads import fetch
-from evaluation.features.tf1_resize import resize_tf1
 from tokenizer.releases.checkpoint import read_checkpoint
 from tokenizer.weights import freeze, load_exact, state_hash
 
@@ -41,8 +43,6 @@ HEAD = ("fc.weight", "fc.bias")  # the classifier in the file; ADM uses its weig
 SPATIAL_LAYER = "Mixed_6d.branch1x1"
 NUM_SPATIAL_CHANNELS = 7  # in the seventh mixed block's first branch, TensorFlow's "mixed_6/conv"
 COUNTER = ".num_batches_tracked"  # a buffer of batch norms without effect, absent from older files
-
-Pool = Callable[[Tensor], Tensor]
 
 
 class InceptionFeatures:
@@ -131,6 +131,19 @@ class AdmInception:
         return torch.cat([pool, spatial.float().cpu()], dim=1)
 
 
+def resize_tf1(pixels_BCHW: Tensor, size_px: int) -> Tensor:
+    """TensorFlow 1's bilinear resize: uint8 [B, C, H, W] -> float32 [B, C, S, S]; values keep their range.
+
+    Output pixel i is taken at i * in / out: no half-pixel centres, no antialiasing. Any other resize moves FID (Parmar
+    et al. 2022).
+    """
+    size = (size_px, size_px)
+    resized: Tensor = interpolate_bilinear_2d_like_tensorflow1x(
+        pixels_BCHW.float(), size, align_corners=False
+    )
+    return resized
+
+
 def _weights_path(weights: str) -> Path:
     if weights == "download":
         return fetch(WEIGHTS_URL, WEIGHTS_SHA256, "give the path of that file instead")
@@ -152,67 +165,18 @@ def fid_inception(tensors: Mapping[str, Tensor], where: str) -> nn.Module:
             init_weights=False,
             inception_blocks=[
                 inception.BasicConv2d,
-                _BlockA,
+                InceptionA,
                 inception.InceptionB,
-                _BlockC,
+                InceptionC,
                 inception.InceptionD,
-                _BlockE,
+                InceptionE_1,
                 inception.InceptionAux,
             ],
         )
-        network.Mixed_7c = _BlockE(2048, pool=_maximum)
+        network.Mixed_7c = InceptionE_2(2048)
         network.fc = nn.Identity()
     network = network.to_empty(device="cpu")
     counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith(COUNTER)}
     kept = {name: tensor for name, tensor in tensors.items() if name not in HEAD}
     load_exact(network, {**counters, **kept}, where)
     return network  # type: ignore[no-any-return]
-
-
-def _average(x_BCHW: Tensor) -> Tensor:
-    """3 x 3 mean over existing pixels; torchvision's blocks also count the zeros of the padding."""
-    return F.avg_pool2d(x_BCHW, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _maximum(x_BCHW: Tensor) -> Tensor:
-    """3 x 3 maximum: the pool of the last block."""
-    return F.max_pool2d(x_BCHW, 3, stride=1, padding=1)
-
-
-class _BlockA(inception.InceptionA):  # type: ignore[misc]
-    """A block at 35 x 35 cells."""
-
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        return [self.branch1x1(x), five, double, self.branch_pool(_average(x))]
-
-
-class _BlockC(inception.InceptionC):  # type: ignore[misc]
-    """A block at 17 x 17 cells."""
-
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return [self.branch1x1(x), seven, double, self.branch_pool(_average(x))]
-
-
-class _BlockE(inception.InceptionE):  # type: ignore[misc]
-    """A block at 8 x 8 cells; `pool` differs between the first and the second of the two blocks."""
-
-    def __init__(self, in_channels: int, pool: Pool = _average) -> None:
-        super().__init__(in_channels)
-        self._pool = pool
-
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        three = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return [
-            self.branch1x1(x),
-            self.branch3x3_2a(three),
-            self.branch3x3_2b(three),
-            self.branch3x3dbl_3a(double),
-            self.branch3x3dbl_3b(double),
-            self.branch_pool(self._pool(x)),
-        ]

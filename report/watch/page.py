@@ -18,7 +18,6 @@ STYLE = """
 .tiles { display: flex; flex-wrap: wrap; gap: 12px 36px; margin: 18px 0; }
 .tiles small { display: block; color: var(--soft); font-size: 13px; }
 figure.wide { padding: 14px 14px 10px; }
-figure.wide svg text { font-size: 11px; }
 .status td { white-space: nowrap; } .status td:first-child { font-weight: 600; }
 td.text { overflow-wrap: anywhere; } td.config { font-size: 13px; overflow-wrap: anywhere; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }

@@ -73,7 +73,8 @@ def test_every_export_of_every_training_stands_on_the_page(
     assert "After 15 s, when RPiAE" in capsys.readouterr().out
     for chart in ("class_distance.svg", "class_right.svg"):
         assert f"]({chart})" in page
-        assert (tmp_path / "docs" / chart).read_text().count("<polyline") == len(paces)
+        drawn = (tmp_path / "docs" / chart).read_text()
+        assert drawn.count("stroke-width: 1.6") == 2 * len(paces), "a curve each, and its line in the legend"
     for name in LABELS:
         found = json.loads((root / "evaluation" / f"{name}_00000010" / "scores.json").read_text())["scores"]
         assert found["class_right"]["n"] == found["feature_distance"]["n"] == NUM_IMAGES

@@ -83,5 +83,5 @@ def test_the_browser_understands_every_section(report: Path, tmp_path: Path) -> 
     for title in ("Reconstructions", "Text-to-image", "Editing", "Training", "Time", "Environment"):
         assert f"<h2>{title}</h2>" in dom
     assert dom.count("<img") == 8 and dom.count("No images yet.") == 2
-    assert "<polyline" in dom and "CC-BY 4.0" in dom
+    assert "stroke: var(--accent)" in dom and "CC-BY 4.0" in dom
     assert "✓ reached" in dom and "not yet" in dom

@@ -13,10 +13,15 @@ from torch.nn import functional as F
 
 from base.config import ConfigError, UserError
 from evaluation.downloads import fetch
-from evaluation.features.inception import WEIGHTS_SHA256, WEIGHTS_URL, AdmInception, InceptionFeatures
+from evaluation.features.inception import (
+    WEIGHTS_SHA256,
+    WEIGHTS_URL,
+    AdmInception,
+    InceptionFeatures,
+    resize_tf1,
+)
 from evaluation.features.interface import extract
 from evaluation.features.representation import RepresentationFeatures
-from evaluation.features.tf1_resize import resize_tf1
 from quickstart.standin import IdentityObjective, StandInConfig
 from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.representation import Representation, RepresentationConfig

@@ -132,13 +132,14 @@ def test_curves_are_files_that_need_no_page() -> None:
         assert root.tag == "{http://www.w3.org/2000/svg}svg" and "var(" not in svg and "prefers" not in svg
         texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
         assert {"RPiAE", "RAE", "VAE", "20", "40", "60", "80"} <= set(texts)
-        first, *_ = re.findall(r'<polyline class="curve" points="([^"]*)"', svg)
-        lefts = [float(place.split(",")[0]) for place in first.split()]
+        curves = re.findall(r'<path d="M ([^"z]*)" style="fill: none; stroke: #\w+; stroke-width: 1.6', svg)
+        lefts = [float(place.split()[0]) for place in curves[0].split("L")]
         assert (lefts[2] - lefts[0]) / (lefts[1] - lefts[0]) == pytest.approx(
             3, rel=0.01
         )  # seconds 20, 40, 80
-        assert svg.count(' level"') == svg.count("<polyline") == 3 and svg.count("<circle") == 9
-        assert 'fill="white"' in svg
+        assert svg.count("stroke-dasharray") == 3 and len(curves) == 6, "three curves, and the legend's lines"
+        assert svg.count("<use") == 9 + 3
+        assert 'L 0 0 \nz\n" style="fill: #ffffff"' in svg
 
 
 class Features:

@@ -165,8 +165,8 @@ def test_images_that_are_gone_do_not_take_the_scores_with_them(tmp_path: Path) -
 
 
 def curve_of(svg: str) -> list[tuple[float, float]]:
-    (text,) = re.findall(r'<polyline class="curve" points="([^"]*)"', svg)
-    return [(float(x), float(y)) for x, y in (pair.split(",") for pair in text.split())]
+    (text,) = re.findall(r'<path d="M ([^"]*)" style="fill: none; stroke: var\(--accent\)', svg)
+    return [(float(x), float(y)) for x, y in (pair.split() for pair in text.split("L"))]
 
 
 def test_a_curve_goes_down_the_page_as_the_loss_falls_and_stays_inside() -> None:

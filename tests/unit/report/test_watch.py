@@ -26,6 +26,7 @@ CONFIG = {
     "engine": {"steps": 100, "optimizer": {"lr": 0.001}},
     "data": {"shards": "<script>"},
 }
+CURVE = "stroke: var(--accent); stroke-width: 1.6"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -110,7 +111,7 @@ def test_half_lines_nulls_and_absent_files_are_taken_as_they_are(tmp_path: Path)
     run = read_run(run_dir)
     assert run.series("loss", "step") == [(1, 2.0), (3, 1.0)] and run.step == 4
     assert "step 4" in screen([run], ["loss", "psnr"], width=80, height=30, now_s=time.time())
-    assert "<polyline" in page([run], now_s=time.time())
+    assert CURVE in page([run], now_s=time.time())
     assert "No times were logged" in page([run], now_s=time.time(), over="time")
 
 
@@ -202,13 +203,17 @@ def test_the_page_compares_runs_and_needs_nothing_from_elsewhere(tmp_path: Path)
     differing = html.partition("what differs</h2>")[2].partition("</table>")[0]
     assert re.findall(r"<td[^>]*>([^<]*)", differing) == ["engine.optimizer.lr", "0.001", "0.002"]
     wide = html.partition('<figure class="wide">')[2].partition("</svg>")[0]
-    assert wide.count("<polyline") == 2
+    assert len(re.findall(r"stroke: var\(--(?:accent|c1)\); stroke-width: 1.6", wide)) == 2
     assert html.count("75.0%, 150 samples") == 2, "of the mixture's sets"
 
 
 def test_the_page_of_one_run_marks_trouble_and_shows_its_settings(tmp_path: Path) -> None:
     html = page([read_run(write_run(tmp_path / "t2i"))], now_s=time.time(), refresh_s=30)
-    assert html.count('class="mark"') == 1 and "saved step 40" in html and "&lt;script&gt;" in html
+    assert (
+        html.count("stroke: var(--bad)") == html.count("<title>") - 1 == 1
+        and "saved step 40" in html
+        and "&lt;script&gt;" in html
+    )
     assert 'http-equiv="refresh" content="30"' in html
 
 
