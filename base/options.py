@@ -37,8 +37,10 @@ def add_options(
     option. An option that is not given leaves nothing in the parsed arguments.
     """
     hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
-    for name, text in explanations(cls).items():
-        if name not in fields or name in without:
+    texts = explanations(cls)
+    assert fields.keys() <= texts.keys(), f"{cls.__name__}: a field without a docstring"
+    for name, text in texts.items():
+        if name in without:
             continue
         default = None if optional else _default(fields[name])
         if not (isinstance(default, bool) or default in (None, (), dataclasses.MISSING)):

@@ -13,6 +13,8 @@ calibrate         compares finished scores of a known image set with published o
 report            writes one page with runs beside the paper's tables, and the images of failed items
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Mapping
@@ -26,7 +28,6 @@ from base.config import UserError
 from base.files import read_json
 from base.options import add_options, given_options, read_options
 from base.terminal import say
-from engine import distributed
 from evaluation import calibration
 from generator.sampling import SamplingConfig
 from launch.runs import entry
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _score(arguments: argparse.Namespace) -> None:
+    from engine import distributed
     from evaluation.runner import check_scores, evaluate
     from launch.runs.team import meet
 
@@ -130,7 +132,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _draw(options: ImageSetOptions, arguments: argparse.Namespace, team: Team, device: str) -> None:
-    """Draws the set with the run's models, if the options name a run. Raises UserError: others are for drawing."""
+    """Draws the set with the models of --run, if it is given. Raises UserError: other options for drawing are alone."""
     from evaluation.sampled_set import SampledSetConfig, draw_set
     from launch.runs.drawable import prompt_models
 
@@ -142,11 +144,9 @@ def _draw(options: ImageSetOptions, arguments: argparse.Namespace, team: Team, d
     if options.prompts is None:
         raise UserError("--run draws from --prompts; see launch/evaluate.py prompts")
     models, base = prompt_models(options.run)
-    sampling = read_sampling_options(arguments, base)
-    number = options.num_images
-    draw_set(
-        SampledSetConfig(options.prompts, options.images, *models, sampling, number, device=device), team
-    )
+    sampling, count = read_sampling_options(arguments, base), options.num_images
+    config = SampledSetConfig(options.prompts, options.images, *models, sampling, count, device=device)
+    draw_set(config, team)
 
 
 def _prepare(options: ImageSetOptions, team: Team, *, in_classes: bool) -> tuple[Path, Path | None]:

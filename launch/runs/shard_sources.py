@@ -108,7 +108,7 @@ class ImageNetOptions(RowOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParquetOptions(RowOptions, ParquetConfig):
+class ParquetOptions(ParquetConfig, RowOptions):
     """Any parquet files with images in a column."""
 
     files: tuple[str, ...]
