@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torchvision.transforms import functional as transforms
 
 from base import hub
 from base.config import ConfigError, UserError
+from evaluation.config import Head
 from evaluation.downloads import fetch
 from evaluation.features.representation import last_tokens
 from evaluation.suites.linear_probe import ranked
@@ -37,15 +38,16 @@ CROP_PX = 224
 NUM_CLASSES = 1000
 URL = "https://dl.fbaipublicfiles.com/dinov2/{model}/{model}{registers}_linear_head.pth"
 SIZES = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
-HEADS = {
-    f"dinov2_{size}{registers}": (
-        URL.format(model=f"dinov2_{size}", registers=registers),
-        f"vit_{word}_patch14{registers}_dinov2.lvd142m",
-    )
-    for size, word in SIZES.items()
-    for registers in ("", "_reg4")
-}
-"""Name of a published head -> its address, and timm's name of the model it was trained on."""
+
+
+def _published(name: str) -> tuple[str, str]:
+    """The address of a published head, and timm's name of the model it was trained on."""
+    model, registers = name.removesuffix("_reg4"), "_reg4" if name.endswith("_reg4") else ""
+    word = SIZES[model.removeprefix("dinov2_")]
+    return URL.format(model=model, registers=registers), f"vit_{word}_patch14{registers}_dinov2.lvd142m"
+
+
+HEADS = {name: _published(name) for name in get_args(Head)}
 NORM_NAMES = ("norm", "layernorm")  # the last LayerNorm in timm's and DINOv2's files, and in transformers'
 
 

@@ -9,15 +9,10 @@ from pathlib import Path
 
 from base import files
 from base.config import UserError
+from base.options import read_options
 from base.terminal import say
-from data.doctor.examine_set import diagnose
-from data.doctor.readiness import Launch
-from data.shards import verify
-from data.shards.quarantine import add_to_quarantine
-from data.sources.tar_indexing import index_shards
-from data.sources.write import write_sources
+from engine.threads import num_cores
 from launch.runs import entry, shard_sources
-from report.doctor import write_page
 
 
 def main() -> None:
@@ -33,7 +28,7 @@ def main() -> None:
     look.set_defaults(run=_doctor)
     for command in (check, look):
         command.add_argument("shards", type=Path)
-        command.add_argument("--processes", type=int, default=shard_sources.NUM_PROCESSES)
+        command.add_argument("--processes", type=int, default=num_cores())
     look.add_argument("--ranks", type=int, default=1, help="GPUs of the launch")
     look.add_argument("--streams", type=int, default=8, help="data.num_streams of the launch")
     look.add_argument("--tokens-per-pack", type=int, help="of latents: packing.tokens_per_pack")
@@ -54,19 +49,23 @@ def main() -> None:
 
 
 def _write(arguments: argparse.Namespace) -> list[str]:
-    source, note = shard_sources.source(arguments)
-    settings = shard_sources.settings(arguments)
-    ledgers = write_sources({arguments.out: source}, shard_sources.workers(arguments), **settings)
-    return [*shard_sources.told(ledgers), *([note] if note and ledgers else [])]
+    return shard_sources.write(read_options(shard_sources.SOURCES[arguments.command], arguments))
 
 
 def _verify(arguments: argparse.Namespace) -> list[str]:
+    from data.shards import verify
+
     if problems := verify(arguments.shards, arguments.processes):
         raise UserError("; ".join(problems))
     return [f"{arguments.shards}: complete and undamaged"]
 
 
 def _doctor(arguments: argparse.Namespace) -> list[str]:
+    from data.doctor.examine_set import diagnose
+    from data.doctor.readiness import Launch
+    from data.shards.quarantine import add_to_quarantine
+    from report.doctor import write_page
+
     page = arguments.out or arguments.shards / "doctor.html"
     files.check_signed(page, files.PAGE_SIGN)
     launch = Launch(
@@ -91,6 +90,8 @@ def _doctor(arguments: argparse.Namespace) -> list[str]:
 
 
 def _index(arguments: argparse.Namespace) -> list[str]:
+    from data.sources.tar_indexing import index_shards
+
     manifest = index_shards(arguments.shards)
     return [f"{arguments.shards}: {manifest.num_samples} samples in {len(manifest.shards)} shards"]
 

@@ -15,9 +15,10 @@ from engine import distributed
 from evaluation.adm_npz import SIGN, write_npz
 from evaluation.class_set import ClassSetConfig, draw_class_set
 from evaluation.manifest import ImageSet
+from generator.class_conditional.sampling import ClassSamplingConfig
 from launch.runs import entry
 from launch.runs.drawable import class_models
-from launch.runs.sampling_options import add_class_sampling_options, read_sampling_options
+from launch.runs.sampling_options import add_sampling_options, read_sampling_options
 from launch.runs.team import meet
 
 
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder of the image set")
     add("--npz", type=Path, help="also one file as ADM's evaluation reads it")
     add("--guide", type=Path, help="an early export of the same run, which guides (AutoGuidance)")
-    add_class_sampling_options(parser, default="the run's preview_sampling")
+    add_sampling_options(parser, default="the run's preview_sampling", config=ClassSamplingConfig)
     return parser
 
 

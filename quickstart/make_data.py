@@ -4,10 +4,12 @@ import argparse
 import sys
 
 from base.config import load
+from base.options import add_options, read_options
 from base.terminal import say
 from data.sources.base import InUnits
 from data.sources.write import write_sources
-from launch.runs import entry, shard_sources
+from launch.runs import entry
+from launch.runs.shard_sources import WorkerOptions, told, workers
 from quickstart.pictures.source import EmojiConfig, emoji_sources
 
 
@@ -16,12 +18,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default=entry.REPOSITORY / "configs/quickstart/data.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config to change")
-    shard_sources.add_workers(parser)
+    add_options(parser, WorkerOptions)
     arguments = parser.parse_args()
+    options = read_options(WorkerOptions, arguments)
     config = load(EmojiConfig, arguments.config, arguments.overrides)
     per_shard = config.max_samples_per_shard
-    sources = {arguments.out / one.name: InUnits(one, per_shard) for one in emoji_sources(config)}
-    for line in shard_sources.told(write_sources(sources, shard_sources.workers(arguments))):
+    sources = {options.out / one.name: InUnits(one, per_shard) for one in emoji_sources(config)}
+    for line in told(write_sources(sources, workers(options))):
         say(line)
 
 

@@ -15,7 +15,7 @@ import sqlite3
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from base import files, limits
 from base.config import UserError
@@ -24,6 +24,7 @@ from data.samples.captions import clean_text
 from data.shards.index import key_hash
 from data.sources.base import BadItemError
 from data.sources.caption_files import batches
+from data.sources.config import Join
 
 LAYOUT = 1  # raise it when equal files would give another table
 # Columns of CaptionEmporium/conceptual-captions-cc12m-llavanext -> names in json's "captions".
@@ -33,7 +34,7 @@ LLAVA_NEXT = {"caption_llava": "llava", "caption_llava_short": "llava_short", "c
 class CaptionTable:
     """Captions by the image's key or url, from `build_caption_table`'s file. Forked processes may use it."""
 
-    def __init__(self, path: Path, *, join: Literal["key", "url"] = "url") -> None:
+    def __init__(self, path: Path, *, join: Join = "url") -> None:
         """`join`: the column that finds a sample's row. Keys number the images of one download; other downloads differ.
 
         Raises UserError: there is no finished table.

@@ -16,6 +16,7 @@ from data.samples.images import image_suffix, part_name
 from data.shards import Sample
 from data.shards.index import KEY_PATTERN
 from data.sources.base import BadItemError, Unit
+from data.sources.config import ParquetConfig
 from data.sources.parquet_files import Footer, find_parquet, in_units
 from data.sources.parquet_reading import Row
 from data.sources.prepare import select_texts
@@ -26,17 +27,8 @@ OWN_FIELDS = (*TEXT_FIELDS, "label", "class", "source_key")  # fields of json th
 
 
 @dataclass(frozen=True)
-class ParquetColumns:
-    """The role of each column. An image column holds a file's bytes, or the hub's struct with a field `bytes`."""
-
-    image: str | None = None  # a single image; an edit has `source` and `target` instead
-    source: str | None = None
-    target: str | None = None
-    captions: tuple[str, ...] = ()  # text, or list of texts; each of several columns is a kind of caption
-    instruction: str | None = None  # an edit's text, or list of texts
-    label: str | None = None  # class number; json also gets the name if the hub's features have it
-    key: str | None = None  # unique; without it, or if it is no valid key, rows are numbered
-    kept: tuple[str, ...] = ()  # further columns, stored in json under their names
+class ParquetColumns(ParquetConfig):
+    """The role of each column, checked: the columns make a sample."""
 
     def __post_init__(self) -> None:
         """Raises UserError: the columns make no sample."""

@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import PIL
 from PIL import Image
@@ -28,6 +28,7 @@ from data.samples.layouts import is_interleaved, of_kind
 from data.shards import Sample
 from data.shards.index import Cut
 from data.sources.base import BadItemError
+from data.sources.config import PreparationConfig
 
 JPEG_QUALITY = 95
 EQUAL_ASPECT = 0.01  # relative tolerance between the aspects of an edit's source and target
@@ -38,41 +39,12 @@ Texts = str | list[str] | dict[str, str]
 
 
 @dataclass(frozen=True)
-class Preparation:
+class Preparation(PreparationConfig):
     """Filters and fits every sample before it is written; the argument `prepare` of data.sources.write.write_sources.
 
     An image keeps its file's bytes unless pixels change: because its EXIF orientation is not upright, or because
     `resolution` requires another size.
     """
-
-    resolution: int | None = None  # side of the square to which images are fitted, px; None: sizes stay
-    min_px: int | None = (
-        None  # least shorter side of an image, px; None: `resolution`, so that nothing is enlarged
-    )
-    max_aspect: float | None = None  # longer side / shorter side
-    min_words: int = 0  # of a caption; other captions are dropped; a sample without captions left is rejected
-    max_words: int | None = None
-    min_letters: int = 0  # of a caption, spaces included
-    max_letters: int | None = None
-    encoding: Literal["jpeg", "png", "webp"] = "jpeg"  # of changed images: JPEG 95 4:4:4, or lossless
-    fit: Literal["crop", "pad"] = "crop"  # how: crop the centre square, or pad with white
-
-    def __post_init__(self) -> None:
-        """Raises UserError: a limit that no sample passes, or an unknown encoding or fit."""
-        if self.fit not in ("crop", "pad"):
-            raise UserError(f"fit '{self.fit}': choose crop or pad")
-        if self.encoding not in SUFFIXES:
-            raise UserError(f"encoding '{self.encoding}': choose one of {', '.join(SUFFIXES)}")
-        for name in ("resolution", "min_px", "max_words", "max_letters"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; give at least 1")
-        if self.max_aspect is not None and not self.max_aspect >= 1:
-            raise UserError(f"max_aspect is {self.max_aspect}; it is longer side / shorter side, at least 1")
-        for kind in ("words", "letters"):
-            low, high = getattr(self, f"min_{kind}"), getattr(self, f"max_{kind}")
-            if low < 0 or (high is not None and high < low):
-                raise UserError(f"min_{kind} is {low} and max_{kind} {high}; no caption can have both")
 
     @property
     def description(self) -> str:

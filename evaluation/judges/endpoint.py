@@ -23,10 +23,10 @@ from base import files
 from base.config import UserError
 from base.redaction import redact
 from data.samples.captions import mended
+from evaluation.config import KEY_VARIABLE
 from evaluation.judges.interface import EDITSCORE, Decoding, metric_name
 from evaluation.store import RefusedError
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 TRIES = 6
 TIMEOUT_S = 300
 MAX_WAIT_S = 600.0  # limit on the wait that a server asks for in Retry-After

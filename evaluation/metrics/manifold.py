@@ -12,15 +12,13 @@ Shapes: N M vectors, D features.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from evaluation.config import Distances
 from evaluation.metrics.rows import Rows, blocks
 
 NEIGHBOURS = 3
-Distances = Literal["fp32", "fp16"]
 
 
 def squared_distances(u_ND: Tensor, v_MD: Tensor, distances: Distances = "fp32") -> Tensor:

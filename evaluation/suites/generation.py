@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from base.config import UserError
+from evaluation.config import Distances
 from evaluation.features.feature_files import FeatureFiles, FeatureRows
 from evaluation.features.inception import AdmInception
 from evaluation.features.interface import FeatureExtractor
@@ -24,7 +25,7 @@ from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.frechet import FeatureStatistics, caveat, gaussian_distance
 from evaluation.metrics.inception_score import SPLIT_IMAGES, inception_score
 from evaluation.metrics.kernel_distance import CMMD_SCALE, CMMD_SIGMA, cmmd, kid
-from evaluation.metrics.manifold import NEIGHBOURS, Distances, in_manifold, radii
+from evaluation.metrics.manifold import NEIGHBOURS, in_manifold, radii
 from evaluation.metrics.rows import blocks
 from evaluation.reference import Gaussian, Reference
 from evaluation.runner import Measurement, SetScore

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from typing import NoReturn
 
 from base.bounds import Count, Steps
-from base.config import ConfigError
+from base.config import ConfigError, from_dict
 from generator.class_conditional.sampling import ClassSamplingConfig
 from generator.sampling import SamplingConfig
-from launch.runs.evaluation_options import SUITES, add_suite_options
+from launch.runs.suites import SUITES, SuiteOptions
 
 Option = bool | int | float | str
 
@@ -22,8 +20,8 @@ class EvaluationConfig:
     every_steps: Steps
     """Steps between two evaluations, for which the training waits; another evaluation follows the last step."""
     suites: dict[str, dict[str, Option]]
-    """Suite -> its options, with the names in `launch/evaluate.py SUITE --help`, without dashes:
-    {generation: {reference: VIRTUAL_imagenet256_labeled.npz}}.
+    """Suite -> its options, fields of its dataclass in launch/runs/suites.py:
+    {generation: {reference: VIRTUAL_imagenet256_labeled.npz}}. `launch/evaluate.py SUITE --help` explains them.
     """
 
     def __post_init__(self) -> None:
@@ -35,17 +33,11 @@ class EvaluationConfig:
             if suite not in SUITES or suite == "linear":  # linear scores an encoder's export, not images
                 known = ", ".join(name for name in SUITES if name != "linear")
                 raise ConfigError(f"suites: '{suite}' is none that a training can run; there are {known}")
-            self.arguments(suite)
+            self.options(suite)
 
-    def arguments(self, suite: str) -> argparse.Namespace:
-        """The suite's options, as its command line parses them. Raises ConfigError: an option is unknown or missing."""
-        parser = _Strict(prog=suite, add_help=False, allow_abbrev=False)
-        add_suite_options(suite, parser)
-        words = []
-        for name, value in self.suites[suite].items():
-            option = f"--{name.replace('_', '-')}"
-            words += [option] * value if isinstance(value, bool) else [f"{option}={value}"]
-        return parser.parse_args(words)
+    def options(self, suite: str) -> SuiteOptions:
+        """The options of one suite. Raises ConfigError: an option is unknown, missing or out of bounds."""
+        return from_dict(SUITES[suite], self.suites[suite], where=f"suites.{suite}")
 
 
 @dataclass(frozen=True)
@@ -77,8 +69,3 @@ class StageEvaluationConfig(EvaluationConfig):
     """Shards of validation images."""
     num_images: Count = 5000
     """How many of the first validation images are reconstructed each time. Published scores use ImageNet's 50,000."""
-
-
-class _Strict(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"suites: {self.prog}: {message}; see launch/evaluate.py {self.prog} --help")

@@ -33,8 +33,8 @@ from generator.objective import FlowObjective
 from generator.pipeline import Pipeline
 from generator.prompts import read_prompts
 from launch.runs.configs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
-from launch.runs.evaluation_options import SUITES
 from launch.runs.periodic_config import EvaluationConfig
+from launch.runs.suites import GenerationOptions, build
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import read_tree
 from tokenizer.training.stage_objective import StageObjective
@@ -166,11 +166,10 @@ def check(config: EvaluationConfig, roles: Sequence[str]) -> None:
 
 
 def _load(config: EvaluationConfig, name: str, folder: Path, device: str) -> Suite:
-    arguments = config.arguments(name)
-    arguments.store = folder / "store"
-    if getattr(arguments, "reference_store", arguments) is None:
-        arguments.reference_store = folder / "reference"
-    return SUITES[name](arguments, device)
+    options = config.options(name)
+    if isinstance(options, GenerationOptions) and options.reference_store is None:
+        options = dataclasses.replace(options, reference_store=folder / "reference")
+    return build(options, folder / "store", device)
 
 
 def _sampling(chosen: SamplingT | None, default: SamplingT) -> SamplingT:

@@ -1,140 +1,219 @@
-"""The commands of make_shards that write shards: their arguments, and the sources built from them."""
+"""The sources of launch/make_shards.py: for each a dataclass of its options, and a case of `build`.
+
+Functions import the libraries that read images and tables, so that --help does not wait for them.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from base import files
+from base.bounds import Amount, Count
 from base.config import UserError
-from data.shards import MAKE_SHARDS, SHARD_FILES, claim_shards
-from data.sources.base import InUnits, Source
-from data.sources.caption_table import CaptionTable, build_caption_table
-from data.sources.draws import Shuffled
-from data.sources.folder import FolderSource
-from data.sources.imagenet import ImageNetSource
-from data.sources.omniedit import OmniEditFilter, omniedit_source
-from data.sources.parquet import ParquetColumns, ParquetSource
-from data.sources.prepare import Preparation
-from data.sources.tar_samples import find_tars
-from data.sources.webdataset import WebDatasetSource
-from data.sources.write import Ledger, Workers
-from engine import threads
+from base.options import add_options, fields_of
+from data.sources.config import Join, ParquetConfig, PreparationConfig
+from engine.threads import num_cores
 
-NUM_PROCESSES = threads.num_cores()
+if TYPE_CHECKING:
+    from data.sources.base import Source
+    from data.sources.write import Ledger, Workers
+
 CAPTION_TABLE = "captions.sqlite"  # in the output folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """Where shards are written, and which processes and nodes write them."""
+
+    out: Path
+    """Folder of the data set."""
+    processes: Count = field(default_factory=num_cores)
+    """Number of processes; the bytes do not depend on it."""
+    node: Amount = 0
+    """Number of this node, from 0; all nodes run the same command."""
+    nodes: Count = 1
+    """Number of nodes that divide the work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions(WorkerOptions, PreparationConfig):
+    """Options of every source."""
+
+    strict: bool = False
+    """Stop at the first bad item; otherwise rejected.jsonl lists bad items."""
+    deduplicate: int | None = None
+    """Drop images that are alike but for this many bits of a hash, 0 to 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions(WritingOptions):
+    """Options of every source but tars of samples, of which each makes a shard."""
+
+    max_samples_per_shard: Count = 10_000
+    """Most samples of a shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions(RowOptions):
+    """A folder of images with captions, or one folder per class."""
+
+    images: Path
+    """Folder that holds the images."""
+    captions: Path | None = None
+    """jsonl of {"file", "caption"}; without it each image has NAME.json or NAME.txt."""
+    labels: bool = False
+    """Folders below --images are classes; there are no captions."""
+    no_links_outside: bool = False
+    """Refuse links to files that lie outside --images; otherwise they are read, and counted at the end."""
+    shuffle_seed: int | None = None
+    """Write in a random order, drawn with this seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cc12mOptions(WritingOptions):
+    """CC12M's tars with the LLaVA-Next captions."""
+
+    tars: tuple[Path, ...]
+    """Tars, or folders of them."""
+    captions: tuple[Path, ...]
+    """Files of captions: parquet, jsonl or jsonl.gz."""
+    join: Join = "url"
+    """What captions and images share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebDatasetOptions(WritingOptions):
+    """Any WebDataset tars."""
+
+    tars: tuple[Path, ...]
+    """Tars, or folders of them."""
+    caption_fields: tuple[str, ...] = ()
+    """Fields of json that hold captions; txt: the part txt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNetOptions(RowOptions):
+    """ImageNet's archives: ILSVRC2012_img_train.tar, _val.tar."""
+
+    tars: Path
+    """An archive, or a folder of the classes' tars."""
+    labels: Path | None = None
+    """Labels of validation images, one a line: synset or number."""
+    shuffle_seed: int = 0
+    """Seed of the random order in which images are written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetOptions(ParquetConfig, RowOptions):
+    """Any parquet files with images in a column."""
+
+    files: tuple[str, ...]
+    """Parquet files, folders, globs or fsspec urls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniEditOptions(RowOptions):
+    """OmniEdit-Filtered-1.2M's parquet files."""
+
+    files: tuple[str, ...]
+    """Parquet files, folders, globs or fsspec urls."""
+    min_score: tuple[str, ...] = ()
+    """Least scores as SCORE=VALUE, such as o_score=9."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to keep; without it all tasks are kept."""
+
+
+SourceOptions = (
+    FolderOptions | Cc12mOptions | WebDatasetOptions | ImageNetOptions | ParquetOptions | OmniEditOptions
+)
+SOURCES: Mapping[str, type[SourceOptions]] = {
+    "folder": FolderOptions,
+    "cc12m": Cc12mOptions,
+    "webdataset": WebDatasetOptions,
+    "imagenet": ImageNetOptions,
+    "parquet": ParquetOptions,
+    "omniedit": OmniEditOptions,
+}
+PARQUET_NAMES = {"captions": "caption", "kept": "keep"}
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds one command for each kind of source."""
-    folder = commands.add_parser("folder", help="a folder of images with captions, or one folder per class")
-    folder.add_argument("--images", type=Path, required=True)
-    folder.add_argument(
-        "--captions", type=Path, help='jsonl of {"file", "caption"}; without it NAME.json or NAME.txt'
+    for name, source in SOURCES.items():
+        names = PARQUET_NAMES if source is ParquetOptions else {}
+        add_options(commands.add_parser(name, help=source.__doc__), source, names=names)
+
+
+def write(options: SourceOptions) -> list[str]:
+    """Writes the shards; returns lines about what was written. Raises UserError: input is missing or unfit."""
+    from data.shards import SHARD_FILES
+    from data.sources.prepare import Preparation
+    from data.sources.write import write_sources
+
+    files.check_inputs(options.out, SHARD_FILES, _inputs(options))
+    source, note = build(options)
+    ledgers = write_sources(
+        {options.out: source},
+        workers(options),
+        prepare=Preparation(**fields_of(PreparationConfig, options)),
+        deduplicate_bits=options.deduplicate,
+        strict=options.strict,
     )
-    folder.add_argument(
-        "--labels", action="store_true", help="folders below --images are classes; no captions"
-    )
-    folder.add_argument(
-        "--no-links-outside",
-        action="store_true",
-        help="refuse links to files that lie outside --images (default: they are read, and counted at the end)",
-    )
-
-    cc12m = commands.add_parser("cc12m", help="CC12M's tars with the LLaVA-Next captions")
-    cc12m.add_argument("--captions", type=Path, nargs="+", required=True, help="parquet, jsonl or jsonl.gz")
-    cc12m.add_argument("--join", choices=("key", "url"), default="url", help="what captions and images share")
-
-    others = commands.add_parser("webdataset", help="any WebDataset tars")
-    others.add_argument("--caption-fields", nargs="+", default=[], help="of json; txt: the part txt")
-    for command in (cc12m, others):
-        command.add_argument("--tars", type=Path, nargs="+", required=True, help="files, or folders of them")
-
-    imagenet = commands.add_parser("imagenet", help="ImageNet's archives: ILSVRC2012_img_train.tar, _val.tar")
-    imagenet.add_argument(
-        "--tars", type=Path, required=True, help="an archive, or a folder of the classes' tars"
-    )
-    imagenet.add_argument("--labels", type=Path, help="of validation images, one a line: synset or number")
-
-    parquet = commands.add_parser("parquet", help="any parquet files with images in a column")
-    parquet.add_argument("--image", help="column; edits: --source and --target")
-    parquet.add_argument("--source")
-    parquet.add_argument("--target")
-    parquet.add_argument("--caption", nargs="+", default=[], help="columns; several are kinds of caption")
-    parquet.add_argument("--instruction", help="column of an edit")
-    parquet.add_argument("--label", help="column of a class number")
-    parquet.add_argument("--key", help="column, unique")
-    parquet.add_argument("--keep", nargs="+", default=[], help="further columns, for json")
-
-    omniedit = commands.add_parser("omniedit", help="OmniEdit-Filtered-1.2M's parquet files")
-    omniedit.add_argument(
-        "--min-score", nargs="+", default=[], metavar="SCORE=VALUE", help="such as o_score=9"
-    )
-    omniedit.add_argument("--tasks", nargs="+", default=[], help="to keep (default: all)")
-    for command in (parquet, omniedit):
-        command.add_argument("--files", nargs="+", required=True, help="files, folders, globs or fsspec urls")
-    for command in (folder, cc12m, others, imagenet, parquet, omniedit):
-        add_workers(command)
-    for command in (folder, cc12m, others, imagenet, parquet, omniedit):
-        _add_preparation(command)
-    for command in (folder, imagenet, parquet, omniedit):
-        command.add_argument("--max-samples-per-shard", type=int, default=10_000)
-    for command in (folder, imagenet):
-        command.add_argument("--shuffle-seed", type=int, help="write in a random order (imagenet: 0)")
-    imagenet.set_defaults(shuffle_seed=0)
+    return [*told(ledgers), *([note] if note and ledgers else [])]
 
 
-def add_workers(command: argparse.ArgumentParser) -> None:
-    """Adds the options of processes and nodes, which every command that writes shards has."""
-    command.add_argument("--out", type=Path, required=True, help="folder of the data set")
-    command.add_argument("--processes", type=int, default=NUM_PROCESSES, help="the bytes do not depend on it")
-    command.add_argument("--node", type=int, default=0, help="this node, from 0; all run the same command")
-    command.add_argument("--nodes", type=int, default=1)
+def build(options: SourceOptions) -> tuple[Source, str]:
+    """The source, and a line about its input for the summary ("": none). Raises UserError: the input is unfit."""
+    from data.shards import MAKE_SHARDS, claim_shards
+    from data.sources.base import InUnits
+    from data.sources.caption_table import CaptionTable, build_caption_table
+    from data.sources.draws import Shuffled
+    from data.sources.folder import FolderSource
+    from data.sources.imagenet import ImageNetSource
+    from data.sources.omniedit import OmniEditFilter, omniedit_source
+    from data.sources.parquet import ParquetColumns, ParquetSource
+    from data.sources.webdataset import WebDatasetSource
+
+    match options:
+        case FolderOptions():
+            folder = FolderSource(
+                options.images,
+                options.captions,
+                labels=options.labels,
+                without=options.out,
+                links_outside=not options.no_links_outside,
+            )
+            seed = options.shuffle_seed
+            ordered = folder if seed is None else Shuffled(folder, seed)
+            return InUnits(ordered, options.max_samples_per_shard), folder.outside_line
+        case ImageNetOptions():
+            images = Shuffled(ImageNetSource(options.tars, options.labels), options.shuffle_seed)
+            return InUnits(images, options.max_samples_per_shard), ""
+        case Cc12mOptions():
+            found, table = _find_tars(options.tars, options.out), options.out / CAPTION_TABLE
+            claim_shards(options.out, MAKE_SHARDS)
+            build_caption_table(options.captions, table)
+            return WebDatasetSource(found, captions=CaptionTable(table, join=options.join)), ""
+        case WebDatasetOptions():
+            found = _find_tars(options.tars, options.out)
+            return WebDatasetSource(found, caption_fields=options.caption_fields), ""
+        case OmniEditOptions():
+            wanted = OmniEditFilter(dict(map(_score, options.min_score)), options.tasks)
+            return omniedit_source(options.files, options.max_samples_per_shard, wanted), ""
+        case ParquetOptions():
+            columns = ParquetColumns(**fields_of(ParquetConfig, options))
+            return ParquetSource(options.files, columns, options.max_samples_per_shard), ""
 
 
-def _add_preparation(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--strict", action="store_true", help="stop at the first bad item, do not list it")
-    command.add_argument(
-        "--deduplicate", type=int, metavar="BITS", help="drop images alike but for 0 to 3 bits"
-    )
-    command.add_argument("--resolution", type=int, help="fit images to a square of this side, pixels")
-    command.add_argument(
-        "--fit",
-        choices=("crop", "pad"),
-        default="crop",
-        help="to the square: cut its centre out, or add white",
-    )
-    command.add_argument("--min-px", type=int, help="short side of an image (default: --resolution)")
-    command.add_argument("--max-aspect", type=float, help="longer side / shorter side")
-    for kind in ("words", "letters"):
-        command.add_argument(f"--min-{kind}", type=int, default=0, help="of a caption")
-        command.add_argument(f"--max-{kind}", type=int, help="of a caption")
-    command.add_argument(
-        "--encoding", choices=("jpeg", "png", "webp"), default="jpeg", help="of changed images"
-    )
+def workers(options: WorkerOptions) -> Workers:
+    """The processes and nodes that write. Raises UserError: there is no such node."""
+    from data.sources.write import Workers
 
-
-def workers(arguments: argparse.Namespace) -> Workers:
-    """The processes and nodes that write."""
-    return Workers(arguments.processes, arguments.node, arguments.nodes)
-
-
-def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of write_sources for filters and fitting."""
-    prepare = Preparation(
-        resolution=arguments.resolution,
-        min_px=arguments.min_px,
-        max_aspect=arguments.max_aspect,
-        min_words=arguments.min_words,
-        max_words=arguments.max_words,
-        min_letters=arguments.min_letters,
-        max_letters=arguments.max_letters,
-        encoding=arguments.encoding,
-        fit=arguments.fit,
-    )
-    return {"prepare": prepare, "deduplicate_bits": arguments.deduplicate, "strict": arguments.strict}
+    return Workers(options.processes, options.node, options.nodes)
 
 
 def told(ledgers: Mapping[Path, Ledger]) -> list[str]:
@@ -143,81 +222,26 @@ def told(ledgers: Mapping[Path, Ledger]) -> list[str]:
     return [f"{directory}: {line}" for directory, line in lines if line]
 
 
-def source(arguments: argparse.Namespace) -> tuple[Source, str]:
-    """The source for the folder `--out`, and a line about the input for the summary ("": none).
-
-    Raises UserError: input is missing or unfit.
-    """
-    _check_inputs(arguments)
-    if arguments.command == "folder":
-        return _folder(arguments)
-    return _source(arguments), ""
+def _inputs(options: SourceOptions) -> list[Path]:
+    """The local files that are read, without folders of images: the output may lie in those."""
+    values = [value for name, value in vars(options).items() if name not in ("out", "images")]
+    listed = [path for value in values for path in (value if isinstance(value, tuple) else (value,))]
+    return [path for path in listed if isinstance(path, Path)]
 
 
-def _check_inputs(arguments: argparse.Namespace) -> None:
-    """Raises UserError: the output would overwrite the input, or lie in it."""
-    given = [getattr(arguments, name, None) or [] for name in ("tars", "captions", "labels", "files")]
-    inputs = [
-        Path(path) for one in given for path in (one if isinstance(one, list) else [one]) if path is not True
-    ]
-    files.check_inputs(arguments.out, SHARD_FILES, inputs)
-    for path in arguments.tars if arguments.command in ("cc12m", "webdataset") else []:
-        if arguments.out.resolve().is_relative_to(path.resolve()):
-            raise UserError(
-                f"--out {arguments.out} lies in --tars {path}: its shards would be read as input; move it"
-            )
+def _find_tars(tars: tuple[Path, ...], out: Path) -> list[Path]:
+    """The tars in `tars`. Raises UserError: `out` lies in one of the folders, or as data.sources.tar_samples."""
+    from data.sources.tar_samples import find_tars
+
+    for path in tars:
+        if out.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"--out {out} lies in --tars {path}: its shards would be read as input; move it")
+    return find_tars(tars)
 
 
-def _folder(arguments: argparse.Namespace) -> tuple[Source, str]:
-    folder = FolderSource(
-        arguments.images,
-        arguments.captions,
-        labels=arguments.labels,
-        without=arguments.out,
-        links_outside=not arguments.no_links_outside,
-    )
-    seed = arguments.shuffle_seed
-    source = InUnits(folder if seed is None else Shuffled(folder, seed), arguments.max_samples_per_shard)
-    return source, folder.outside_line
-
-
-def _source(arguments: argparse.Namespace) -> Source:
-    match arguments.command:
-        case "imagenet":
-            images = ImageNetSource(arguments.tars, arguments.labels)
-            return InUnits(Shuffled(images, arguments.shuffle_seed), arguments.max_samples_per_shard)
-        case "cc12m":
-            claim_shards(arguments.out, MAKE_SHARDS)
-            table = arguments.out / CAPTION_TABLE
-            build_caption_table(arguments.captions, table)
-            return WebDatasetSource(
-                find_tars(arguments.tars), captions=CaptionTable(table, join=arguments.join)
-            )
-        case "webdataset":
-            return WebDatasetSource(find_tars(arguments.tars), caption_fields=arguments.caption_fields)
-        case "omniedit":
-            wanted = OmniEditFilter(_scores(arguments.min_score), tuple(arguments.tasks))
-            return omniedit_source(arguments.files, arguments.max_samples_per_shard, wanted)
-        case _:
-            columns = ParquetColumns(
-                image=arguments.image,
-                source=arguments.source,
-                target=arguments.target,
-                captions=tuple(arguments.caption),
-                instruction=arguments.instruction,
-                label=arguments.label,
-                key=arguments.key,
-                kept=tuple(arguments.keep),
-            )
-            return ParquetSource(arguments.files, columns, arguments.max_samples_per_shard)
-
-
-def _scores(limits: list[str]) -> dict[str, float]:
-    scores = {}
-    for limit in limits:
-        name, _, value = limit.partition("=")
-        try:
-            scores[name] = float(value)
-        except ValueError:
-            raise UserError(f"--min-score {limit}: write it as SCORE=VALUE, such as o_score=9") from None
-    return scores
+def _score(limit: str) -> tuple[str, float]:
+    name, _, value = limit.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise UserError(f"--min-score {limit}: write it as SCORE=VALUE, such as o_score=9") from None

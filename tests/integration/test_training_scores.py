@@ -160,10 +160,16 @@ def test_a_stage_is_scored_on_its_reconstructions(inputs: Path, alone: Ranks, tm
         ({"suites": {"linear": {}}}, "'linear' is none that a training can run"),
         (
             {"suites": {"generation": {}}},
-            "suites: generation: the following arguments are required: --reference",
+            "evaluation: suites.generation: missing key 'reference'",
         ),
-        ({"suites": {"generation": {"reference": "x", "images": "y"}}}, "unrecognized arguments: --images=y"),
-        ({"suites": {"generation": {"reference": "x", "distances": "fp8"}}}, "invalid choice: 'fp8'"),
+        (
+            {"suites": {"generation": {"reference": "x", "images": "y"}}},
+            "suites.generation: unknown key 'images'",
+        ),
+        (
+            {"suites": {"generation": {"reference": "x", "distances": "fp8"}}},
+            "suites.generation: distances: Input should be 'fp32' or 'fp16', not 'fp8'",
+        ),
         ({"every_steps": 0}, "every_steps is 0"),
         ({"suites": {"generation": "x"}}, "suites"),
     ],
