@@ -18,8 +18,8 @@ from base.config import UserError
 from evaluation.drawn_set import announce, draw_on_ranks, export_digest, sampling_settings
 from evaluation.manifest import Item, write_image
 from evaluation.runner import ALONE, Team
+from generator.class_conditional.config import ClassSamplingConfig
 from generator.class_conditional.pipeline import ClassPipeline
-from generator.class_conditional.sampling import ClassSamplingConfig
 
 SEED_DIGITS = 15  # digits of a hexadecimal digest: 60 bits
 

@@ -19,8 +19,8 @@ from base.progress import ProgressLine
 from base.terminal import say
 from evaluation.manifest import MANIFEST_NAME, Item, write_manifest
 from evaluation.runner import Team
-from generator.drawing import DrawingConfig
 from generator.model import CONFIG_NAME, WEIGHTS_NAME
+from generator.sampling_config import DrawingConfig
 from generator.solvers import num_evaluations
 
 COMMAND = "sample"

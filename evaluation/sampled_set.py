@@ -23,7 +23,7 @@ from evaluation.manifest import Item, write_image
 from evaluation.runner import ALONE, Team
 from generator.pipeline import Pipeline
 from generator.prompts import Prompt, read_prompts
-from generator.sampling import SamplingConfig
+from generator.sampling_config import SamplingConfig
 
 READERS = 8
 """Threads that read source images for hashing, because a network file system answers each read late."""

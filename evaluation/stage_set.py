@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.samples.images import PixelConfig, PixelPacker
+from data.config import PixelConfig
+from data.samples.images import PixelPacker
 from data.shards import ShardDataset
 from evaluation.drawn_set import draw_on_ranks
 from evaluation.manifest import Item, write_image

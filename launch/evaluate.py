@@ -28,7 +28,7 @@ from evaluation import calibration
 from evaluation.drawn_set import SETTINGS_NAME
 from evaluation.runner import Team, check_scores, evaluate
 from evaluation.sampled_set import SampledSetConfig, draw_set
-from generator.sampling import SamplingConfig
+from generator.sampling_config import SamplingConfig
 from launch.runs import entry
 from launch.runs.drawable import prompt_models
 from launch.runs.evaluation_options import SUITES, add_commands, prepare_images, write_prompts
@@ -43,6 +43,7 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_commands(parser)
     arguments = parser.parse_args()
+    entry.use_torch()
     if arguments.command in SUITES:
         _score(arguments)
     else:

@@ -49,6 +49,7 @@ def main() -> None:
     index.add_argument("shards", type=Path)
     index.set_defaults(run=_index)
     arguments = parser.parse_args()
+    entry.use_torch()
     for line in arguments.run(arguments) if "run" in arguments else _write(arguments):
         say(line)
 

@@ -14,10 +14,7 @@ import sys
 from base.config import ConfigError
 from base.terminal import say
 from launch.runs import entry
-from launch.sizing.rehearsal import execute
-from launch.sizing.report import plan_run, report
 from launch.sizing.run_kinds import read_run
-from launch.sizing.step_time import NODE_GPUS
 
 TITLES = {
     "tokenizer": "a stage of the tokenizer",
@@ -41,6 +38,10 @@ def main() -> None:
     ):
         raise ConfigError("--gpus and --gpu-memory must be above 0, --mfu above 0 and at most 1")
     task, run = read_run(paths[0], [word for word in arguments.words if "=" in word])
+    entry.use_torch()
+    from launch.sizing.report import plan_run, report
+    from launch.sizing.step_time import NODE_GPUS
+
     preflight = plan_run(task, run)
     gpus = arguments.gpus or min(NODE_GPUS, run.data.num_streams)
     if os.environ.get("RANK", "0") == "0":
@@ -48,6 +49,8 @@ def main() -> None:
         say(report(preflight, num_gpus=gpus, gpu_gib=arguments.gpu_memory, mfu=arguments.mfu))
         sys.stdout.flush()
     if arguments.execute:
+        from launch.sizing.rehearsal import execute
+
         execute(preflight, gpu_gib=arguments.gpu_memory)
 
 
@@ -57,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         "words", nargs="*", metavar="CONFIG section.key=value", help="YAML file; fields to change"
     )
     parser.add_argument("--config", help="the YAML file, if it is not given alone")
-    parser.add_argument("--gpus", type=int, help=f"that the run will have (default: at most {NODE_GPUS})")
+    parser.add_argument(
+        "--gpus", type=int, help="that the run will have (default: a node's, at most one for each pack)"
+    )
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="of each, in GiB (default 80)")
     parser.add_argument(
         "--mfu",

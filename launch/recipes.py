@@ -9,12 +9,9 @@ from pathlib import Path
 
 from base.config import UserError
 from base.terminal import say
-from generator.flow import resolve_shift
 from launch.runs import entry
 from launch.runs.configs import GeneratorRun
-from launch.sizing.estimate import LATENT_SHAPES, PAPER_LATENTS, generator_plan
 from launch.sizing.run_kinds import read_run
-from launch.sizing.step_time import NODE_GPUS
 
 CLASS = "class"
 """The folder of class-conditional configs, which have no text tokens."""
@@ -28,7 +25,9 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="of generator configs")
-    say(table(parser.parse_args().folder))
+    arguments = parser.parse_args()
+    entry.use_torch()
+    say(table(arguments.folder))
 
 
 def table(folder: Path) -> str:
@@ -42,6 +41,10 @@ def table(folder: Path) -> str:
 
 
 def _row(name: str, path: Path) -> tuple[str, ...]:
+    from generator.flow import resolve_shift
+    from launch.sizing.estimate import LATENT_SHAPES, PAPER_LATENTS, generator_plan
+    from launch.sizing.step_time import NODE_GPUS
+
     task, run = read_run(str(path))
     if not isinstance(run, GeneratorRun):
         raise UserError(f"{path}: no generator's config; give a folder of those alone")

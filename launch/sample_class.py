@@ -11,14 +11,9 @@ from pathlib import Path
 
 from base.files import check_signed
 from base.terminal import say
-from engine import distributed
-from evaluation.adm_npz import SIGN, write_npz
-from evaluation.class_set import ClassSetConfig, draw_class_set
-from evaluation.manifest import ImageSet
 from launch.runs import entry
 from launch.runs.drawable import class_models
 from launch.runs.sampling_options import add_class_sampling_options, read_sampling_options
-from launch.runs.team import meet
 
 
 def main() -> None:
@@ -26,6 +21,13 @@ def main() -> None:
     arguments = _parser().parse_args()
     (generator, autoencoder), base = class_models(arguments.run)
     sampling = read_sampling_options(arguments, base)
+    entry.use_torch()
+    from engine import distributed
+    from evaluation.adm_npz import SIGN, write_npz
+    from evaluation.class_set import ClassSetConfig, draw_class_set
+    from evaluation.manifest import ImageSet
+    from launch.runs.team import meet
+
     if arguments.npz is not None:
         check_signed(arguments.npz, SIGN)
     config = ClassSetConfig(

@@ -18,7 +18,7 @@ from data.shards import Sample, ShardDataset
 from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.psnr import to_uint8
 from generator.pipeline import Pipeline
-from generator.sampling import SamplingConfig
+from generator.sampling_config import SamplingConfig
 from tokenizer.export import ImageAutoencoder
 
 

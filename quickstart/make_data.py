@@ -5,10 +5,8 @@ import sys
 
 from base.config import load
 from base.terminal import say
-from data.sources.base import InUnits
-from data.sources.write import write_sources
 from launch.runs import entry, shard_sources
-from quickstart.pictures.source import EmojiConfig, emoji_sources
+from quickstart.config import EmojiConfig
 
 
 def main() -> None:
@@ -19,6 +17,11 @@ def main() -> None:
     shard_sources.add_workers(parser)
     arguments = parser.parse_args()
     config = load(EmojiConfig, arguments.config, arguments.overrides)
+    entry.use_torch()
+    from data.sources.base import InUnits
+    from data.sources.write import write_sources
+    from quickstart.pictures.source import emoji_sources
+
     per_shard = config.max_samples_per_shard
     sources = {arguments.out / one.name: InUnits(one, per_shard) for one in emoji_sources(config)}
     for line in shard_sources.told(write_sources(sources, shard_sources.workers(arguments))):

@@ -38,7 +38,8 @@ from evaluation.suites.linear_probe import LinearProbeSuite
 from evaluation.suites.reconstruction import ReconstructionSuite
 from launch.runs.sampling_options import add_sampling_options
 from report.benchmarks import MAX_FAILED
-from tokenizer.representation import Representation, RepresentationConfig
+from tokenizer.config import RepresentationConfig
+from tokenizer.representation import Representation
 from tokenizer.rpiae import Autoencoder
 
 NONE = "none"

@@ -8,9 +8,8 @@ from typing import NoReturn
 
 from base.bounds import Count, Steps
 from base.config import ConfigError
-from generator.class_conditional.sampling import ClassSamplingConfig
-from generator.sampling import SamplingConfig
-from launch.runs.evaluation_options import SUITES, add_suite_options
+from generator.class_conditional.config import ClassSamplingConfig
+from generator.sampling_config import SamplingConfig
 
 Option = bool | int | float | str
 
@@ -31,6 +30,8 @@ class EvaluationConfig:
             raise ConfigError(f"every_steps is {self.every_steps}; it must be at least 1")
         if not self.suites:
             raise ConfigError("suites: names none; take the section 'evaluation' out, or name one")
+        from launch.runs.evaluation_options import SUITES  # its networks load torch
+
         for suite in self.suites:
             if suite not in SUITES or suite == "linear":  # linear scores an encoder's export, not images
                 known = ", ".join(name for name in SUITES if name != "linear")
@@ -39,6 +40,8 @@ class EvaluationConfig:
 
     def arguments(self, suite: str) -> argparse.Namespace:
         """The suite's options, as its command line parses them. Raises ConfigError: an option is unknown or missing."""
+        from launch.runs.evaluation_options import add_suite_options
+
         parser = _Strict(prog=suite, add_help=False, allow_abbrev=False)
         add_suite_options(suite, parser)
         words = []

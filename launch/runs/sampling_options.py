@@ -8,9 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
 from base.config import from_dict, to_dict
-from generator.drawing import DrawingConfig
-from generator.guidance import Renorm
-from generator.solvers import Solver
+from generator.sampling_config import DrawingConfig, Renorm, Solver
 
 ConfigT = TypeVar("ConfigT", bound=DrawingConfig)
 

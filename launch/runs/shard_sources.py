@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from base import files
+from base import files, threads
 from base.config import UserError
 from data.shards import MAKE_SHARDS, SHARD_FILES, claim_shards
 from data.sources.base import InUnits, Source
@@ -21,7 +21,6 @@ from data.sources.prepare import Preparation
 from data.sources.tar_samples import find_tars
 from data.sources.webdataset import WebDatasetSource
 from data.sources.write import Ledger, Workers
-from engine import threads
 
 NUM_PROCESSES = threads.num_cores()
 CAPTION_TABLE = "captions.sqlite"  # in the output folder

@@ -8,8 +8,7 @@ from base.config import dump
 from base.objective import Objective
 from generator.flow import resolve_shift
 from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
-from launch.sizing.estimate import GIB, Plan, class_plan, generator_plan, latent_shape, tokenizer_plan
-from launch.sizing.stage_size import num_parameters
+from launch.sizing.estimate import GIB, Plan, class_plan, generator_plan, latent_shape, num_parameters
 from launch.sizing.step_time import H100
 
 GPU_COUNTS = (1, 8, 32, 256)
@@ -17,6 +16,10 @@ GPU_COUNTS = (1, 8, 32, 256)
 
 def tokenizer_run(run: TokenizerRun) -> str:
     """The report of a tokenizer stage."""
+    from launch.sizing.stage_size import (
+        tokenizer_plan,  # loads the networks of stages, which are slow to load
+    )
+
     plan = tokenizer_plan(run)
     step = f"a step: {plan.num_images} images, {plan.step_flops:.3g} FLOP; {plan.engine.steps:,} steps"
     return "\n".join([dump(run) + "---", *_sizes(plan), step, *_on_gpus(plan)])

@@ -19,10 +19,10 @@ from launch.sizing.estimate import (
     class_plan,
     generator_plan,
     latent_shape,
-    tokenizer_plan,
     untrained_latents,
 )
 from launch.sizing.run_kinds import Run, Task
+from launch.sizing.stage_size import tokenizer_plan
 
 RunT = TypeVar("RunT", bound=Run)
 STAGES = (1, 2, 3)

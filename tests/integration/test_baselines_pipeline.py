@@ -32,7 +32,8 @@ from evaluation.suites.reconstruction import ReconstructionSuite
 from launch import reconstruct as command_line
 from launch.runs import entry
 from tokenizer.autoencoders import load_autoencoder
-from tokenizer.encode import EncodeConfig, encode_shards
+from tokenizer.config import EncodeConfig
+from tokenizer.encode import encode_shards
 from tokenizer.export import fingerprint
 from tokenizer.kl import KlAutoencoder, KlConfig
 

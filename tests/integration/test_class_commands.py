@@ -30,14 +30,14 @@ from evaluation.manifest import ImageSet, Item, write_manifest
 from evaluation.reference import Reference
 from evaluation.runner import Team, evaluate
 from evaluation.suites.generation import GenerationSuite, Spaces
-from generator.class_conditional.config import DitConfig
+from generator.class_conditional.config import ClassSamplingConfig, DitConfig
 from generator.class_conditional.model import create_generator, load_generator
-from generator.class_conditional.sampling import ClassSamplingConfig
 from launch import export as export_command
 from launch import sample_class, train_class
 from launch.runs import entry
 from quickstart.emoji_images import read_samples, real_renders
-from tokenizer.encode import EncodeConfig, encode_shards
+from tokenizer.config import EncodeConfig
+from tokenizer.encode import encode_shards
 from tokenizer.rpiae import Autoencoder
 
 ROOT = Path(__file__).parents[2]

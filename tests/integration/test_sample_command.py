@@ -33,7 +33,8 @@ from evaluation.runner import Team
 from evaluation.sampled_set import SampledSetConfig, draw_set
 from generator.model import Generator
 from generator.pipeline import Pipeline
-from generator.sampling import Condition, SamplingConfig
+from generator.sampling import Condition
+from generator.sampling_config import SamplingConfig
 from launch import evaluate as launch_evaluate
 from launch import sample
 from launch.runs import entry

@@ -24,7 +24,8 @@ import pytest
 from PIL import Image
 
 from base.config import UserError
-from data.samples.images import PixelConfig, PixelPacker, decode_image, image_parts
+from data.config import PixelConfig
+from data.samples.images import PixelPacker, decode_image, image_parts
 from data.shards import Sample, ShardDataset
 from data.sources.base import BadItemError, InUnits, Source
 from data.sources.folder import FolderSource

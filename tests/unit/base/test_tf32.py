@@ -13,8 +13,7 @@ import torch
 from base.tf32 import allow_tf32, exact_fp32
 from engine import loop
 from engine.distributed import Ranks
-from engine.engine_config import EngineConfig
-from engine.schedule import OptimizerConfig
+from engine.engine_config import EngineConfig, OptimizerConfig
 from evaluation.features.interface import extract
 from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.runner import Measurement, evaluate

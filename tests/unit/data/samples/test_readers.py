@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from base.config import UserError
+from data.config import PixelConfig
 from data.samples.captions import read_label
-from data.samples.images import PixelConfig, PixelPacker, decode_image, fit_square, to_rgb
+from data.samples.images import PixelPacker, decode_image, fit_square, to_rgb
 from data.shards import Sample, ShardDataset
 from data.sources.base import InUnits
 from data.sources.folder import FolderSource

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from base import FOLDERS
-from engine import threads
+from base import FOLDERS, threads
 from launch.runs import entry
 
 ROOT = Path(__file__).parents[3]

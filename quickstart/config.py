@@ -1,0 +1,121 @@
+"""Configs of the quickstart: its data, its two networks, and what its chains judge. This module needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from base.bounds import Amount, Count, Seed, Weight
+from base.config import ConfigError
+from generator.class_conditional.config import ClassSamplingConfig
+from generator.sampling_config import SamplingConfig
+from quickstart.pictures.identities import identities
+from quickstart.pictures.scenes import CANVAS
+from tokenizer.config import RepresentationConfig, check_rebuildable
+
+
+@dataclass(frozen=True)
+class EmojiConfig:
+    """Sizes and seed of the emoji data sets."""
+
+    image_px: Count = 64
+    """Side of the square images, pixels."""
+    seed: Seed = 0
+    """Seed of every draw. The split into training and validation does not depend on it."""
+    train_scenes: Count = 16000
+    validation_scenes: Count = 600
+    train_edits: Count = 10000
+    validation_edits: Count = 200
+    num_identities: Count = 160
+    """Number of emoji that the stand-in representation model learns to tell apart."""
+    train_identities: Count = 8000
+    """Number of identity images, spread evenly over the identities."""
+    validation_identities: Count = 320
+    train_classes: Amount = 0
+    """Number of scenes of one object with a class label, spread evenly over OBJECT_NAMES; 0: no such set. All
+    combinations are in it: a class is asked for, not its combination with a background."""
+    validation_classes: Amount = 0
+    max_samples_per_shard: Count = 2000
+
+    def __post_init__(self) -> None:
+        if self.image_px < CANVAS // 2:
+            raise ConfigError(f"image_px is {self.image_px}; emoji need at least {CANVAS // 2}")
+        for name in ("train_scenes", "validation_scenes", "train_edits", "validation_edits"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
+        if min(self.train_classes, self.validation_classes) < 0:
+            raise ConfigError("train_classes and validation_classes must be at least 0")
+        for name in ("train_identities", "validation_identities"):
+            if getattr(self, name) < self.num_identities:
+                raise ConfigError(f"{name} is less than num_identities; some would have no image")
+        if not 2 <= self.num_identities <= len(identities()):
+            raise ConfigError(f"num_identities must be in 2 .. {len(identities())}")
+
+
+@dataclass(frozen=True)
+class StandInConfig:
+    """The representation model to train, and its training task."""
+
+    representation: RepresentationConfig
+    """Shape of the model; weights must be `random`."""
+    num_classes: Count
+    """Number of identities; each sample's json has "label", an integer in [0, num_classes)."""
+    pixel_weight: Weight = 10.0
+    """Weight of the pixel loss (mean absolute error): one Linear reads each patch's pixels from its token. DINOv2's
+    patch tokens keep local detail. Those of a mere classifier of whole images do not, and could not be decoded."""
+    seed: Seed = 0
+    """Seed of the initial weights."""
+
+    def __post_init__(self) -> None:
+        check_rebuildable(self.representation)
+        if self.representation.weights != "random":
+            raise ConfigError("the stand-in is trained from scratch; set representation.weights to 'random'")
+        if self.num_classes < 2:
+            raise ConfigError(f"num_classes is {self.num_classes}; an identity task needs at least 2")
+
+
+NORM_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Size of the judge."""
+
+    channels: tuple[Count, Count, Count] = (24, 48, 128)  # at 2, 4 and 8 px a cell; multiples of NORM_GROUPS
+    seed: Seed = 0  # seed of the initial weights
+
+    def __post_init__(self) -> None:
+        if any(width < 1 or width % NORM_GROUPS for width in self.channels):
+            raise ConfigError(f"channels must be positive multiples of {NORM_GROUPS}, not {self.channels}")
+
+
+@dataclass(frozen=True)
+class ChainScoresConfig:
+    """How many images are judged, and how they are sampled."""
+
+    num_images: Count = 300
+    """Number of held-out scenes that are reconstructed and drawn."""
+    num_edits: Count = 150
+    """Number of held-out edits."""
+    t2i: SamplingConfig = field(default_factory=SamplingConfig)
+    edit: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(frozen=True)
+class AblationScoresConfig:
+    """Size of the comparison between variants."""
+
+    num_images: Count = 600
+    """Number of held-out scenes that are reconstructed."""
+    num_probe_train: Count = 6000
+    """Number of identity images that the linear probe is fitted to."""
+    num_probe_test: Count = 1280
+    """Number of identity images of another split that the probe is tested on."""
+
+
+@dataclass(frozen=True)
+class ClassScoresConfig:
+    """How many images are drawn, and how."""
+
+    num_images: Count = 440
+    """Number of images drawn with each export."""
+    sampling: ClassSamplingConfig = field(default_factory=ClassSamplingConfig)
