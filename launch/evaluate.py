@@ -22,12 +22,13 @@ from typing import Any
 
 from base.config import UserError
 from base.files import read_json
+from base.team import Team
 from base.terminal import say
 from engine import distributed
 from evaluation import calibration
-from evaluation.drawn_set import SETTINGS_NAME
-from evaluation.runner import Team, check_scores, evaluate
-from evaluation.sampled_set import SampledSetConfig, draw_set
+from evaluation.runner import check_scores, evaluate
+from generator.drawn_set import SETTINGS_NAME
+from generator.sampled_set import SampledSetConfig, draw_set
 from generator.sampling_config import SamplingConfig
 from launch.runs import entry
 from launch.runs.drawable import prompt_models

@@ -22,10 +22,10 @@ def main() -> None:
     (generator, autoencoder), base = class_models(arguments.run)
     sampling = read_sampling_options(arguments, base)
     entry.use_torch()
+    from data.adm_npz import SIGN, write_npz
+    from data.image_set import ImageSet
     from engine import distributed
-    from evaluation.adm_npz import SIGN, write_npz
-    from evaluation.class_set import ClassSetConfig, draw_class_set
-    from evaluation.manifest import ImageSet
+    from generator.class_conditional.class_set import ClassSetConfig, draw_class_set
     from launch.runs.team import meet
 
     if arguments.npz is not None:

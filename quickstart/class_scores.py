@@ -7,13 +7,13 @@ from typing import Any
 
 from base import files
 from base.terminal import say
+from data.image_set import ImageSet
 from engine.checkpoint_folder import EXPORT
-from evaluation.class_set import ClassSetConfig, draw_class_set
 from evaluation.environment import machine
 from evaluation.features.representation import RepresentationFeatures
-from evaluation.manifest import ImageSet
 from evaluation.metrics.interval import Estimate
 from evaluation.runner import evaluate
+from generator.class_conditional.class_set import ClassSetConfig, draw_class_set
 from quickstart import emoji_images
 from quickstart.class_page import LABELS, Point, Reference, at_equal_time, charts, page
 from quickstart.config import ClassScoresConfig

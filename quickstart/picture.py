@@ -21,7 +21,7 @@ from base.terminal import say
 from launch.runs import entry
 
 if TYPE_CHECKING:
-    from evaluation.manifest import ImageSet, Item
+    from data.image_set import ImageSet, Item
 
 SIGN = "RPiAE quickstart/picture.py"
 """EXIF's Software in the picture; the command may replace a file with it."""
@@ -79,7 +79,7 @@ def draw(root: Path) -> Image.Image:
 
 
 def _open(root: Path, name: str) -> ImageSet:
-    from evaluation.manifest import MANIFEST_NAME, ImageSet
+    from data.image_set import MANIFEST_NAME, ImageSet
 
     folder = root / IMAGES / name
     if not (folder / MANIFEST_NAME).is_file():

@@ -9,7 +9,9 @@ from typing import get_args
 
 from base import files
 from base.config import UserError
+from base.team import Team
 from base.terminal import say
+from data.image_set import MANIFEST_NAME, write_class_folders
 from data.samples.images import IMAGE_PARTS
 from evaluation import benchmark_files, prompt_sets
 from evaluation.calibration import KNOWN, known_of
@@ -25,11 +27,10 @@ from evaluation.judges.endpoint import KEY_VARIABLE, EndpointJudge
 from evaluation.judges.interface import EDITSCORE, YES_NO, Decoding, VisionLanguageJudge
 from evaluation.judges.vision_language import TransformersJudge
 from evaluation.linear_head import HEADS, NUM_CLASSES, HeadClassifier, LinearHead
-from evaluation.manifest import MANIFEST_NAME, write_class_folders
 from evaluation.metrics.lpips import Lpips
 from evaluation.metrics.manifold import Distances
 from evaluation.reference import Reference
-from evaluation.runner import SCORES_NAME, Suite, Team
+from evaluation.runner import SCORES_NAME, Suite
 from evaluation.suites.dpg import DpgSuite
 from evaluation.suites.edit_benchmarks import GEditSuite, ImgEditSuite
 from evaluation.suites.generation import GenerationSuite, Spaces

@@ -21,13 +21,14 @@ import pytest
 import torch
 from PIL import Image
 
+from base.team import Team
+from data.image_set import ImageSet
 from data.samples.text import train_text_tokenizer
 from data.shards import Sample, ShardDataset, ShardWriter
 from evaluation import reconstruct as reconstruct_module
-from evaluation.manifest import ImageSet
 from evaluation.reconstruct import ReconstructConfig
 from evaluation.reconstruct import reconstruct as reconstruct_folder
-from evaluation.runner import Team, evaluate
+from evaluation.runner import evaluate
 from evaluation.suites.reconstruction import ReconstructionSuite
 from launch import reconstruct as command_line
 from launch.runs import entry

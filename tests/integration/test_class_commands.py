@@ -21,15 +21,16 @@ import pytest
 from PIL import Image
 
 from base.config import UserError
+from base.team import Team
+from data.adm_npz import write_npz
+from data.image_set import ImageSet, Item, write_manifest
 from data.shards import ShardDataset
 from engine.distributed import free_port
-from evaluation.adm_npz import write_npz
-from evaluation.class_set import ClassSetConfig, class_drawings, draw_class_set
 from evaluation.features.representation import RepresentationFeatures
-from evaluation.manifest import ImageSet, Item, write_manifest
 from evaluation.reference import Reference
-from evaluation.runner import Team, evaluate
+from evaluation.runner import evaluate
 from evaluation.suites.generation import GenerationSuite, Spaces
+from generator.class_conditional.class_set import ClassSetConfig, class_drawings, draw_class_set
 from generator.class_conditional.config import ClassSamplingConfig, DitConfig
 from generator.class_conditional.model import create_generator, load_generator
 from launch import export as export_command

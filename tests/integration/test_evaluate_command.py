@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 
 from base.config import UserError
+from data.image_set import Item, write_image, write_manifest
 from evaluation import benchmark_files, calibration
 from evaluation.benchmark_files import FILES, git_blob_hash, obtain
 from evaluation.features import feature_files
 from evaluation.features.representation import RepresentationFeatures
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.suites import reconstruction as reconstruction_suite
 from generator.prompts import read_prompts
 from launch import evaluate as command

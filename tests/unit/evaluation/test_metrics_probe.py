@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from base.config import ConfigError, UserError
+from data.image_set import Item, write_image, write_manifest
 from evaluation.features.representation import RepresentationFeatures, last_tokens
 from evaluation.linear_head import HEADS, HeadClassifier, LinearHead, prepare
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.probe import accuracy, fit
 from evaluation.runner import evaluate
 from evaluation.suites.linear_probe import LinearProbeSuite, ProbeClassifier, ranked

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from base.config import UserError
+from data.image_set import Item, write_image, write_manifest
 from evaluation.features.interface import FeatureExtractor
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.frechet import FeatureStatistics, frechet_distance
 from evaluation.metrics.lpips import Lpips
 from evaluation.metrics.psnr import to_uint8

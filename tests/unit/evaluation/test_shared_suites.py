@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from base.config import UserError
+from base.team import Team
+from data.image_set import Item, write_image, write_manifest
 from evaluation.features import feature_files
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.lpips import Lpips
 from evaluation.metrics.psnr import MAX_DB, psnr_db
 from evaluation.metrics.ssim import ssim
-from evaluation.runner import Suite, Team, evaluate
+from evaluation.runner import Suite, evaluate
 from evaluation.suites.linear_probe import LinearProbeSuite, ranked
 from evaluation.suites.reconstruction import ReconstructionSuite
 from tokenizer.training.perceptual import LpipsVgg16
