@@ -21,7 +21,8 @@ from evaluation.runner import evaluate
 from evaluation.suites.reconstruction import ReconstructionSuite
 from quickstart import emoji_images
 from quickstart.ablation_page import Row, page
-from quickstart.config import AblationScoresConfig, EmojiConfig
+from quickstart.config import AblationScoresConfig
+from quickstart.pictures.config import EmojiConfig
 from quickstart.pictures.source import EmojiSource
 from tokenizer.rpiae import Autoencoder
 

@@ -6,7 +6,7 @@ import sys
 from base.config import load
 from base.terminal import say
 from launch.runs import entry, shard_sources
-from quickstart.config import EmojiConfig
+from quickstart.pictures.config import EmojiConfig
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from base import files
 from base.config import to_dict
 from data.shards import Sample
 from data.sources.draws import Draws
-from quickstart.config import EmojiConfig
 from quickstart.pictures.art import attribution, compose, png, render
 from quickstart.pictures.captions import captions, instructions
+from quickstart.pictures.config import EmojiConfig
 from quickstart.pictures.edits import Edit, draw_edit, in_split
 from quickstart.pictures.identities import identities
 from quickstart.pictures.scenes import (

@@ -20,7 +20,7 @@ import torch
 
 from data.shards import ShardWriter
 from engine.distributed import free_port
-from quickstart.config import EmojiConfig
+from quickstart.pictures.config import EmojiConfig
 from quickstart.pictures.source import EmojiSource
 from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.rpiae import Autoencoder

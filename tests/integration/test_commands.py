@@ -26,7 +26,7 @@ from launch import sample as sample_command
 from launch.runs import entry, training
 from launch.runs.configs import GeneratorRun, TokenizerRun
 from launch.sizing.run_kinds import read_run
-from quickstart.config import EmojiConfig
+from quickstart.pictures.config import EmojiConfig
 from quickstart.pictures.source import EmojiSource
 from tokenizer.config import BridgeConfig, EncodeConfig
 from tokenizer.encode import encode_shards

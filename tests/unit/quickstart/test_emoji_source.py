@@ -10,8 +10,8 @@ from base import files
 from base.config import ConfigError, load
 from data.samples.images import decode_image
 from data.sources.draws import Draws
-from quickstart.config import EmojiConfig
 from quickstart.pictures.captions import captions, instructions, with_article
+from quickstart.pictures.config import EmojiConfig
 from quickstart.pictures.edits import PERCENT, Edit
 from quickstart.pictures.identities import identities
 from quickstart.pictures.scenes import BACKGROUNDS, KINDS, Kind, Placed, Scene
