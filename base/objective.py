@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:  # so that configs, which know this interface, are read without torch
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+    from torch import Tensor, nn
 
 BatchT = TypeVar("BatchT", bound="Batch")
 HISTORY_WINDOWS = 20

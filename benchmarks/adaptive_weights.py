@@ -20,17 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from data.samples.images import PixelBatch
-from engine.deepspeed_engine import Precision, autocast
+from engine.deepspeed_engine import autocast
+from engine.engine_config import Precision
 from engine.memory import TensorBytes
 from evaluation.environment import machine, versions
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import AutoencoderConfig
+from tokenizer.config import AutoencoderConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.training.adaptive_reference import plain_mean_loss
-from tokenizer.training.discriminator import DiscriminatorConfig
 from tokenizer.training.objectives import PivotObjective
-from tokenizer.training.perceptual import LpipsVgg16, PerceptualConfig
-from tokenizer.training.stages import StageConfig, build_stage
+from tokenizer.training.perceptual import LpipsVgg16
+from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
+from tokenizer.training.stages import build_stage
 
 DECODERS = {
     "b": PixelDecoderConfig(width=768, layers=12, heads=12, mlp_width=3072, patch_px=16),

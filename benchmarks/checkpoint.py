@@ -23,7 +23,7 @@ from base.objective import LossOutput
 from engine import deepspeed_engine, distributed
 from engine.checkpoint import Checkpoints
 from engine.ema import Ema
-from engine.schedule import OptimizerConfig
+from engine.engine_config import OptimizerConfig
 from evaluation.environment import machine, versions
 
 WIDTH = 2048

@@ -23,14 +23,15 @@ from data.packs.class_batch import ClassBatch
 from data.shards import LatentInfo
 from engine.deepspeed_engine import autocast
 from evaluation.environment import machine, versions
-from generator.class_conditional.config import DitConfig, WideHeadConfig
+from generator.class_conditional.config import ClassFlowConfig, ClassSamplingConfig, DitConfig, WideHeadConfig
 from generator.class_conditional.model import ClassGenerator, create_generator
-from generator.class_conditional.objective import ClassFlowConfig, ClassObjective
-from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
+from generator.class_conditional.objective import ClassObjective
+from generator.class_conditional.sampling import sample_class_latents
 from generator.class_conditional.sizing import training_flops
 from generator.drawing import draw_noise
 from generator.flow import resolve_shift, sampling_times
-from generator.solvers import Solver, integrate
+from generator.sampling_config import Solver
+from generator.solvers import integrate
 
 SIZES = {
     "tiny": DitConfig(10, 192, 4, 6),

@@ -24,7 +24,8 @@ import numpy.typing as npt
 
 from base import files
 from benchmarks import reading
-from data.packs.packing import PackingConfig, T2IPacker
+from data.config import PackingConfig
+from data.packs.packing import T2IPacker
 from data.plan.mixture import Member, Mixture
 from data.plan.stream import PackStream
 from data.samples.text import train_text_tokenizer

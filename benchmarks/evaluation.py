@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.image_set import ImageSet, Item, write_image, write_manifest
 from evaluation.environment import machine, versions
 from evaluation.features.inception import INPUT_PX, NUM_FEATURES, AdmInception
-from evaluation.manifest import ImageSet, Item, write_image, write_manifest
 from evaluation.reference import Reference
 from evaluation.suites.generation import GenerationSuite, Spaces
 

@@ -102,7 +102,7 @@ def build(way: Way, num_packs: int) -> Any:
 
     from base.objective import LossOutput
     from engine import deepspeed_engine, exchange
-    from engine.schedule import OptimizerConfig
+    from engine.engine_config import OptimizerConfig
 
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])

@@ -25,7 +25,8 @@ from benchmarks import bagel_way
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from evaluation.environment import machine, versions
 from generator.attention import planned_attention
-from generator.mot import Mot, MotConfig, init_weights
+from generator.config import MotConfig
+from generator.mot import Mot, init_weights
 from generator.qwen import QWEN2_5_0_5B
 
 TEXT_TOKENS, SIDE, NUM_IMAGES, DRAWS = 100, 16, 4, 4

@@ -26,7 +26,8 @@ from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_pa
 from engine.distributed import Ranks
 from engine.spans import peak_flops
 from evaluation.environment import machine, versions
-from generator.attention import Backend, choose_backend
+from generator.attention import choose_backend
+from generator.config import Backend
 from generator.flash import PACKAGES
 from generator.model import Generator
 from generator.objective import FlowObjective

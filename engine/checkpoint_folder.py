@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +13,22 @@ from typing_extensions import TypedDict  # pydantic cannot check typing.TypedDic
 
 from base import files
 from base.config import UserError
-from engine.checkpoint_writer import Sum
 
+CHECKPOINTS = "checkpoints"
+"""The folder of all checkpoints in a run's folder."""
+EXPORT = "export"
+"""The folder of the finished training's weights, beside it."""
 FORMAT = 2
 """Version of the layout. Format 1 was DeepSpeed's own files, which only an equal number of ranks could read."""
 STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Size in bytes and CRC-32 of an undamaged file."""
+
+    num_bytes: int
+    crc32: int
 
 
 class _File(TypedDict):

@@ -19,6 +19,7 @@ from isal import isal_zlib
 from torch import Tensor
 
 from base import limits
+from engine.checkpoint_folder import Sum
 from engine.layout import Segment
 
 CHUNK_BYTES = 16 << 20
@@ -41,14 +42,6 @@ class Flat:
     kind: str
     tensor: Tensor
     segments: Sequence[Segment]
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Size in bytes and CRC-32 of an undamaged file."""
-
-    num_bytes: int
-    crc32: int
 
 
 def write(path: Path, flats: Sequence[Flat]) -> Sum:

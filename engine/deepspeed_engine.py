@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from base.objective import LossOutput
 from engine import layout
+from engine.engine_config import OptimizerConfig, Precision
 from engine.layout import Segment, Sizes
-from engine.schedule import OptimizerConfig, build_optimizer
+from engine.schedule import build_optimizer
 
-Precision = Literal["fp32", "bf16_autocast", "bf16"]
 BUCKET_ELEMENTS = 100_000_000
 STATES = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 """Optimizer states with one value per parameter value, of AdamW and of Muon."""

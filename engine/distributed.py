@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine import endings, peers, threads
+from base import threads
+from engine import endings, peers
 
 DEFAULT_TIMEOUT_S = 3600
 """Timeout of the process groups. The watchdog, which names the rank, should act first: engine.hang_timeout_s."""

@@ -17,12 +17,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from base.config import UserError
 from base.terminal import say
+
+if TYPE_CHECKING:  # so that every command knows the errors, and none needs torch to print one
+    import torch.distributed as dist
 
 LOST_CONTACT = 76
 """Exit status of a process that ends because another rank is gone or hangs: a scheduler may repeat the command."""
@@ -45,6 +46,10 @@ class End:
 
     def __str__(self) -> str:
         return f"rank {self.rank}: {self.text}"
+
+
+class LostContactError(UserError):
+    """Another rank is gone, so this rank cannot go on."""
 
 
 class EndedError(UserError):

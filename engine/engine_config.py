@@ -5,14 +5,63 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from base.bounds import Amount, Count, Seconds, Seed, Step, Steps
+from base.bounds import Amount, Count, Seconds, Seed, Share, Step, Steps, Weight
 from base.config import ConfigError
-from engine.deepspeed_engine import Precision
-from engine.logs import WandbMode
-from engine.schedule import OptimizerConfig
 
+Precision = Literal["fp32", "bf16_autocast", "bf16"]
+WandbMode = Literal["disabled", "offline", "online"]
 OnAlarm = Literal["warn", "stop", "roll_back"]
 OnLossSpike = Literal["ignore", "skip", "roll_back"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Muon beside AdamW, with one shape of learning-rate schedule for both."""
+
+    lr: float
+    """Peak learning rate of AdamW."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon (Jordan et al. 2024) updates matrices of repeated layers; AdamW updates embeddings, heads, vectors."""
+    muon_lr: Weight = 0.02
+    """Peak learning rate of Muon: an update has the spectral norm muon_lr * sqrt(max(1, rows / columns))."""
+    muon_momentum: Share = 0.95
+    """Momentum of Muon (Nesterov)."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of the decay from `lr` to `final_lr`; constant: no decay."""
+    final_lr: Weight = 0.0
+    """Learning rate from step `decay_end_step` on (cosine and linear)."""
+    warmup_steps: Step = 0
+    """Steps of linear warm-up from zero."""
+    decay_start_step: Step = 0
+    """Step at which the decay begins (cosine and linear)."""
+    decay_end_step: Step | None = None
+    """Step at which `final_lr` is reached; None: the run's last step."""
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Weight = 1e-8
+    weight_decay: Weight = 0.0
+    """Decoupled weight decay of matrices; biases, norms and tokens have none."""
+    grad_clip: Weight = 0.0
+    """Largest global gradient norm; 0: no clipping. Muon requires 0."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError(f"lr is {self.lr}; it must be above 0")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ConfigError(f"beta1 {self.beta1} and beta2 {self.beta2} must lie in [0, 1)")
+        begin = max(self.decay_start_step, self.warmup_steps)
+        if self.schedule != "constant" and self.decay_end_step is not None and self.decay_end_step <= begin:
+            raise ConfigError(
+                f"decay_end_step {self.decay_end_step} must come after decay_start_step {self.decay_start_step} and "
+                f"warmup_steps {self.warmup_steps}"
+            )
+        if self.name == "muon" and (self.muon_lr <= 0 or not 0 <= self.muon_momentum < 1):
+            raise ConfigError(
+                f"muon_lr {self.muon_lr} must be above 0 and muon_momentum {self.muon_momentum} in [0, 1)"
+            )
+        if self.name == "muon" and self.grad_clip:
+            # DeepSpeed measures the norm of the orthogonalised update, so clipping would only rescale the update.
+            raise ConfigError(f"grad_clip is {self.grad_clip}; Muon's updates have a fixed norm, set it to 0")
 
 
 @dataclass(frozen=True)

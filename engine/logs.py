@@ -22,10 +22,10 @@ from base import files
 from base.config import UserError
 from base.redaction import redact, redacted
 from base.terminal import say
+from engine.engine_config import WandbMode
 from engine.log_files import Expendable, JsonLines
 
 METRICS, SCORES, EVENTS, SAMPLES = "metrics.jsonl", "scores.jsonl", "events.jsonl", "samples"
-WandbMode = Literal["disabled", "offline", "online"]
 WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 WANDB_HOST = "api.wandb.ai"
 WANDB_FINISH_S = 300.0

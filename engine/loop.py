@@ -21,6 +21,7 @@ from engine import communication, endings, run_lock
 from engine.averages import Averages
 from engine.changes import changes
 from engine.checkpoint import Checkpoints
+from engine.checkpoint_folder import CHECKPOINTS, EXPORT
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
@@ -34,8 +35,6 @@ from engine.step import Stepper
 from engine.system import SystemMeter, combine
 from engine.watchdog import Watchdog
 
-EXPORT = "export"
-CHECKPOINTS = "checkpoints"
 STDERR = 2
 
 

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from base.config import UserError
 from base.terminal import say
 from engine import endings
-from engine.endings import LOST_CONTACT, End, EndedError
+from engine.endings import LOST_CONTACT, End, EndedError, LostContactError
 from engine.listening import is_one_host, open_store
 
 MEETING_S = 600
@@ -36,10 +35,6 @@ BROKEN = re.compile(r"(?i)connection|broken pipe|timed out|unreachable|no route|
 
 _host_of_address: dict[str, str] = {}
 _has_met = False
-
-
-class LostContactError(UserError):
-    """Another rank is gone, so this rank cannot go on."""
 
 
 @dataclass(frozen=True)

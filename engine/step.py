@@ -13,9 +13,9 @@ from base.config import ConfigError
 from base.objective import Batch, LossOutput, Objective
 from engine import deepspeed_engine
 from engine.distributed import Ranks
-from engine.engine_config import EngineConfig
+from engine.engine_config import EngineConfig, OptimizerConfig
 from engine.metric_window import Window
-from engine.schedule import OptimizerConfig, set_learning_rate
+from engine.schedule import set_learning_rate
 from engine.spans import Spans
 
 

@@ -26,12 +26,12 @@ from torch import Tensor
 from base import files
 from base.config import UserError
 from base.progress import ProgressLine
+from base.team import ALONE, Team
 from base.terminal import say
+from data.image_set import MANIFEST_NAME, ImageSet, Item, write_image, write_manifest
 from data.samples.images import IMAGE_PARTS, fit_image, open_image_file, to_rgb
 from data.sources.folders import images_below
-from evaluation.manifest import MANIFEST_NAME, ImageSet, Item, write_image, write_manifest
 from evaluation.metrics.reconstruction import psnr_db, to_uint8
-from evaluation.runner import ALONE, Team
 from evaluation.store import share
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import ImageAutoencoder, fingerprint

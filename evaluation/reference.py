@@ -14,8 +14,8 @@ import numpy as np
 
 from base import files, limits
 from base.config import UserError
+from data.image_set import MANIFEST_NAME, ImageSet
 from evaluation.image_source import ARRAY_NAME, FileImages, ImageSource, NpzImages, reading_npz
-from evaluation.manifest import MANIFEST_NAME, ImageSet
 from evaluation.metrics.frechet import F64
 
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

@@ -12,16 +12,17 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from base import files
 from base.config import UserError
+from base.team import ALONE, Team
 from base.tf32 import exact_fp32
+from data.image_set import ImageSet, Item
 from evaluation.environment import versions
-from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.interval import Estimate, mean, rate
 
 COMMAND = "evaluate"
@@ -95,20 +96,6 @@ class CollectingSuite(Protocol):
 
     def collect(self, images: ImageSet, items: Sequence[Item], rank: int, world: int) -> None:
         """Computes what is missing of this rank's share. A killed run continues where it stopped."""
-
-
-@dataclass(frozen=True)
-class Team:
-    """The processes that share an evaluation, or the making of an image set."""
-
-    rank: int = 0
-    world: int = 1
-    barrier: Callable[[], None] = lambda: None
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-    """Gathers one small value from each process, in the order of ranks, at all processes; a barrier."""
-
-
-ALONE = Team()
 
 
 @exact_fp32()

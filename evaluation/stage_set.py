@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.samples.images import PixelConfig, PixelPacker
+from base.team import Team
+from data.config import PixelConfig
+from data.image_set import Item, write_image
+from data.samples.images import PixelPacker
 from data.shards import ShardDataset
-from evaluation.drawn_set import draw_on_ranks
-from evaluation.manifest import Item, write_image
 from evaluation.metrics.reconstruction import to_uint8
-from evaluation.runner import Team
+from generator.drawn_set import draw_on_ranks
 from tokenizer.rpiae import Autoencoder
 
 ROLES = ("original", "result")

@@ -11,7 +11,6 @@ K key/value heads, H head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from base.config import UserError
 from data.packs.attention_plan import AttentionPlan
-from generator.flash import PACKAGES, VarlenName, varlen_attention, why_not
+from generator.config import Backend, Kernel
+from generator.flash import PACKAGES, varlen_attention, why_not
 from generator.gather import gather_rows
 
-Kernel = Literal["sdpa"] | VarlenName
-Backend = Literal["auto", "flash"] | Kernel
-"""A kernel; "flash": the first flash-attn that is installed and runs; "auto": "flash", else varlen, else SDPA."""
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """SDPA's kernels without cuDNN. cuDNN builds a graph for every shape, and every pack has buckets of other shapes."""
 JointAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]

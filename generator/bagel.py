@@ -19,13 +19,14 @@ from torch import Tensor
 from base.config import UserError
 from base.files import write_json
 from data.shards import LatentInfo
+from generator.config import GeneratorConfig
 from generator.embeddings import grid_sinusoids
 from generator.imported import ImportedGenerator
-from generator.model import Generator, GeneratorConfig
+from generator.model import Generator
 from generator.qwen import qwen_shape
 from tokenizer.releases.imported import shapes
 from tokenizer.releases.renaming import Translation, check
-from tokenizer.weights import read_tensors, save
+from tokenizer.weights import read_tensors, save, shapes_only
 
 WEIGHTS = ("ema.safetensors", "model.safetensors")
 """File names in the order of search. Bagel's authors evaluate the averaged weights (ema)."""
@@ -84,7 +85,7 @@ def import_bagel(folder: Path, latents: LatentInfo) -> ImportedGenerator[Generat
     side = math.isqrt(len(positions))
     config = GeneratorConfig(backbone, side, text_output=True, tied_text_output=tied)
     _check_positions(positions, side, backbone.width, where=str(path))
-    with torch.device("meta"):
+    with shapes_only():
         ours = shapes(Generator(config, latents))
     sources = {name: (bagel_name(name),) for name in ours if bagel_name(name) in theirs}
     used = {name for names in sources.values() for name in names}

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from generator.config import MAX_PERIOD
+
 TIME_FREQUENCIES = 256
-MAX_PERIOD = 10_000.0
 
 
 def time_sinusoids(t_I: Tensor, num_frequencies: int = TIME_FREQUENCIES) -> Tensor:

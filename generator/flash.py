@@ -16,15 +16,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.machinery import PathFinder
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.packs.attention_plan import VarlenGroup
+from generator.config import VarlenName
 
-VarlenName = Literal["flash4", "flash3", "flash2", "varlen"]
 HALF = (torch.float16, torch.bfloat16)
 HEAD_DIM_STEP = 8
 """Step of the head dim: every kernel reads 16 bytes of a head at once."""

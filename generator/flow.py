@@ -8,22 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from base.config import ConfigError
+from generator.config import TimeShift
 
-TimeShift = float | Literal["auto"]
 SHIFT_BASE_NUMEL = 4096
 """n of s = sqrt(m / n): a latent of this many values needs no shift."""
-
-
-def check_shift(shift: TimeShift) -> None:
-    """Raises ConfigError unless `shift` is "auto" or a finite number above 0."""
-    if shift != "auto" and not 0 < shift < math.inf:
-        raise ConfigError(f'time_shift is {shift}; give "auto" or a number above 0 (1: none)')
 
 
 def resolve_shift(shift: TimeShift, latent_shape: Sequence[int]) -> float:

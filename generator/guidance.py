@@ -6,47 +6,18 @@ Shape suffixes: S samples, B branches, P latent tokens of one image (Y * X), C l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from base.config import ConfigError
-from generator.drawing import check_interval, check_scale, is_guided
+from generator.drawing import is_guided
+from generator.sampling_config import GuidanceConfig
 
 Branch = Literal["none", "source", "full"]
 """What a velocity is conditioned on: nothing, the source images, or sources and text."""
-Renorm = Literal["none", "global", "channel"]
 
 EPSILON = 1e-8  # added to a norm that may be 0
-
-
-@dataclass(frozen=True)
-class GuidanceConfig:
-    """How strongly an image follows its text and its sources."""
-
-    text_guidance: float = 4.0
-    """Scale of the text: 1 = plain conditional, larger follows the text more closely."""
-    source_guidance: float = 2.0
-    """Scale of the source images when editing: 1 = plain conditional, larger stays closer to the sources."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times (1 = noise) above the first and up to the second are guided; at others only the conditional branch is
-    computed (Kynkäänniemi et al. 2024). Bagel: 0.4 and 1.
-    """
-    renorm: Renorm = "none"
-    """Shortens a guided velocity that is longer than the conditional one: "global" over an image, "channel" token by
-    token (Bagel's cfg_renorm_type).
-    """
-    renorm_min: float = 0.0
-    """Least factor of the shortening (Bagel's cfg_renorm_min); 1 = never shorten."""
-
-    def __post_init__(self) -> None:
-        check_interval(self.guidance_interval)
-        for name in ("text_guidance", "source_guidance"):
-            check_scale(name, getattr(self, name))
-        if not 0 <= self.renorm_min <= 1:
-            raise ConfigError(f"renorm_min is {self.renorm_min}; give a factor from 0 to 1")
 
 
 def branch_weights(config: GuidanceConfig, t: float, *, editing: bool) -> dict[Branch, float]:

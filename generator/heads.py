@@ -9,46 +9,19 @@ Shape suffixes: T noisy latent tokens, I images, C latent channels, D backbone w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base.config import ConfigError
 from generator.compiling import Compiler, backend_for, whole
+from generator.config import DdtHeadConfig
 from generator.embeddings import LatentEmbedding
 from generator.mot import SwiGlu
 from tokenizer.norms import RmsNorm
 
 WithinImages = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention within each image: q, k, v [T, N, H] -> [T, N, H]."""
-
-
-@dataclass(frozen=True)
-class DdtHeadConfig:
-    """Shape of the DDT head."""
-
-    width: int = 2048
-    """Width of the head's layers."""
-    num_layers: int = 2
-    """Number of layers."""
-    num_heads: int = 16
-    """Number of attention heads."""
-    norm_eps: float = 1e-6
-    """Epsilon inside every RMSNorm."""
-
-    def __post_init__(self) -> None:
-        if min(self.width, self.num_layers, self.num_heads) < 1 or self.width % (4 * self.num_heads):
-            raise ConfigError(
-                f"head: width {self.width} in {self.num_heads} heads and {self.num_layers} layers; give a width that "
-                "is a multiple of 4 x num_heads, and at least one layer"
-            )
-
-    @property
-    def mlp_width(self) -> int:
-        """Inner width of the SwiGLU: 8/3 of the width, so that its three matrices weigh as much as two of ratio 4."""
-        return 8 * self.width // 3
 
 
 class DdtHead(nn.Module):

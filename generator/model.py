@@ -17,51 +17,20 @@ from base.config import ConfigError, UserError, from_dict, to_dict
 from base.files import read_object, write_json
 from data.packs.packed_batch import PackedBatch
 from data.shards import LatentInfo
-from generator.attention import Backend, JointAttention, attend, choose_backend, planned_attention
+from generator.attention import JointAttention, attend, choose_backend, planned_attention
 from generator.compiling import Compiler
-from generator.embeddings import MAX_PERIOD, LatentEmbedding
-from generator.heads import DdtHead, DdtHeadConfig
-from generator.mot import Mot, MotConfig, init_mimetic, init_weights
+from generator.config import QWEN_PREFIX, Backend, GeneratorConfig
+from generator.embeddings import LatentEmbedding
+from generator.heads import DdtHead
+from generator.mot import Mot, init_mimetic, init_weights
 from generator.qwen import load_qwen
-from tokenizer.weights import load_model, read_tensors, write_tensors
+from tokenizer.weights import load_model, read_tensors, shapes_only, write_tensors
 
-QWEN_PREFIX = "qwen:"
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 KIND = "rpiae.generator"
 LOGIT_ROWS = 2048
 """Text tokens whose logits exist at once: 2048 x 151,936 fp32 are 1.2 GB."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GeneratorConfig:
-    """Shape and start of the generator."""
-
-    backbone: MotConfig
-    """Shape of both experts."""
-    max_side: int
-    """Largest latent grid side the position table holds, in latent tokens; its rows are y * max_side + x."""
-    position_max_period: float = MAX_PERIOD
-    """Base of the position table's periods (MAE, Bagel: 10,000). A small grid needs a small base: with 10,000,
-    neighbours of a 4x4 grid differ in only a few columns of the table."""
-    head: DdtHeadConfig | None = None
-    """A DDT head between the backbone and the velocities; None: a linear map."""
-    text_output: bool = False
-    """Whether text is an output too, for a text loss. True keeps trainable the weights that only this output reads."""
-    tied_text_output: bool = True
-    """Whether logits are products with the rows of the text embedding (Qwen2.5 up to 3B, Qwen3 up to 4B); false: with
-    a separate matrix (larger Qwens, Bagel), which exists only if text is an output."""
-    init: str = "random"
-    """Start of both experts: "random"; "mimetic", random except that attention starts by looking for similar tokens
-    (small new models then learn to copy much sooner); or "qwen:" and a Hugging Face name or checkpoint folder."""
-
-    def __post_init__(self) -> None:
-        if self.position_max_period <= 1:
-            raise ConfigError(f"position_max_period is {self.position_max_period}; it must be above 1")
-        if self.init not in ("random", "mimetic") and not self.init.startswith(QWEN_PREFIX):
-            raise ConfigError(
-                f"init '{self.init}': write 'random', 'mimetic' or 'qwen:<Hugging Face name or folder>'"
-            )
 
 
 class TextLoss(nn.Module):
@@ -258,7 +227,7 @@ class Generator(nn.Module):
     @classmethod
     def uninitialised(cls, config: GeneratorConfig, latents: LatentInfo) -> Generator:
         """Allocates a generator without filling it: no weight is drawn twice or from the global random state."""
-        with torch.device("meta"):
+        with shapes_only():
             model = cls(config, latents)
         return model.to_empty(device="cpu")
 

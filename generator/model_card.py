@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from base.config import to_dict
-from generator.flow import TimeShift, resolve_shift
-from generator.model import QWEN_PREFIX, Generator
-from generator.sampling import SamplingConfig
+from generator.config import QWEN_PREFIX, Task, TimeShift
+from generator.flow import resolve_shift
+from generator.model import Generator
+from generator.sampling_config import SamplingConfig
 
-Task = Literal["t2i", "edit"]
 LAST_WINDOWS = 10
 """Number of log windows, at the end of training, over which the card averages losses."""
 CALLS = {

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from base.config import ConfigError
 from generator.attention import JointAttention
 from generator.compiling import Compiler, backend_for, whole
+from generator.config import MotConfig
 from generator.wide import stacked
 from tokenizer.norms import RmsNorm
 
@@ -31,44 +30,6 @@ MIMETIC_OUTPUT = 0.5  # scale of the attended values in W_o, shared by the query
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin, as `rope_table` returns them."""
-
-
-@dataclass(frozen=True)
-class MotConfig:
-    """Shape of both experts. The field comments give Qwen2.5-0.5B's value."""
-
-    vocab_size: int
-    """Rows of the text embedding, at least the text tokenizer's vocabulary (151,936)."""
-    width: int
-    """Width of the residual stream (896)."""
-    num_layers: int
-    """Number of layers (24)."""
-    num_heads: int
-    """Query heads of each expert (14)."""
-    num_kv_heads: int
-    """Key/value heads of each expert; divides num_heads (2)."""
-    head_dim: int
-    """Width of one head; even (64)."""
-    mlp_width: int
-    """Inner width of the SwiGLU MLP (4864)."""
-    rope_theta: float = 1e6
-    """Base of the rotary frequencies."""
-    norm_eps: float = 1e-6
-    """Epsilon inside every RMSNorm."""
-    qkv_bias: bool = True
-    """Whether q, k and v have biases, as in Qwen2."""
-    qk_norm: bool = True
-    """RMSNorm over the head dim of q and k; Qwen2 has none, Bagel adds it."""
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions need an even one")
-        if self.width % 4:
-            raise ConfigError(f"width {self.width} is not a multiple of 4, as the 2-D positions need")
 
 
 class SwiGlu(nn.Module):

@@ -16,59 +16,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from base.bounds import Weight
 from base.config import UserError, to_dict
 from base.files import digest, sha256
 from base.objective import HISTORY_WINDOWS, LossOutput, Term, WithoutAdversary
 from data.packs.packed_batch import PackedBatch
 from data.samples.text import TextTokenizer
 from data.shards import LatentInfo
-from generator.attention import Backend, choose_backend
-from generator.flow import (
-    TimeShift,
-    check_shift,
-    draw_times,
-    interpolate,
-    pack_generator,
-    resolve_shift,
-    velocity_target,
-)
-from generator.model import WEIGHTS_NAME, Generator, GeneratorConfig
-from generator.sampling import Condition, SamplingConfig, sample_latents
+from generator.attention import choose_backend
+from generator.config import FlowConfig, GeneratorConfig
+from generator.flow import draw_times, interpolate, pack_generator, resolve_shift, velocity_target
+from generator.model import WEIGHTS_NAME, Generator
+from generator.sampling import Condition, sample_latents
+from generator.sampling_config import SamplingConfig
 from generator.sizing import PackSize, training_flops
 
 ENOUGH_SAMPLES = 1000
 """Samples without a text marked for a loss, after which the data are taken to have none."""
 Decode = Callable[[Tensor], Tensor]
 """Raw latents float32 [N, C, Y, X] -> pixels_01 [N, 3, H, W]."""
-
-
-@dataclass(frozen=True)
-class FlowConfig:
-    """How the generator is trained (its shape is GeneratorConfig)."""
-
-    time_shift: TimeShift = "auto"
-    """Shift of the drawn times towards noise; "auto" = sqrt(latent values / 4096)."""
-    init_from: str | None = None
-    """Directory of an exported generator to start from (editing starts from text-to-image); None = a new
-    model.
-    """
-    attention_backend: Backend = "auto"
-    """Forces one attention kernel; "auto" follows the device."""
-    text_loss_weight: Weight = 0.0
-    """Weight of the mean cross entropy of text marked for it, beside the mean squared error of velocities (Bagel: 1);
-    0 = none. Above it, generator.text_output must be true. Data that mark no text raise an alarm (engine.on_alarm).
-    """
-    compile: bool = False
-    """Whether torch.compile compiles each layer's work before and after its attention: fused norms, rotations and
-    SwiGLU, one product for q, k and v and one for gate and up. Not with engine.zero_stage 3, which takes weights
-    away between uses."""
-    activation_checkpointing: bool = False
-    """Whether the backward pass recomputes each layer: about a third more time, activations of one layer instead of
-    all."""
-
-    def __post_init__(self) -> None:
-        check_shift(self.time_shift)
 
 
 @dataclass(frozen=True)

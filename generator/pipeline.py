@@ -17,7 +17,8 @@ from base.config import UserError
 from data.samples.images import DECODE_ERRORS, fit_image, open_image_file, to_rgb
 from data.samples.text import TextTokenizer, load_text_tokenizer
 from generator.model import Generator
-from generator.sampling import Condition, SamplingConfig, make_condition, sample_latents
+from generator.sampling import Condition, make_condition, sample_latents
+from generator.sampling_config import SamplingConfig
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import ImageAutoencoder, fingerprint
 from tokenizer.weights import usable

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from data.packs.attention_plan import AttentionPlan, Rows, Split, build_attention_plan
 from data.packs.packed_batch import IMAGE_SPECIAL_TOKENS, PackedBatch, output_plan, within_images
-from generator.attention import Backend, JointAttention, attend, choose_backend
+from generator.attention import JointAttention, attend, choose_backend
+from generator.config import Backend
 
 
 def split_prefix(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch]:

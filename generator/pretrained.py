@@ -18,11 +18,10 @@ import torch
 from base import hub
 from base.config import UserError, from_dict
 from base.files import read_object
+from generator.config import AUTOENCODER, GENERATOR, SAMPLING, TEXT_TOKENIZER
 from generator.pipeline import Pipeline
-from generator.sampling import SamplingConfig
+from generator.sampling_config import SamplingConfig
 
-GENERATOR, AUTOENCODER, TEXT_TOKENIZER = "generator", "autoencoder", "text_tokenizer"
-SAMPLING = "sampling.json"
 WEIGHTS = ("model.safetensors", "config.json")
 """Files of the generator's folder and of the autoencoder's."""
 PATTERNS = [

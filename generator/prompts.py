@@ -18,7 +18,7 @@ from base import files
 from base.config import UserError
 from data.samples.captions import check_whole, clean_text, read_object
 from data.sources.text_files import read_text, split_lines
-from generator.drawing import SEEDS
+from generator.sampling_config import SEEDS
 
 KEY_PATTERN = re.compile(r"[\w+-][\w+.-]{0,127}")
 

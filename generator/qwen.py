@@ -15,7 +15,8 @@ from torch import Tensor
 from base import hub
 from base.config import UserError, from_dict
 from base.files import read_object
-from generator.mot import Mot, MotConfig
+from generator.config import MotConfig
+from generator.mot import Mot
 from tokenizer.weights import load_exact, read_tensors
 
 QWEN2_5_0_5B = MotConfig(

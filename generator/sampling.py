@@ -23,22 +23,14 @@ from data.samples.layouts import LATENT_SUFFIX, image_roles, of_kind
 from data.samples.text import TextTokenizer
 from data.shards import ShardDataset
 from generator.attention import JointAttention
-from generator.drawing import DrawingConfig, draw_noise
+from generator.drawing import draw_noise
 from generator.flow import resolve_shift, sampling_times
 from generator.graphs import Graphed
-from generator.guidance import Branch, GuidanceConfig, branch_weights, guide
+from generator.guidance import Branch, branch_weights, guide
 from generator.model import Generator, normalise, unnormalise
 from generator.prefix import PrefixCache, split_prefix
+from generator.sampling_config import GuidanceConfig, SamplingConfig
 from generator.solvers import integrate
-
-
-@dataclass(frozen=True)
-class SamplingConfig(GuidanceConfig, DrawingConfig):
-    """How an image is drawn: guidance, steps, solver, seed."""
-
-    def __post_init__(self) -> None:
-        GuidanceConfig.__post_init__(self)
-        DrawingConfig.__post_init__(self)
 
 
 @dataclass(frozen=True)

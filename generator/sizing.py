@@ -17,10 +17,9 @@ import torch
 
 from data.packs.attention_plan import AttentionPlan
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from generator.config import DdtHeadConfig, GeneratorConfig, MotConfig
 from generator.embeddings import TIME_FREQUENCIES
-from generator.heads import DdtHeadConfig
-from generator.model import LOGIT_ROWS, GeneratorConfig
-from generator.mot import MotConfig
+from generator.model import LOGIT_ROWS
 
 BACKWARD = 2  # a product's two gradients, each as large as itself
 FP32_BYTES = 4

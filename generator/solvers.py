@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
 
 from torch import Tensor
 
-Solver = Literal["euler", "heun"]
+from generator.sampling_config import Solver
+
 Velocity = Callable[[Tensor, float], Tensor]
 """(x_t, t) -> v, of the shape of x_t."""
 

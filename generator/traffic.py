@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from generator.model import GeneratorConfig
-from generator.mot import MotConfig
+from generator.config import GeneratorConfig, MotConfig
 from generator.sizing import FP32_BYTES, PackSize, head_kept_bytes
 
 MOVED_PER_KEPT = {False: 5.3, True: 2.1}

@@ -4,16 +4,20 @@ Compares versions, source, config, GPUs, drivers, clocks and the run folder, and
 an all-reduce and the connection from every node to the next. Exit status 2: a difference was found.
 """
 
+from __future__ import annotations
+
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from base.config import UserError, counted, names_of, resolve
 from base.terminal import say
-from engine import distributed
-from engine.link_speed import Link, all_reduce_s, measure_links
-from launch.runs import entry, nodes
+from launch.runs import entry
+
+if TYPE_CHECKING:
+    from engine.link_speed import Link
 
 MEETING_S = 120
 MESSAGE_BYTES = 64 << 20
@@ -37,6 +41,11 @@ def main() -> None:
     run_dir = arguments.run_dir or Path(str(config.get("run_dir", "")))
     if not str(run_dir).strip("."):
         raise UserError(f"{names_of(arguments.config)}: names no run_dir; give --run-dir")
+    entry.use_torch()
+    from engine import distributed
+    from engine.link_speed import all_reduce_s, measure_links
+    from launch.runs import nodes
+
     ranks = distributed.start(meeting_s=MEETING_S)
     findings = nodes.compare(ranks, {**nodes.facts(config), "hardware": nodes.hardware()})
     findings += nodes.not_shared(ranks, run_dir)

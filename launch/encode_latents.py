@@ -3,10 +3,8 @@
 import dataclasses
 import sys
 
-from engine import distributed
 from launch.runs import entry
 from launch.runs.configs import EncodeRun
-from tokenizer.encode import check_out, encode_shards
 
 
 def main() -> None:
@@ -16,6 +14,10 @@ def main() -> None:
     if arguments.dry_run:
         entry.print_config(run)
         return
+    entry.use_torch()
+    from engine import distributed
+    from tokenizer.encode import check_out, encode_shards
+
     for config in run.configs():
         check_out(config)  # before the ranks meet, so that a mistake is one line and not one a rank
     ranks = distributed.start()

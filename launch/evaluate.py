@@ -29,13 +29,13 @@ from base.files import read_json
 from base.options import add_options, given_options, read_options
 from base.terminal import say
 from evaluation import calibration
-from generator.sampling import SamplingConfig
+from generator.sampling_config import SamplingConfig
 from launch.runs import entry
 from launch.runs.sampling_options import add_sampling_options, read_sampling_options
 from launch.runs.suites import SUITES, build
 
 if TYPE_CHECKING:
-    from evaluation.runner import Team
+    from base.team import Team
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,7 @@ class ImageSetOptions:
 def main() -> None:
     """Scores the images, prints each score with its interval, and writes scores.json and per_item.jsonl to --out."""
     arguments = _parser().parse_args()
+    entry.use_torch()
     commands = {"prompts": _write_prompts, "calibrate": _calibrate, "report": _report}
     commands.get(arguments.command, _score)(arguments)
 
@@ -133,7 +134,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
 def _draw(options: ImageSetOptions, arguments: argparse.Namespace, team: Team, device: str) -> None:
     """Draws the set with the models of --run, if it is given. Raises UserError: other options for drawing are alone."""
-    from evaluation.sampled_set import SampledSetConfig, draw_set
+    from generator.sampled_set import SampledSetConfig, draw_set
     from launch.runs.drawable import prompt_models
 
     if options.run is None:
@@ -155,10 +156,10 @@ def _prepare(options: ImageSetOptions, team: Team, *, in_classes: bool) -> tuple
     Rank 0 makes a set of an .npz, or `in_classes` of folders that are ImageNet's classes. Raises UserError: another
     number of folders than classes.
     """
+    from data.image_set import MANIFEST_NAME, write_class_folders
     from data.samples.images import IMAGE_PARTS
     from evaluation.image_source import NPZ_NAME, write_npz_set
     from evaluation.linear_head import NUM_CLASSES
-    from evaluation.manifest import MANIFEST_NAME, write_class_folders
     from evaluation.runner import SCORES_NAME
 
     made = options.out / "images"
@@ -183,7 +184,7 @@ def _prepare(options: ImageSetOptions, team: Team, *, in_classes: bool) -> tuple
 
 def _seed(images: Path) -> int:
     """The seed with which launch/sample.py drew an image set; 0 for other sets."""
-    from evaluation.drawn_set import SETTINGS_NAME
+    from generator.drawn_set import SETTINGS_NAME
 
     path = images / SETTINGS_NAME
     return int(read_json(path)["seed"]) if path.is_file() else 0

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from base import files
 from base.terminal import say
-from generator.bagel import export_bagel
-from generator.model import Generator
 from launch.runs import entry
 
 
@@ -17,6 +15,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
     files.check_new(arguments.out)
+    entry.use_torch()
+    from generator.bagel import export_bagel
+    from generator.model import Generator
+
     model = Generator.load(arguments.generator)
     with files.directory(arguments.out) as temporary:
         export_bagel(model, temporary)

@@ -1,24 +1,26 @@
 """Converts released weights to our export: launch/import_release.py rpiae|rae|diffusers|va-vae|bagel|dit (--help)"""
 
+from __future__ import annotations
+
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from base import files
 from base.config import UserError, load
 from base.terminal import say
-from data.shards import LatentInfo, ShardDataset
-from generator.bagel import import_bagel
-from generator.class_conditional.model import ClassGenerator
-from generator.class_conditional.published import import_dit
-from generator.imported import ImportedGenerator
-from generator.model import Generator
 from launch.runs import entry
-from tokenizer.releases.imported import Imported
-from tokenizer.releases.kl import import_diffusers, import_va_vae
-from tokenizer.releases.rpiae import RAE, RPIAE, import_rpiae
-from tokenizer.rpiae import AutoencoderConfig
+from tokenizer.config import AutoencoderConfig
+
+if TYPE_CHECKING:
+    from data.shards import LatentInfo
+    from generator.class_conditional.model import ClassGenerator
+    from generator.imported import ImportedGenerator
+    from generator.model import Generator
+    from tokenizer.releases.imported import Imported
+
+    AnyImport = Imported | ImportedGenerator[Generator] | ImportedGenerator[ClassGenerator]
 
 
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
         raise UserError("give --out, the folder to write, or --verify to look only")
     if out is not None:
         files.check_new(out)
-    imported = IMPORTS[arguments.command](arguments)
+    imported = _import(arguments)
     if arguments.verify or imported.report.problems:
         say("\n".join(imported.report.lines()))
     if imported.report.problems:
@@ -40,44 +42,38 @@ def main() -> None:
         say(f"{out}: {what}")
 
 
-def _rpiae(arguments: argparse.Namespace) -> Imported:
-    default = RPIAE if arguments.command == "rpiae" else RAE
-    config = default if arguments.config is None else load(AutoencoderConfig, arguments.config)
-    return import_rpiae(arguments.source, config)
+def _import(arguments: argparse.Namespace) -> AnyImport:
+    """Reads the weights, and what became of each of their tensors."""
+    is_configured = getattr(arguments, "config", None) is not None
+    config = load(AutoencoderConfig, arguments.config) if is_configured else None
+    entry.use_torch()
+    from generator.bagel import import_bagel
+    from generator.class_conditional.published import import_dit
+    from tokenizer.releases.kl import import_diffusers, import_va_vae
+    from tokenizer.releases.rpiae import RAE, RPIAE, import_rpiae
 
-
-def _diffusers(arguments: argparse.Namespace) -> Imported:
-    return import_diffusers(arguments.source, arguments.image_px, arguments.subfolder)
-
-
-def _va_vae(arguments: argparse.Namespace) -> Imported:
-    return import_va_vae(arguments.source, arguments.image_px)
-
-
-def _bagel(arguments: argparse.Namespace) -> ImportedGenerator[Generator]:
-    return import_bagel(arguments.source, _latents(arguments.latents))
-
-
-def _dit(arguments: argparse.Namespace) -> ImportedGenerator[ClassGenerator]:
-    return import_dit(arguments.source, _latents(arguments.latents))
+    match arguments.command:
+        case "rpiae":
+            return import_rpiae(arguments.source, config or RPIAE)
+        case "rae":
+            return import_rpiae(arguments.source, config or RAE)
+        case "diffusers":
+            return import_diffusers(arguments.source, arguments.image_px, arguments.subfolder)
+        case "va-vae":
+            return import_va_vae(arguments.source, arguments.image_px)
+        case "bagel":
+            return import_bagel(arguments.source, _latents(arguments.latents))
+        case _:
+            return import_dit(arguments.source, _latents(arguments.latents))
 
 
 def _latents(directory: str) -> LatentInfo:
+    from data.shards import ShardDataset
+
     latents = ShardDataset.open(directory).manifest.latent
     if latents is None:
         raise UserError(f"{directory}: holds pixels, not latents; give the latents it is to draw")
     return latents
-
-
-AnyImport = Imported | ImportedGenerator[Generator] | ImportedGenerator[ClassGenerator]
-IMPORTS: dict[str, Callable[[argparse.Namespace], AnyImport]] = {
-    "rpiae": _rpiae,
-    "rae": _rpiae,
-    "diffusers": _diffusers,
-    "va-vae": _va_vae,
-    "bagel": _bagel,
-    "dit": _dit,
-}
 
 
 def _parser() -> argparse.ArgumentParser:

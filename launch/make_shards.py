@@ -11,7 +11,7 @@ from base import files
 from base.config import UserError
 from base.options import read_options
 from base.terminal import say
-from engine.threads import num_cores
+from base.threads import num_cores
 from launch.runs import entry, shard_sources
 
 
@@ -44,6 +44,7 @@ def main() -> None:
     index.add_argument("shards", type=Path)
     index.set_defaults(run=_index)
     arguments = parser.parse_args()
+    entry.use_torch()
     for line in arguments.run(arguments) if "run" in arguments else _write(arguments):
         say(line)
 

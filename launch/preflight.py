@@ -15,9 +15,6 @@ from base.config import ConfigError, names_of
 from base.terminal import say
 from launch.runs import entry
 from launch.runs.tasks import read_run
-from launch.sizing.rehearsal import execute
-from launch.sizing.report import plan_run, report
-from launch.sizing.step_time import NODE_GPUS
 
 TITLES = {
     "tokenizer": "a stage of the tokenizer",
@@ -40,6 +37,10 @@ def main() -> None:
     ):
         raise ConfigError("--gpus and --gpu-memory must be above 0, --mfu above 0 and at most 1")
     run = read_run(paths, [word for word in arguments.words if "=" in word])
+    entry.use_torch()
+    from launch.sizing.report import plan_run, report
+    from launch.sizing.step_time import NODE_GPUS
+
     preflight = plan_run(run)
     gpus = arguments.gpus or min(NODE_GPUS, run.data.num_streams)
     if os.environ.get("RANK", "0") == "0":
@@ -47,6 +48,8 @@ def main() -> None:
         say(report(preflight, num_gpus=gpus, gpu_gib=arguments.gpu_memory, mfu=arguments.mfu))
         sys.stdout.flush()
     if arguments.execute:
+        from launch.sizing.rehearsal import execute
+
         execute(preflight, gpu_gib=arguments.gpu_memory)
 
 
@@ -56,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         "words", nargs="*", metavar="CONFIG section.key=value", help="YAML files; fields to change"
     )
     parser.add_argument("--config", action="append", default=[], help="a YAML file, if it is not given alone")
-    parser.add_argument("--gpus", type=int, help=f"that the run will have (default: at most {NODE_GPUS})")
+    parser.add_argument(
+        "--gpus", type=int, help="that the run will have (default: a node's, at most one for each pack)"
+    )
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="of each, in GiB (default 80)")
     parser.add_argument(
         "--mfu",

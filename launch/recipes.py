@@ -11,12 +11,9 @@ from pathlib import Path
 
 from base.config import UserError, resolve
 from base.terminal import say
-from generator.flow import resolve_shift
 from launch.runs import entry
 from launch.runs.configs import GeneratorRun
 from launch.runs.tasks import read_run
-from launch.sizing.estimate import LATENT_SHAPES, PAPER_LATENTS, generator_plan
-from launch.sizing.step_time import NODE_GPUS
 
 LATENTS, HEAD = "latents", Path("parts", "ddt.yaml")
 """The folder of runs on other latents, and the part that adds a head to each of them."""
@@ -30,7 +27,9 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="of generator configs")
-    say(table(parser.parse_args().folder))
+    arguments = parser.parse_args()
+    entry.use_torch()
+    say(table(arguments.folder))
 
 
 def table(folder: Path) -> str:
@@ -43,6 +42,8 @@ def table(folder: Path) -> str:
 
 def _rows(folder: Path) -> Iterator[tuple[str, ...]]:
     """A row for each run and number of GPUs."""
+    from launch.sizing.step_time import NODE_GPUS
+
     for path in sorted(folder.rglob("*.yaml")):
         if resolve(path).get("task") not in ("t2i", "edit"):  # a part, or a class-conditional run
             continue
@@ -67,6 +68,9 @@ def _read(paths: Sequence[Path]) -> GeneratorRun:
 
 
 def _row(name: str, run: GeneratorRun, gpus: int) -> tuple[str, ...]:
+    from generator.flow import resolve_shift
+    from launch.sizing.estimate import LATENT_SHAPES, PAPER_LATENTS, generator_plan
+
     shape = LATENT_SHAPES.get(run.autoencoder or "", PAPER_LATENTS)
     plan = generator_plan(run, shape)
     return (

@@ -9,11 +9,7 @@ from pathlib import Path
 
 from base.config import UserError
 from base.terminal import say
-from data.sources.folders import images_below
-from engine import distributed
-from evaluation.reconstruct import ReconstructConfig, image_names, reconstruct
 from launch.runs import entry
-from launch.runs.team import meet
 
 
 def main() -> None:
@@ -30,6 +26,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; give at least 1")
+    entry.use_torch()
+    from data.sources.folders import images_below
+    from engine import distributed
+    from evaluation.reconstruct import ReconstructConfig, image_names, reconstruct
+    from launch.runs.team import meet
+
     image_names(arguments.images)  # before the ranks meet, so that a mistake is one line and not one a rank
     images_below(arguments.images).tell_others()
     team, device = meet()

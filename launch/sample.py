@@ -13,16 +13,10 @@ from PIL import ExifTags, Image
 
 from base.config import UserError
 from base.terminal import say
-from data.samples.images import open_image_file
-from engine import distributed
-from evaluation.sampled_set import SampledSetConfig, draw_set
-from generator.pipeline import Pipeline
-from generator.prompts import read_prompts
-from generator.sampling import SamplingConfig
+from generator.sampling_config import SamplingConfig
 from launch.runs import entry
 from launch.runs.drawable import check_edits, prompt_models
 from launch.runs.sampling_options import add_sampling_options, read_sampling_options
-from launch.runs.team import meet, own_device
 
 SIGN = "RPiAE launch/sample.py"
 """The EXIF field Software of images that this command drew and may replace."""
@@ -44,6 +38,7 @@ def main() -> None:
     if arguments.image is not None:
         check_edits(Path(arguments.run))
     sampling = read_sampling_options(arguments, base)
+    entry.use_torch()
     if arguments.prompts is None:
         _draw_one(arguments, models, sampling)
     else:
@@ -53,6 +48,9 @@ def main() -> None:
 def _draw_one(arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig) -> None:
     paths = _image_paths(arguments)
     count = len(paths)
+    from generator.pipeline import Pipeline
+    from launch.runs.team import own_device
+
     pipeline = Pipeline.load(*models, device=own_device())
     if arguments.prompt is not None:
         images = pipeline.generate([arguments.prompt] * count, sampling=sampling)
@@ -83,6 +81,8 @@ def _check_image(path: Path) -> None:
     """Raises UserError: the file at `path` exists, and this command did not draw it."""
     if not path.exists():
         return
+    from data.samples.images import open_image_file
+
     try:
         if open_image_file(path).getexif().get(ExifTags.Base.Software) == SIGN:
             return
@@ -94,6 +94,11 @@ def _check_image(path: Path) -> None:
 def _draw_file(
     arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig
 ) -> None:
+    from engine import distributed
+    from generator.prompts import read_prompts
+    from generator.sampled_set import SampledSetConfig, draw_set
+    from launch.runs.team import meet
+
     prompts = Path(arguments.prompts)
     found = read_prompts(prompts)  # before the ranks meet: a mistake is one line, not one a rank
     if any(prompt.images for prompt in found):

@@ -11,15 +11,10 @@ from pathlib import Path
 
 from base.files import check_signed
 from base.terminal import say
-from engine import distributed
-from evaluation.adm_npz import SIGN, write_npz
-from evaluation.class_set import ClassSetConfig, draw_class_set
-from evaluation.manifest import ImageSet
-from generator.class_conditional.sampling import ClassSamplingConfig
+from generator.class_conditional.config import ClassSamplingConfig
 from launch.runs import entry
 from launch.runs.drawable import class_models
 from launch.runs.sampling_options import add_sampling_options, read_sampling_options
-from launch.runs.team import meet
 
 
 def main() -> None:
@@ -27,6 +22,13 @@ def main() -> None:
     arguments = _parser().parse_args()
     (generator, autoencoder), base = class_models(arguments.run)
     sampling = read_sampling_options(arguments, base)
+    entry.use_torch()
+    from data.adm_npz import SIGN, write_npz
+    from data.image_set import ImageSet
+    from engine import distributed
+    from generator.class_conditional.class_set import ClassSetConfig, draw_class_set
+    from launch.runs.team import meet
+
     if arguments.npz is not None:
         check_signed(arguments.npz, SIGN)
     config = ClassSetConfig(

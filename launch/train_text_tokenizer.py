@@ -5,9 +5,6 @@ from pathlib import Path
 
 from base.config import counted
 from base.terminal import say
-from data.packs.packing import read_captions
-from data.samples.text import check_folder, train_text_tokenizer
-from data.shards import ShardDataset
 from launch.runs import entry
 
 
@@ -19,6 +16,10 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--out", type=Path, required=True, help="folder of the text tokenizer")
     arguments = parser.parse_args()
+    from data.samples.captions import read_captions
+    from data.samples.text import check_folder, train_text_tokenizer
+    from data.shards import ShardDataset
+
     check_folder(arguments.out)
     captions: list[str] = []
     for directory in arguments.shards:

@@ -1,15 +1,20 @@
 """Shows curves and samples of trainings, in the terminal or as HTML: launch/watch.py RUN [RUN ...] [--html FILE]"""
 
+from __future__ import annotations
+
 import argparse
 import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from base import files, terminal
 from base.config import UserError
 from launch.runs import entry
-from report.watch import Run, page, read_run, screen
+
+if TYPE_CHECKING:
+    from report.watch import Run
 
 CLOSED = ("finished", "stopped")
 
@@ -17,6 +22,9 @@ CLOSED = ("finished", "stopped")
 def main() -> None:
     """Redraws until every run has ended or Ctrl-C. Only reads the run folders."""
     arguments = _parser().parse_args()
+    entry.use_torch()
+    from report.watch import read_run
+
     try:
         while True:
             runs = [
@@ -33,6 +41,8 @@ def main() -> None:
 
 
 def _show(runs: list[Run], arguments: argparse.Namespace) -> None:
+    from report.watch import page, screen
+
     if arguments.html:
         refresh_s = None if arguments.once else arguments.every
         files.write_page(

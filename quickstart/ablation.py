@@ -10,7 +10,8 @@ from pathlib import Path
 from base.bounds import Count
 from base.config import to_dict
 from launch.runs import entry
-from quickstart import ablation_scores, chain
+from quickstart import chain
+from quickstart.config import AblationScoresConfig
 from quickstart.steps import Step, deepspeed, identity_of
 
 CONFIGS = "configs/ablation"
@@ -33,7 +34,7 @@ class AblationRun:
     """Folder of the variants, beside the quickstart's folder."""
     num_ranks: Count = 2
     """Number of processes of each training."""
-    scores: ablation_scores.ScoresConfig = field(default_factory=ablation_scores.ScoresConfig)
+    scores: AblationScoresConfig = field(default_factory=AblationScoresConfig)
     """Size of the comparison between variants."""
     out: str = "docs/results/ablation.md"
     """The page to write."""
@@ -55,6 +56,8 @@ def build_steps(run: AblationRun, root: Path, base: Path) -> list[Step]:
         return Step(name, about, deepspeed(run.num_ranks, *command), (config,), trained_on)
 
     def score() -> None:
+        from quickstart import ablation_scores
+
         ablation_scores.score(root, base, run.scores, Path(run.out))
 
     return [

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from base import files
-from base.bounds import Count
 from base.config import load
 from base.terminal import say
 from data.samples.images import decode_image, fit_image
 from data.shards import Sample
-from engine.loop import EXPORT
+from engine.checkpoint_folder import EXPORT
 from evaluation.environment import machine
 from evaluation.features.interface import extract
 from evaluation.features.representation import RepresentationFeatures
@@ -23,7 +21,9 @@ from evaluation.runner import evaluate
 from evaluation.suites.reconstruction import ReconstructionSuite
 from quickstart import emoji_images
 from quickstart.ablation_page import Row, page
-from quickstart.pictures.source import EmojiConfig, EmojiSource
+from quickstart.config import AblationScoresConfig
+from quickstart.pictures.config import EmojiConfig
+from quickstart.pictures.source import EmojiSource
 from tokenizer.rpiae import Autoencoder
 
 DATA = "configs/quickstart/data.yaml"
@@ -32,19 +32,7 @@ PROBE_TOLERANCE = 1e-5
 """Largest entry of the probe's gradient: 1e-6 gave equal accuracy (at l2 = 0.01) and took four times as long."""
 
 
-@dataclass(frozen=True)
-class ScoresConfig:
-    """Size of the comparison between variants."""
-
-    num_images: Count = 600
-    """Number of held-out scenes that are reconstructed."""
-    num_probe_train: Count = 6000
-    """Number of identity images that the linear probe is fitted to."""
-    num_probe_test: Count = 1280
-    """Number of identity images of another split that the probe is tested on."""
-
-
-def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
+def score(root: Path, base: Path, config: AblationScoresConfig, out: Path) -> None:
     """Scores the reconstructions and the encoder of every variant (by a linear probe); writes the page."""
     features = RepresentationFeatures.load(root / "features" / EXPORT)
     emoji = load(EmojiConfig, DATA)

@@ -11,9 +11,9 @@ from base.bounds import Count
 from base.config import UserError, load
 from base.terminal import say
 from launch.runs import entry
-from quickstart import chain_folder, chain_scores
+from quickstart import chain_folder
+from quickstart.config import ChainScoresConfig
 from quickstart.steps import Step, deepspeed, python, run_steps
-from report import render_report
 
 COMMAND = "quickstart"
 PAGE_SIGN = "Written by `make "
@@ -31,7 +31,7 @@ class QuickstartRun:
     """Number of processes of each training."""
     num_text_tokens: Count = 512
     """Vocabulary of the text tokenizer."""
-    scores: chain_scores.ScoresConfig = field(default_factory=chain_scores.ScoresConfig)
+    scores: ChainScoresConfig = field(default_factory=ChainScoresConfig)
     """What is sampled and judged at the end, and how much."""
 
 
@@ -44,12 +44,16 @@ def main() -> None:
     if arguments.dry_run:
         entry.print_config(run)
         return
+    entry.use_torch()
+    from quickstart.chain_scores import NOTES
+    from report.page import render_report
+
     root = Path(run.root)
     steps = build_steps(run, root)
     if arguments.fresh:
         chain_folder.remove(root, COMMAND, [step.name for step in steps])
     chain_folder.claim(root, COMMAND)
-    files.write_json(root / "notes.json", chain_scores.NOTES)
+    files.write_json(root / "notes.json", NOTES)
     try:
         run_steps(root, steps)
     finally:
@@ -58,6 +62,11 @@ def main() -> None:
 
 def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
     """The steps in order, each with the command that a person would type."""
+
+    def score() -> None:
+        from quickstart import chain_scores
+
+        chain_scores.score(root, run.scores)
 
     def training(name: str, about: str) -> Step:
         script = name if name in ("standin", "judge", "t2i", "edit") else "tokenizer"
@@ -85,7 +94,7 @@ def build_steps(run: QuickstartRun, root: Path) -> list[Step]:
         training("judge", "train the judge on real renders"),
         training("t2i", "train text-to-image on the latents"),
         training("edit", "fine-tune for editing"),
-        Step("scores", "reconstruct, draw, edit and judge", lambda: chain_scores.score(root, run.scores)),
+        Step("scores", "reconstruct, draw, edit and judge", score),
     ]
 
 
@@ -118,6 +127,7 @@ def run_further(
     if arguments.dry_run:
         entry.print_config(run)
         return
+    entry.use_torch()
     base = load(QuickstartRun, f"{CONFIGS}/run.yaml")
     base_root, root = Path(base.root), Path(run.root)
     command, here, there = Path(config).parent.name, root.resolve(), base_root.resolve()

@@ -15,7 +15,6 @@ from typing import Any
 
 from base import files
 from base.config import UserError
-from engine import run_lock
 
 LISTS = ".files"
 """Folder of the lists, one for each step: {"own": paths}, and while the step runs "before": paths that were there."""
@@ -80,6 +79,8 @@ def check_removable(root: Path, command: str, steps: Collection[str] | None = No
         raise UserError(
             f"{root}: holds {strange[0]}, and nothing shows that {command} wrote it; move it away, then --fresh again"
         )
+    from engine import run_lock
+
     for lock in sorted(root.rglob(run_lock.NAME)):
         if reason := run_lock.refusal(lock.parent):
             raise UserError(reason)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from base.bounds import Count
 from base.terminal import say
-from engine.loop import EXPORT
+from engine.checkpoint_folder import EXPORT
 from evaluation.features.representation import RepresentationFeatures
 from evaluation.reference import Reference
 from evaluation.runner import Suite, evaluate
 from evaluation.suites.generation import GenerationSuite, Spaces
 from evaluation.suites.reconstruction import ReconstructionSuite
 from generator.pipeline import Pipeline
-from generator.sampling import SamplingConfig
 from quickstart import emoji_images
+from quickstart.config import ChainScoresConfig
 from quickstart.judge import Judge
 from quickstart.suites.edits import EmojiEditSuite
 from quickstart.suites.text_to_image import EmojiT2ISuite
@@ -28,19 +26,7 @@ NOTES = [
 ]
 
 
-@dataclass(frozen=True)
-class ScoresConfig:
-    """How many images are judged, and how they are sampled."""
-
-    num_images: Count = 300
-    """Number of held-out scenes that are reconstructed and drawn."""
-    num_edits: Count = 150
-    """Number of held-out edits."""
-    t2i: SamplingConfig = field(default_factory=SamplingConfig)
-    edit: SamplingConfig = field(default_factory=SamplingConfig)
-
-
-def score(root: Path, config: ScoresConfig) -> None:
+def score(root: Path, config: ChainScoresConfig) -> None:
     """Makes the image sets and scores them into evaluation/{judge,reconstruction,t2i,generation,edit}.
 
     The judge also sees the reconstructions, because no drawing can be better than the decoder's images.

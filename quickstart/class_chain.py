@@ -10,8 +10,8 @@ from pathlib import Path
 from base.bounds import Count
 from base.config import to_dict
 from launch.runs import entry
-from quickstart import ablation, chain, class_scores
-from quickstart.class_page import LABELS
+from quickstart import ablation, chain
+from quickstart.config import ClassScoresConfig
 from quickstart.steps import Step, deepspeed, identity_of, python
 
 CONFIGS = "configs/quickstart_class"
@@ -26,7 +26,7 @@ class QuickstartClassRun:
     """Folder of all results, beside the quickstart's folder."""
     num_ranks: Count = 2
     """Number of processes of each training."""
-    scores: class_scores.ScoresConfig = field(default_factory=class_scores.ScoresConfig)
+    scores: ClassScoresConfig = field(default_factory=ClassScoresConfig)
     """What is drawn and judged at the end, and how much."""
     out: str = "docs/results/class.md"
     """The page to write."""
@@ -40,6 +40,8 @@ def main() -> None:
 
 def build_steps(run: QuickstartClassRun, root: Path, base: Path) -> list[Step]:
     """The steps in order."""
+    from quickstart.class_page import LABELS
+
     trained_on = identity_of(base, LAST_OF_BASE)
 
     def on_ranks(name: str, about: str, script: str, config: str, *options: str) -> Step:
@@ -70,6 +72,8 @@ def build_steps(run: QuickstartClassRun, root: Path, base: Path) -> list[Step]:
         steps.append(on_ranks(name, f"train on the {label}'s latents", "launch/train_class", config))
 
     def score() -> None:
+        from quickstart import class_scores
+
         class_scores.score(root, base, run.scores, Path(run.out))
 
     about = "draw, judge and compare"

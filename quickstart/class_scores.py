@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from base import files
-from base.bounds import Count
 from base.terminal import say
-from engine.loop import EXPORT
-from evaluation.class_set import ClassSetConfig, draw_class_set
+from data.image_set import ImageSet
+from engine.checkpoint_folder import EXPORT
 from evaluation.environment import machine
 from evaluation.features.representation import RepresentationFeatures
-from evaluation.manifest import ImageSet
 from evaluation.metrics.interval import Estimate
 from evaluation.runner import evaluate
-from generator.class_conditional.sampling import ClassSamplingConfig
+from generator.class_conditional.class_set import ClassSetConfig, draw_class_set
 from quickstart import emoji_images
 from quickstart.class_page import LABELS, Point, Reference, at_equal_time, charts, page
+from quickstart.config import ClassScoresConfig
 from quickstart.judge import Judge
 from quickstart.suites.class_images import EmojiClassSuite
 from report.inputs import read_training
 from tokenizer.autoencoders import load_autoencoder
 
 
-@dataclass(frozen=True)
-class ScoresConfig:
-    """How many images are drawn, and how."""
-
-    num_images: Count = 440
-    """Number of images drawn with each export."""
-    sampling: ClassSamplingConfig = field(default_factory=ClassSamplingConfig)
-
-
-def score(root: Path, base: Path, config: ScoresConfig, out: Path) -> None:
+def score(root: Path, base: Path, config: ClassScoresConfig, out: Path) -> None:
     """Scores drawings, and reconstructions of real images as their bound; writes page `out`, its charts and table."""
     images = root / "evaluation" / "images"
     samples = emoji_images.read_samples(root / "data/classes-validation", 1 << 30)

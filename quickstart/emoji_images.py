@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.image_set import Item, write_image, write_manifest
 from data.packs.packing import read_captions
 from data.samples.images import decode_image, fit_image
 from data.shards import Sample, ShardDataset
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.reconstruction import to_uint8
 from generator.pipeline import Pipeline
-from generator.sampling import SamplingConfig
+from generator.sampling_config import SamplingConfig
 from tokenizer.export import ImageAutoencoder
 
 

@@ -22,9 +22,9 @@ from base.config import UserError
 from base.objective import LossOutput, WithoutAdversary
 from data.packs.transfer import to_device
 from data.samples.images import PixelBatch
+from quickstart.config import JudgeConfig
 from quickstart.judge_network import (
     CELL_PX,
-    JudgeConfig,
     JudgeNetwork,
     SceneClasses,
     cell_loss,
@@ -32,8 +32,6 @@ from quickstart.judge_network import (
     scene_targets,
 )
 from tokenizer.weights import load_model, read_tensors, state_hash, write_tensors
-
-__all__ = ["Judge", "JudgeConfig", "JudgeObjective", "SceneClasses", "Verdict"]
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"

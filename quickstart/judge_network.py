@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base.bounds import Count, Seed
 from base.config import ConfigError, UserError
+from quickstart.config import NORM_GROUPS, JudgeConfig
 from tokenizer.norms import GroupNorm
 
 CELL_PX = 8
-NORM_GROUPS = 8
 CORE = 0.18  # half side of an object's core, as a share of its box side
 
 
@@ -33,18 +32,6 @@ class SceneClasses:
         for names in (self.objects, self.backgrounds):
             if not names or len(set(names)) != len(names):
                 raise ConfigError("objects and backgrounds must be distinct names, at least one each")
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """Size of the judge."""
-
-    channels: tuple[Count, Count, Count] = (24, 48, 128)  # at 2, 4 and 8 px a cell; multiples of NORM_GROUPS
-    seed: Seed = 0  # seed of the initial weights
-
-    def __post_init__(self) -> None:
-        if any(width < 1 or width % NORM_GROUPS for width in self.channels):
-            raise ConfigError(f"channels must be positive multiples of {NORM_GROUPS}, not {self.channels}")
 
 
 class JudgeNetwork(nn.Module):

@@ -6,11 +6,9 @@ import sys
 from base.config import load
 from base.options import add_options, read_options
 from base.terminal import say
-from data.sources.base import InUnits
-from data.sources.write import write_sources
 from launch.runs import entry
 from launch.runs.shard_sources import WorkerOptions, told, workers
-from quickstart.pictures.source import EmojiConfig, emoji_sources
+from quickstart.pictures.config import EmojiConfig
 
 
 def main() -> None:
@@ -22,6 +20,11 @@ def main() -> None:
     arguments = parser.parse_args()
     options = read_options(WorkerOptions, arguments)
     config = load(EmojiConfig, arguments.config, arguments.overrides)
+    entry.use_torch()
+    from data.sources.base import InUnits
+    from data.sources.write import write_sources
+    from quickstart.pictures.source import emoji_sources
+
     per_shard = config.max_samples_per_shard
     sources = {options.out / one.name: InUnits(one, per_shard) for one in emoji_sources(config)}
     for line in told(write_sources(sources, workers(options))):

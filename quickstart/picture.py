@@ -3,21 +3,25 @@
 The first images of the sets that the quickstart's last step has judged; none is chosen by hand.
 """
 
+from __future__ import annotations
+
 import argparse
 import io
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from base import files
 from base.config import UserError
 from base.terminal import say
-from data.samples.images import read_rgb_file
-from evaluation.manifest import MANIFEST_NAME, ImageSet, Item
 from launch.runs import entry
+
+if TYPE_CHECKING:
+    from data.image_set import ImageSet, Item
 
 SIGN = "RPiAE quickstart/picture.py"
 """EXIF's Software in the picture; the command may replace a file with it."""
@@ -44,6 +48,7 @@ def main() -> None:
     if arguments.out.suffix != ".png":
         raise UserError(f"--out {arguments.out}: give a .png file")
     files.check_signed(arguments.out, SIGN)
+    entry.use_torch()
     picture = draw(arguments.root)
     signed, payload = Image.Exif(), io.BytesIO()
     signed[ExifTags.Base.Software] = SIGN
@@ -74,6 +79,8 @@ def draw(root: Path) -> Image.Image:
 
 
 def _open(root: Path, name: str) -> ImageSet:
+    from data.image_set import MANIFEST_NAME, ImageSet
+
     folder = root / IMAGES / name
     if not (folder / MANIFEST_NAME).is_file():
         raise UserError(f"{folder}: no images there yet; finish the quickstart first (make quickstart)")
@@ -97,6 +104,8 @@ def _edit(edits: ImageSet, item: Item) -> list[Tile]:
 
 def _paint(rows: Sequence[str | Sequence[Tile]]) -> Image.Image:
     """Paints titles and rows of tiles, one below the other."""
+    from data.samples.images import read_rgb_file
+
     width = COLUMNS * (TILE_PX + GAP_PX) + GAP_PX
     heights = [_height(row) for row in rows]
     picture = Image.new("RGB", (width, sum(heights) + GAP_PX), GROUND)

@@ -6,7 +6,6 @@ Shapes: B batch, D feature width, Y X token grid, K classes, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,35 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from base import files
-from base.bounds import Count, Seed, Weight
-from base.config import ConfigError, UserError, to_dict
+from base.config import UserError, to_dict
 from base.objective import LossOutput, WithoutAdversary
 from data.samples.images import PixelBatch
-from tokenizer.representation import Representation, RepresentationConfig, check_rebuildable
-from tokenizer.rpiae import CONFIG_NAME, WEIGHTS_NAME
+from quickstart.config import StandInConfig
+from tokenizer.config import CONFIG_NAME, WEIGHTS_NAME
+from tokenizer.representation import Representation
 from tokenizer.weights import write_tensors
-
-
-@dataclass(frozen=True)
-class StandInConfig:
-    """The representation model to train, and its training task."""
-
-    representation: RepresentationConfig
-    """Shape of the model; weights must be `random`."""
-    num_classes: Count
-    """Number of identities; each sample's json has "label", an integer in [0, num_classes)."""
-    pixel_weight: Weight = 10.0
-    """Weight of the pixel loss (mean absolute error): one Linear reads each patch's pixels from its token. DINOv2's
-    patch tokens keep local detail. Those of a mere classifier of whole images do not, and could not be decoded."""
-    seed: Seed = 0
-    """Seed of the initial weights."""
-
-    def __post_init__(self) -> None:
-        check_rebuildable(self.representation)
-        if self.representation.weights != "random":
-            raise ConfigError("the stand-in is trained from scratch; set representation.weights to 'random'")
-        if self.num_classes < 2:
-            raise ConfigError(f"num_classes is {self.num_classes}; an identity task needs at least 2")
 
 
 class Classifier(nn.Module):

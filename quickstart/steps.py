@@ -16,7 +16,6 @@ from typing import Any
 from base import files
 from base.config import UserError, resolve
 from base.terminal import say
-from engine.distributed import free_port
 from engine.logs import seconds_text
 from quickstart import chain_folder
 
@@ -109,6 +108,8 @@ def _work(step: Step, log_path: Path) -> None:
         return
     command = list(step.work)
     if Path(command[0]).name == "deepspeed":  # otherwise every run on this machine asks for port 29500
+        from engine.distributed import free_port
+
         command[1:1] = ["--master_port", str(free_port())]
     log_path.parent.mkdir(parents=True, exist_ok=True)
     tail: deque[str] = deque(maxlen=LINES_ON_FAILURE)

@@ -7,9 +7,7 @@ from base.config import ConfigError
 from base.terminal import say
 from launch.runs import entry
 from launch.runs.configs import PixelRun
-from launch.runs.training import train_on_pixels
-from launch.sizing import dry_run
-from quickstart.standin import IdentityObjective, StandInConfig
+from quickstart.config import StandInConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,11 @@ def main() -> None:
     """Reads the config; trains or resumes."""
     arguments = entry.config_parser(__doc__ or "", "configs/quickstart/standin.yaml").parse_args()
     run = entry.read_config(StandInRun, arguments)
+    entry.use_torch()
+    from launch.runs.training import train_on_pixels
+    from launch.sizing import dry_run
+    from quickstart.standin import IdentityObjective
+
     if arguments.dry_run:
         say(dry_run.objective_run(run, IdentityObjective(run.standin)))
         return

@@ -9,7 +9,7 @@ from typing import Any
 
 from base import files
 from base.config import UserError
-from evaluation.manifest import Item
+from data.image_set import Item
 from evaluation.runner import SCORES_NAME
 from report.comparison import paired
 from report.gallery import grid, strip

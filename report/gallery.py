@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from base import files
+from data.image_set import Item
 from data.samples.images import read_rgb_file
-from evaluation.manifest import Item
 from report.inputs import Evaluation
 from report.markup import Html, fill, together
 

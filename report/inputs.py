@@ -22,8 +22,8 @@ from typing_extensions import NotRequired, TypedDict  # the library's cannot be 
 
 from base import files, limits
 from base.config import UserError
+from data.image_set import MANIFEST_NAME, ImageSet, Item
 from evaluation.environment import machine, versions
-from evaluation.manifest import MANIFEST_NAME, ImageSet, Item
 from evaluation.runner import PER_ITEM_NAME, SCORES_NAME
 
 METRICS_NAME = "metrics.jsonl"

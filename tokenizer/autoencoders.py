@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizer.export import ImageAutoencoder, Kind, read_tree
+from tokenizer.config import Kind, read_tree
+from tokenizer.export import ImageAutoencoder
 from tokenizer.kl import KlAutoencoder
 from tokenizer.rpiae import Autoencoder
 

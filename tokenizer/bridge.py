@@ -5,33 +5,16 @@ Shapes: B batch, D feature width, C latent channels, Y X token grid, N = Y * X.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
+from tokenizer.config import BridgeConfig
 from tokenizer.norms import LayerNorm
 from tokenizer.transformer import Layer, Mlp, SelfAttention, init_linears, run_layers
 
 NORM_EPS = 1e-5
 # exp(-30/2) and exp(20/2): far outside what a trained bridge uses; keeps exp finite early on (LDM's bounds).
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
-
-
-@dataclass(frozen=True)
-class BridgeConfig:
-    """Size of the Variational Bridge. Its width D is the representation model's."""
-
-    latent_channels: int = 64
-    """Channels C of the latent z."""
-    decoder_layers: int = 6
-    """Transformer layers of VB_d."""
-    num_heads: int = 8
-    """Attention heads of VB_e and VB_d; must divide the representation model's width."""
-    encoder_mlp_ratio: float = 1.0
-    """Hidden width of VB_e's MLP over the feature width."""
-    decoder_mlp_ratio: float = 4.0
-    """Hidden width of VB_d's MLPs over the feature width."""
 
 
 class BridgeEncoder(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from base.config import ConfigError
+from tokenizer.config import PixelDecoderConfig
 from tokenizer.norms import replace_norms
-from tokenizer.pixel_decoder import PixelDecoderConfig
 
 NORM_GROUPS = 32
 

@@ -11,17 +11,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from base import files
-from base.bounds import Count, Few, Seed
-from base.config import ConfigError, UserError
+from base.config import UserError
 from base.progress import ProgressLine
 from data.samples.images import image_parts
 from data.samples.latents import TORCH_DTYPES
@@ -36,8 +33,8 @@ from data.shards import (
     finished_shard,
     write_manifest,
 )
-from data.shards.storage import StorageConfig
 from tokenizer.autoencoders import load_autoencoder
+from tokenizer.config import EncodeConfig
 from tokenizer.export import fingerprint
 from tokenizer.latent_sample import latent_sample
 from tokenizer.moments import Moments
@@ -47,50 +44,6 @@ from tokenizer.weights import usable
 VIEWS_AT_ONCE = 8  # views whose moments are computed together; their fp64 values fit in the cache
 COMMAND = "encode_latents"
 MOMENTS_DIRECTORY = "moments"  # below the latent shards: one JSON file for each shard
-
-
-@dataclass(frozen=True)
-class EncodeConfig:
-    """One encoding run."""
-
-    autoencoder: str
-    """Directory of an exported or imported autoencoder: RPiAE, RAE or a convolutional VAE."""
-    shards: str
-    """Directory of finished pixel shards."""
-    out: str
-    """Directory for the latent shards."""
-    text_tokenizer: str | None
-    """Name or directory of the text tokenizer that counts the caption tokens for packing; null where the samples have
-    class labels and no captions."""
-    statistics_from: str | None = None
-    """Latent shards whose mean and deviation this data set takes over, so that a model trained on them can be
-    fine-tuned. None: mean and deviation are measured on this data set."""
-    resize_px: Count | None = None
-    """Short side of an image before the crop, pixels; None: the autoencoder's image_px."""
-    num_crops: Few = 1
-    """Crops of an image: the centre crop, then random ones. A training step reads one view; an edit's source and
-    target share their crops."""
-    horizontal_flip: bool = False
-    """Whether every crop is stored with its mirror image: twice the views. Not for captions that say left and right."""
-    seed: Seed = 0
-    """Seed of the random crops."""
-    logvar: bool = False
-    """Store the posterior's log variance beside its mean, for packing.sample_latents: twice the bytes."""
-    batch_images: Count = 64
-    """Views per forward pass. Part of the run's identity: another batch size may round differently."""
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Dtype of the stored latents; the encoder runs in fp32."""
-    num_decode_threads: Few = 4
-    """Threads that decode images, per rank; the latents do not depend on it."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    """How shards behind a URL are read."""
-    device: str = "cpu"
-    """Where the encoder runs, e.g. cpu or cuda."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_images", "num_crops", "num_decode_threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
 
 
 def encode_shards(config: EncodeConfig, *, rank: int, world: int, barrier: Callable[[], None]) -> None:

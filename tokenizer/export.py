@@ -11,21 +11,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from base import files
 from base.config import UserError, to_dict
+from tokenizer.config import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, Kind, read_tree
 from tokenizer.weights import write_tensors
-
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
-FORMAT_VERSION = 1
-
-Kind = Literal["autoencoder", "kl"]
-"""autoencoder: an RPiAE or an RAE (tokenizer/rpiae.py); kl: a convolutional VAE (tokenizer/kl.py)."""
-KINDS: tuple[Kind, ...] = ("autoencoder", "kl")
 
 
 class ImageConfig(Protocol):
@@ -71,28 +64,6 @@ class ImageAutoencoder(nn.Module, ABC):
         write_tensors(directory / WEIGHTS_NAME, self)
         tree = {"format_version": FORMAT_VERSION, self.kind: to_dict(self.config)}
         files.write_json(directory / CONFIG_NAME, {**tree, "provenance": dict(provenance or {})})
-
-
-def read_tree(directory: str | Path) -> tuple[Kind, dict[str, Any]]:
-    """Kind and config of a saved autoencoder, as config.json states them.
-
-    Raises UserError: no autoencoder in the folder, or another format version.
-    """
-    path = Path(directory) / CONFIG_NAME
-    try:
-        tree = files.read_json(path)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no autoencoder there; train one (launch/train_tokenizer.py), import one "
-            "(launch/import_release.py) or fix the path"
-        ) from None
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON; export the autoencoder again") from None
-    if isinstance(tree, dict) and tree.get("format_version") == FORMAT_VERSION:
-        for kind in KINDS:
-            if isinstance(tree.get(kind), dict):
-                return kind, tree[kind]
-    raise UserError(f"{path}: not an autoencoder of format version {FORMAT_VERSION}")
 
 
 def fingerprint(directory: str | Path) -> str:

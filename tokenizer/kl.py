@@ -13,7 +13,8 @@ from torch import Tensor
 
 from base.config import ConfigError, UserError, from_dict
 from tokenizer.cnn_decoder import channels_last_on_gpu
-from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, read_tree
+from tokenizer.config import CONFIG_NAME, WEIGHTS_NAME, Kind, read_tree
+from tokenizer.export import ImageAutoencoder
 from tokenizer.weights import load_model, read_tensors
 
 

@@ -5,50 +5,17 @@ Shapes: B batch, D feature width, W decoder width, Y X token grid, N = Y * X, P 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from base.config import ConfigError
+from tokenizer.config import PixelDecoderConfig
 from tokenizer.norms import LayerNorm
 from tokenizer.transformer import Layer, init_linears, run_layers
 
 NORM_EPS = 1e-12
 POSITION_MAX_PERIOD = 10_000.0
 SMALL_STD = 0.02
-
-
-@dataclass(frozen=True)
-class PixelDecoderConfig:
-    """Kind and size of the pixel decoder. RAE has three sizes of `vit`, given as width, layers, heads, mlp_width:
-    768, 12, 12, 3072 (ViT-B); 1024, 24, 16, 4096 (ViT-L); the defaults (ViT-XL)."""
-
-    width: int = 1152
-    """vit: token width; a multiple of 4 (2-D sin-cos positions)."""
-    layers: int = 28
-    """vit: transformer layers."""
-    heads: int = 16
-    """vit: attention heads; must divide the width."""
-    mlp_width: int = 4096
-    """vit: hidden width of the MLPs."""
-    patch_px: int = 16
-    """Side in pixels of the square that one token becomes; grid * patch_px is the image size."""
-    kind: Literal["vit", "cnn"] = "vit"
-    """vit: a transformer (RAE, RPiAE); cnn: convolutions as in Stable Diffusion's decoder (ablations)."""
-    base_channels: int = 128
-    """cnn: channels at the finest level; a multiple of 32 (group norms)."""
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """cnn: channels of each level over base_channels, finest first; each level but the last doubles the grid."""
-    blocks_per_level: int = 3
-    """cnn: residual blocks of a level (LDM counts one less: num_res_blocks 2)."""
-
-    def __post_init__(self) -> None:
-        sizes = ("width", "heads", "mlp_width", "patch_px", "base_channels", "blocks_per_level")
-        for name, least in (*((name, 1) for name in sizes), ("layers", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give at least {least}")
 
 
 class PixelDecoder(nn.Module):

@@ -6,90 +6,20 @@ input px.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from base.config import ConfigError
-from tokenizer import model_names
 from tokenizer.backbones import Backbone, build_timm, output_weight
+from tokenizer.config import RepresentationConfig
 from tokenizer.transformers_backbone import build_transformers
 from tokenizer.weights import check_fits, load_exact, read_tensors
 
 SUM_NORM_EPS = 1e-6
 """eps of the LayerNorm that follows a sum of layers; DINOv2's value."""
-
-
-MIN_STD = 1e-6
-"""Least `std` that a config may give. Pixels in [0, 1] have 256 steps, so no model's pixels vary less."""
-
-
-@dataclass(frozen=True)
-class RepresentationConfig:
-    """Which vision transformer, and how images enter it."""
-
-    name: str
-    """A short name (tokenizer/model_names.py: dinov2-b-reg, dinov3-l, siglip2-b, mae-b...) or the library's
-    own: a timm model, a repository on the Hugging Face hub, a folder that transformers wrote."""
-    input_px: int = 0
-    """Side of the square the image is resized to (bicubic) before the model; a multiple of the patch size.
-    0: the short name's, for 16x16 tokens (224 for patch 14, 256 for patch 16)."""
-    weights: str = "pretrained"
-    """Initial weights: `pretrained` (the library's download), `random`, or the path of a safetensors file."""
-    overrides: dict[str, int | float | bool | str] = field(default_factory=dict)
-    """timm: arguments for create_model: img_size, depth, embed_dim, num_heads, dynamic_img_size...
-    transformers: fields of the model's config (hidden_size, num_hidden_layers...); with `model_type`, an
-    architecture that needs neither short name nor download."""
-    mean: tuple[float, float, float] | None = None
-    """Per-channel mean of pixels in [0, 1]; None: the one the model was trained with."""
-    std: tuple[float, float, float] | None = None
-    """Per-channel standard deviation; None: the one the model was trained with."""
-    library: Literal["timm", "transformers"] = "timm"
-    """The library that builds the model. It decides the names of the weights and how position tables are resampled,
-    so an export keeps its library."""
-    num_summed_layers: int = 1
-    """k: f is the LayerNorm of the sum of the last k blocks' patch tokens. k = 1, the last block alone, is the paper's.
-    RAEv2 (arXiv 2605.18324) finds that sums over more blocks reconstruct better. Normalising after the sum is our
-    choice: f keeps its scale."""
-
-    def __post_init__(self) -> None:
-        if self.input_px == 0:
-            known = model_names.find(self.name)
-            if known is None:
-                hint = model_names.closest(self.name, [])
-                raise ConfigError(f"representation '{self.name}' is no short name: give input_px; {hint}")
-            object.__setattr__(self, "input_px", known.input_px)
-        if self.input_px < 1:
-            raise ConfigError(f"input_px is {self.input_px}; give at least 1, or 0 for the short name's")
-        if not all(map(math.isfinite, (*(self.mean or ()), *(self.std or ())))):
-            raise ConfigError(f"mean {self.mean} and std {self.std} must be finite")
-        if self.std is not None and min(self.std) < MIN_STD:
-            raise ConfigError(f"std is {self.std}; pixels in [0, 1] need at least {MIN_STD}")
-        if self.num_summed_layers < 1:
-            raise ConfigError(f"num_summed_layers is {self.num_summed_layers}; give at least 1")
-
-
-def check_rebuildable(config: RepresentationConfig) -> None:
-    """Raises ConfigError: a name that sends timm to a folder or repository for the model's shape.
-
-    An export is rebuilt from its config.json alone, and a stranger's config.json must not choose what timm reads.
-    """
-    if config.library == "timm" and ":" in config.name:
-        raise ConfigError(
-            f"representation.name '{config.name}': an export is not built from a folder or repository; give timm's "
-            "name of the architecture, and the file in representation.weights"
-        )
-
-
-def without_weights(config: RepresentationConfig) -> RepresentationConfig:
-    """`config` with random weights, so that nothing is downloaded."""
-    return dataclasses.replace(config, weights="random")
 
 
 class Representation(nn.Module):

@@ -6,51 +6,27 @@ Shapes: B batch, D feature width, C latent channels, Y X token grid, H W pixels.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
-from base.config import ConfigError, UserError, from_dict
-from tokenizer.bridge import Bridge, BridgeConfig
+from base.config import ConfigError
+from tokenizer.bridge import Bridge
 from tokenizer.cnn_decoder import CnnDecoder
-from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, fingerprint, read_tree
-from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig
-from tokenizer.representation import (
-    Representation,
-    RepresentationConfig,
-    check_rebuildable,
-    without_weights,
+from tokenizer.config import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    AutoencoderConfig,
+    BridgeConfig,
+    Kind,
+    read_config,
+    without_download,
 )
+from tokenizer.export import ImageAutoencoder
+from tokenizer.pixel_decoder import PixelDecoder
+from tokenizer.representation import Representation
 from tokenizer.weights import load_model, read_tensors
-
-__all__ = [
-    "CONFIG_NAME",
-    "WEIGHTS_NAME",
-    "Autoencoder",
-    "AutoencoderConfig",
-    "fingerprint",
-    "read_config",
-    "without_download",
-]
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """Everything that fixes the shapes of an RPiAE, or of an RAE (no bridge)."""
-
-    representation: RepresentationConfig
-    """The encoder E."""
-    decoder: PixelDecoderConfig
-    """The pixel decoder D."""
-    image_px: int
-    """Side of the square images, in pixels: decoder.patch_px times the side of the encoder's token grid."""
-    bridge: BridgeConfig | None = None
-    """The Variational Bridge; None before the bridge stage (D then reads f itself)."""
-
-    def __post_init__(self) -> None:
-        check_rebuildable(self.representation)
 
 
 class Autoencoder(ImageAutoencoder):
@@ -134,16 +110,3 @@ class Autoencoder(ImageAutoencoder):
         config, weights = without_download(read_config(directory)), Path(directory) / WEIGHTS_NAME
         tensors = read_tensors(weights)
         return load_model(lambda: cls(config), tensors, str(weights), Path(directory) / CONFIG_NAME).eval()
-
-
-def read_config(directory: str | Path) -> AutoencoderConfig:
-    """The config of a saved RPiAE or RAE. Raises UserError: no autoencoder there, another format version or kind."""
-    kind, tree = read_tree(directory)
-    if kind != Autoencoder.kind:
-        raise UserError(f"{directory}: holds a convolutional VAE; this needs an RPiAE or an RAE")
-    return from_dict(AutoencoderConfig, tree, where=str(Path(directory) / CONFIG_NAME))
-
-
-def without_download(config: AutoencoderConfig) -> AutoencoderConfig:
-    """`config` with random weights for E, for a caller that loads weights or needs only shapes."""
-    return dataclasses.replace(config, representation=without_weights(config.representation))

@@ -9,13 +9,14 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from base import limits
 from base.config import UserError, describing
@@ -23,6 +24,8 @@ from base.config import UserError, describing
 MAX_NAMES_IN_MESSAGE = 4
 MOST_UNSAVED = 4
 """A model may register this many times the saved values while it is built: norms are replaced, heads dropped."""
+DRAWS = {"normal_", "uniform_", "kaiming_uniform_"}
+"""Functions that fill a tensor with random values."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -95,8 +98,27 @@ def load_model(build: Callable[[], M], tensors: Mapping[str, Tensor], where: str
 
 def check_fits(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], where: str) -> None:
     """Raises UserError when `build` makes more parameters than `tensors` can fill. Allocates none."""
-    with torch.device("meta"), _at_most(MOST_UNSAVED * sum(map(Tensor.numel, tensors.values())), where):
+    with shapes_only(), _at_most(MOST_UNSAVED * sum(map(Tensor.numel, tensors.values())), where):
         build()
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, models are built on the meta device: with shapes, without values or memory."""
+    with torch.device("meta"), _WithoutDraws():
+        yield
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Leaves out draws of initial weights. On the meta device a draw would load torch's compiler, which takes 2 s."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -16,17 +16,19 @@ from benchmarks.gpu import kernels, steps
 from benchmarks.gpu.recording import Recorder, Values, peak_gib, reset_peak, seconds_a_call, synchronise
 from benchmarks.throughput import CONFIG, SHORTEST, fill, random_generator
 from engine.distributed import Ranks
+from generator.class_conditional.config import ClassSamplingConfig
 from generator.class_conditional.model import new_generator
-from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
+from generator.class_conditional.sampling import sample_class_latents
 from generator.pipeline import in_bf16
-from generator.sampling import Condition, SamplingConfig, sample_latents
+from generator.sampling import Condition, sample_latents
+from generator.sampling_config import SamplingConfig
 from launch.runs.configs import ClassRun, GeneratorRun, Run, TokenizerRun
 from launch.runs.tasks import read_run
 from launch.sizing import synthetic
 from launch.sizing.estimate import PAPER_LATENTS, untrained_latents
 from launch.sizing.stage_size import FIRST_STEP, in_phases, phase_names
-from tokenizer.export import CONFIG_NAME, FORMAT_VERSION
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig, without_download
+from tokenizer.config import CONFIG_NAME, FORMAT_VERSION, AutoencoderConfig, without_download
+from tokenizer.rpiae import Autoencoder
 from tokenizer.training.stages import autoencoder_config, build_untrained
 
 CONFIGS = CONFIG.parents[1]

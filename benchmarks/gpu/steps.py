@@ -16,9 +16,9 @@ from torch import Tensor
 from base.objective import Batch, Objective
 from engine import deepspeed_engine, distributed
 from engine.distributed import Ranks
-from engine.engine_config import EngineConfig
+from engine.engine_config import EngineConfig, OptimizerConfig
 from engine.metric_window import Window
-from engine.schedule import OptimizerConfig, build_optimizer
+from engine.schedule import build_optimizer
 from engine.spans import Spans
 from engine.step import Stepper
 

@@ -13,8 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from base.bounds import Count, Share
-from base.config import ConfigError
+from data.config import ClassPackingConfig
 from data.packs.transfer import to_device
 from data.plan.plan import pack_seed, sample_uniforms
 from data.samples.captions import read_label
@@ -35,21 +34,6 @@ class ClassBatch:
     def to(self, device: torch.device) -> ClassBatch:
         """A copy with the tensors on `device`."""
         return to_device(self, device)
-
-
-@dataclass(frozen=True)
-class ClassPackingConfig:
-    """Config of batches of labelled latents."""
-
-    images_per_pack: Count  # images in one micro-batch of one rank
-    class_dropout: Share = 0.1  # probability of dropping the class (classifier-free guidance)
-    sample_latents: bool = False  # draw z with its stored variance, anew each epoch; False: z is the mean
-
-    def __post_init__(self) -> None:
-        if self.images_per_pack < 1:
-            raise ConfigError(f"images_per_pack is {self.images_per_pack}; give at least 1")
-        if not 0 <= self.class_dropout < 1:
-            raise ConfigError(f"class_dropout must be in [0, 1), not {self.class_dropout}")
 
 
 class ClassPacker:

@@ -6,17 +6,15 @@ data/samples/layouts.py defines which images and texts a sample has, and in whic
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from base.bounds import Count, Few, Share, Weight
-from base.config import ConfigError, UserError
+from base.config import UserError
+from data.config import PackingConfig
 from data.packs.attention_plan import AttentionPlan, PaddedBucket, VarlenGroup
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.plan.plan import pack_seed, sample_uniforms
@@ -43,7 +41,6 @@ __all__ = [
     "EditPacker",
     "ImageSplit",
     "PackedBatch",
-    "PackingConfig",
     "PaddedBucket",
     "T2IPacker",
     "TextSplit",
@@ -53,38 +50,6 @@ __all__ = [
     "read_latents",
     "text_split",
 ]
-
-
-@dataclass(frozen=True)
-class PackingConfig:
-    """Config of packs of text-to-image and edit samples."""
-
-    tokens_per_pack: Count  # budget of one pack, in tokens; a pack is a micro-batch of one rank
-    max_side: Count = 64  # rows of the position table per axis, latent pixels; at least the latents' Y and X
-    # Probability of dropping a condition (classifier-free guidance), drawn separately for each text and each clean
-    # image of a sample. A text with a loss is never dropped. The defaults are those of Bagel's fine-tuning.
-    text_dropout: Share = 0.1
-    source_dropout: Share = 0.3
-    # Kind of caption -> weight, for captions with names; other kinds are never taken. Empty: all captions weigh alike.
-    caption_weights: dict[str, Weight] = field(default_factory=dict)
-    sample_latents: bool = False  # draw z with its stored variance, anew each epoch; False: z is the mean
-    # Number of noisy images that share one prefix, its caption and its dropout: a target with that many timesteps and
-    # noises, of which each costs little more than its own tokens. A sample with several targets draws each once; extra
-    # draws are assigned round-robin.
-    draws_per_caption: Few = 1
-
-    def __post_init__(self) -> None:
-        for name in ("tokens_per_pack", "max_side", "draws_per_caption"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
-        weights = self.caption_weights.values()
-        if weights and not (all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0):
-            raise ConfigError(
-                f"caption_weights {self.caption_weights}: give weights of at least 0, one of them above 0"
-            )
-        for name in ("text_dropout", "source_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be in [0, 1), not {getattr(self, name)}")
 
 
 class T2IPacker:

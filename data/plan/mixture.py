@@ -11,30 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from base import files
-from base.bounds import Weight
-from base.config import ConfigError, UserError
+from base.config import UserError
+from data.config import SetConfig, StorageConfig
 from data.shards import Sample, ShardDataset
 from data.shards.index import key_hash
 from data.shards.quarantine import read_quarantine
-from data.shards.storage import StorageConfig
-
-
-@dataclass(frozen=True)
-class SetConfig:
-    """Config of one data set of a mixture."""
-
-    shards: str
-    """Directory (or fsspec url) with manifest.json."""
-    weight: Weight = 1.0
-    """Weight of the set when samples are drawn, relative to the other sets' weights."""
-    quarantine: str | None = None
-    """File of samples to leave out, as `make_shards.py doctor --quarantine` writes it."""
-
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(
-                f"{self.shards}: weight is {self.weight}; give more than 0, or leave the set out"
-            )
 
 
 @dataclass(frozen=True)

@@ -4,58 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from base.bounds import Count, Few, Seed
-from base.config import ConfigError, UserError
+from base.config import UserError
 from base.objective import Batch
 from data.packs.transfer import pinned
 from data.plan.cursor import StreamCursor
-from data.plan.mixture import Mixture, SetConfig
+from data.plan.mixture import Mixture
 from data.plan.prefetch import Prefetch
 from data.shards import Sample, ShardDataset
-from data.shards.storage import StorageConfig
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The section `data` of a training's config: data sets, streams and seed."""
-
-    shards: str | None = None
-    """Directory (or fsspec url) with manifest.json. Give either `shards` or `mixture`."""
-    quarantine: str | None = None
-    """File of samples of `shards` to leave out, as `make_shards.py doctor --quarantine` writes it."""
-    mixture: dict[str, SetConfig] = field(default_factory=dict)
-    """Several data sets by name, instead of `shards`."""
-    num_streams: Count = 8
-    """Packs per global step; at least the largest number of ranks that this run may ever have."""
-    seed: Seed = 0
-    """Seed of the order and of every random choice about samples, noise and timesteps."""
-    max_epochs: Count | None = None
-    """The training ends before it meets any sample more often than this, or at `engine.steps` if that comes first."""
-    prefetch_steps: Few = 2
-    """Number of global steps that each rank's thread reads ahead."""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("num_streams", "prefetch_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_epochs is not None and self.max_epochs < 1:
-            raise ConfigError(f"max_epochs must be at least 1, not {self.max_epochs}")
-        if (self.shards is None) == (not self.mixture):
-            raise ConfigError("give either shards or mixture (several sets by name)")
-        if self.quarantine is not None and self.mixture:
-            raise ConfigError("quarantine belongs to shards; in a mixture every set has its own")
-
-    @property
-    def sets(self) -> dict[str, SetConfig]:
-        """The sets of the mixture by name; {"": the only set} for `shards`."""
-        return self.mixture or {"": SetConfig(str(self.shards), quarantine=self.quarantine)}
 
 
 class Packer(Protocol):

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from base import limits
-from base.bounds import MAX_COUNT, Count
-from base.config import ConfigError, UserError
+from base.config import UserError
+from data.config import PixelConfig
 from data.packs.transfer import to_device
 from data.plan.plan import pack_seed, sample_uniforms
 from data.samples.captions import read_meta
@@ -79,24 +79,6 @@ class PixelBatch:
     def to(self, device: torch.device) -> PixelBatch:
         """A copy with the pixels on `device`."""
         return to_device(self, device)
-
-
-@dataclass(frozen=True)
-class PixelConfig:
-    """Config of batches of image files."""
-
-    images_per_pack: Count  # images in one micro-batch of one rank
-    image_px: Count  # side of the square that the model sees, pixels
-    resize_px: Count | None = None  # short side before the crop, pixels; None: image_px
-    crop: Literal["center", "random"] = "center"  # random: determined by (seed, epoch, sample)
-
-    def __post_init__(self) -> None:
-        if self.images_per_pack < 1 or self.image_px < 1:
-            raise ConfigError("images_per_pack and image_px must be positive")
-        if self.images_per_pack > MAX_COUNT:
-            raise ConfigError(f"images_per_pack is {self.images_per_pack}; at most {MAX_COUNT}")
-        if self.resize_px is not None and self.resize_px < self.image_px:
-            raise ConfigError(f"resize_px = {self.resize_px} is smaller than image_px = {self.image_px}")
 
 
 class PixelPacker:

@@ -11,7 +11,6 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import webdataset
 
 from base import files
 from base.config import UserError
@@ -47,6 +46,8 @@ class OpenShard:
         for stale in path.parent.glob(f".{path.name}.*.tmp"):  # left by a killed run
             stale.unlink()
         self._file = self._temporary.open("wb")
+        import webdataset  # here, for it loads torch, which readers do not need
+
         # No user, group or time is stored, so that equal samples give equal bytes.
         self._tar = webdataset.TarWriter(self._file, encoder=False, user="", group="", mode=0o444, mtime=0)
         self._records: list[tuple[int, list[int], int, int, int]] = []

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from base.config import UserError
+from data.config import StorageConfig
 from data.shards.block_cache import BlockCache, Descriptor
 from data.shards.index import (
     MANIFEST_NAME,
@@ -38,7 +39,7 @@ from data.shards.index_files import (
 )
 from data.shards.remote_folder import RemoteFolder, check_sizes, fetch_indices, read_manifest
 from data.shards.remote_shards import RemoteShards
-from data.shards.storage import GIB, Range, ShardBytes, StorageConfig, in_threads, is_remote, retrying
+from data.shards.storage import GIB, Range, ShardBytes, in_threads, is_remote, retrying
 
 MAX_OPEN_SHARDS = 128
 OPEN_THREADS = 8

@@ -16,9 +16,10 @@ from fsspec.implementations.http import HTTPFileSystem
 from base import files, limits
 from base.config import UserError
 from base.redaction import redact
+from data.config import StorageConfig
 from data.shards.index import MANIFEST_NAME, RECORD, Manifest, Records, ShardEntry
 from data.shards.index_files import MAX_HEAD_BYTES, load_index
-from data.shards.storage import MissingFileError, StorageConfig, in_threads, replace_file, retrying
+from data.shards.storage import MissingFileError, in_threads, replace_file, retrying
 
 FIRST_WAIT_S = 0.5
 UPLOAD = "upload this data set again"

@@ -11,14 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import aiohttp
 
-from base.bounds import Few, Seconds, Weight
-from base.config import ConfigError, UserError
+from base.config import UserError
 from base.redaction import redact
 
 GIB = 1 << 30
@@ -31,37 +29,6 @@ PERMANENT_STATUS = set(range(400, 500)) - {408, 425, 429}  # timeout, too early,
 Range = tuple[int, int, int]  # shard, first byte, number of bytes
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class StorageConfig:
-    """Settings for reading remote shards (s3://, gs://, https://, hf://, ...). Local folders ignore them."""
-
-    cache_dir: str | None = None
-    """Folder on a local disk for cached blocks, which the ranks of a node share; None: in the user's cache folder."""
-    cache_gib: Weight = 50.0
-    """Bound of the cached blocks, GiB. The indices (76 bytes a sample) come on top and are never evicted."""
-    attempts: Few = 5
-    """Attempts of one request, with growing waits between them, before the run ends."""
-    timeout_s: Seconds = 60.0
-    """Time limit of one attempt, if the storage's client has such a setting."""
-    parallel_reads: Few = 8
-    """Requests in flight for each data set and rank."""
-
-    def __post_init__(self) -> None:
-        for name in ("attempts", "parallel_reads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("cache_gib", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be more than 0, not {getattr(self, name)}")
-
-    @property
-    def cache(self) -> Path:
-        """The cache folder: `cache_dir`, or rpiae/shards in the user's cache folder."""
-        if self.cache_dir is not None:
-            return Path(self.cache_dir).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rpiae" / "shards"
 
 
 class MissingFileError(UserError):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from base import files
 from base.config import ConfigError, UserError, from_dict
-from tokenizer.representation import Representation, RepresentationConfig
-from tokenizer.rpiae import CONFIG_NAME, WEIGHTS_NAME, Autoencoder
+from tokenizer.config import CONFIG_NAME, WEIGHTS_NAME, RepresentationConfig
+from tokenizer.representation import Representation
+from tokenizer.rpiae import Autoencoder
 from tokenizer.weights import freeze, state_hash
 
 Pooling = Literal["mean_patch", "class"]

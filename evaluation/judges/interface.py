@@ -17,7 +17,7 @@ from torch import Tensor
 
 from base import files
 from base.config import ConfigError
-from evaluation.manifest import ImageSet, Item
+from data.image_set import ImageSet, Item
 from evaluation.store import Question, config_hash
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from base import files
 from base.config import UserError
+from data.image_set import ImageSet, Item
 from evaluation.judges.interface import Asked, VisionLanguageJudge, question
-from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.dpg import (
     IMAGES_PER_PROMPT,
     NUM_PROMPTS,

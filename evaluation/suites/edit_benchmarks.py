@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from base.config import UserError
+from data.image_set import ImageSet, Item
 from evaluation.judge_instructions import (
     EDIT_PROMPT,
     INSTRUCTION,
@@ -21,7 +22,6 @@ from evaluation.judge_instructions import (
     VieInstructions,
 )
 from evaluation.judges.interface import Asked, VisionLanguageJudge, question
-from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.interval import mean_of_means
 from evaluation.metrics.vie import read_scores, read_three_ratings, sample_scores
 from evaluation.runner import Measurement, SetScore, Value

@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from base.config import UserError
+from data.image_set import ImageSet, Item
 from evaluation.config import Distances
 from evaluation.features.feature_files import FeatureFiles, FeatureRows
 from evaluation.features.inception import AdmInception
 from evaluation.features.interface import FeatureExtractor
 from evaluation.image_source import FileImages, ImageSource, RoleImages
-from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.frechet import FeatureStatistics, caveat, gaussian_distance
 from evaluation.metrics.inception_score import SPLIT_IMAGES, inception_score
 from evaluation.metrics.kernel_distance import CMMD_SCALE, CMMD_SIGMA, cmmd, kid

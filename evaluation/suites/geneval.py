@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from base import files
+from data.image_set import ImageSet, Item
 from evaluation.judges.colour import ColourNamer
 from evaluation.judges.detector import Detector, FoundObject
-from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.geneval import (
     COUNTING_THRESHOLD,
     IMAGES_PER_PROMPT,

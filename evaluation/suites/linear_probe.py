@@ -11,10 +11,10 @@ from torch import Tensor
 
 from base import files
 from base.config import UserError
+from data.image_set import ImageSet, Item
 from evaluation.features.feature_files import ScoreFiles
 from evaluation.features.interface import FeatureExtractor
 from evaluation.image_source import LooseImages, RoleImages
-from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.probe import LinearProbe
 from evaluation.runner import Measurement
 

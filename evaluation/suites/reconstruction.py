@@ -11,10 +11,10 @@ from torch import Tensor
 
 from base import files
 from base.config import UserError
+from data.image_set import ImageSet, Item
 from evaluation.features.feature_files import FeatureFiles, ScoreFiles
 from evaluation.features.interface import FeatureExtractor
 from evaluation.image_source import ImagePairs, RoleImages
-from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.frechet import FeatureStatistics, caveat, frechet_distance
 from evaluation.metrics.reconstruction import Lpips, Rounding, psnr_db, ssim
 from evaluation.runner import Measurement, SetScore

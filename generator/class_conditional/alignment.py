@@ -10,35 +10,14 @@ Shape suffixes: B images, T tokens, D width, O values of a patch (P * P * C).
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base.bounds import Count, Weight
 from base.config import ConfigError
+from generator.class_conditional.config import AlignConfig
 from generator.class_conditional.layers import init_parts, patchify
 from generator.class_conditional.model import ClassGenerator
-
-
-@dataclass(frozen=True)
-class AlignConfig:
-    """Which layer is aligned, and how strongly. Defaults: REPA's for XL."""
-
-    layer: Count = 8
-    """Number of the backbone's blocks before the projection."""
-    weight: Weight = 0.5
-    """Weight of the negative mean cosine, which is added to the mean squared error of velocities."""
-    width: Count = 2048
-    """Inner width of the projection, which has three matrices with SiLU between them."""
-
-    def __post_init__(self) -> None:
-        if self.layer < 1 or self.width < 1 or not 0 < self.weight < math.inf:
-            raise ConfigError(
-                f"align: layer {self.layer}, weight {self.weight}, width {self.width}; each must be above 0"
-            )
 
 
 class AlignedGenerator(nn.Module):

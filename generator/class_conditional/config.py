@@ -1,10 +1,14 @@
-"""Shape of a class-conditional generator."""
+"""Configs of a class-conditional generator: its shape, training and drawing. This module needs no torch."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from base.bounds import Count, Weight
 from base.config import ConfigError
+from generator.config import TimeShift, check_shift
+from generator.sampling_config import DrawingConfig, check_interval, check_scale
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,60 @@ class DitConfig:
             raise ConfigError(f"num_classes {self.num_classes} and patch {self.patch} must be at least 1")
         if self.head is not None and self.patch != 1:
             raise ConfigError(f"patch is {self.patch}; a head works on single latent places, set patch: 1")
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Which layer is aligned, and how strongly. Defaults: REPA's for XL."""
+
+    layer: Count = 8
+    """Number of the backbone's blocks before the projection."""
+    weight: Weight = 0.5
+    """Weight of the negative mean cosine, which is added to the mean squared error of velocities."""
+    width: Count = 2048
+    """Inner width of the projection, which has three matrices with SiLU between them."""
+
+    def __post_init__(self) -> None:
+        if self.layer < 1 or self.width < 1 or not 0 < self.weight < math.inf:
+            raise ConfigError(
+                f"align: layer {self.layer}, weight {self.weight}, width {self.width}; each must be above 0"
+            )
+
+
+@dataclass(frozen=True)
+class ClassFlowConfig:
+    """How the generator is trained (its shape is DitConfig)."""
+
+    time_shift: TimeShift = "auto"
+    """Shift of the drawn times towards noise; "auto" = sqrt(latent values / 4096)."""
+    init_from: str | None = None
+    """Directory of an exported or imported class-conditional generator to start from; None = a new model."""
+    compile: bool = False
+    """torch.compile on every block. Not with engine.zero_stage 3, which takes weights away between uses."""
+    activation_checkpointing: bool = False
+    """Whether the backward pass recomputes each block: a third more time, activations of one block instead of all."""
+    align: AlignConfig | None = None
+    """Whether and how an inner layer is also drawn to the clean latents (REPA, RAEv2); None: the paper's loss alone."""
+
+    def __post_init__(self) -> None:
+        check_shift(self.time_shift)
+
+
+@dataclass(frozen=True)
+class ClassSamplingConfig(DrawingConfig):
+    """How an image of a class is drawn."""
+
+    guidance: float = 1.0
+    """Scale s of v_guide + s (v - v_guide): 1 = plain conditional. The guide is this model without the class
+    (Ho and Salimans 2022), or a weaker model with the class (AutoGuidance, Karras et al. 2024; the paper: s = 2.05, the
+    same run at epoch 20)."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times (1 = noise) above the first and up to the second are guided. At all other times only v is computed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_scale("guidance", self.guidance)
+        check_interval(self.guidance_interval)
 
 
 def mlp_width(width: int) -> int:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from generator.class_conditional.config import mlp_width
-from generator.embeddings import MAX_PERIOD, grid_sinusoids
+from generator.config import MAX_PERIOD
+from generator.embeddings import grid_sinusoids
 from generator.mot import EMBEDDING_STD
 from tokenizer.norms import RmsNorm
 

@@ -38,7 +38,7 @@ from generator.class_conditional.layers import (
     unpatchify,
 )
 from generator.compiling import Compiler, backend_for, whole
-from tokenizer.weights import load_model, read_tensors, write_tensors
+from tokenizer.weights import load_model, read_tensors, shapes_only, write_tensors
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -208,6 +208,6 @@ def load_generator(directory: str | Path) -> ClassGenerator:
 
 def uninitialised(config: DitConfig, latents: LatentInfo) -> ClassGenerator:
     """Allocates a generator without filling it: no weight is drawn twice or from the global random state."""
-    with torch.device("meta"):
+    with shapes_only():
         model = new_generator(config, latents)
     return model.to_empty(device="cpu")

@@ -21,47 +21,20 @@ from base.files import digest, sha256
 from base.objective import LossOutput, WithoutAdversary
 from data.packs.class_batch import ClassBatch
 from data.shards import LatentInfo
-from generator.class_conditional.alignment import AlignConfig, AlignedGenerator
-from generator.class_conditional.config import DitConfig
+from generator.class_conditional.alignment import AlignedGenerator
+from generator.class_conditional.config import ClassFlowConfig, ClassSamplingConfig, DitConfig
 from generator.class_conditional.model import (
     WEIGHTS_NAME,
     ClassGenerator,
     create_generator,
     load_generator,
 )
-from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
+from generator.class_conditional.sampling import sample_class_latents
 from generator.class_conditional.sizing import training_flops
-from generator.flow import (
-    TimeShift,
-    check_shift,
-    draw_times,
-    interpolate,
-    pack_generator,
-    resolve_shift,
-    velocity_target,
-)
+from generator.flow import draw_times, interpolate, pack_generator, resolve_shift, velocity_target
 from generator.objective import Decode, check_latents, tile
 
 PREVIEW_COLUMNS = 8
-
-
-@dataclass(frozen=True)
-class ClassFlowConfig:
-    """How the generator is trained (its shape is DitConfig)."""
-
-    time_shift: TimeShift = "auto"
-    """Shift of the drawn times towards noise; "auto" = sqrt(latent values / 4096)."""
-    init_from: str | None = None
-    """Directory of an exported or imported class-conditional generator to start from; None = a new model."""
-    compile: bool = False
-    """torch.compile on every block. Not with engine.zero_stage 3, which takes weights away between uses."""
-    activation_checkpointing: bool = False
-    """Whether the backward pass recomputes each block: a third more time, activations of one block instead of all."""
-    align: AlignConfig | None = None
-    """Whether and how an inner layer is also drawn to the clean latents (REPA, RAEv2); None: the paper's loss alone."""
-
-    def __post_init__(self) -> None:
-        check_shift(self.time_shift)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from base.config import UserError
+from generator.class_conditional.config import ClassSamplingConfig
 from generator.class_conditional.model import ClassGenerator, load_generator
-from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
+from generator.class_conditional.sampling import sample_class_latents
 from generator.pipeline import check_trained_with, decode_uint8, in_bf16
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import ImageAutoencoder, fingerprint

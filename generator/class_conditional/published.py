@@ -24,6 +24,7 @@ from generator.imported import ImportedGenerator
 from tokenizer.releases.checkpoint import read_checkpoint
 from tokenizer.releases.imported import shapes
 from tokenizer.releases.renaming import Translation, check
+from tokenizer.weights import shapes_only
 
 ROPES = {"feat_rope": "backbone", "enc_feat_rope": "backbone", "dec_feat_rope": "head"}
 TABLES = ("freqs_cos", "freqs_sin")
@@ -44,7 +45,7 @@ def import_dit(source: str | Path, latents: LatentInfo) -> ImportedGenerator[Cla
         if f"{name}.{TABLES[0]}" in tensors
     }
     config = _shape(tensors, ropes, stored.where)
-    with torch.device("meta"):
+    with shapes_only():
         model = new_generator(config, latents)
     ours = shapes(model)
     translation = Translation(

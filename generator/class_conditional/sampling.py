@@ -6,36 +6,19 @@ Shape suffixes: B images of one batch, C latent channels, Y X latent grid.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from data.packs.transfer import to_device
+from generator.class_conditional.config import ClassSamplingConfig
 from generator.class_conditional.model import ClassGenerator
-from generator.drawing import DrawingConfig, check_interval, check_scale, draw_noise, is_guided
+from generator.drawing import draw_noise, is_guided
 from generator.flow import resolve_shift, sampling_times
 from generator.graphs import Graphed
 from generator.model import unnormalise
 from generator.solvers import integrate
-
-
-@dataclass(frozen=True)
-class ClassSamplingConfig(DrawingConfig):
-    """How an image of a class is drawn."""
-
-    guidance: float = 1.0
-    """Scale s of v_guide + s (v - v_guide): 1 = plain conditional. The guide is this model without the class
-    (Ho and Salimans 2022), or a weaker model with the class (AutoGuidance, Karras et al. 2024; the paper: s = 2.05, the
-    same run at epoch 20)."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times (1 = noise) above the first and up to the second are guided. At all other times only v is computed."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_scale("guidance", self.guidance)
-        check_interval(self.guidance_interval)
 
 
 class GuidedClassVelocity:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from generator.class_conditional.alignment import AlignConfig
-from generator.class_conditional.config import DitConfig, mlp_width
+from generator.class_conditional.config import AlignConfig, DitConfig, mlp_width
 from generator.class_conditional.layers import TIME_FREQUENCIES
 from generator.sizing import BACKWARD, FP32_BYTES
 

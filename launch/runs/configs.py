@@ -9,26 +9,18 @@ from typing import Literal
 
 from base.bounds import Count
 from base.config import ConfigError
-from data.packs.class_batch import ClassPackingConfig
-from data.packs.packing import PackingConfig
-from data.plan.stream import DataConfig
-from data.samples.images import PixelConfig
+from data.config import ClassPackingConfig, DataConfig, PackingConfig, PixelConfig
 from engine.engine_config import EngineConfig
-from generator.class_conditional.config import DitConfig
-from generator.class_conditional.objective import ClassFlowConfig
-from generator.class_conditional.sampling import ClassSamplingConfig
-from generator.model import GeneratorConfig
-from generator.model_card import Task
-from generator.objective import FlowConfig
-from generator.sampling import SamplingConfig
+from generator.class_conditional.config import ClassFlowConfig, ClassSamplingConfig, DitConfig
+from generator.config import FlowConfig, GeneratorConfig, Task
+from generator.sampling_config import SamplingConfig
 from launch.runs.periodic_config import (
     ClassEvaluationConfig,
     PromptEvaluationConfig,
     StageEvaluationConfig,
 )
-from tokenizer.encode import EncodeConfig
-from tokenizer.rpiae import CONFIG_NAME, read_config
-from tokenizer.training.stages import StageConfig
+from tokenizer.config import CONFIG_NAME, EncodeConfig, read_config
+from tokenizer.training.stage_config import StageConfig
 
 
 @dataclass(frozen=True)

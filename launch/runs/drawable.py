@@ -8,10 +8,10 @@ from typing import TypeVar
 from base.config import UserError, from_dict
 from base.files import read_object
 from engine import checkpoint_folder
-from engine.loop import CHECKPOINTS, EXPORT
-from generator.class_conditional.sampling import ClassSamplingConfig
-from generator.pretrained import AUTOENCODER, GENERATOR, SAMPLING, TEXT_TOKENIZER
-from generator.sampling import SamplingConfig
+from engine.checkpoint_folder import CHECKPOINTS, EXPORT
+from generator.class_conditional.config import ClassSamplingConfig
+from generator.config import AUTOENCODER, GENERATOR, SAMPLING, TEXT_TOKENIZER
+from generator.sampling_config import SamplingConfig
 from launch.runs.configs import ClassRun, GeneratorRun
 
 RunT = TypeVar("RunT", GeneratorRun, ClassRun)

@@ -12,20 +12,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from base import FOLDERS, files, terminal
+from base import FOLDERS, files, terminal, threads
 from base.config import ConfigError, StoppedError, UserError, dump, load
 from base.redaction import redact
 from base.terminal import say
-from base.tf32 import allow_tf32
-from engine import distributed, peers, threads
-from engine.endings import LOST_CONTACT, End, EndedError
+from engine.endings import LOST_CONTACT, End, EndedError, LostContactError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STOPPED = 75
 INTERRUPTED = 130
 STATUSES = {
     StoppedError: STOPPED,
-    peers.LostContactError: LOST_CONTACT,
+    LostContactError: LOST_CONTACT,
     UserError: 2,
     KeyboardInterrupt: INTERRUPTED,
 }
@@ -44,20 +42,18 @@ def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
     if has_ranks and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         # launch/node.sh makes the launcher ignore SIGTERM; a rank that hangs before training must still end by it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    allow_tf32(True)
     terminal.hold()
     sys.excepthook = _show_bug
     rank = int(os.environ.get("RANK", "0")) if has_ranks else 0
     world = int(os.environ.get("WORLD_SIZE", "1")) if has_ranks else 1
     try:
-        threads.share_cores()
         check_packages()
         main()
         return 0
     except EndedError as error:
         status = error.end.status
     except (Exception, KeyboardInterrupt, SystemExit) as error:
-        if explained := peers.lost_contact(error) or files.full_disk(error):
+        if explained := _lost_contact(error) or files.full_disk(error):
             error = explained
         if isinstance(error, SystemExit) and (world == 1 or not error.code):
             raise  # --help, or an error that argparse has printed
@@ -65,12 +61,52 @@ def run(main: Callable[[], None], *, has_ranks: bool = True) -> int:
             raise
         own = End(rank, _status(error), redact(_text(error)))
         reason = error
-        status = peers.end(own, world, lambda: _tell(own, reason))
+        status = _end(own, world, lambda: _tell(own, reason))
     finally:
         terminal.flush()
-    if distributed.is_started():
+    if _is_joined():
         os._exit(status)  # no clean-up: it could wait for ranks that are in a collective
     return status
+
+
+def use_torch() -> None:
+    """Loads torch, as every command has it: with TF32 allowed, and on this process's share of the cores.
+
+    A command calls it when it begins its work, and imports the modules of its work then, so that `--help` and a
+    mistyped key do not wait for them.
+    """
+    from base.tf32 import allow_tf32
+
+    allow_tf32(True)
+    threads.share_cores()
+
+
+def _is_joined() -> bool:
+    """Whether this process has joined the process group. Without torch it has not."""
+    if "torch" not in sys.modules:
+        return False
+    from engine import distributed
+
+    return distributed.is_started()
+
+
+def _lost_contact(error: BaseException) -> LostContactError | None:
+    """As engine.peers.lost_contact. A process without torch has no contact to lose."""
+    if "torch" not in sys.modules:
+        return None
+    from engine import peers
+
+    return peers.lost_contact(error)
+
+
+def _end(own: End, world: int, tell: Callable[[], None]) -> int:
+    """As engine.peers.end. A process that is alone has nobody else to tell, and needs no torch."""
+    if world == 1:
+        tell()
+        return own.status
+    from engine import peers
+
+    return peers.end(own, world, tell)
 
 
 def _show_bug(_kind: object, error: BaseException, _trace: object) -> None:
@@ -100,7 +136,7 @@ def _tell(own: End, error: BaseException) -> None:
     if own.status == 1 and not isinstance(error, SystemExit):
         _show_bug(None, error, None)
     what = "" if own.status == INTERRUPTED else "error: "
-    where = f"rank {own.rank}: " if distributed.is_started() or own.rank else ""
+    where = f"rank {own.rank}: " if _is_joined() or own.rank else ""
     say(f"{what}{where}{own.text}", sys.stderr)
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from base import files, sources
+from base import files, sources, threads
 from base.config import UserError, flatten
-from engine import distributed, threads
+from engine import distributed
 from engine.distributed import Ranks
 from engine.peers import numbers_text
 from evaluation.environment import versions

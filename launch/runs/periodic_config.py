@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from base.bounds import Count, Steps
 from base.config import ConfigError, from_dict
-from generator.class_conditional.sampling import ClassSamplingConfig
-from generator.sampling import SamplingConfig
+from generator.class_conditional.config import ClassSamplingConfig
+from generator.sampling_config import SamplingConfig
 from launch.runs.suites import SUITES, SuiteOptions
 
 Option = bool | int | float | str

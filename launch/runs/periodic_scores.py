@@ -18,25 +18,27 @@ import torch
 
 from base.config import UserError
 from base.objective import Evaluation, Objective
-from data.samples.images import PixelConfig, PixelPacker
+from base.team import Team
+from data.config import PixelConfig
+from data.samples.images import PixelPacker
 from data.shards import ShardDataset
 from engine import distributed
 from engine.distributed import Ranks
-from evaluation.class_set import draw_classes
-from evaluation.runner import Suite, Team, evaluate
-from evaluation.sampled_set import draw_prompts
+from evaluation.runner import Suite, evaluate
 from evaluation.stage_set import ROLES, reconstruct_samples
+from generator.class_conditional.class_set import draw_classes
 from generator.class_conditional.objective import ClassObjective
 from generator.class_conditional.pipeline import ClassPipeline
-from generator.drawing import DrawingConfig
 from generator.objective import FlowObjective
 from generator.pipeline import Pipeline
 from generator.prompts import read_prompts
+from generator.sampled_set import draw_prompts
+from generator.sampling_config import DrawingConfig
 from launch.runs.configs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
 from launch.runs.periodic_config import EvaluationConfig
 from launch.runs.suites import GenerationOptions, build
 from tokenizer.autoencoders import load_autoencoder
-from tokenizer.export import read_tree
+from tokenizer.config import read_tree
 from tokenizer.training.stage_objective import StageObjective
 
 FOLDER = "evaluation"

@@ -7,9 +7,8 @@ from typing import TypeVar
 
 from base.config import from_dict, to_dict
 from base.options import add_options, given_options
-from generator.class_conditional.sampling import ClassSamplingConfig
-from generator.drawing import DrawingConfig
-from generator.sampling import SamplingConfig
+from generator.class_conditional.config import ClassSamplingConfig
+from generator.sampling_config import DrawingConfig, SamplingConfig
 
 ConfigT = TypeVar("ConfigT", bound=DrawingConfig)
 NAMES = {"num_steps": "steps", "text_guidance": "guidance"}

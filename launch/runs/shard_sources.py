@@ -15,8 +15,8 @@ from base import files
 from base.bounds import Amount, Count
 from base.config import UserError
 from base.options import add_options, fields_of
+from base.threads import num_cores
 from data.sources.config import Join, ParquetConfig, PreparationConfig
-from engine.threads import num_cores
 
 if TYPE_CHECKING:
     from data.sources.base import Source

@@ -165,7 +165,8 @@ def build(options: SuiteOptions, store: Path, device: str) -> Suite:
     from evaluation.suites.geneval import GenEvalSuite
     from evaluation.suites.linear_probe import LinearProbeSuite
     from evaluation.suites.reconstruction import ReconstructionSuite
-    from tokenizer.representation import Representation, RepresentationConfig
+    from tokenizer.config import RepresentationConfig
+    from tokenizer.representation import Representation
     from tokenizer.rpiae import Autoencoder
 
     match options:

@@ -41,7 +41,7 @@ def main(task: str, about: str, default: str) -> None:
         raise UserError(
             f"{names_of(paths)}: task is {run.task}: start this config with launch/train_{run.task}.py"
         )
-    # Imported here, so that --help and --dry-run do without what only a training needs.
+    entry.use_torch()
     if arguments.dry_run:
         from launch.sizing.dry_run import report
 

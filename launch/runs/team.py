@@ -6,8 +6,8 @@ import os
 
 import torch
 
+from base.team import ALONE, Team
 from engine import distributed
-from evaluation.runner import ALONE, Team
 
 WAIT_S = 7 * 86400
 """How long finished ranks wait for the others: a whole evaluation may lie between two collectives."""

@@ -16,18 +16,19 @@ from base.config import UserError, to_dict
 from base.objective import Objective
 from base.redaction import redact
 from base.terminal import say
+from data.config import PixelConfig
 from data.packs.class_batch import ClassPacker
 from data.packs.packing import EditPacker, T2IPacker
 from data.plan.mixture import Mixture
 from data.plan.stream import Packer, PackStream
-from data.samples.images import PixelConfig, PixelPacker
+from data.samples.images import PixelPacker
 from data.samples.text import TextTokenizer, load_text_tokenizer
 from data.shards import LatentInfo, ShardDataset
 from engine import checkpoint_folder, distributed, logs, loop, run_lock
+from engine.checkpoint_folder import CHECKPOINTS, EXPORT
 from engine.determinism import make_deterministic
 from engine.distributed import Ranks
-from engine.loop import CHECKPOINTS, EXPORT
-from engine.peers import LostContactError
+from engine.endings import LostContactError
 from generator.attention import choose_backend
 from generator.class_conditional.objective import (
     ClassPreview,

@@ -8,8 +8,7 @@ from base.config import dump
 from base.objective import Objective
 from generator.flow import resolve_shift
 from launch.runs.configs import ClassRun, GeneratorRun, Run, TokenizerRun
-from launch.sizing.estimate import GIB, Plan, latent_shape, plan_of
-from launch.sizing.stage_size import num_parameters
+from launch.sizing.estimate import GIB, Plan, latent_shape, num_parameters, plan_of
 from launch.sizing.step_time import H100
 
 GPU_COUNTS = (1, 8, 32, 256)

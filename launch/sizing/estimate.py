@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import torch
+from torch import nn
 
 from base.config import UserError
 from data.shards import LatentInfo, ShardDataset
@@ -25,8 +25,8 @@ from generator.traffic import (
     num_launches,
 )
 from launch.runs.configs import ClassRun, GeneratorRun, Run, TokenizerRun
-from launch.sizing.stage_size import PhaseSize, count_parameters, num_parameters, stage_size
 from launch.sizing.step_time import H100, StepTime, Work, step_time
+from tokenizer.weights import shapes_only
 
 TEXT_TOKENS = 102
 """Tokens of a text split with a caption of 100 tokens, assumed while nothing has been counted."""
@@ -52,6 +52,18 @@ LATENT_SHAPES = {
 """Latent shapes (C, Y, X) at 256 px of configs/generator's autoencoders, by folder. Existing shards take precedence."""
 PAPER_LATENTS = (64, 16, 16)
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PhaseSize:
+    """Memory and work of one pack in one phase."""
+
+    name: str
+    activations: int
+    """Peak bytes."""
+    flops: float
+    """FLOPs of all executed products, recomputed ones included."""
+    updates_adversary: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,6 +209,10 @@ class Plan:
 def plan_of(run: Run, shape: tuple[int, int, int] | None) -> Plan:
     """Plan of a training. `shape`: as from `latent_shape`."""
     if isinstance(run, TokenizerRun):
+        from launch.sizing.stage_size import (
+            tokenizer_plan,  # loads the networks of stages, which takes seconds
+        )
+
         return tokenizer_plan(run)
     assert shape is not None
     return class_plan(run, shape) if isinstance(run, ClassRun) else generator_plan(run, shape)
@@ -206,7 +222,7 @@ def generator_plan(run: GeneratorRun, shape: tuple[int, int, int]) -> Plan:
     """Plan of a generator on equal samples: a caption of 100 tokens, or a source and an instruction of 30 tokens."""
     channels, *grid = shape
     is_edit = run.task == "edit"
-    with torch.device("meta"):
+    with shapes_only():
         trained, frozen = count_parameters(Generator(run.generator, untrained_latents(shape)))
     streams, is_checkpointed = run.data.num_streams, run.flow.activation_checkpointing
     num_tokens = run.packing.tokens_per_pack * streams
@@ -249,7 +265,7 @@ def generator_plan(run: GeneratorRun, shape: tuple[int, int, int]) -> Plan:
 def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
     """Plan of class-conditional generation on latents of `shape`. Attention counts among the products."""
     align = run.flow.align
-    with torch.device("meta"):
+    with shapes_only():
         model = new_generator(run.generator, untrained_latents(shape))
         aligned = None if align is None else AlignedGenerator(model, align, run.engine.seed)
     trained, frozen = count_parameters(model)
@@ -299,34 +315,22 @@ def class_plan(run: ClassRun, shape: tuple[int, int, int]) -> Plan:
     )
 
 
-def tokenizer_plan(run: TokenizerRun) -> Plan:
-    """Plan of a tokenizer stage, from running its code on fake tensors (launch/sizing/stage_size.py).
-
-    It assumes that the host keeps up with the GPU. Attention counts among the products.
-    """
-    size = stage_size(run.stage, run.pixels, run.engine.precision)
-    steps, starts = run.engine.steps, [0]
-    if len(size.phases) > 1:
-        last = min(max(run.stage.gan_loss_start_step, 0), steps)
-        starts += [min(run.stage.gan_update_start_step, last), last]
-    images = run.pixels.images_per_pack * run.data.num_streams
-    return Plan(
-        trained=size.trained,
-        frozen=size.frozen,
-        num_adversary=size.num_adversary,
-        helper_bytes=size.helper_bytes,
-        phases=size.phases,
-        phase_steps=tuple(end - start for start, end in zip(starts, [*starts[1:], steps], strict=True)),
-        works=tuple(
-            Work(phase.flops, 0.0, phase.activations * MOVED_PER_KEPT[False], launches=0)
-            for phase in size.phases
-        ),
-        num_tokens=images * size.latent_shape[1] * size.latent_shape[2],
-        num_images=images,
-        pack_units=run.pixels.images_per_pack,
-        engine=run.engine,
-        num_streams=run.data.num_streams,
+def count_parameters(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """Numbers of trained and of frozen parameters by child module; children without parameters are left out."""
+    trained, frozen = (
+        {
+            name: sum(p.numel() for p in child.parameters() if p.requires_grad == is_trained)
+            for name, child in model.named_children()
+            if num_parameters(child)
+        }
+        for is_trained in (True, False)
     )
+    return trained, frozen
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Number of all parameters of a module, trainable or not."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def latent_shape(run: Run) -> tuple[tuple[int, int, int] | None, str]:

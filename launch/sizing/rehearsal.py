@@ -18,9 +18,9 @@ from engine import distributed
 from engine.distributed import Ranks
 from engine.rehearsal import Meter, OutOfMemoryError, rehearse
 from generator.class_conditional.objective import ClassPreview, build_class_objective, spread_labels
-from generator.drawing import DrawingConfig
 from generator.model import Generator
 from generator.objective import Decode, FlowObjective, Preview
+from generator.sampling_config import DrawingConfig
 from launch.runs import periodic_scores
 from launch.runs.configs import ClassRun, GeneratorRun, Run, TokenizerRun
 from launch.sizing import synthetic
@@ -28,7 +28,7 @@ from launch.sizing.estimate import GIB, INSTRUCTION_TOKENS, TEXT_TOKENS, Plan, u
 from launch.sizing.report import Preflight, remedies
 from launch.sizing.stage_size import in_phases
 from tokenizer.autoencoders import load_autoencoder
-from tokenizer.export import CONFIG_NAME
+from tokenizer.config import CONFIG_NAME
 from tokenizer.training.stages import build_untrained
 
 MAX_PACKS = 2

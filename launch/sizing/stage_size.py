@@ -11,31 +11,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from base.objective import LossOutput
-from data.samples.images import PixelBatch, PixelConfig
-from engine.deepspeed_engine import Precision, autocast
+from data.config import PixelConfig
+from data.samples.images import PixelBatch
+from engine.deepspeed_engine import autocast
+from engine.engine_config import Precision
 from engine.memory import TensorBytes
-from tokenizer.training.stages import StageConfig, StageObjective, build_untrained
+from generator.traffic import MOVED_PER_KEPT
+from launch.runs.configs import TokenizerRun
+from launch.sizing.estimate import PhaseSize, Plan, count_parameters, num_parameters
+from launch.sizing.step_time import Work
+from tokenizer.training.stage_config import StageConfig
+from tokenizer.training.stages import StageObjective, build_untrained
+from tokenizer.weights import shapes_only
 
 PHASES = ("losses", "+ discriminator's update", "+ its loss for the decoder")
 """Phases that begin at steps FIRST_STEP, FIRST_STEP + 1, ... of `in_phases`. Without a discriminator only the first."""
 FIRST_STEP = 1  # not step 0, at whose end the optimizer states are allocated
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class PhaseSize:
-    """Memory and work of one pack in one phase."""
-
-    name: str
-    activations: int
-    """Peak bytes."""
-    flops: float
-    """FLOPs of all executed products, recomputed ones included."""
-    updates_adversary: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,36 @@ class StageSize:
     """Size of the frozen networks beside the model: replica, perceptual network, discriminator's features."""
     latent_shape: tuple[int, int, int]
     phases: tuple[PhaseSize, ...]
+
+
+def tokenizer_plan(run: TokenizerRun) -> Plan:
+    """Plan of a tokenizer stage, from `stage_size`.
+
+    It assumes that the host keeps up with the GPU. Attention counts among the products.
+    """
+    size = stage_size(run.stage, run.pixels, run.engine.precision)
+    steps, starts = run.engine.steps, [0]
+    if len(size.phases) > 1:
+        last = min(max(run.stage.gan_loss_start_step, 0), steps)
+        starts += [min(run.stage.gan_update_start_step, last), last]
+    images = run.pixels.images_per_pack * run.data.num_streams
+    return Plan(
+        trained=size.trained,
+        frozen=size.frozen,
+        num_adversary=size.num_adversary,
+        helper_bytes=size.helper_bytes,
+        phases=size.phases,
+        phase_steps=tuple(end - start for start, end in zip(starts, [*starts[1:], steps], strict=True)),
+        works=tuple(
+            Work(phase.flops, 0.0, phase.activations * MOVED_PER_KEPT[False], launches=0)
+            for phase in size.phases
+        ),
+        num_tokens=images * size.latent_shape[1] * size.latent_shape[2],
+        num_images=images,
+        pack_units=run.pixels.images_per_pack,
+        engine=run.engine,
+        num_streams=run.data.num_streams,
+    )
 
 
 def in_phases(stage: StageConfig) -> StageConfig:
@@ -69,7 +95,7 @@ def phase_names(stage: StageConfig) -> tuple[str, ...]:
 
 def stage_size(stage: StageConfig, pixels: PixelConfig, precision: Precision) -> StageSize:
     """Measures a stage in seconds, without memory or weights. Raises UserError: as `build_untrained`."""
-    with torch.device("meta"):
+    with shapes_only():
         objective = build_untrained(in_phases(stage))
     model, adversary, helpers = objective.model, objective.adversary, objective.helpers
     trained, frozen = count_parameters(model)
@@ -92,24 +118,6 @@ def stage_size(stage: StageConfig, pixels: PixelConfig, precision: Precision) ->
         latent_shape=model.latent_shape,
         phases=phases,
     )
-
-
-def count_parameters(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
-    """Numbers of trained and of frozen parameters by child module; children without parameters are left out."""
-    trained, frozen = (
-        {
-            name: sum(p.numel() for p in child.parameters() if p.requires_grad == is_trained)
-            for name, child in model.named_children()
-            if num_parameters(child)
-        }
-        for is_trained in (True, False)
-    )
-    return trained, frozen
-
-
-def num_parameters(module: nn.Module) -> int:
-    """Number of all parameters of a module, trainable or not."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _phase(

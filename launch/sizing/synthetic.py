@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from base.objective import Batch
+from data.config import PixelConfig
 from data.packs.class_batch import ClassBatch
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
-from data.samples.images import PixelBatch, PixelConfig
+from data.samples.images import PixelBatch
 from generator.sampling import Condition
 
 SPECIAL_IDS = 4

@@ -10,19 +10,14 @@ import io
 from collections.abc import Sequence
 from importlib import metadata, resources
 
-import emoji
 from PIL import Image
 
 from base.config import UserError
 from data.samples.images import open_image
-from data.shards.index import key_hash
+from quickstart.pictures.identities import TEXT_STYLE
 from quickstart.pictures.scenes import BACKGROUNDS, Scene
 
 ATTRIBUTION = "Twemoji graphics, Copyright Twitter, Inc and other contributors, CC-BY 4.0"
-TEXT_STYLE = "\ufe0f"  # variation selector: in Unicode's sequences, not in the file names
-LAST_EMOJI_VERSION = 13  # later emoji of Unicode are not in every release of the drawings
-# Groups of near-copies that differ only in small print.
-LETTERING = ("button", "o’clock", "thirty", "input", "arrow")
 
 
 def attribution() -> str:
@@ -69,16 +64,3 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-@functools.cache
-def identities() -> tuple[tuple[str, str], ...]:
-    """(glyph, name) of emoji that differ at a glance, in an order that mixes all kinds."""
-    found = {
-        glyph.replace(TEXT_STYLE, ""): entry["en"].strip(":").replace("_", " ")
-        for glyph, entry in emoji.EMOJI_DATA.items()
-        if entry["status"] == emoji.STATUS["fully_qualified"] and entry["E"] <= LAST_EMOJI_VERSION
-    }
-    single = [(glyph, name) for glyph, name in found.items() if len(glyph) == 1]
-    apart = [item for item in single if not any(word in item[1] for word in LETTERING)]
-    return tuple(sorted(apart, key=lambda item: key_hash(item[0])))

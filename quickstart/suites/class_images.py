@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.image_set import ImageSet, Item
 from evaluation.features.interface import IMAGES_PER_CALL, FeatureExtractor
-from evaluation.manifest import ImageSet, Item
 from evaluation.metrics.frechet import FeatureStatistics, caveat, frechet_distance
 from evaluation.runner import Measurement, SetScore
 from quickstart.judge import THRESHOLD, Judge

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.manifest import ImageSet, Item
+from data.image_set import ImageSet, Item
 from evaluation.metrics.reconstruction import psnr_db
 from evaluation.runner import Measurement
 from quickstart.judge import THRESHOLD, Judge

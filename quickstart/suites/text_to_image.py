@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.manifest import ImageSet, Item
+from data.image_set import ImageSet, Item
 from evaluation.runner import Measurement
 from quickstart.judge import THRESHOLD, Judge, Verdict
 

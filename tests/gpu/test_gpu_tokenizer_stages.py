@@ -16,16 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.samples.images import PixelBatch
-from engine.deepspeed_engine import Precision, autocast
-from tokenizer.bridge import BridgeConfig
+from engine.deepspeed_engine import autocast
+from engine.engine_config import Precision
+from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.frozen import products
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import AutoencoderConfig
-from tokenizer.training.discriminator import DiscriminatorConfig
-from tokenizer.training.perceptual import LpipsVgg16, PerceptualConfig
+from tokenizer.training.perceptual import LpipsVgg16
+from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
 from tokenizer.training.stage_objective import StageObjective
-from tokenizer.training.stages import StageConfig, build_untrained
+from tokenizer.training.stages import build_untrained
 
 pytestmark = [
     pytest.mark.gpu,

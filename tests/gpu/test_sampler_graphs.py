@@ -15,16 +15,16 @@ from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_pa
 from data.packs.transfer import pinned
 from data.shards import LatentInfo
 from generator import graphs
-from generator.class_conditional.config import DitConfig
+from generator.class_conditional.config import ClassFlowConfig, ClassSamplingConfig, DitConfig
 from generator.class_conditional.model import create_generator
-from generator.class_conditional.objective import ClassFlowConfig, build_class_objective
-from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
+from generator.class_conditional.objective import build_class_objective
+from generator.class_conditional.sampling import sample_class_latents
+from generator.config import DdtHeadConfig, FlowConfig, GeneratorConfig, MotConfig
 from generator.graphs import Graphed
-from generator.heads import DdtHeadConfig
-from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
-from generator.objective import FlowConfig, build_objective
-from generator.sampling import Condition, GuidedVelocity, SamplingConfig, sample_latents
+from generator.model import Generator
+from generator.objective import build_objective
+from generator.sampling import Condition, GuidedVelocity, sample_latents
+from generator.sampling_config import SamplingConfig
 from generator.solvers import integrate
 
 pytestmark = [

@@ -20,11 +20,10 @@ import torch
 
 from data.shards import ShardWriter
 from engine.distributed import free_port
-from quickstart.pictures.source import EmojiConfig, EmojiSource
-from tokenizer.bridge import BridgeConfig
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from quickstart.pictures.config import EmojiConfig
+from quickstart.pictures.source import EmojiSource
+from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
+from tokenizer.rpiae import Autoencoder
 
 NUM_KILLS = 20
 END_S, GRACE_S = 300.0, 20.0

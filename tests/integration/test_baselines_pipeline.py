@@ -21,18 +21,20 @@ import pytest
 import torch
 from PIL import Image
 
+from base.team import Team
+from data.image_set import ImageSet
 from data.samples.text import train_text_tokenizer
 from data.shards import Sample, ShardDataset, ShardWriter
 from evaluation import reconstruct as reconstruct_module
-from evaluation.manifest import ImageSet
 from evaluation.reconstruct import ReconstructConfig
 from evaluation.reconstruct import reconstruct as reconstruct_folder
-from evaluation.runner import Team, evaluate
+from evaluation.runner import evaluate
 from evaluation.suites.reconstruction import ReconstructionSuite
 from launch import reconstruct as command_line
 from launch.runs import entry
 from tokenizer.autoencoders import load_autoencoder
-from tokenizer.encode import EncodeConfig, encode_shards
+from tokenizer.config import EncodeConfig
+from tokenizer.encode import encode_shards
 from tokenizer.export import fingerprint
 from tokenizer.kl import KlAutoencoder, KlConfig
 

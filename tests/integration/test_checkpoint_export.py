@@ -11,7 +11,7 @@ from torch import nn
 
 from base.config import UserError
 from engine import checkpoint_export
-from engine.loop import CHECKPOINTS, EXPORT
+from engine.checkpoint_folder import CHECKPOINTS, EXPORT
 
 WIDTH, HIDDEN = 6, 8
 

@@ -21,23 +21,24 @@ import pytest
 from PIL import Image
 
 from base.config import UserError
+from base.team import Team
+from data.adm_npz import write_npz
+from data.image_set import ImageSet, Item, write_manifest
 from data.shards import ShardDataset
 from engine.distributed import free_port
-from evaluation.adm_npz import write_npz
-from evaluation.class_set import ClassSetConfig, class_drawings, draw_class_set
 from evaluation.features.representation import RepresentationFeatures
-from evaluation.manifest import ImageSet, Item, write_manifest
 from evaluation.reference import Reference
-from evaluation.runner import Team, evaluate
+from evaluation.runner import evaluate
 from evaluation.suites.generation import GenerationSuite, Spaces
-from generator.class_conditional.config import DitConfig
+from generator.class_conditional.class_set import ClassSetConfig, class_drawings, draw_class_set
+from generator.class_conditional.config import ClassSamplingConfig, DitConfig
 from generator.class_conditional.model import create_generator, load_generator
-from generator.class_conditional.sampling import ClassSamplingConfig
 from launch import export as export_command
 from launch import sample_class, train_class
 from launch.runs import entry
 from quickstart.emoji_images import read_samples, real_renders
-from tokenizer.encode import EncodeConfig, encode_shards
+from tokenizer.config import EncodeConfig
+from tokenizer.encode import encode_shards
 from tokenizer.rpiae import Autoencoder
 
 ROOT = Path(__file__).parents[2]

@@ -26,9 +26,10 @@ from launch import sample as sample_command
 from launch.runs import entry, training
 from launch.runs.configs import GeneratorRun, TokenizerRun
 from launch.runs.tasks import read_run
-from quickstart.pictures.source import EmojiConfig, EmojiSource
-from tokenizer.bridge import BridgeConfig
-from tokenizer.encode import EncodeConfig, encode_shards
+from quickstart.pictures.config import EmojiConfig
+from quickstart.pictures.source import EmojiSource
+from tokenizer.config import BridgeConfig, EncodeConfig
+from tokenizer.encode import encode_shards
 from tokenizer.rpiae import Autoencoder
 
 ROOT = Path(__file__).parents[2]

@@ -20,11 +20,15 @@ from data.samples.images import fit_image
 from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import Sample, ShardDataset, ShardWriter, verify, write_manifest, write_shard
 from tokenizer import rpiae
-from tokenizer.bridge import BridgeConfig
-from tokenizer.encode import EncodeConfig, encode_shards
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from tokenizer.config import (
+    AutoencoderConfig,
+    BridgeConfig,
+    EncodeConfig,
+    PixelDecoderConfig,
+    RepresentationConfig,
+)
+from tokenizer.encode import encode_shards
+from tokenizer.rpiae import Autoencoder
 
 CAPTIONS = ["a red apple on blue", "two dogs beside a small green house", "a cat"]
 TOKENS_PER_IMAGE = 16

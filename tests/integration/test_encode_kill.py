@@ -13,7 +13,8 @@ from PIL import Image
 
 from data.samples.text import train_text_tokenizer
 from data.shards import Sample, ShardWriter
-from tokenizer.encode import EncodeConfig, encode_shards
+from tokenizer.config import EncodeConfig
+from tokenizer.encode import encode_shards
 from tokenizer.rpiae import Autoencoder
 
 NUM_SHARDS = 16

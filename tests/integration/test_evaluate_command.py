@@ -20,19 +20,20 @@ import torch
 from PIL import Image
 
 from base.config import UserError
+from data.image_set import Item, write_image, write_manifest
 from evaluation import benchmark_files, calibration
 from evaluation.benchmark_files import FILES, git_blob_hash, obtain
 from evaluation.features import feature_files
 from evaluation.features.representation import RepresentationFeatures
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.suites import reconstruction as reconstruction_suite
 from generator.prompts import read_prompts
 from launch import evaluate as command
-from quickstart.standin import IdentityObjective, StandInConfig
+from quickstart.config import StandInConfig
+from quickstart.standin import IdentityObjective
 from report.benchmarks import failed_items, page, read_run
 from report.comparison import Paired, paired
 from report.paper_tables import TABLES
-from tokenizer.representation import RepresentationConfig
+from tokenizer.config import RepresentationConfig
 
 TINY = RepresentationConfig(
     name="vit_tiny_patch16_224",

@@ -11,7 +11,8 @@ from data.shards import Sample, verify
 from data.sources.base import BadItemError, InUnits
 from data.sources.prepare import Preparation
 from data.sources.write import Workers, write_sources
-from quickstart.pictures.source import EmojiConfig, EmojiSource
+from quickstart.pictures.config import EmojiConfig
+from quickstart.pictures.source import EmojiSource
 
 NUM_ITEMS, ITEMS_PER_SHARD = 400, 20
 

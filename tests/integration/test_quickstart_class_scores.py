@@ -13,13 +13,14 @@ from base import config
 from base.config import to_dict
 from base.files import write_json, write_text
 from data.shards import LatentInfo
-from generator.class_conditional.config import DitConfig
+from generator.class_conditional.config import ClassSamplingConfig, DitConfig
 from generator.class_conditional.model import create_generator
-from generator.class_conditional.sampling import ClassSamplingConfig
 from launch.runs.configs import ClassRun
 from quickstart import class_scores
 from quickstart.class_page import LABELS
-from quickstart.judge import JudgeConfig, JudgeObjective, SceneClasses
+from quickstart.config import ClassScoresConfig, JudgeConfig
+from quickstart.judge import JudgeObjective
+from quickstart.judge_network import SceneClasses
 from quickstart.pictures.source import BACKGROUND_NAMES, OBJECT_NAMES
 from quickstart.standin import IdentityObjective
 from quickstart.train_standin import StandInRun
@@ -62,7 +63,7 @@ def test_every_export_of_every_training_stands_on_the_page(
     for name, pace in paces.items():
         lines = [{"step": step, "loss": 1.0, "step_s": pace} for step in (10, 20, 30)]
         write_text(root / name / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    scores = class_scores.ScoresConfig(NUM_IMAGES, ClassSamplingConfig(num_steps=1))
+    scores = ClassScoresConfig(NUM_IMAGES, ClassSamplingConfig(num_steps=1))
     class_scores.score(root, base, scores, tmp_path / "docs" / "class.md")
     page = (tmp_path / "docs" / "class.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("|")]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from base import files
-from evaluation.manifest import Item, write_image, write_manifest
+from data.image_set import Item, write_image, write_manifest
 from evaluation.runner import evaluate
 from evaluation.suites.reconstruction import ReconstructionSuite
 from report import render_report

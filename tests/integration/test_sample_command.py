@@ -24,16 +24,17 @@ from PIL import Image
 from base import config
 from base.config import UserError, to_dict
 from base.files import write_json
+from base.team import Team
+from data.image_set import ImageSet, write_image
 from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import LatentInfo
 from engine.distributed import free_port
-from evaluation import sampled_set
-from evaluation.manifest import ImageSet, write_image
-from evaluation.runner import Team
-from evaluation.sampled_set import SampledSetConfig, draw_set
+from generator import sampled_set
 from generator.model import Generator
 from generator.pipeline import Pipeline
-from generator.sampling import Condition, SamplingConfig
+from generator.sampled_set import SampledSetConfig, draw_set
+from generator.sampling import Condition
+from generator.sampling_config import SamplingConfig
 from launch import evaluate as launch_evaluate
 from launch import sample
 from launch.runs import entry

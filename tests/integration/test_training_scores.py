@@ -14,19 +14,19 @@ import pytest
 import torch
 
 from base.config import ConfigError, UserError, from_dict
-from data.samples.images import PixelConfig
+from data.config import PixelConfig
+from data.image_set import ImageSet
 from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import LatentInfo
 from engine import distributed
 from engine.distributed import Ranks
-from evaluation.manifest import ImageSet
 from evaluation.metrics.reconstruction import psnr_db
-from evaluation.sampled_set import SampledSetConfig, draw_set
 from evaluation.stage_set import ROLES
-from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
-from generator.objective import FlowConfig, FlowObjective
-from generator.sampling import SamplingConfig
+from generator.config import FlowConfig, GeneratorConfig, MotConfig
+from generator.model import Generator
+from generator.objective import FlowObjective
+from generator.sampled_set import SampledSetConfig, draw_set
+from generator.sampling_config import SamplingConfig
 from launch.runs.configs import GeneratorRun, TokenizerRun
 from launch.runs.periodic_config import PromptEvaluationConfig, StageEvaluationConfig
 from launch.runs.periodic_scores import _of_prompts, _of_stage, check

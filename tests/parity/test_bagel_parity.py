@@ -21,11 +21,10 @@ from base.files import write_json
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
 from generator.bagel import LM_HEAD, POSITIONS, bagel_name, export_bagel, import_bagel
+from generator.config import DdtHeadConfig, GeneratorConfig, MotConfig
 from generator.embeddings import grid_sinusoids
 from generator.flow import interpolate
-from generator.heads import DdtHeadConfig
-from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
+from generator.model import Generator
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "bagel_forward.json").read_text())
 CHANNELS, SIDE, SHIFT = 8, 8, 2.0

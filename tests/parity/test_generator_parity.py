@@ -12,8 +12,9 @@ from base.config import UserError
 from data.packs.packed_batch import ImageSplit, TextSplit, build_packed_batch
 from data.shards import LatentInfo
 from generator.attention import planned_attention
-from generator.model import Generator, GeneratorConfig
-from generator.mot import Mot, MotConfig
+from generator.config import GeneratorConfig, MotConfig
+from generator.model import Generator
+from generator.mot import Mot
 from generator.qwen import QWEN2_5_0_5B, load_qwen, qwen_shape
 
 SHAPE = {

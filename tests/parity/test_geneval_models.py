@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 
 from base.config import UserError
+from data.image_set import Item, write_image, write_manifest
 from evaluation.judges.colour import COLOURS, TEMPLATES, ClipColours, masked_crop
 from evaluation.judges.detector import (
     NAMES,
@@ -21,7 +22,6 @@ from evaluation.judges.detector import (
     post_process,
     prepare,
 )
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.runner import evaluate
 from evaluation.suites.geneval import GenEvalSuite
 

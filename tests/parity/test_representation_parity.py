@@ -14,8 +14,9 @@ import transformers
 from torch import Tensor, nn
 
 from base.config import ConfigError
+from tokenizer.config import RepresentationConfig
 from tokenizer.model_names import MODELS
-from tokenizer.representation import Representation, RepresentationConfig
+from tokenizer.representation import Representation
 
 # Values are of order 1 (features) to 10 (intermediates). Within a library the same operations run: 5e-7 is seen, from
 # the norm that is written out here; 1.2e-5 with MAE, whose sums follow its shuffle. Between the libraries 0, and

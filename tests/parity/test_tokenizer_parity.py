@@ -10,9 +10,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from tokenizer.bridge import Bridge, BridgeConfig
-from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig, sincos_positions
-from tokenizer.representation import Representation, RepresentationConfig
+from tokenizer.bridge import Bridge
+from tokenizer.config import BridgeConfig, PixelDecoderConfig, RepresentationConfig
+from tokenizer.pixel_decoder import PixelDecoder, sincos_positions
+from tokenizer.representation import Representation
 from tokenizer.training.discriminator import SpectralConv1d
 from tokenizer.training.perceptual import LpipsVgg16
 from tokenizer.transformer import Layer, SelfAttention

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from base import files, hub
 from base.config import UserError, describing, from_dict
 from tokenizer.kl import KlAutoencoder, KlConfig
 from tokenizer.releases.checkpoint import Checkpoint, read_checkpoint
 from tokenizer.releases.imported import Imported, shapes
 from tokenizer.releases.renaming import Rule, check, modules, translate
-from tokenizer.weights import load_exact
+from tokenizer.weights import load_exact, shapes_only
 
 DIFFUSERS_CONFIG = "config.json"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -114,7 +112,7 @@ def kl_config(tree: Mapping[str, Any], image_px: int, where: str) -> KlConfig:
 
 def _import(checkpoint: Checkpoint, config: KlConfig, rules: Sequence[Rule], sha256: str) -> Imported:
     translation = translate(checkpoint.tensors, rules)
-    with describing(checkpoint.where), torch.device("meta"):
+    with describing(checkpoint.where), shapes_only():
         ours = shapes(KlAutoencoder(config))
     theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
 

@@ -15,14 +15,19 @@ from torch import Tensor
 
 from base import files
 from base.config import ConfigError, UserError
-from tokenizer.bridge import BridgeConfig
-from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig, sincos_positions
+from tokenizer.config import (
+    AutoencoderConfig,
+    BridgeConfig,
+    PixelDecoderConfig,
+    RepresentationConfig,
+    without_download,
+)
+from tokenizer.pixel_decoder import PixelDecoder, sincos_positions
 from tokenizer.releases.checkpoint import read_checkpoint
 from tokenizer.releases.imported import Imported, shapes
 from tokenizer.releases.renaming import Rule, Shapes, check, modules, translate
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig, without_download
-from tokenizer.weights import load_exact
+from tokenizer.rpiae import Autoencoder
+from tokenizer.weights import load_exact, shapes_only
 
 RAE = AutoencoderConfig(
     representation=RepresentationConfig("dinov2-b-reg", library="transformers"),
@@ -126,7 +131,7 @@ def wanted_shapes(config: AutoencoderConfig) -> Shapes:
     """Shapes of every tensor that a file must hold for `config`, the position table included. Allocates nothing."""
     if config.decoder.kind != "vit":
         raise ConfigError(f"decoder.kind is {config.decoder.kind}: RPiAE and RAE release vit decoders")
-    with torch.device("meta"):
+    with shapes_only():
         model = Autoencoder(without_download(config))
     assert isinstance(model.decoder, PixelDecoder)
     return {**shapes(model), POSITIONS: tuple(model.decoder.positions.shape)}

@@ -6,39 +6,21 @@ Shapes: B batch, D feature width, N patch tokens of the frozen model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from base.bounds import Amount, Count
-from base.config import ConfigError
 from tokenizer.norms import GroupNorm
-from tokenizer.representation import Representation, RepresentationConfig
+from tokenizer.representation import Representation
+from tokenizer.training.stage_config import DiscriminatorConfig
 from tokenizer.weights import freeze
 
 NUM_GROUPS = 32
 LEAK = 0.2
 SPECTRAL_EPS = 1e-12
 POWER_ITERATIONS_AT_START = 15
-
-
-@dataclass(frozen=True)
-class DiscriminatorConfig:
-    """The discriminator's frozen features and trainable heads."""
-
-    representation: RepresentationConfig
-    """The frozen model whose features the heads see (paper: DINOv2-S; release: DINO ViT-S/8)."""
-    depths: tuple[Amount, ...] = (2, 5, 8, 11)
-    """Blocks (0-based) whose outputs get a head each, increasing."""
-    kernel_size: Count = 9
-    """Tokens that a head's convolution spans, along the row-major token sequence; odd."""
-
-    def __post_init__(self) -> None:
-        if self.kernel_size % 2 == 0 or self.kernel_size < 1:
-            raise ConfigError(f"discriminator.kernel_size {self.kernel_size} must be odd")
 
 
 class FrozenFeatures(nn.Module):

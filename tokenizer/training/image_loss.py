@@ -14,26 +14,13 @@ from base.objective import LossOutput
 from tokenizer.frozen import hold_under_autocast
 from tokenizer.training import adaptive, losses
 from tokenizer.training.diffaug import augment
-from tokenizer.training.discriminator import DiscriminatorConfig, FrozenFeatures, Heads, frozen_logits
-from tokenizer.training.perceptual import Perceptual, PerceptualConfig, build_perceptual
+from tokenizer.training.discriminator import FrozenFeatures, Heads, frozen_logits
+from tokenizer.training.perceptual import Perceptual, build_perceptual
 from tokenizer.training.seeds import Purpose, generator
+from tokenizer.training.stage_config import GanConfig, PerceptualConfig
 from tokenizer.weights import state_hash
 
 GAN_EPS, GAN_CEILING = 1e-6, 1e4  # eps and ceiling of lambda_gan (docs/method.md)
-
-
-@dataclass(frozen=True)
-class GanConfig:
-    """The adversarial loss: its networks, start steps and weight."""
-
-    discriminator: DiscriminatorConfig
-    """The discriminator's features and heads."""
-    update_start_step: int
-    """Global step from which the discriminator is trained (paper: epoch 6)."""
-    loss_start_step: int
-    """Global step from which its loss reaches the decoder (paper: epoch 8)."""
-    weight: float = 0.75
-    """w_G, multiplied by the adaptive lambda_gan."""
 
 
 @dataclass(frozen=True)

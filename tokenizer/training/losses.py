@@ -5,14 +5,11 @@ Shapes: B batch, D feature width, C latent channels, Y X token grid, H W pixels.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PivotLoss = Literal["raw", "normalised"]
-NoiseLaw = Literal["gaussian", "uniform"]
+from tokenizer.training.stage_config import NoiseLaw, PivotLoss
 
 
 def reconstruction(pixels_hat: Tensor, pixels_01: Tensor) -> Tensor:

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from base.bounds import Amount
 from base.config import ConfigError, UserError
+from tokenizer.config import RepresentationConfig
 from tokenizer.releases.checkpoint import read_checkpoint
-from tokenizer.representation import Representation, RepresentationConfig
+from tokenizer.representation import Representation
 from tokenizer.training import half_distance
+from tokenizer.training.stage_config import PerceptualConfig
 from tokenizer.weights import freeze, load_exact
 
 VGG16_BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -31,21 +30,6 @@ TRAINING_REMEDY = (
 # LPIPS's own normalisation of pixels in [-1, 1], close to ImageNet's mean and deviation.
 LPIPS_SHIFT = (-0.030, -0.088, -0.188)
 LPIPS_SCALE = (0.458, 0.448, 0.450)
-
-
-@dataclass(frozen=True)
-class PerceptualConfig:
-    """Which perceptual distance, and the networks it needs."""
-
-    kind: Literal["lpips_vgg16", "representation", "none"] = "lpips_vgg16"
-    """LPIPS (paper), distance of a frozen representation model's patch features, or no perceptual loss."""
-    vgg16_weights: str = "download"
-    """For lpips_vgg16: `download` (torchvision's ImageNet weights), the path of that .pth file, or `random`
-    (to measure memory and time only)."""
-    representation: RepresentationConfig | None = None
-    """For representation: the frozen model."""
-    depths: tuple[Amount, ...] = ()
-    """For representation: blocks (0-based, increasing) whose patch features are compared."""
 
 
 class Perceptual(nn.Module):

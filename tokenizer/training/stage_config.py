@@ -5,18 +5,60 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from base.bounds import Seed, Step, Weight
+from base.bounds import Amount, Count, Seed, Step, Weight
 from base.config import ConfigError
-from tokenizer.bridge import BridgeConfig
-from tokenizer.rpiae import AutoencoderConfig
-from tokenizer.training.discriminator import DiscriminatorConfig
+from tokenizer.config import AutoencoderConfig, BridgeConfig, RepresentationConfig
 from tokenizer.training.health import HealthConfig
-from tokenizer.training.image_loss import GanConfig
-from tokenizer.training.losses import NoiseLaw, PivotLoss
-from tokenizer.training.perceptual import PerceptualConfig
 
 StageName = Literal["pivot", "bridge", "decoder", "joint"]
+PivotLoss = Literal["raw", "normalised"]
+NoiseLaw = Literal["gaussian", "uniform"]
 PAPER_TAU = 0.8
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The discriminator's frozen features and trainable heads."""
+
+    representation: RepresentationConfig
+    """The frozen model whose features the heads see (paper: DINOv2-S; release: DINO ViT-S/8)."""
+    depths: tuple[Amount, ...] = (2, 5, 8, 11)
+    """Blocks (0-based) whose outputs get a head each, increasing."""
+    kernel_size: Count = 9
+    """Tokens that a head's convolution spans, along the row-major token sequence; odd."""
+
+    def __post_init__(self) -> None:
+        if self.kernel_size % 2 == 0 or self.kernel_size < 1:
+            raise ConfigError(f"discriminator.kernel_size {self.kernel_size} must be odd")
+
+
+@dataclass(frozen=True)
+class PerceptualConfig:
+    """Which perceptual distance, and the networks it needs."""
+
+    kind: Literal["lpips_vgg16", "representation", "none"] = "lpips_vgg16"
+    """LPIPS (paper), distance of a frozen representation model's patch features, or no perceptual loss."""
+    vgg16_weights: str = "download"
+    """For lpips_vgg16: `download` (torchvision's ImageNet weights), the path of that .pth file, or `random`
+    (to measure memory and time only)."""
+    representation: RepresentationConfig | None = None
+    """For representation: the frozen model."""
+    depths: tuple[Amount, ...] = ()
+    """For representation: blocks (0-based, increasing) whose patch features are compared."""
+
+
+@dataclass(frozen=True)
+class GanConfig:
+    """The adversarial loss: its networks, start steps and weight."""
+
+    discriminator: DiscriminatorConfig
+    """The discriminator's features and heads."""
+    update_start_step: int
+    """Global step from which the discriminator is trained (paper: epoch 6)."""
+    loss_start_step: int
+    """Global step from which its loss reaches the decoder (paper: epoch 8)."""
+    weight: float = 0.75
+    """w_G, multiplied by the adaptive lambda_gan."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from base.config import ConfigError, UserError, describing
-from tokenizer.representation import without_weights
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig, read_config, without_download
+from tokenizer.config import AutoencoderConfig, read_config, without_download, without_weights
+from tokenizer.rpiae import Autoencoder
 from tokenizer.training.objectives import BridgeObjective, DecoderObjective, JointObjective, PivotObjective
 from tokenizer.training.stage_config import StageConfig
 from tokenizer.training.stage_objective import StageObjective
@@ -19,7 +19,6 @@ __all__ = [
     "DecoderObjective",
     "JointObjective",
     "PivotObjective",
-    "StageConfig",
     "StageObjective",
     "autoencoder_config",
     "build_stage",

@@ -17,7 +17,7 @@ from base.objective import LossOutput
 from engine import deepspeed_engine, distributed
 from engine.checkpoint import Checkpoints
 from engine.ema import Ema
-from engine.schedule import OptimizerConfig
+from engine.engine_config import OptimizerConfig
 
 STREAMS = 6
 DECAYS = (0.9, 0.5)

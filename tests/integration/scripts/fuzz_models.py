@@ -20,8 +20,9 @@ from engine import checkpoint_export, checkpoint_folder, checkpoint_writer
 from engine.layout import Segment
 from launch.runs.configs import EncodeRun
 from launch.runs.tasks import read_run
-from quickstart.judge import Judge, JudgeConfig, JudgeExport, SceneClasses
-from quickstart.judge_network import JudgeNetwork
+from quickstart.config import JudgeConfig
+from quickstart.judge import Judge, JudgeExport
+from quickstart.judge_network import JudgeNetwork, SceneClasses
 from quickstart.train_judge import JudgeRun
 from quickstart.train_standin import StandInRun
 from tokenizer.releases.checkpoint import read_checkpoint

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from fuzz_inputs import IMAGE, Case, lines, parquet_of, png, put
 
+from data.image_set import ImageSet
 from evaluation.judge_instructions import ImgEditInstructions, VieInstructions
 from evaluation.judges.endpoint import EndpointJudge
-from evaluation.manifest import ImageSet
 from evaluation.metrics.dpg import answer, read_graphs
 from evaluation.metrics.geneval import Detection, check_metadata, verdict
 from evaluation.metrics.vie import read_scores, read_three_ratings

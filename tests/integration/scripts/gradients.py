@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.objective import LossOutput, Term
 from engine import deepspeed_engine, distributed, exchange
-from engine.engine_config import EngineConfig
+from engine.engine_config import EngineConfig, OptimizerConfig
 from engine.metric_window import Window
-from engine.schedule import OptimizerConfig
 from engine.spans import Spans
 from engine.step import Stepper
 

@@ -18,23 +18,17 @@ from data.packs.packed_batch import ImageSplit, TextSplit, build_packed_batch
 from data.samples.images import PixelBatch
 from data.shards import LatentInfo
 from engine import deepspeed_engine, distributed
-from engine.engine_config import EngineConfig
+from engine.engine_config import EngineConfig, OptimizerConfig
 from engine.metric_window import Window
-from engine.schedule import OptimizerConfig
 from engine.spans import Spans
 from engine.step import Stepper
-from generator.class_conditional.config import DitConfig, WideHeadConfig
-from generator.class_conditional.objective import ClassFlowConfig, build_class_objective
-from generator.heads import DdtHeadConfig
-from generator.model import GeneratorConfig
-from generator.mot import MotConfig
-from generator.objective import FlowConfig, build_objective
-from tokenizer.bridge import BridgeConfig
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import AutoencoderConfig
-from tokenizer.training.perceptual import PerceptualConfig
-from tokenizer.training.stages import StageConfig, build_stage
+from generator.class_conditional.config import ClassFlowConfig, DitConfig, WideHeadConfig
+from generator.class_conditional.objective import build_class_objective
+from generator.config import DdtHeadConfig, FlowConfig, GeneratorConfig, MotConfig
+from generator.objective import build_objective
+from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
+from tokenizer.training.stage_config import PerceptualConfig, StageConfig
+from tokenizer.training.stages import build_stage
 
 SHAPE = (4, 2, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text")

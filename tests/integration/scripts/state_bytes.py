@@ -8,9 +8,8 @@ from torch import nn
 
 from base.objective import LossOutput
 from engine import deepspeed_engine, distributed
-from engine.engine_config import EngineConfig
+from engine.engine_config import EngineConfig, OptimizerConfig
 from engine.memory import StateBytes, TensorBytes
-from engine.schedule import OptimizerConfig
 
 WIDTH, LAYERS = 512, 40
 

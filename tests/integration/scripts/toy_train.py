@@ -22,9 +22,8 @@ from base.config import UserError, to_dict
 from base.objective import LossOutput, Term
 from engine import distributed, peers
 from engine.endings import LOST_CONTACT
-from engine.engine_config import EngineConfig
+from engine.engine_config import EngineConfig, OptimizerConfig
 from engine.loop import train
-from engine.schedule import OptimizerConfig
 
 WIDTH = 6
 SPIKE = 1000.0

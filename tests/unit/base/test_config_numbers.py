@@ -20,7 +20,7 @@ from launch.sizing import dry_run
 from quickstart.ablation import AblationRun
 from quickstart.chain import QuickstartRun
 from quickstart.class_chain import QuickstartClassRun
-from quickstart.pictures.source import EmojiConfig
+from quickstart.pictures.config import EmojiConfig
 from quickstart.train_judge import JudgeRun
 from quickstart.train_standin import StandInRun
 

@@ -26,12 +26,12 @@ from PIL import Image
 
 from base import config, hub, limits
 from base.config import UserError
+from data.config import StorageConfig
 from data.samples.images import read_rgb_file
 from data.samples.text import load_text_tokenizer
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 from data.shards.index import MANIFEST_NAME
 from data.shards.quarantine import read_quarantine
-from data.shards.storage import StorageConfig
 from data.sources import folders
 from data.sources.base import BadItemError
 from data.sources.caption_files import batches

@@ -24,7 +24,9 @@ import pytest
 from PIL import Image
 
 from base.config import UserError
-from data.samples.images import PixelConfig, PixelPacker, decode_image, image_parts
+from data.config import PixelConfig
+from data.image_set import ImageSet, write_class_folders
+from data.samples.images import PixelPacker, decode_image, image_parts
 from data.shards import Sample, ShardDataset
 from data.sources.base import BadItemError, InUnits, Source
 from data.sources.folder import FolderSource
@@ -36,7 +38,6 @@ from data.sources.tar_indexing import index_shards
 from data.sources.tar_samples import find_tars
 from data.sources.webdataset import WebDatasetSource
 from evaluation.image_source import FileImages
-from evaluation.manifest import ImageSet, write_class_folders
 from evaluation.metrics.dpg import read_graphs
 from evaluation.prompt_sets import write_gedit
 from evaluation.reconstruct import image_names

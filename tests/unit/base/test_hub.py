@@ -18,8 +18,9 @@ from evaluation.features.vision_transformers import VisionFeatures
 from evaluation.judges.colour import ClipColours
 from evaluation.judges.detector import Mask2FormerDetector
 from evaluation.judges.vision_language import TransformersJudge
-from launch import export
-from tokenizer.representation import Representation, RepresentationConfig
+from launch.runs import export_folder
+from tokenizer.config import RepresentationConfig
+from tokenizer.representation import Representation
 
 ROOT = Path(__file__).parents[3]
 DOWNLOADS = {"from_pretrained", "from_config", "hf_hub_download", "snapshot_download", "create_model"}
@@ -115,7 +116,7 @@ LOADERS: dict[str, Callable[[str], object]] = {
     "detector": Mask2FormerDetector.load,
     "DINOv2 features": lambda folder: VisionFeatures.load("dinov2", folder),
     "CLIP features": lambda folder: VisionFeatures.load("clip", folder),
-    "export of a tokenizer": lambda folder: export.copy_text_tokenizer(folder, Path(folder) / "copy"),
+    "export of a tokenizer": lambda folder: export_folder.copy_text_tokenizer(folder, Path(folder) / "copy"),
 }
 
 

@@ -35,8 +35,8 @@ OWN = {
     "engine/logs.py": "the run's own logs",
     "engine/memory.py": "/proc",
     "engine/run_lock.py": "the run's own lock",
-    "engine/threads.py": "the machine's control groups",
-    "launch/export.py": "the run's own log",
+    "base/threads.py": "the machine's control groups",
+    "launch/runs/export_folder.py": "the run's own log",
     "tokenizer/training/perceptual.py": "the heads of an installed package; VGG16 goes by the rule",
     "launch/runs/nodes.py": "a token of this job; /proc",
 }

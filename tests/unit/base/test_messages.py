@@ -11,11 +11,11 @@ from base.config import UserError, counted
 from data.shards import LatentInfo
 from engine.peers import lost_contact
 from evaluation.metrics.reconstruction import Lpips
-from generator.model import GeneratorConfig
-from generator.mot import MotConfig
-from generator.objective import FlowConfig, build_objective
+from generator.config import FlowConfig, GeneratorConfig, MotConfig
+from generator.objective import build_objective
 from launch.runs.drawable import check_edits
-from tokenizer.training.perceptual import PerceptualConfig, build_perceptual
+from tokenizer.training.perceptual import build_perceptual
+from tokenizer.training.stage_config import PerceptualConfig
 from tokenizer.weights import usable
 
 

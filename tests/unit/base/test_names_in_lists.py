@@ -12,12 +12,12 @@ from PIL import Image
 
 from base import files
 from base.config import UserError
+from data.image_set import ImageSet, Item, write_class_folders, write_manifest
 from data.shards import ShardDataset
 from data.sources.base import InUnits
 from data.sources.folder import FolderSource
 from data.sources.write import write_sources
 from evaluation.image_source import FileImages
-from evaluation.manifest import ImageSet, Item, write_class_folders, write_manifest
 from evaluation.prompt_sets import write_imgedit
 from evaluation.reference import Reference
 from generator.prompts import read_prompts

@@ -12,11 +12,11 @@ from PIL import Image
 
 from base import files
 from base.config import UserError
+from base.team import ALONE
+from data.adm_npz import write_npz
+from data.image_set import ImageSet, Item, write_image
 from data.shards import Sample, ShardWriter
-from evaluation.adm_npz import write_npz
-from evaluation.drawn_set import draw_on_ranks
-from evaluation.manifest import ImageSet, Item, write_image
-from evaluation.runner import ALONE
+from generator.drawn_set import draw_on_ranks
 from launch import sample
 from launch.runs import training
 

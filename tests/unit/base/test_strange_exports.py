@@ -11,22 +11,20 @@ from typing import Any
 import pytest
 
 from base.config import ConfigError, UserError
-from data.samples.images import PixelConfig
+from data.config import PixelConfig
 from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import LatentInfo
 from evaluation.features.representation import RepresentationFeatures
 from generator.class_conditional.model import DitConfig, create_generator, load_generator
-from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
+from generator.config import GeneratorConfig, MotConfig
+from generator.model import Generator
 from generator.pretrained import load_pretrained
 from generator.qwen import qwen_shape
 from tokenizer.autoencoders import load_autoencoder
-from tokenizer.bridge import BridgeConfig
+from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.kl import KlAutoencoder, KlConfig
-from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.releases.kl import import_diffusers
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from tokenizer.rpiae import Autoencoder
 
 LATENTS = LatentInfo("fp32", (4, 3, 3), (0.5,) * 4, (2.0,) * 4, "autoencoder", "text")
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from base.tf32 import allow_tf32, exact_fp32
+from data.image_set import Item, write_image, write_manifest
 from engine import loop
 from engine.distributed import Ranks
-from engine.engine_config import EngineConfig
-from engine.schedule import OptimizerConfig
+from engine.engine_config import EngineConfig, OptimizerConfig
 from evaluation.features.interface import extract
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.runner import Measurement, evaluate
 from launch.runs import entry
 
@@ -36,13 +35,20 @@ def restored() -> Iterator[None]:
 
 def test_every_command_allows_it() -> None:
     seen = []
+
+    def command() -> None:
+        entry.use_torch()
+        seen.append(state())
+
     for before in (True, False):
         allow_tf32(before)
-        entry.run(lambda: seen.append(state()))
+        entry.run(command)
     assert seen == [(True, True)] * 2
     programs = [path for path in (REPOSITORY / "launch").glob("*.py") if "__main__" in path.read_text()]
     assert len(programs) > 15
     assert [path.name for path in programs if not re.search(r"entry\.run\(main", path.read_text())] == []
+    without = [path.name for path in programs if "entry.use_torch()" not in path.read_text()]
+    assert without == ["train_text_tokenizer.py"]  # which needs no torch
 
 
 @pytest.mark.parametrize("wanted", [True, False])

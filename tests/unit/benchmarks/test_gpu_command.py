@@ -19,7 +19,7 @@ from benchmarks.gpu.recording import Recorder
 from benchmarks.gpu.steps import PlainEngine
 from benchmarks.throughput import LONGEST, Shape, packs
 from engine.deepspeed_engine import Forward
-from engine.schedule import OptimizerConfig
+from engine.engine_config import OptimizerConfig
 from tokenizer.training.stages import autoencoder_config
 
 

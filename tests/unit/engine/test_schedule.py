@@ -5,13 +5,8 @@ import torch
 from torch import nn
 
 from base.config import ConfigError
-from engine.schedule import (
-    OptimizerConfig,
-    build_optimizer,
-    hidden_matrices,
-    learning_rate,
-    set_learning_rate,
-)
+from engine.engine_config import OptimizerConfig
+from engine.schedule import build_optimizer, hidden_matrices, learning_rate, set_learning_rate
 
 
 def test_warmup_reaches_the_peak_and_cosine_ends_at_final():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from base.config import UserError
-from evaluation.manifest import ImageSet, Item, write_class_folders, write_image, write_manifest
+from data.image_set import ImageSet, Item, write_class_folders, write_image, write_manifest
 from evaluation.runner import Measurement, estimates, evaluate
 from evaluation.suites.reconstruction import ReconstructionSuite
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from base.config import UserError
+from base.team import Team
+from data.image_set import Item, write_image, write_manifest
 from evaluation.features.feature_files import FeatureFiles
 from evaluation.features.inception import AdmInception
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.frechet import gaussian_distance
 from evaluation.metrics.manifold import in_manifold, radii
 from evaluation.metrics.rows import TensorRows
 from evaluation.reference import Reference
-from evaluation.runner import Team, evaluate
+from evaluation.runner import evaluate
 from evaluation.suites.generation import GenerationSuite, Spaces
 
 NUM_IMAGES = 40

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from base.config import UserError
+from base.team import Team
+from data.image_set import Item, write_image, write_manifest
 from evaluation.judges.detector import NAMES, FoundObject
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.geneval import Detection, check_metadata, relations, verdict
 from evaluation.metrics.interval import mean_of_means
-from evaluation.runner import Team, evaluate
+from evaluation.runner import evaluate
 from evaluation.suites.geneval import GenEvalSuite
 
 BOX = (10.0, 10.0, 30.0, 30.0)

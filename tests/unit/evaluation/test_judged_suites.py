@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from base.config import UserError
+from base.team import Team
+from data.image_set import Item, write_image, write_manifest
 from evaluation.judge_instructions import ImgEditInstructions, VieInstructions
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.dpg import COLUMNS, Graph, Node, answer, image_score, read_graphs
 from evaluation.metrics.vie import read_scores, read_three_ratings, sample_scores
-from evaluation.runner import Team, evaluate
+from evaluation.runner import evaluate
 from evaluation.store import RefusedError
 from evaluation.suites.dpg import DpgSuite
 from evaluation.suites.edit_benchmarks import GEditSuite, ImgEditSuite

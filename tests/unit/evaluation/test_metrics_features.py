@@ -22,10 +22,11 @@ from evaluation.features.inception import (
 )
 from evaluation.features.interface import extract
 from evaluation.features.representation import RepresentationFeatures
-from quickstart.standin import IdentityObjective, StandInConfig
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import Representation, RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from quickstart.config import StandInConfig
+from quickstart.standin import IdentityObjective
+from tokenizer.config import AutoencoderConfig, PixelDecoderConfig, RepresentationConfig
+from tokenizer.representation import Representation
+from tokenizer.rpiae import Autoencoder
 
 TINY = RepresentationConfig(
     name="vit_tiny_patch16_224",

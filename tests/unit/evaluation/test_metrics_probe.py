@@ -9,13 +9,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from base.config import ConfigError, UserError
+from data.image_set import Item, write_image, write_manifest
 from evaluation.features.representation import RepresentationFeatures, last_tokens
 from evaluation.linear_head import HEADS, HeadClassifier, LinearHead, prepare
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.probe import accuracy, fit
 from evaluation.runner import evaluate
 from evaluation.suites.linear_probe import LinearProbeSuite, ProbeClassifier, ranked
-from tokenizer.representation import Representation, RepresentationConfig
+from tokenizer.config import RepresentationConfig
+from tokenizer.representation import Representation
 
 SIZES: dict[str, int | float | bool | str] = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 

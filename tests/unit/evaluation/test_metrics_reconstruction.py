@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from base.config import UserError
+from data.image_set import Item, write_image, write_manifest
 from evaluation.features.interface import FeatureExtractor
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.frechet import FeatureStatistics, frechet_distance
 from evaluation.metrics.reconstruction import Lpips, ssim, to_uint8
 from evaluation.runner import evaluate

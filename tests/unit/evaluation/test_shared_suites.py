@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from base.config import UserError
+from base.team import Team
+from data.image_set import Item, write_image, write_manifest
 from evaluation.features import feature_files
-from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.reconstruction import MAX_DB, Lpips, psnr_db, ssim
-from evaluation.runner import Suite, Team, evaluate
+from evaluation.runner import Suite, evaluate
 from evaluation.suites.linear_probe import LinearProbeSuite, ranked
 from evaluation.suites.reconstruction import ReconstructionSuite
 from tokenizer.training.perceptual import LpipsVgg16

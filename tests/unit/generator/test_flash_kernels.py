@@ -24,11 +24,10 @@ from data.packs.attention_plan import AttentionPlan, Split, build_attention_plan
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
 from generator.attention import attend, choose_backend, planned_attention
+from generator.config import DdtHeadConfig, GeneratorConfig, MotConfig
 from generator.flash import PACKAGES
 from generator.gather import gather_rows
-from generator.heads import DdtHeadConfig
-from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
+from generator.model import Generator
 from generator.prefix import PrefixCache, split_prefix
 
 Splits = list[TextSplit | ImageSplit]

@@ -10,10 +10,9 @@ from torch import Tensor
 from base.config import ConfigError, UserError
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
-from generator.heads import DdtHeadConfig
-from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
-from generator.objective import FlowConfig, build_objective
+from generator.config import DdtHeadConfig, FlowConfig, GeneratorConfig, MotConfig
+from generator.model import Generator
+from generator.objective import build_objective
 from generator.prefix import PrefixCache, split_prefix
 
 SIDE, CHANNELS = 3, 4

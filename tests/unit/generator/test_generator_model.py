@@ -14,9 +14,9 @@ from base.config import UserError
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
 from generator.attention import attend, choose_backend, planned_attention
+from generator.config import GeneratorConfig, MotConfig
 from generator.flash import PACKAGES
-from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
+from generator.model import Generator
 
 SIDE, CHANNELS, VOCAB = 3, 4, 32
 BACKBONE = MotConfig(

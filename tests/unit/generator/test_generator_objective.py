@@ -13,12 +13,13 @@ from base.objective import HISTORY_WINDOWS, LossOutput
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
 from engine.metric_window import Window
+from generator.config import FlowConfig, GeneratorConfig, MotConfig
 from generator.embeddings import grid_sinusoids, time_sinusoids
 from generator.flow import draw_times, interpolate, resolve_shift, sampling_times, shift_time, velocity_target
-from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
-from generator.objective import FlowConfig, FlowObjective, Preview, build_objective, check_latents, tile
-from generator.sampling import Condition, SamplingConfig
+from generator.model import Generator
+from generator.objective import FlowObjective, Preview, build_objective, check_latents, tile
+from generator.sampling import Condition
+from generator.sampling_config import SamplingConfig
 
 SHAPE = (4, 2, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text")

@@ -17,21 +17,15 @@ from base.config import ConfigError, UserError
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.samples.images import fit_image
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
+from generator.config import FlowConfig, GeneratorConfig, MotConfig
 from generator.flow import sampling_times
 from generator.guidance import guide
-from generator.model import Generator, GeneratorConfig, normalise, unnormalise
-from generator.mot import MotConfig
-from generator.objective import FlowConfig, build_objective
+from generator.model import Generator, normalise, unnormalise
+from generator.objective import build_objective
 from generator.pipeline import Pipeline, read_pixels
 from generator.prefix import split_prefix
-from generator.sampling import (
-    Condition,
-    SamplingConfig,
-    make_condition,
-    pack_branches,
-    read_conditions,
-    sample_latents,
-)
+from generator.sampling import Condition, make_condition, pack_branches, read_conditions, sample_latents
+from generator.sampling_config import SamplingConfig
 
 SHAPE = (4, 3, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.5, -0.5, 0.0, 1.0), (2.0, 1.0, 0.5, 1.0), "autoencoder", "text")

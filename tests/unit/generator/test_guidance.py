@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from base.config import ConfigError, from_dict
-from generator.class_conditional.objective import ClassFlowConfig
-from generator.class_conditional.sampling import ClassSamplingConfig
+from generator.class_conditional.config import ClassFlowConfig, ClassSamplingConfig
+from generator.config import FlowConfig
 from generator.flow import sampling_times
-from generator.guidance import GuidanceConfig, branch_weights, guide
-from generator.objective import FlowConfig
-from generator.sampling import SamplingConfig
+from generator.guidance import branch_weights, guide
+from generator.sampling_config import GuidanceConfig, SamplingConfig
 from generator.solvers import integrate, num_evaluations
 
 

@@ -18,14 +18,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from data.shards import LatentInfo
 from generator import graphs
-from generator.class_conditional.config import DitConfig, WideHeadConfig
+from generator.class_conditional.config import ClassSamplingConfig, DitConfig, WideHeadConfig
 from generator.class_conditional.model import ClassGenerator, create_generator
-from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
+from generator.class_conditional.sampling import sample_class_latents
+from generator.config import DdtHeadConfig, GeneratorConfig, MotConfig
 from generator.graphs import EAGER_CALLS, Graphed
-from generator.heads import DdtHeadConfig
-from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
-from generator.sampling import Condition, SamplingConfig, sample_latents
+from generator.model import Generator
+from generator.sampling import Condition, sample_latents
+from generator.sampling_config import SamplingConfig
 
 SHAPE = (4, 3, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.5, -0.5, 0.0, 1.0), (2.0, 1.0, 0.5, 1.0), "autoencoder", "text")

@@ -12,10 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
 from engine.memory import TensorBytes
+from generator.config import DdtHeadConfig, GeneratorConfig, MotConfig
 from generator.gather import gather_rows
-from generator.heads import DdtHeadConfig
-from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
+from generator.model import Generator
 from generator.qwen import QWEN2_5_0_5B
 from generator.sizing import PackSize, activation_bytes, forward_flops, training_flops, typical_pack
 

@@ -12,8 +12,8 @@ from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_pa
 from data.shards import LatentInfo
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator
-from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
+from generator.config import GeneratorConfig, MotConfig
+from generator.model import Generator
 from generator.wide import stacked
 
 TRACED = "aot_eager"  # dynamo and the joint graphs as for kernels, without a C++ compiler

@@ -8,7 +8,7 @@ import pytest
 from base.config import ConfigError, load, to_dict
 from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun
 from quickstart.train_standin import StandInRun
-from tokenizer.export import FORMAT_VERSION
+from tokenizer.config import FORMAT_VERSION
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 ALIGNED = "{layer: 99}"

@@ -15,17 +15,22 @@ from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_pa
 from data.packs.transfer import to_device
 from data.samples.images import PixelBatch
 from data.shards import LatentInfo
-from generator.class_conditional.alignment import AlignConfig
-from generator.class_conditional.config import DitConfig, WideHeadConfig
+from generator.class_conditional.config import (
+    AlignConfig,
+    ClassFlowConfig,
+    ClassSamplingConfig,
+    DitConfig,
+    WideHeadConfig,
+)
 from generator.class_conditional.model import create_generator
-from generator.class_conditional.objective import ClassFlowConfig, build_class_objective
-from generator.class_conditional.sampling import ClassSamplingConfig, GuidedClassVelocity
-from generator.heads import DdtHeadConfig
-from generator.model import GeneratorConfig
-from generator.mot import MotConfig
-from generator.objective import FlowConfig, build_objective
+from generator.class_conditional.objective import build_class_objective
+from generator.class_conditional.sampling import GuidedClassVelocity
+from generator.config import DdtHeadConfig, FlowConfig, GeneratorConfig, MotConfig
+from generator.objective import build_objective
 from generator.solvers import integrate
-from quickstart.judge import JudgeConfig, JudgeObjective, SceneClasses
+from quickstart.config import JudgeConfig
+from quickstart.judge import JudgeObjective
+from quickstart.judge_network import SceneClasses
 
 SHAPE = (4, 2, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text")

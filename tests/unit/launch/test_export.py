@@ -25,9 +25,9 @@ from generator.model import Generator
 from generator.model_card import Card, model_card
 from generator.pipeline import Pipeline
 from generator.pretrained import PATTERNS, load_pretrained
-from generator.sampling import SamplingConfig
+from generator.sampling_config import SamplingConfig
 from launch import export
-from launch.runs import entry
+from launch.runs import entry, export_folder
 from launch.runs.configs import GeneratorRun
 from tokenizer.export import fingerprint
 from tokenizer.kl import KlAutoencoder, KlConfig
@@ -208,7 +208,7 @@ def test_a_text_tokenizer_of_transformers_keeps_its_fingerprint(tmp_path) -> Non
     )
     bpe.train_from_iterator(["a red apple on blue"], trainer)
     Qwen2TokenizerFast(tokenizer_object=bpe).save_pretrained(tmp_path / "qwen")
-    export.copy_text_tokenizer(str(tmp_path / "qwen"), tmp_path / "copy")
+    export_folder.copy_text_tokenizer(str(tmp_path / "qwen"), tmp_path / "copy")
     before, after = (load_text_tokenizer(str(tmp_path / name)) for name in ("qwen", "copy"))
     assert before.fingerprint == after.fingerprint
     wanted = {path.name for path in (tmp_path / "copy").iterdir()}

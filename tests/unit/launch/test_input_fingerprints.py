@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from data.plan.mixture import Mixture, SetConfig
+from data.config import SetConfig
+from data.plan.mixture import Mixture
 from data.shards import Sample, ShardWriter
 from launch.runs import input_fingerprints, nodes
 from launch.runs.configs import ClassRun, GeneratorRun, TokenizerRun

@@ -14,8 +14,9 @@ from generator.class_conditional.model import new_generator
 from generator.model import Generator
 from launch.runs.configs import ClassRun, GeneratorRun
 from tokenizer.cnn_decoder import CnnDecoder
+from tokenizer.config import PixelDecoderConfig
 from tokenizer.kl import KlAutoencoder, KlConfig
-from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from tokenizer.pixel_decoder import PixelDecoder
 
 SD = (128, 256, 512, 512)
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from generator import traffic
-from generator.model import GeneratorConfig
+from generator.config import GeneratorConfig
 from generator.mot import MotLayer, RmsNorm, rope_table
 from generator.qwen import QWEN2_5_0_5B
 from generator.sizing import PackSize, attention_flops, training_flops, typical_pack

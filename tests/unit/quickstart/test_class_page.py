@@ -12,7 +12,7 @@ from torch import Tensor
 
 from base.config import load
 from base.files import write_json
-from evaluation.manifest import ImageSet, Item, write_image, write_manifest
+from data.image_set import ImageSet, Item, write_image, write_manifest
 from evaluation.metrics.interval import Estimate
 from evaluation.runner import evaluate
 from launch.runs.configs import ClassRun, EncodeRun

@@ -10,15 +10,15 @@ from base import files
 from base.config import ConfigError, load
 from data.samples.images import decode_image
 from data.sources.draws import Draws
-from quickstart.pictures.art import identities
 from quickstart.pictures.captions import captions, instructions, with_article
+from quickstart.pictures.config import EmojiConfig
 from quickstart.pictures.edits import PERCENT, Edit
+from quickstart.pictures.identities import identities
 from quickstart.pictures.scenes import BACKGROUNDS, KINDS, Kind, Placed, Scene
 from quickstart.pictures.source import (
     BACKGROUND_NAMES,
     OBJECT_NAMES,
     RECIPE,
-    EmojiConfig,
     EmojiSource,
     edit_at,
     emoji_sources,

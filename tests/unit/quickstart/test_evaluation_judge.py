@@ -7,8 +7,9 @@ import torch
 
 from base.config import ConfigError, UserError
 from data.samples.images import PixelBatch
-from quickstart.judge import Judge, JudgeConfig, JudgeObjective, SceneClasses, augment
-from quickstart.judge_network import cell_loss, cell_targets, object_evidence
+from quickstart.config import JudgeConfig
+from quickstart.judge import Judge, JudgeObjective, augment
+from quickstart.judge_network import SceneClasses, cell_loss, cell_targets, object_evidence
 
 CLASSES = SceneClasses(objects=("cross", "square"), backgrounds=("dark", "light"))
 SMALL = JudgeConfig(channels=(16, 16, 32))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from base.config import UserError
-from evaluation.manifest import ImageSet, Item, write_image, write_manifest
+from data.image_set import ImageSet, Item, write_image, write_manifest
 from evaluation.runner import evaluate
 from quickstart.judge import Judge, Verdict
 from quickstart.suites.edits import EmojiEditSuite, kept_pixels

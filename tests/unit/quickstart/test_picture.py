@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from base.config import UserError
-from evaluation.manifest import Item, write_manifest
+from data.image_set import Item, write_manifest
 from quickstart import picture
 
 ROLES = {"reconstruction": ("original", "result"), "t2i": ("result",), "edit": ("source", "result")}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from base import files
-from evaluation.manifest import Item, write_image, write_manifest
+from data.image_set import Item, write_image, write_manifest
 from report import render_report
 from report.charts import bar_chart, line_chart, short
 from report.inputs import Training, read_training

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluation.manifest import Item, write_manifest
+from data.image_set import Item, write_manifest
 from launch import evaluate
 from report import render_report
 

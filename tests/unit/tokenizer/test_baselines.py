@@ -18,15 +18,13 @@ from base.config import ConfigError, UserError, from_dict, to_dict
 from data.samples.images import PixelBatch
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.cnn_decoder import CnnDecoder
+from tokenizer.config import AutoencoderConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.export import fingerprint
 from tokenizer.kl import KlAutoencoder, KlConfig
-from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.releases.kl import import_diffusers
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
-from tokenizer.training.discriminator import DiscriminatorConfig
-from tokenizer.training.perceptual import PerceptualConfig
-from tokenizer.training.stages import StageConfig, build_stage
+from tokenizer.rpiae import Autoencoder
+from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
+from tokenizer.training.stages import build_stage
 from tokenizer.weights import state_hash
 
 VIT = RepresentationConfig(

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from base.config import UserError, dump
 from launch import import_release
 from launch.runs import entry
-from tokenizer.bridge import BridgeConfig
-from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
+from tokenizer.pixel_decoder import PixelDecoder
 from tokenizer.releases.checkpoint import read_checkpoint
 from tokenizer.releases.renaming import Rule, check, translate
 from tokenizer.releases.rpiae import RAE, RPIAE, RULES, import_rpiae, wanted_shapes
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from tokenizer.rpiae import Autoencoder
 from tokenizer.weights import state_hash
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "rpiae_release_parameters.txt"

@@ -19,14 +19,14 @@ from torch import nn
 from base.config import ConfigError, UserError, from_dict, to_dict
 from data.samples.images import PixelBatch
 from tokenizer import backbones, rpiae, transformers_config
+from tokenizer.config import AutoencoderConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.model_names import MODELS
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import Representation, RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
-from tokenizer.training.discriminator import DiscriminatorConfig, FrozenFeatures
+from tokenizer.representation import Representation
+from tokenizer.rpiae import Autoencoder
+from tokenizer.training.discriminator import FrozenFeatures
 from tokenizer.training.objectives import PivotObjective
-from tokenizer.training.perceptual import PerceptualConfig
-from tokenizer.training.stages import StageConfig, build_stage
+from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
+from tokenizer.training.stages import build_stage
 from tokenizer.weights import state_hash
 
 LIBRARIES = ["timm", "transformers"]

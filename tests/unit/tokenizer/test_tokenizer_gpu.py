@@ -18,15 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from base.objective import LossOutput
 from data.samples.images import PixelBatch
 from tokenizer import frozen
-from tokenizer.bridge import BridgeConfig
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import Representation, RepresentationConfig
-from tokenizer.rpiae import AutoencoderConfig
+from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
+from tokenizer.representation import Representation
 from tokenizer.training import adaptive, image_loss, stage_objective
-from tokenizer.training.discriminator import DiscriminatorConfig
-from tokenizer.training.perceptual import LpipsVgg16, PerceptualConfig
+from tokenizer.training.perceptual import LpipsVgg16
+from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
 from tokenizer.training.stage_objective import StageObjective
-from tokenizer.training.stages import StageConfig, build_stage, build_untrained
+from tokenizer.training.stages import build_stage, build_untrained
 
 CUDA = torch.device("cuda", 0)
 VIT = RepresentationConfig(

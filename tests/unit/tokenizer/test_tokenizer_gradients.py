@@ -15,19 +15,16 @@ from torch import Tensor, nn
 
 from data.samples.images import PixelBatch
 from tokenizer.blocks import compile_blocks, repeated
-from tokenizer.bridge import BridgeConfig, sample_latent
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import AutoencoderConfig
+from tokenizer.bridge import sample_latent
+from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.training import adaptive
 from tokenizer.training.adaptive_reference import plain_mean_loss
 from tokenizer.training.diffaug import augment
-from tokenizer.training.discriminator import DiscriminatorConfig
 from tokenizer.training.objectives import PivotObjective
-from tokenizer.training.perceptual import PerceptualConfig
 from tokenizer.training.seeds import Purpose, generator
+from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
 from tokenizer.training.stage_objective import StageObjective
-from tokenizer.training.stages import StageConfig, build_untrained
+from tokenizer.training.stages import build_untrained
 
 VIT = RepresentationConfig(
     name="vit_tiny_patch16_224",

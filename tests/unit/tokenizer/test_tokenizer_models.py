@@ -12,10 +12,11 @@ from torch import nn
 
 from base.config import ConfigError, UserError
 from tokenizer import rpiae
-from tokenizer.bridge import Bridge, BridgeConfig, sample_latent
-from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig
-from tokenizer.representation import Representation, RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from tokenizer.bridge import Bridge, sample_latent
+from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
+from tokenizer.pixel_decoder import PixelDecoder
+from tokenizer.representation import Representation
+from tokenizer.rpiae import Autoencoder
 from tokenizer.weights import state_hash
 
 SMALL_VIT = RepresentationConfig(

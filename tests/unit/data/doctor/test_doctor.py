@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 from base.config import UserError
+from data.config import PackingConfig
 from data.doctor.examine_set import Diagnosis, diagnose
 from data.doctor.findings import histogram
 from data.doctor.readiness import Launch, readiness, sample_lengths
 from data.doctor.sample_checks import MAX_GROUPS, OTHERS, Tally, stored_values
-from data.packs.packing import EditPacker, PackingConfig, T2IPacker
+from data.packs.packing import EditPacker, T2IPacker
 from data.samples.latents import TORCH_DTYPES
 from data.shards import LatentInfo, Sample, ShardDataset, shard_name, write_manifest, write_shard
 from data.shards.quarantine import Quarantine, add_to_quarantine, read_quarantine

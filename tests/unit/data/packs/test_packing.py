@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base.config import ConfigError, UserError
+from data.config import PackingConfig
 from data.packs.packing import (
     EditPacker,
     ImageSplit,
-    PackingConfig,
     T2IPacker,
     TextSplit,
     build_packed_batch,
@@ -28,9 +28,8 @@ from data.packs.packing import (
 )
 from data.plan.plan import sample_uniforms
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
-from generator.model import GeneratorConfig
-from generator.mot import MotConfig
-from generator.objective import FlowConfig, FlowObjective, build_objective
+from generator.config import FlowConfig, GeneratorConfig, MotConfig
+from generator.objective import FlowObjective, build_objective
 
 C, Y, X = 3, 2, 2
 LATENT = LatentInfo("bf16", (C, Y, X), (0.5, 0.0, -1.0), (2.0, 1.0, 0.5), "autoencoder", "letters")

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from base.config import ConfigError, UserError
-from data.plan.mixture import Mixture, SetConfig
+from data.config import DataConfig, SetConfig
+from data.plan.mixture import Mixture
 from data.plan.plan import epoch_order
-from data.plan.stream import DataConfig, PackStream
+from data.plan.stream import PackStream
 from data.shards import Sample, ShardDataset, ShardWriter
 
 NUM_SAMPLES = 700

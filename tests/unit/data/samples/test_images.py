@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from base.config import ConfigError, UserError
+from data.config import PixelConfig
 from data.plan.mixture import Mixture
 from data.plan.stream import PackStream
-from data.samples.images import PixelConfig, PixelPacker, decode_image, fit_image, part_name
+from data.samples.images import PixelPacker, decode_image, fit_image, part_name
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 
 

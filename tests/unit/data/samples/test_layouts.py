@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from base.config import UserError
+from data.config import PackingConfig
 from data.doctor.examine_set import diagnose
-from data.packs.packing import EditPacker, PackingConfig
+from data.packs.packing import EditPacker
 from data.samples.captions import read_captions
 from data.samples.images import image_parts
 from data.samples.latents import read_latents

@@ -19,8 +19,10 @@ import torch
 from PIL import Image
 
 from base.config import UserError
+from data.config import PixelConfig
+from data.image_set import ImageSet, Item, write_manifest
 from data.samples.captions import read_label
-from data.samples.images import PixelConfig, PixelPacker, decode_image, fit_square, to_rgb
+from data.samples.images import PixelPacker, decode_image, fit_square, to_rgb
 from data.shards import Sample, ShardDataset
 from data.sources.base import InUnits
 from data.sources.folder import FolderSource
@@ -30,7 +32,6 @@ from data.sources.tar_file import TarReader
 from data.sources.tar_indexing import index_shards
 from data.sources.write import write_sources
 from evaluation.image_source import FileImages
-from evaluation.manifest import ImageSet, Item, write_manifest
 from evaluation.prompt_sets import write_gedit
 from generator.pipeline import read_pixels
 from launch import make_shards

@@ -23,6 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from base import files
 from base.config import ConfigError, UserError
 from base.redaction import redact
+from data.config import StorageConfig
 from data.plan.plan import epoch_order
 from data.shards import (
     Sample,
@@ -35,7 +36,7 @@ from data.shards import (
     write_manifest,
 )
 from data.shards.block_cache import BlockCache
-from data.shards.storage import StorageConfig, retrying
+from data.shards.storage import retrying
 
 URL = "memory://bucket/set"
 BLOCK = 4096

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from base.config import UserError
+from data.config import StorageConfig
 from data.shards import Sample, ShardDataset, ShardWriter, block_cache, remote_folder, remote_shards
-from data.shards.storage import StorageConfig
 
 BLOCK = 4096
 NUM_SAMPLES = 24

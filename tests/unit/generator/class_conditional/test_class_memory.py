@@ -12,12 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.packs.class_batch import ClassBatch
 from data.shards import LatentInfo
-from engine.deepspeed_engine import Precision, autocast
+from engine.deepspeed_engine import autocast
+from engine.engine_config import Precision
 from engine.memory import TensorBytes
-from generator.class_conditional.alignment import AlignConfig, AlignedGenerator
-from generator.class_conditional.config import DitConfig, WideHeadConfig
+from generator.class_conditional.alignment import AlignedGenerator
+from generator.class_conditional.config import AlignConfig, ClassFlowConfig, DitConfig, WideHeadConfig
 from generator.class_conditional.model import new_generator
-from generator.class_conditional.objective import ClassFlowConfig, ClassObjective
+from generator.class_conditional.objective import ClassObjective
 from generator.class_conditional.sizing import activation_bytes
 
 SHAPE, NUM_IMAGES = (4, 8, 8), 6

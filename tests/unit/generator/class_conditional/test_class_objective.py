@@ -16,22 +16,22 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from base.config import ConfigError, UserError
-from data.packs.class_batch import ClassBatch, ClassPacker, ClassPackingConfig
-from data.plan.mixture import Mixture, SetConfig
+from data.config import ClassPackingConfig, SetConfig, StorageConfig
+from data.packs.class_batch import ClassBatch, ClassPacker
+from data.plan.mixture import Mixture
 from data.plan.stream import PackStream
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
-from data.shards.storage import StorageConfig
-from generator.class_conditional.alignment import AlignConfig, AlignedGenerator
-from generator.class_conditional.config import DitConfig, WideHeadConfig
+from generator.class_conditional.alignment import AlignedGenerator
+from generator.class_conditional.config import (
+    AlignConfig,
+    ClassFlowConfig,
+    ClassSamplingConfig,
+    DitConfig,
+    WideHeadConfig,
+)
 from generator.class_conditional.layers import patchify, unpatchify
 from generator.class_conditional.model import create_generator, load_generator
-from generator.class_conditional.objective import (
-    ClassFlowConfig,
-    ClassPreview,
-    build_class_objective,
-    spread_labels,
-)
-from generator.class_conditional.sampling import ClassSamplingConfig
+from generator.class_conditional.objective import ClassPreview, build_class_objective, spread_labels
 from generator.class_conditional.sizing import forward_flops, training_flops
 from generator.flow import draw_times
 

@@ -10,25 +10,14 @@ import torch
 from torch import Tensor
 
 from base.config import ConfigError, UserError
+from tokenizer.config import RepresentationConfig
 from tokenizer.moments import Moments
-from tokenizer.representation import RepresentationConfig
 from tokenizer.training import losses
 from tokenizer.training.diffaug import augment, translate
-from tokenizer.training.discriminator import (
-    DiscriminatorConfig,
-    FrozenFeatures,
-    Head,
-    Heads,
-    SpectralConv1d,
-    frozen_logits,
-)
-from tokenizer.training.perceptual import (
-    LpipsVgg16,
-    PerceptualConfig,
-    RepresentationDistance,
-    build_perceptual,
-)
+from tokenizer.training.discriminator import FrozenFeatures, Head, Heads, SpectralConv1d, frozen_logits
+from tokenizer.training.perceptual import LpipsVgg16, RepresentationDistance, build_perceptual
 from tokenizer.training.seeds import Purpose, generator
+from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig
 from tokenizer.weights import state_hash
 
 VIT = RepresentationConfig(

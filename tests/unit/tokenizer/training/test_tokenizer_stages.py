@@ -16,17 +16,15 @@ from base.config import ConfigError, UserError, dump, load
 from base.objective import Objective
 from data.samples.images import PixelBatch
 from launch.runs.configs import TokenizerRun
-from quickstart.standin import IdentityObjective, StandInConfig
-from tokenizer.bridge import BridgeConfig
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import RepresentationConfig
-from tokenizer.rpiae import Autoencoder, AutoencoderConfig
+from quickstart.config import StandInConfig
+from quickstart.standin import IdentityObjective
+from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
+from tokenizer.rpiae import Autoencoder
 from tokenizer.training.adaptive_reference import plain_mean_loss
-from tokenizer.training.discriminator import DiscriminatorConfig
 from tokenizer.training.objectives import PivotObjective
-from tokenizer.training.perceptual import PerceptualConfig
+from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
 from tokenizer.training.stage_objective import StageObjective
-from tokenizer.training.stages import StageConfig, build_stage, build_untrained
+from tokenizer.training.stages import build_stage, build_untrained
 from tokenizer.weights import state_hash
 
 VIT = RepresentationConfig(

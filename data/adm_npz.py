@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from base import files
-from evaluation.manifest import ImageSet
+from data.image_set import ImageSet
 
 ARRAY = "arr_0.npy"
 IMAGES_PER_READ = 64

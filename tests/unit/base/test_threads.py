@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from base import FOLDERS
-from engine import threads
+from base import FOLDERS, threads
 from launch.runs import entry
 
 ROOT = Path(__file__).parents[3]
@@ -55,8 +54,13 @@ def test_an_entry_point_shares_the_cores_among_its_ranks(
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(7)
+
+    def command() -> None:
+        entry.use_torch()
+        seen.append(torch.get_num_threads())
+
     try:
-        assert entry.run(lambda: seen.append(torch.get_num_threads())) == 0
+        assert entry.run(command) == 0
     finally:
         torch.set_num_threads(before)
     assert seen == [expected]
@@ -75,7 +79,7 @@ def test_every_command_says_how_threads_wait_before_it_loads_them() -> None:
 import os, runpy, sys
 class Watch:
     def find_spec(self, name, path=None, target=None):
-        if name == "torch":
+        if name in ("torch", "numpy", "scipy"):
             raise KeyboardInterrupt(os.environ.get("OMP_WAIT_POLICY"))
 sys.meta_path.insert(0, Watch())
 for script in sys.argv[1:]:
@@ -84,6 +88,7 @@ for script in sys.argv[1:]:
         del sys.modules[name]
     try:
         runpy.run_path(script, run_name="imported")
+        print(script, os.environ.get("OMP_WAIT_POLICY"))
     except KeyboardInterrupt as reached:
         print(script, reached)
 """

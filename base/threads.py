@@ -1,11 +1,9 @@
-"""Sets the number of a process's compute threads: its share of the cores."""
+"""The cores that this process may use, and its compute threads: its share of them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-
-import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -23,6 +21,8 @@ def share_cores() -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ:
         num_local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        import torch  # here, so that the number of cores is known without it
+
         torch.set_num_threads(max(1, num_cores() // num_local_ranks))
 
 

@@ -16,11 +16,11 @@ from typing import Any, Protocol, TypeVar
 from base import files
 from base.config import UserError, to_dict
 from base.progress import ProgressLine
+from base.team import Team
 from base.terminal import say
-from evaluation.manifest import MANIFEST_NAME, Item, write_manifest
-from evaluation.runner import Team
-from generator.drawing import DrawingConfig
+from data.image_set import MANIFEST_NAME, Item, write_manifest
 from generator.model import CONFIG_NAME, WEIGHTS_NAME
+from generator.sampling_config import DrawingConfig
 from generator.solvers import num_evaluations
 
 COMMAND = "sample"
