@@ -341,7 +341,7 @@ def test_a_wrong_key_names_the_nearest_one(inputs, tmp_path, capsys, monkeypatch
     line = error_of(
         capsys, monkeypatch, command("t2i", inputs, tmp_path / "run", "engine.optimizer.learning_rate=1")
     )
-    assert "engine.optimizer.learning_rate" in line and "did you mean" in line
+    assert "engine.optimizer.learning_rate" in line and "did you mean 'engine.optimizer.lr'?" in line
     assert not (tmp_path / "run").exists()
 
 
