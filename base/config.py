@@ -1,4 +1,4 @@
-"""Strict YAML -> frozen dataclasses (contract 6).
+"""Strict YAML -> frozen dataclasses (docs/architecture.md, section 6).
 
 A config is a frozen dataclass beside its owner. A mistyped key is refused with the nearest valid one, a value
 of the wrong type with the place it stands in, and any field can be overridden on the command line.

@@ -1,4 +1,4 @@
-"""Samples -> packs of a token budget (contract 3). The sample's key determines its caption, view and dropout.
+"""Samples -> packs of a token budget. The sample's key determines its caption, view and dropout.
 
 data/samples/layouts.py defines which images and texts a sample has, and in which order.
 """

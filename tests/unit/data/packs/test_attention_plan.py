@@ -1,4 +1,4 @@
-"""Contract 4: both forms of the plan say exactly what the rule's sentence says."""
+"""Attention (docs/architecture.md, section 4): both forms of the plan say exactly what the rule's sentence says."""
 
 from __future__ import annotations
 

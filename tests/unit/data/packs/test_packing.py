@@ -1,4 +1,4 @@
-"""Contract 3: what stands where in a packed batch, and what is refused."""
+"""Packing (docs/architecture.md, section 3): what stands where in a packed batch, and what is refused."""
 
 from __future__ import annotations
 
