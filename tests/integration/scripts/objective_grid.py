@@ -29,6 +29,7 @@ from generator.heads import DdtHeadConfig
 from generator.model import GeneratorConfig
 from generator.mot import MotConfig
 from generator.objective import FlowConfig, build_objective
+from helpers.texts import Letters
 from tokenizer.bridge import BridgeConfig
 from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.representation import RepresentationConfig
@@ -41,14 +42,6 @@ LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text
 OPTIMIZER = OptimizerConfig(lr=0.1, eps=1.0, weight_decay=0.1)
 STEPS, PACKS = 2, 2
 TEXT_WEIGHT = 0.3
-
-
-class Letters:
-    """The part of a text tokenizer that training reads."""
-
-    vocab_size = 32
-    im_start_id, im_end_id, vision_start_id, vision_end_id = 26, 27, 28, 29
-    fingerprint = "text"
 
 
 def image(seed, noisy):

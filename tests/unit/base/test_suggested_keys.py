@@ -3,41 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Iterator
 
 import pytest
 
 from base.config import OTHER_NAMES, ConfigError, from_dict
-from launch.runs.configs import ClassRun, EncodeRun, GeneratorRun, TokenizerRun
-from quickstart.ablation import AblationRun
-from quickstart.chain import QuickstartRun
-from quickstart.class_chain import QuickstartClassRun
-from quickstart.pictures.source import EmojiConfig
-from quickstart.train_judge import JudgeRun
-from quickstart.train_standin import StandInRun
-
-RUNS = (
-    *(TokenizerRun, GeneratorRun, ClassRun, EncodeRun, JudgeRun, StandInRun),
-    *(QuickstartRun, QuickstartClassRun, AblationRun, EmojiConfig),
-)
-
-
-def kinds(hint: object) -> Iterator[object]:
-    """What a field's type is made of."""
-    yield hint
-    for inner in typing.get_args(hint):
-        yield from kinds(inner)
-
-
-def sections(config: type) -> set[type]:
-    """A config's class and those of all sections that it may have."""
-    found = {config}
-    for hint in typing.get_type_hints(config).values():
-        inner = (kind for kind in kinds(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind))
-        found = found.union(*map(sections, inner))
-    return found
-
+from helpers.run_configs import RUNS, sections
 
 SECTIONS = sorted(set().union(*map(sections, RUNS)), key=lambda section: section.__qualname__)
 

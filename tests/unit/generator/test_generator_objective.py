@@ -10,7 +10,7 @@ from torch import Tensor
 
 from base.config import ConfigError, UserError, from_dict, to_dict
 from base.objective import HISTORY_WINDOWS, LossOutput
-from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.packed_batch import PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
 from engine.metric_window import Window
 from generator.embeddings import grid_sinusoids, time_sinusoids
@@ -19,6 +19,9 @@ from generator.model import Generator, GeneratorConfig
 from generator.mot import MotConfig
 from generator.objective import FlowConfig, FlowObjective, Preview, build_objective, check_latents, tile
 from generator.sampling import Condition, SamplingConfig
+from helpers import packs
+from helpers.packs import image
+from helpers.texts import Letters
 
 SHAPE = (4, 2, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text")
@@ -30,26 +33,12 @@ CONFIG = GeneratorConfig(
 )
 
 
-class Letters:
-    """The part of a text tokenizer that training reads."""
-
-    vocab_size = 32
-    im_start_id, im_end_id, vision_start_id, vision_end_id = 26, 27, 28, 29
-    fingerprint = "text"
-
-
-def image(seed: int, *, noisy: bool) -> ImageSplit:
-    return ImageSplit(torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)), noisy)
-
-
 def pack(seed: int = 7) -> PackedBatch:
     samples = [
-        [TextSplit([1, 5, 2]), image(0, noisy=True)],
-        [image(1, noisy=False), TextSplit([1, 2]), image(2, noisy=True)],
+        [TextSplit([1, 5, 2]), image(0, noisy=True, shape=SHAPE)],
+        [image(1, noisy=False, shape=SHAPE), TextSplit([1, 2]), image(2, noisy=True, shape=SHAPE)],
     ]
-    return build_packed_batch(
-        samples, vision_start_id=28, vision_end_id=29, max_side=4, seed=seed, sample_ids=["a", "b"]
-    )
+    return packs.pack(samples, seed=seed)
 
 
 def build(**options):

@@ -32,6 +32,7 @@ from generator.sampling import (
     read_conditions,
     sample_latents,
 )
+from helpers.texts import Letters
 
 SHAPE = (4, 3, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.5, -0.5, 0.0, 1.0), (2.0, 1.0, 0.5, 1.0), "autoencoder", "text")
@@ -43,20 +44,6 @@ CONFIG = GeneratorConfig(
 )
 SPECIAL = {"vision_start_id": 28, "vision_end_id": 29, "max_side": CONFIG.max_side}
 SAMPLING = SamplingConfig(num_steps=4, text_guidance=3.0, source_guidance=1.5, time_shift=2.0)
-
-
-class Letters:
-    """A text tokenizer of 26 letters."""
-
-    vocab_size = 32
-    im_start_id, im_end_id, vision_start_id, vision_end_id = 26, 27, 28, 29
-    fingerprint = "text"
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) - ord("a") for letter in text if letter.isalpha()]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(ord("a") + id_) for id_ in ids)
 
 
 def random(*shape: int, seed: int) -> Tensor:

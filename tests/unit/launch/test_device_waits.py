@@ -25,6 +25,7 @@ from generator.model import GeneratorConfig
 from generator.mot import MotConfig
 from generator.objective import FlowConfig, build_objective
 from generator.solvers import integrate
+from helpers.texts import Letters
 from quickstart.judge import JudgeConfig, JudgeObjective, SceneClasses
 
 SHAPE = (4, 2, 3)
@@ -35,11 +36,6 @@ BACKBONE = MotConfig(
 PLAIN = GeneratorConfig(backbone=BACKBONE, max_side=4)
 FULL = dataclasses.replace(PLAIN, text_output=True, head=DdtHeadConfig(width=48, num_layers=1, num_heads=4))
 CUDA = torch.device("cuda:0")
-
-
-class Letters:
-    vocab_size, vision_start_id, vision_end_id = 32, 28, 29
-    fingerprint = "text"
 
 
 def pack(*, editing: bool) -> PackedBatch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,15 +13,16 @@ from hypothesis import strategies as st
 from data.packs.packing import (
     AttentionPlan,
     ImageSplit,
-    PackedBatch,
     TextSplit,
     VarlenGroup,
     build_packed_batch,
 )
+from helpers import packs
+from helpers.packs import Splits
 
 MAX_SIDE = 8
+pack = partial(packs.pack, max_side=MAX_SIDE)
 Counts = npt.NDArray[np.int64]
-Splits = list[TextSplit | ImageSplit]
 
 
 def text(length: int) -> TextSplit:
@@ -28,13 +31,6 @@ def text(length: int) -> TextSplit:
 
 def image(height: int, width: int, noisy: bool) -> ImageSplit:
     return ImageSplit(torch.zeros(3, height, width), noisy)
-
-
-def pack(samples: list[Splits]) -> PackedBatch:
-    names = [str(number) for number in range(len(samples))]
-    return build_packed_batch(
-        samples, vision_start_id=1, vision_end_id=2, max_side=MAX_SIDE, seed=0, sample_ids=names
-    )
 
 
 def stored_tokens(samples: list[Splits]) -> list[tuple[int, int, int]]:
