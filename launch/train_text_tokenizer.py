@@ -5,7 +5,7 @@ from pathlib import Path
 
 from base.config import counted
 from base.terminal import say
-from data.packs.packing import read_captions
+from data.samples.captions import read_captions
 from data.samples.text import check_folder, train_text_tokenizer
 from data.shards import ShardDataset
 from launch.runs import entry

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.packs.packing import read_captions
+from data.samples.captions import read_captions
 from data.samples.images import decode_image, fit_image
 from data.shards import Sample, ShardDataset
 from evaluation.manifest import Item, write_image, write_manifest

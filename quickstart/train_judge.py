@@ -9,7 +9,7 @@ from launch.runs.configs import PixelRun
 from launch.runs.training import train_on_pixels
 from launch.sizing import dry_run
 from quickstart.judge import JudgeConfig, JudgeObjective, SceneClasses
-from quickstart.pictures.source import BACKGROUND_NAMES, OBJECT_NAMES
+from quickstart.pictures.scenes import BACKGROUND_NAMES, OBJECT_NAMES
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from base.config import ConfigError, UserError, from_dict
 from tokenizer.bridge import Bridge, BridgeConfig
 from tokenizer.cnn_decoder import CnnDecoder
-from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, fingerprint, read_tree
+from tokenizer.export import CONFIG_NAME, WEIGHTS_NAME, ImageAutoencoder, Kind, read_tree
 from tokenizer.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from tokenizer.representation import (
     Representation,
@@ -30,7 +30,6 @@ __all__ = [
     "WEIGHTS_NAME",
     "Autoencoder",
     "AutoencoderConfig",
-    "fingerprint",
     "read_config",
     "without_download",
 ]

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from base.bounds import Count, Few, Share, Weight
 from base.config import ConfigError, UserError
-from data.packs.attention_plan import AttentionPlan, PaddedBucket, VarlenGroup
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.plan.plan import pack_seed, sample_uniforms
-from data.samples.captions import read_captions
 from data.samples.images import part_name
 from data.samples.latents import check_has_variance, check_latent_shards, latent_seed, read_latents
 from data.samples.layouts import (
@@ -37,22 +35,6 @@ from data.shards import LatentInfo, Sample, ShardDataset
 
 if TYPE_CHECKING:
     from data.samples.text import TextTokenizer
-
-__all__ = [
-    "AttentionPlan",
-    "EditPacker",
-    "ImageSplit",
-    "PackedBatch",
-    "PackingConfig",
-    "PaddedBucket",
-    "T2IPacker",
-    "TextSplit",
-    "VarlenGroup",
-    "build_packed_batch",
-    "read_captions",
-    "read_latents",
-    "text_split",
-]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from base import config
-from data.packs.packing import read_captions
+from data.samples.captions import read_captions
 from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import Sample, ShardDataset, ShardWriter
 from engine.logs import WANDB_KEYS

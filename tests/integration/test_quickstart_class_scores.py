@@ -20,7 +20,7 @@ from launch.runs.configs import ClassRun
 from quickstart import class_scores
 from quickstart.class_page import LABELS
 from quickstart.judge import JudgeConfig, JudgeObjective, SceneClasses
-from quickstart.pictures.source import BACKGROUND_NAMES, OBJECT_NAMES
+from quickstart.pictures.scenes import BACKGROUND_NAMES, OBJECT_NAMES
 from quickstart.standin import IdentityObjective
 from quickstart.train_standin import StandInRun
 from tokenizer.export import fingerprint

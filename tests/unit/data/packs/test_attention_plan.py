@@ -10,13 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packs.packing import (
-    AttentionPlan,
-    ImageSplit,
-    TextSplit,
-    VarlenGroup,
-    build_packed_batch,
-)
+from data.packs.attention_plan import AttentionPlan, VarlenGroup
+from data.packs.packed_batch import ImageSplit, TextSplit, build_packed_batch
 from helpers import packs
 from helpers.packs import Splits
 

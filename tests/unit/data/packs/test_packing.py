@@ -16,17 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from base.config import ConfigError, UserError
-from data.packs.packing import (
-    EditPacker,
-    ImageSplit,
-    PackingConfig,
-    T2IPacker,
-    TextSplit,
-    build_packed_batch,
-    read_captions,
-    read_latents,
-)
+from data.packs.packed_batch import ImageSplit, TextSplit, build_packed_batch
+from data.packs.packing import EditPacker, PackingConfig, T2IPacker
 from data.plan.plan import sample_uniforms
+from data.samples.captions import read_captions
+from data.samples.latents import read_latents
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 from generator.model import GeneratorConfig
 from generator.mot import MotConfig
