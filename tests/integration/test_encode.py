@@ -19,9 +19,9 @@ from data.plan.plan import sample_uniforms
 from data.samples.images import fit_image
 from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import Sample, ShardDataset, ShardWriter, verify, write_manifest, write_shard
-from tokenizer import rpiae
 from tokenizer.bridge import BridgeConfig
 from tokenizer.encode import EncodeConfig, encode_shards
+from tokenizer.export import fingerprint
 from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.representation import RepresentationConfig
 from tokenizer.rpiae import Autoencoder, AutoencoderConfig
@@ -192,7 +192,7 @@ def test_statistics_are_those_of_the_stored_values(inputs: Path, encoded: Path) 
     assert latent.mean == pytest.approx(values.mean(dim=(0, 2, 3)).tolist(), rel=1e-10, abs=1e-12)
     assert latent.std == pytest.approx(values.std(dim=(0, 2, 3), unbiased=False).tolist(), rel=1e-10)
     assert latent.shape == (6, 4, 4)
-    assert latent.tokenizer_fingerprint == rpiae.fingerprint(inputs / "autoencoder")
+    assert latent.tokenizer_fingerprint == fingerprint(inputs / "autoencoder")
     assert latent.text_tokenizer_fingerprint == load_text_tokenizer(str(inputs / "text")).fingerprint
 
 

@@ -27,8 +27,8 @@ from generator.class_conditional.config import DitConfig, WideHeadConfig
 from generator.class_conditional.objective import ClassFlowConfig, build_class_objective
 from generator.heads import DdtHeadConfig
 from generator.model import GeneratorConfig
-from generator.mot import MotConfig
 from generator.objective import FlowConfig, build_objective
+from helpers.generators import BACKBONE
 from helpers.texts import Letters
 from tokenizer.bridge import BridgeConfig
 from tokenizer.pixel_decoder import PixelDecoderConfig
@@ -74,9 +74,7 @@ def flow_cases():
         if task == "t2i" and text != "none":
             continue
         config = GeneratorConfig(
-            MotConfig(
-                vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-            ),
+            BACKBONE,
             max_side=4,
             head=DdtHeadConfig(width=32, num_layers=1, num_heads=4) if head else None,
             text_output=text != "none",

@@ -11,16 +11,13 @@ from data.packs.packed_batch import ImageSplit, TextSplit
 from data.shards import LatentInfo
 from generator.heads import DdtHeadConfig
 from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
 from generator.objective import FlowConfig, build_objective
 from generator.prefix import PrefixCache, split_prefix
+from helpers.generators import BACKBONE
 from helpers.packs import image, pack, times_of
 from helpers.texts import Letters
 
 SIDE, CHANNELS = 3, 4
-BACKBONE = MotConfig(
-    vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-)
 PLAIN = GeneratorConfig(backbone=BACKBONE, max_side=4)
 WITH_HEAD = dataclasses.replace(PLAIN, head=DdtHeadConfig(width=48, num_layers=2, num_heads=4))
 WITH_TEXT = dataclasses.replace(PLAIN, text_output=True)

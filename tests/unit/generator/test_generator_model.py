@@ -16,13 +16,10 @@ from data.shards import LatentInfo
 from generator.attention import attend, choose_backend, planned_attention
 from generator.flash import PACKAGES
 from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
+from helpers.generators import BACKBONE
 from helpers.packs import attend_dense, image, pack, rule_mask, times_of, token_table
 
 SIDE, CHANNELS, VOCAB = 3, 4, 32
-BACKBONE = MotConfig(
-    vocab_size=VOCAB, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-)
 CONFIG = GeneratorConfig(backbone=BACKBONE, max_side=4)
 LATENTS = LatentInfo(
     "fp32", (CHANNELS, SIDE, SIDE), (0.5,) * CHANNELS, (2.0,) * CHANNELS, "autoencoder", "text"

@@ -16,19 +16,17 @@ from engine.metric_window import Window
 from generator.embeddings import grid_sinusoids, time_sinusoids
 from generator.flow import draw_times, interpolate, resolve_shift, sampling_times, shift_time, velocity_target
 from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
 from generator.objective import FlowConfig, FlowObjective, Preview, build_objective, check_latents, tile
 from generator.sampling import Condition, SamplingConfig
 from helpers import packs
+from helpers.generators import BACKBONE
 from helpers.packs import image
 from helpers.texts import Letters
 
 SHAPE = (4, 2, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text")
 CONFIG = GeneratorConfig(
-    backbone=MotConfig(
-        vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-    ),
+    backbone=BACKBONE,
     max_side=4,
 )
 

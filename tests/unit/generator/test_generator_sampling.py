@@ -20,7 +20,6 @@ from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 from generator.flow import sampling_times
 from generator.guidance import guide
 from generator.model import Generator, GeneratorConfig, normalise, unnormalise
-from generator.mot import MotConfig
 from generator.objective import FlowConfig, build_objective
 from generator.pipeline import Pipeline, read_pixels
 from generator.prefix import split_prefix
@@ -32,14 +31,13 @@ from generator.sampling import (
     read_conditions,
     sample_latents,
 )
+from helpers.generators import BACKBONE
 from helpers.texts import Letters
 
 SHAPE = (4, 3, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.5, -0.5, 0.0, 1.0), (2.0, 1.0, 0.5, 1.0), "autoencoder", "text")
 CONFIG = GeneratorConfig(
-    backbone=MotConfig(
-        vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-    ),
+    backbone=BACKBONE,
     max_side=4,
 )
 SPECIAL = {"vision_start_id": 28, "vision_end_id": 29, "max_side": CONFIG.max_side}

@@ -13,17 +13,14 @@ from data.shards import LatentInfo
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator
 from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
 from generator.wide import stacked
+from helpers.generators import BACKBONE
 from helpers.packs import image, pack, times_of
 
 TRACED = "aot_eager"  # dynamo and the joint graphs as for kernels, without a C++ compiler
 LISTENED = "eager"  # dynamo alone, in a tenth of the time
 EXACT = {"rtol": 1e-4, "atol": 1e-5}  # fp32 sums in another order: three products or one
 SIDE, CHANNELS = 3, 4
-BACKBONE = MotConfig(
-    vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-)
 CONFIG = GeneratorConfig(backbone=BACKBONE, max_side=4)
 LATENTS = LatentInfo("fp32", (CHANNELS, SIDE, SIDE), (0.0,) * CHANNELS, (1.0,) * CHANNELS, "", "")
 

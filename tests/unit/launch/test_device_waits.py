@@ -22,17 +22,14 @@ from generator.class_conditional.objective import ClassFlowConfig, build_class_o
 from generator.class_conditional.sampling import ClassSamplingConfig, GuidedClassVelocity
 from generator.heads import DdtHeadConfig
 from generator.model import GeneratorConfig
-from generator.mot import MotConfig
 from generator.objective import FlowConfig, build_objective
 from generator.solvers import integrate
+from helpers.generators import BACKBONE
 from helpers.texts import Letters
 from quickstart.judge import JudgeConfig, JudgeObjective, SceneClasses
 
 SHAPE = (4, 2, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text")
-BACKBONE = MotConfig(
-    vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-)
 PLAIN = GeneratorConfig(backbone=BACKBONE, max_side=4)
 FULL = dataclasses.replace(PLAIN, text_output=True, head=DdtHeadConfig(width=48, num_layers=1, num_heads=4))
 CUDA = torch.device("cuda:0")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from base.config import ConfigError, UserError
+from helpers.stages import VIT
 from tokenizer.moments import Moments
-from tokenizer.representation import RepresentationConfig
 from tokenizer.training import losses
 from tokenizer.training.diffaug import augment, translate
 from tokenizer.training.discriminator import (
@@ -30,13 +30,6 @@ from tokenizer.training.perceptual import (
 )
 from tokenizer.training.seeds import Purpose, generator
 from tokenizer.weights import state_hash
-
-VIT = RepresentationConfig(
-    name="vit_tiny_patch16_224",
-    input_px=32,
-    weights="random",
-    overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
-)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
