@@ -48,7 +48,7 @@ def declared(*extras: str) -> set[str]:
 @functools.cache
 def imported(*folders: str) -> dict[str, str]:
     """Third-party modules that Python files below these folders import, at any depth -> one of the files."""
-    ours = {*FOLDERS, "benchmarks", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    ours = {*FOLDERS, "benchmarks", *(path.stem for path in (ROOT / "tests").rglob("*"))}
     found: dict[str, str] = {}
     for path in (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,11 +1,8 @@
 """Inception score, precision and recall, KID and CMMD against their definitions, one number at a time."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -17,22 +14,7 @@ from evaluation.metrics import manifold
 from evaluation.metrics.inception_score import inception_score
 from evaluation.metrics.kernel_distance import cmmd, kid, unbiased_polynomial_mmd
 from evaluation.metrics.manifold import in_manifold, radii, squared_distances
-
-
-@dataclass(frozen=True)
-class TensorRows:
-    """Vectors in memory; implements Rows."""
-
-    values: Tensor  # [N, D]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def read(self, start: int, stop: int) -> Tensor:
-        return self.values[start:stop]
-
-    def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
-        return self.values[np.asarray(indices, np.int64)]
+from helpers.rows import TensorRows
 
 
 def vectors(num: int, dim: int, seed: int, shift: float = 0.0) -> Tensor:

@@ -15,10 +15,10 @@ from evaluation.features.inception import AdmInception
 from evaluation.manifest import Item, write_image, write_manifest
 from evaluation.metrics.frechet import gaussian_distance
 from evaluation.metrics.manifold import in_manifold, radii
-from evaluation.metrics.rows import TensorRows
 from evaluation.reference import Reference
 from evaluation.runner import Team, evaluate
 from evaluation.suites.generation import GenerationSuite, Spaces
+from helpers.rows import TensorRows
 
 NUM_IMAGES = 40
 
