@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PACKAGES := base data tokenizer generator evaluation report engine launch quickstart
 
 .PHONY: help install quickstart quickstart-class ablation test test-slow check format bench gpu clean
 
@@ -12,7 +11,7 @@ help: ## this list
 
 install: $(INSTALLED) ## .venv with the versions of constraints.txt
 
-$(INSTALLED): setup.py pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'

@@ -1,4 +1,4 @@
-"""Strict YAML -> frozen dataclasses (contract 6).
+"""Strict YAML -> frozen dataclasses (docs/architecture.md, section 6).
 
 A config is a frozen dataclass beside its owner. A mistyped key is refused with the nearest valid one, a value
 of the wrong type with the place it stands in, and any field can be overridden on the command line.
@@ -25,8 +25,16 @@ from base.model_sizes import check_sizes
 from base.redaction import redacted
 
 T = TypeVar("T")
-SURE, PERHAPS = 0.75, 0.4
-"""Least similarity (difflib's ratio) of a mistyped key and the valid key that the error offers."""
+LEAST_SIMILARITY = 0.75
+"""Least difflib ratio of a mistyped key and the key that the error offers; one edit of five letters leaves 0.8."""
+OTHER_NAMES = {
+    "lr": ("learning_rate",),
+    "steps": ("max_steps", "total_steps", "train_steps"),
+    "grad_clip": ("max_grad_norm", "clip_grad_norm"),
+    "images_per_pack": ("batch_size",),
+    "batch_images": ("batch_size",),
+}
+"""Keys of this project -> what other trainers call them."""
 
 
 class ConfigError(UserError):
@@ -274,11 +282,14 @@ def _bound(error: Mapping[str, Any]) -> str:
 def _hint(key: str, section: type[Any], path: str) -> str:
     """Suggests the nearest valid key of this section or of a section inside it; if none is similar, lists the keys."""
     names = [field.name for field in dataclasses.fields(section)]
-    for candidates, cutoff in ((names, SURE), (list(_inner_keys(section)), SURE), (names, PERHAPS)):
-        last = {candidate: candidate.rpartition(".")[2] for candidate in candidates}
-        if nearest := difflib.get_close_matches(key, last.values(), n=1, cutoff=cutoff):
-            found = next(candidate for candidate in candidates if last[candidate] == nearest[0])
-            return f"did you mean '{_join(path, found)}'?"
+    for candidates in (names, _inner_keys(section)):
+        spellings: dict[str, str] = {}
+        for candidate in candidates:
+            name = candidate.rpartition(".")[2]
+            for spelling in (name, *OTHER_NAMES.get(name, ())):
+                spellings.setdefault(spelling, candidate)
+        if nearest := difflib.get_close_matches(key, spellings, n=1, cutoff=LEAST_SIMILARITY):
+            return f"did you mean '{_join(path, spellings[nearest[0]])}'?"
     return f"valid keys: {', '.join(_join(path, name) for name in names)}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,16 @@ def from_pretrained(cls: Any, source: str, **arguments: Any) -> Any:
     return _in_a_sentence(lambda: cls.from_pretrained(source, trust_remote_code=False, **arguments))
 
 
+@contextlib.contextmanager
+def described(what: str) -> Iterator[None]:
+    """Context for `from_pretrained`. `what`: the model, for people. Raises UserError, in one line: it fails."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{what} cannot be had ({reason}); give a folder with it") from None
+
+
 def from_config(cls: Any, config: Any, **arguments: Any) -> Any:
     """A model with random weights, from an Auto class of transformers. Raises ValueError: it needs code of its own."""
     check_sizes(config.to_dict(), type(config).__name__)
@@ -50,12 +60,26 @@ def create_timm(name: str, *, pretrained: bool, **arguments: Any) -> Any:
     return timm.create_model(name, pretrained=pretrained, **arguments)
 
 
-def snapshot(name: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """A folder with a repository's files whose names match `patterns`. Raises OSError, ValueError: not available."""
+def folder(source: str | Path, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """`source` if it is a folder, else one with the files of the repository `source` whose names match `patterns`.
+
+    Raises UserError: not available.
+    """
     import huggingface_hub
 
+    if Path(source).is_dir():
+        return Path(source)
     offline_if_unreachable()
-    return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    try:
+        found = huggingface_hub.snapshot_download(
+            str(source), revision=revision, allow_patterns=list(patterns)
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"'{source}': no such folder, and not to be had from Hugging Face ({reason})"
+        ) from None
+    return Path(found)
 
 
 def file(name: str, path: str, subfolder: str | None = None) -> Path:

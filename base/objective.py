@@ -1,4 +1,4 @@
-"""The interface of everything that the loop trains (contract 5): an objective, a batch source and an evaluation."""
+"""The interface of everything that the loop trains: an objective, a batch source, an evaluation."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class WithoutAdversary:
 
 
 class BatchSource(Protocol):
-    """The global order of packs, seen from one rank (contract 2).
+    """The global order of packs, seen from one rank.
 
     Global step k takes one pack from each of `num_streams` streams; rank r owns streams r, r+R, r+2R...
     """

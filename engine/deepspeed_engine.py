@@ -1,6 +1,6 @@
 """Builds DeepSpeed engines and reads the fp32 master shards inside them.
 
-The attributes read here are private to DeepSpeed 0.19; setup.py pins the series and a test covers each stage.
+The attributes read here are private to DeepSpeed 0.19; pyproject.toml pins the series and a test covers each stage.
 """
 
 from __future__ import annotations

@@ -38,21 +38,9 @@ def load_pretrained(
 
     Raises UserError: neither a folder nor a name that can be downloaded, a missing file, parts that do not match.
     """
-    folder = _folder(name_or_folder, revision)
+    folder = hub.folder(name_or_folder, PATTERNS, revision)
     sampling = folder / SAMPLING
     if not sampling.is_file():
         raise UserError(f"{sampling}: no such file; give a folder that launch/export.py wrote, or its name")
     pipeline = Pipeline.load(folder / GENERATOR, folder / AUTOENCODER, folder / TEXT_TOKENIZER, device=device)
     return pipeline, from_dict(SamplingConfig, read_object(sampling), where=str(sampling))
-
-
-def _folder(name_or_folder: str | Path, revision: str | None) -> Path:
-    if Path(name_or_folder).is_dir():
-        return Path(name_or_folder)
-    try:
-        return hub.snapshot(str(name_or_folder), PATTERNS, revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"'{name_or_folder}': no such folder, and not to be had from Hugging Face ({reason})"
-        ) from None

@@ -51,7 +51,7 @@ def load_qwen(model: Mot, source: str) -> Tensor | None:
     or returned. Returns the LM head [vocab_size, width], None if it is tied to the text embedding. Raises UserError: no
     such checkpoint, another kind of model, another shape.
     """
-    folder = _checkpoint_folder(source)
+    folder = hub.folder(source, ["config.json", "*.safetensors", "*.safetensors.index.json"])
     shape = qwen_shape(folder / "config.json")
     for field in dataclasses.fields(MotConfig):
         found, wanted = getattr(shape, field.name), getattr(model.config, field.name)
@@ -105,18 +105,6 @@ def qwen_shape(path: Path) -> MotConfig:
     if not fields["head_dim"] and isinstance(width, int) and isinstance(heads, int) and heads > 0:
         fields["head_dim"] = width // heads
     return from_dict(MotConfig, fields, where=str(path))
-
-
-def _checkpoint_folder(source: str) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return hub.snapshot(source, ["config.json", "*.safetensors", "*.safetensors.index.json"])
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"'{source}': no such folder, and not to be had from Hugging Face ({reason})"
-        ) from None
 
 
 def _read_checkpoint(folder: Path) -> dict[str, Tensor]:

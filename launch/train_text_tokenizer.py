@@ -5,6 +5,7 @@ from pathlib import Path
 
 from base.config import counted
 from base.terminal import say
+from data.samples.captions import read_captions
 from launch.runs import entry
 
 
@@ -16,7 +17,6 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--out", type=Path, required=True, help="folder of the text tokenizer")
     arguments = parser.parse_args()
-    from data.samples.captions import read_captions
     from data.samples.text import check_folder, train_text_tokenizer
     from data.shards import ShardDataset
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.image_set import Item, write_image, write_manifest
-from data.packs.packing import read_captions
+from data.samples.captions import read_captions
 from data.samples.images import decode_image, fit_image
 from data.shards import Sample, ShardDataset
 from evaluation.metrics.reconstruction import to_uint8

@@ -25,7 +25,7 @@ def main() -> None:
     from launch.sizing import dry_run
     from quickstart.judge import JudgeObjective
     from quickstart.judge_network import SceneClasses
-    from quickstart.pictures.source import BACKGROUND_NAMES, OBJECT_NAMES
+    from quickstart.pictures.scenes import BACKGROUND_NAMES, OBJECT_NAMES
 
     classes = SceneClasses(objects=tuple(OBJECT_NAMES), backgrounds=tuple(BACKGROUND_NAMES))
     if arguments.dry_run:

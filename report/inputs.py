@@ -14,11 +14,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 from pydantic import Field, TypeAdapter
-from typing_extensions import NotRequired, TypedDict  # the library's cannot be checked before Python 3.12
+from typing_extensions import TypedDict  # pydantic cannot check typing's before Python 3.12
 
 from base import files, limits
 from base.config import UserError

@@ -28,7 +28,7 @@ MIN_STD = 1e-6
 
 @dataclass(frozen=True)
 class RepresentationConfig:
-    """Which vision transformer, and how images enter it."""
+    """The vision transformer, and how images enter it."""
 
     name: str
     """A short name (tokenizer/model_names.py: dinov2-b-reg, dinov3-l, siglip2-b, mae-b...) or the library's

@@ -116,7 +116,7 @@ def diagnose(
         found += problems[: MAX_NAMED - len(found)]
     remarks = [*leftovers(directory, manifest), *notes(tally)]
     found += problems_of(tally, manifest.latent)
-    facts = _facts(directory, manifest)
+    facts = _facts(manifest)
     tabled = tables(tally, manifest.latent)
     if launch is not None:
         try:
@@ -148,7 +148,7 @@ def _look_at_shard(
     return problems, inspector.finish()
 
 
-def _facts(directory: Path, manifest: Manifest) -> tuple[tuple[str, str], ...]:
+def _facts(manifest: Manifest) -> tuple[tuple[str, str], ...]:
     num_bytes = sum(entry.num_bytes for entry in manifest.shards)
     facts = [
         (

@@ -1,4 +1,4 @@
-"""Describes which tokens of a pack attend to which, without a T x T mask (contracts 3 and 4).
+"""Describes which tokens of a pack attend to which, without a T x T mask (docs/architecture.md, section 4).
 
 The rule is Bagel's generalized causal attention: attention is causal inside a text split and full inside an image
 split, and every split sees all earlier splits of its sample except noisy targets. So every split is one segment: its

@@ -1,4 +1,4 @@
-"""Splits -> one packed batch (contract 3), which stores the tokens of each expert together.
+"""Splits -> one packed batch (docs/architecture.md, section 3), which stores the tokens of each expert together.
 
 Shapes: Tu understanding tokens (text and special tokens), Tg generation (latent) tokens, C latent channels,
 I images, Y X latent grid.

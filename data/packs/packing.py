@@ -1,4 +1,4 @@
-"""Samples -> packs of a token budget (contract 3). The sample's key determines its caption, view and dropout.
+"""Samples -> packs of a token budget. The sample's key determines its caption, view and dropout.
 
 data/samples/layouts.py defines which images and texts a sample has, and in which order.
 """
@@ -15,10 +15,8 @@ from torch import Tensor
 
 from base.config import UserError
 from data.config import PackingConfig
-from data.packs.attention_plan import AttentionPlan, PaddedBucket, VarlenGroup
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.plan.plan import pack_seed, sample_uniforms
-from data.samples.captions import read_captions
 from data.samples.images import part_name
 from data.samples.latents import check_has_variance, check_latent_shards, latent_seed, read_latents
 from data.samples.layouts import (
@@ -35,21 +33,6 @@ from data.shards import LatentInfo, Sample, ShardDataset
 
 if TYPE_CHECKING:
     from data.samples.text import TextTokenizer
-
-__all__ = [
-    "AttentionPlan",
-    "EditPacker",
-    "ImageSplit",
-    "PackedBatch",
-    "PaddedBucket",
-    "T2IPacker",
-    "TextSplit",
-    "VarlenGroup",
-    "build_packed_batch",
-    "read_captions",
-    "read_latents",
-    "text_split",
-]
 
 
 class T2IPacker:

@@ -1,4 +1,4 @@
-"""One virtual stream's position in the plan, and the choice of its next pack (contract 2)."""
+"""One virtual stream's position in the plan, and the choice of its next pack."""
 
 from __future__ import annotations
 

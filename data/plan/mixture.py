@@ -1,4 +1,4 @@
-"""One or several weighted data sets as one address space, without quarantined samples (contract 2)."""
+"""One or several weighted data sets as one address space, without quarantined samples."""
 
 from __future__ import annotations
 

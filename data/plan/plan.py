@@ -1,4 +1,4 @@
-"""Pure functions for the order of samples and every seed of the data layer (contract 2).
+"""Pure functions for the order of samples and every seed of the data layer (docs/architecture.md, section 2).
 
 They use raw Philox words and a stable sort, which numpy keeps stable between versions; it may change
 `Generator.permutation`.

@@ -1,4 +1,4 @@
-"""Plan + shards + packer -> packs of each global step, exact across resumes and numbers of ranks (contract 2)."""
+"""Plan + shards + packer -> packs of each global step, exact across resumes and numbers of ranks."""
 
 from __future__ import annotations
 

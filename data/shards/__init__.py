@@ -1,4 +1,4 @@
-"""Shards: WebDataset tars with an index and a manifest (contract 1). This package exports the public names.
+"""Shards: WebDataset tars with an index and a manifest (docs/architecture.md, section 1); the public names.
 
 Format: data/shards/index.py. Writing, resumable: data/shards/writer.py. Reading by index:
 data/shards/reader.py. Verifying: data/shards/verification.py.

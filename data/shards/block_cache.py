@@ -1,4 +1,4 @@
-"""A bounded cache of remote shards' blocks on a local disk, which the ranks of a node share (contract 1).
+"""A bounded cache of remote shards' blocks on a local disk, which the ranks of a node share.
 
 CACHE/blocks/FINGERPRINT/SHARD/NUMBER holds one block. Processes coordinate through the file system alone: a rename
 makes a block appear, any process may delete the oldest block, and a deleted block is fetched again. A block needs no

@@ -1,4 +1,4 @@
-"""Writes one shard: a tar under a temporary name, its index and its side file (contract 1)."""
+"""Writes one shard: a tar under a temporary name, its index and its side file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shard format (contract 1): names, records and manifest, which the writer and the reader share.
+"""The shard format: names, records and manifest, which the writer and the reader share.
 
 shard-000000.tar         plain WebDataset tar (USTAR, mtime 0): KEY.part members, parts in sorted order
 shard-000000.index.npy   one RECORD per sample

@@ -1,4 +1,4 @@
-"""Reads the index files of a data set's shards on demand (contract 1)."""
+"""Reads the index files of a data set's shards on demand."""
 
 from __future__ import annotations
 

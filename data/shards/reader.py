@@ -1,4 +1,4 @@
-"""Reads samples by index and checks every byte (contract 1)."""
+"""Reads samples by index and checks every byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads files of an fsspec url with retries; fetches a data set's manifest, sizes and indices (contract 1)."""
+"""Reads files of an fsspec url with retries; fetches a data set's manifest, sizes and indices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads remote shards as aligned blocks, which are fetched ahead and cached on a local disk (contract 1)."""
+"""Reads remote shards as aligned blocks, which are fetched ahead and cached on a local disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes shards that are whole or absent, and continues after a killed run (contract 1)."""
+"""Writes shards that are whole or absent, and continues after a killed run."""
 
 from __future__ import annotations
 

@@ -59,13 +59,8 @@ class VisionFeatures:
         """`name`: `download`, or a folder of transformers. Raises UserError: no such model, another input."""
         name = NAMES[kind] if name == "download" else name
         library = AutoModel if kind == "dinov2" else CLIPVisionModelWithProjection
-        try:
+        with hub.described(f"network '{name}'"):
             model = hub.from_pretrained(library, name, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"weights of '{name}' cannot be had ({reason}); give a folder with them"
-            ) from None
         if kind == "clip" and model.config.image_size != INPUT_PX[kind]:
             raise UserError(
                 f"{name}: its input is {model.config.image_size} px; CMMD is defined on CLIP at {INPUT_PX[kind]} px"

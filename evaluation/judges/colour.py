@@ -79,14 +79,9 @@ class ClipColours:
     def load(cls, name: str = "download", device: str = "cpu") -> ClipColours:
         """`name`: `download`, or a folder of transformers. Raises UserError: no such model, no QuickGELU."""
         name = MODEL if name == "download" else name
-        try:
+        with hub.described(f"colour model '{name}'"):
             model = hub.from_pretrained(CLIPModel, name, dtype=torch.float32)
             tokenizer = hub.from_pretrained(AutoTokenizer, name)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"colour model '{name}' cannot be had ({reason}); give a folder with it"
-            ) from None
         return cls(model, tokenizer, device, name)
 
     @torch.no_grad()

@@ -90,11 +90,8 @@ class Mask2FormerDetector:
     def load(cls, name: str = "download", device: str = "cpu") -> Mask2FormerDetector:
         """`name`: `download`, or a folder of transformers. Raises UserError: no such model, other classes."""
         name = MODEL if name == "download" else name
-        try:
+        with hub.described(f"detector '{name}'"):
             model = hub.from_pretrained(Mask2FormerForUniversalSegmentation, name, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"detector '{name}' cannot be had ({reason}); give a folder with it") from None
         return cls(model, device, name)
 
     @torch.no_grad()

@@ -127,10 +127,10 @@ class EndpointJudge:
         pool = futures.ThreadPoolExecutor(1)
         try:
             return pool.submit(self._stream, payload, headers).result(TIMEOUT_S)
-        except futures.TimeoutError:  # another class than TimeoutError in Python 3.10
+        except TimeoutError:
             self._client.close()  # ends the thread with its connection
             self._client = _client()
-            raise TimeoutError from None
+            raise
         finally:
             pool.shutdown(wait=False)
 

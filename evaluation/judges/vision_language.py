@@ -68,12 +68,9 @@ class TransformersJudge:
         adapter.
         """
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        try:
+        with hub.described(f"judge '{model}'"):
             network = hub.from_pretrained(AutoModelForImageTextToText, model, dtype=dtype)
             processor = hub.from_pretrained(AutoProcessor, model)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"judge '{model}' cannot be had ({reason}); give a folder with it") from None
         source, weights = model, model
         if adapter is not None:
             merge_adapter(network, adapter)

@@ -6,7 +6,6 @@ Shapes: N vectors, D features.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -27,24 +26,6 @@ class Rows(Protocol):
 
     def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
         """float32 [len(indices), D]."""
-
-
-@dataclass(frozen=True)
-class TensorRows:
-    """Vectors in memory; implements Rows."""
-
-    values: Tensor  # [N, D]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Vectors `start` to `stop` - 1, float32."""
-        return self.values[start:stop]
-
-    def take(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Tensor:
-        """The vectors at `indices`, float32."""
-        return self.values[np.asarray(indices, np.int64)]
 
 
 def blocks(rows: Rows, count: int = BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:

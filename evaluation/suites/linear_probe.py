@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from base import files
 from base.config import UserError
 from data.image_set import ImageSet, Item
 from evaluation.features.feature_files import ScoreFiles
-from evaluation.features.interface import FeatureExtractor
 from evaluation.image_source import LooseImages, RoleImages
-from evaluation.metrics.probe import LinearProbe
 from evaluation.runner import Measurement
 
 NUM_RANKED = 5
@@ -43,23 +40,6 @@ class Classifier(Protocol):
 
     def __call__(self, images: Sequence[Tensor]) -> Tensor:
         """uint8 [3, H, W] each -> its classes as `ranked` gives them, int64 [B, min(K, NUM_RANKED)]."""
-
-
-class ProbeClassifier:
-    """A probe of evaluation.metrics.probe on the features it was fitted to; implements Classifier."""
-
-    def __init__(self, features: FeatureExtractor, probe: LinearProbe) -> None:
-        self._features, self._probe = features, probe
-        self.num_classes = len(probe.bias)
-        self.fingerprints = {"encoder": features.fingerprint, "head": probe.fingerprint}
-        self.protocol: Mapping[str, Any] = {
-            "features": dict(features.protocol),
-            "head": f"multinomial logistic regression, standardised features, l2 {probe.l2}",
-        }
-
-    def __call__(self, images: Sequence[Tensor]) -> Tensor:
-        """uint8 [3, H, W] of one size -> int64 [B, R]."""
-        return ranked(self._probe.logits(self._features(torch.stack(list(images)))))
 
 
 class _RankedClasses:

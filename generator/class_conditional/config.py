@@ -55,7 +55,7 @@ class DitConfig:
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Which layer is aligned, and how strongly. Defaults: REPA's for XL."""
+    """The layer that is aligned, and the strength. Defaults: REPA's for XL."""
 
     layer: Count = 8
     """Number of the backbone's blocks before the projection."""

@@ -28,24 +28,10 @@ from quickstart.pictures.scenes import (
     BACKGROUND_NAMES,
     KINDS,
     OBJECT_NAMES,
-    SKIN_TONES,
     Scene,
     draw_scene,
     draw_single,
 )
-
-__all__ = [
-    "BACKGROUND_NAMES",
-    "OBJECT_NAMES",
-    "SKIN_TONES",
-    "EmojiConfig",
-    "EmojiSource",
-    "Scene",
-    "edit_at",
-    "emoji_sources",
-    "render",
-    "scene_at",
-]
 
 RECIPE = 2  # raise it when an equal config gives other samples: unfinished shards are then not continued
 

@@ -10,7 +10,7 @@ from evaluation.features.interface import IMAGES_PER_CALL, FeatureExtractor
 from evaluation.metrics.frechet import FeatureStatistics, caveat, frechet_distance
 from evaluation.runner import Measurement, SetScore
 from quickstart.judge import THRESHOLD, Judge
-from quickstart.pictures.source import OBJECT_NAMES
+from quickstart.pictures.scenes import OBJECT_NAMES
 from quickstart.suites.text_to_image import verdict_detail
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.packed_batch import ImageSplit, TextSplit
 from generator.attention import attend
 from generator.flash import why_not
 from generator.gather import gather_rows
+from helpers import packs
+from helpers.packs import Splits, attend_dense, rule_mask, token_table
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +25,7 @@ pytestmark = [
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 KERNELS = ["flash3", "flash4", "flash2", "varlen", "sdpa"]
 PACK_TOKENS = 12_288
-Splits = list[TextSplit | ImageSplit]
+pack = partial(packs.pack, max_side=16)
 
 
 @dataclass(frozen=True)
@@ -75,41 +77,13 @@ ODD_SAMPLES: list[Splits] = [
 ]
 
 
-def pack(samples: list[Splits]) -> PackedBatch:
-    names = [str(number) for number in range(len(samples))]
-    return build_packed_batch(
-        samples, vision_start_id=1, vision_end_id=2, max_side=16, seed=0, sample_ids=names
-    )
-
-
-def token_table(samples: list[Splits]) -> Tensor:
-    """int64 [4, T]: sample, split, place in a text (-1 in images), whether a target; in storage order."""
-    texts, specials, latents = [], [], []
-    for is_target in (False, True):
-        for number, sample in enumerate(samples):
-            for order, split in enumerate(sample):
-                if isinstance(split, TextSplit):
-                    texts += [] if is_target else [(number, order, i, False) for i in range(len(split.ids))]
-                elif split.noisy == is_target:
-                    specials += [(number, order, -1, is_target)] * 2
-                    latents += [(number, order, -1, is_target)] * split.latents[0].numel()
-    return torch.tensor(texts + specials + latents, dtype=torch.int64).T.to(DEVICE)
-
-
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, samples: list[Splits]) -> Tensor:
+def attend_by_sample(q: Tensor, k: Tensor, v: Tensor, samples: list[Splits]) -> Tensor:
     """The rule as a mask, softmax in fp32, sample after sample."""
-    share = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-    table = token_table(samples)
+    table = token_table(samples).to(DEVICE)
     out = torch.zeros_like(q)
     for number in range(len(samples)):
         rows = (table[0] == number).nonzero()[:, 0]
-        _, order, place, target = table[:, rows]
-        earlier = (order[None] < order[:, None]) & (target == 0)[None]
-        own = (order[None] == order[:, None]) & ((place[:, None] < 0) | (place[None] <= place[:, None]))
-        scores = torch.einsum("qnh,knh->nqk", q[rows], k[rows]) / math.sqrt(q.shape[-1])
-        weights = scores.masked_fill(~(earlier | own), -math.inf).softmax(-1)
-        out = out.index_copy(0, rows, torch.einsum("nqk,knh->qnh", weights, v[rows]))
+        out = out.index_copy(0, rows, attend_dense(q[rows], k[rows], v[rows], rule_mask(table[:, rows])))
     return out
 
 
@@ -164,7 +138,7 @@ def test_each_kernel_equals_the_dense_reference(kernel, samples, heads) -> None:
     values = inputs(plan.num_tokens, heads, torch.bfloat16)
     found = with_gradients(lambda q, k, v: attend(q, k, v, plan.to(DEVICE), kernel), *values)
     exact = with_gradients(
-        lambda q, k, v: attend_dense(q, k, v, samples), *(value.float() for value in values)
+        lambda q, k, v: attend_by_sample(q, k, v, samples), *(value.float() for value in values)
     )
     for ours, dense in zip(found, exact, strict=True):
         # bf16 keeps 8 bits (0.4 %) of weights, their gradients and results; a key too many or too few is above 10 %.
@@ -175,7 +149,7 @@ def test_sdpa_in_fp32_equals_the_dense_reference() -> None:
     plan = pack(ODD_SAMPLES).attention.to(DEVICE)
     values = inputs(plan.num_tokens, PAPER, torch.float32)
     found = with_gradients(lambda q, k, v: attend(q, k, v, plan, "sdpa"), *values)
-    exact = with_gradients(lambda q, k, v: attend_dense(q, k, v, ODD_SAMPLES), *values)
+    exact = with_gradients(lambda q, k, v: attend_by_sample(q, k, v, ODD_SAMPLES), *values)
     for ours, dense in zip(found, exact, strict=True):
         assert_close_by_row(ours, dense, 0.002)  # TF32 keeps 11 bits, where it is allowed
 

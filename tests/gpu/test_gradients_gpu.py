@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from engine.distributed import free_port
+from integration import test_gradients
 
 INTEGRATION = Path(__file__).parents[1] / "integration"
 PRECISIONS = ("fp32", "bf16_autocast", "bf16")
-
-
-def oracle() -> Any:
-    spec = importlib.util.spec_from_file_location("test_gradients", INTEGRATION / "test_gradients.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.gpu
@@ -40,6 +31,6 @@ def test_every_precision_and_stage_sums_its_packs_on_a_gpu(tmp_path: Path) -> No
         timeout=300,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    compare = oracle().assert_case
+    compare = test_gradients.assert_case
     for case in cases:
         compare(case, torch.load(tmp_path / f"{case}:1.pt", weights_only=False), on_cpu=False)

@@ -20,6 +20,7 @@ import torch
 
 from data.shards import ShardWriter
 from engine.distributed import free_port
+from helpers.trees import tree
 from quickstart.pictures.config import EmojiConfig
 from quickstart.pictures.source import EmojiSource
 from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
@@ -143,12 +144,6 @@ def run(write: Write, out: Path, kill_after_s: float | None, *, whole_group: boo
     assert select.select([alive], [], [], 30)[0], "a worker outlived its killed parent"
     os.close(alive)
     return process.exitcode == 0
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    """Every file but the hidden temporary ones that a kill can leave, which no reader looks at."""
-    found = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
 
 
 @pytest.fixture(scope="session")

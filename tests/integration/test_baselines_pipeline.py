@@ -30,8 +30,8 @@ from evaluation.reconstruct import ReconstructConfig
 from evaluation.reconstruct import reconstruct as reconstruct_folder
 from evaluation.runner import evaluate
 from evaluation.suites.reconstruction import ReconstructionSuite
+from helpers.commands import in_process
 from launch import reconstruct as command_line
-from launch.runs import entry
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.config import EncodeConfig
 from tokenizer.encode import encode_shards
@@ -64,14 +64,9 @@ def reconstruct(
 
     def run(images: Path, out: Path, *extra: str, autoencoder: str = "vae") -> tuple[int, str]:
         paths = ("--autoencoder", exports / autoencoder, "--images", images, "--out", out)
-        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *map(str, paths), "--batch-size", "2", *extra])
-        try:
-            status = entry.run(command_line.main)
-        except SystemExit as stopped:
-            assert isinstance(stopped.code, int)
-            status = stopped.code
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
+        words = (*paths, "--batch-size", "2", *extra)
+        status, printed, errors = in_process(monkeypatch, capsys, *words, main=command_line.main)
+        return status, printed + errors
 
     return run
 

@@ -4,7 +4,6 @@ early export."""
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -25,7 +24,6 @@ from base.team import Team
 from data.adm_npz import write_npz
 from data.image_set import ImageSet, Item, write_manifest
 from data.shards import ShardDataset
-from engine.distributed import free_port
 from evaluation.features.representation import RepresentationFeatures
 from evaluation.reference import Reference
 from evaluation.runner import evaluate
@@ -33,6 +31,7 @@ from evaluation.suites.generation import GenerationSuite, Spaces
 from generator.class_conditional.class_set import ClassSetConfig, class_drawings, draw_class_set
 from generator.class_conditional.config import ClassSamplingConfig, DitConfig
 from generator.class_conditional.model import create_generator, load_generator
+from helpers.commands import curve, finish, on_ranks
 from launch import export as export_command
 from launch import sample_class, train_class
 from launch.runs import entry
@@ -84,35 +83,9 @@ preview_sampling: {{num_steps: 2}}
     return root
 
 
-def command(script: str, *options: str, ranks: int = 1) -> list[str]:
-    arguments = [str(ROOT / "launch" / f"{script}.py"), *options]
-    if ranks == 1:
-        return [sys.executable, *arguments]
-    port = str(free_port())
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    return [launcher, "--num_gpus", str(ranks), "--master_port", port, *arguments]
-
-
-def finish(arguments: list[str]) -> str:
-    result = subprocess.run(
-        arguments,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
 def train(inputs: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> str:
     config = ["--config", str(inputs / "class.yaml"), f"run_dir={run_dir}", *overrides]
-    return finish(command("train_class", *config, ranks=ranks))
-
-
-def curve(run_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return finish(on_ranks("train_class", *config, ranks=ranks))
 
 
 def wait_for_steps(run_dir: Path, steps: int, process: BaseProcess) -> None:
@@ -278,7 +251,7 @@ def test_an_evaluation_that_fails_on_one_rank_ends_all(inputs: Path, tmp_path: P
     )
     options = ["evaluation.every_steps=2", "evaluation.num_images=4", f"evaluation.suites={suites}"]
     config = ["--config", str(inputs / "class.yaml"), f"run_dir={tmp_path}/run", *options]
-    arguments = command("train_class", *config, "engine.zero_stage=3", ranks=2)
+    arguments = on_ranks("train_class", *config, "engine.zero_stage=3", ranks=2)
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert result.returncode != 0
     printed = result.stdout + result.stderr
@@ -331,7 +304,7 @@ def test_the_command_draws_the_same_bytes_on_two_ranks_and_after_a_stop(
     guide = ["--guide", str(finished / "export_step_00000002"), "--guidance", "2"]
     options = ["--images", "50", "--steps", "3", "--batch-images", "3", "--npz", str(tmp_path / "set.npz")]
     printed = finish(
-        command("sample_class", "--run", str(finished), "--out", str(out), *options, *guide, ranks=2)
+        on_ranks("sample_class", "--run", str(finished), "--out", str(out), *options, *guide, ranks=2)
     )
     assert "50 images" in printed
     assert tree(out) == tree(drawn)

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from base import config
-from data.packs.packing import read_captions
+from data.samples.captions import read_captions
 from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import Sample, ShardDataset, ShardWriter
-from engine.distributed import free_port
 from engine.logs import WANDB_KEYS
 from generator.model import Generator
+from helpers.commands import curve, finish, on_ranks
 from launch import export as export_command
 from launch import sample as sample_command
 from launch.runs import entry, training
@@ -120,26 +120,7 @@ SCRIPTS = {"pivot": ("train_tokenizer", pivot_overrides), "t2i": ("train_t2i", t
 def command(task: str, inputs: Path, run_dir: Path, *extra: str, ranks: int = 1) -> list[str]:
     script, overrides = SCRIPTS[task]
     arguments = ["--config", str(QUICKSTART / f"{task}.yaml"), *overrides(inputs, run_dir), *extra]
-    arguments = [str(ROOT / "launch" / f"{script}.py"), *arguments]
-    if ranks == 1:
-        return [sys.executable, *arguments]
-    port = str(free_port())
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    return [launcher, "--num_gpus", str(ranks), "--master_port", port, *arguments]
-
-
-def finish(arguments: list[str], status: int = 0) -> str:
-    """Runs to the end; returns what was printed."""
-    result = subprocess.run(
-        arguments,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == status, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    return on_ranks(script, *arguments, ranks=ranks)
 
 
 def kill_at_step(arguments: list[str], run_dir: Path, step: int) -> None:
@@ -157,10 +138,6 @@ def kill_at_step(arguments: list[str], run_dir: Path, step: int) -> None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def curve(run_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module", params=["t2i", "pivot"])
@@ -342,7 +319,7 @@ def test_a_wrong_key_names_the_nearest_one(inputs, tmp_path, capsys, monkeypatch
     line = error_of(
         capsys, monkeypatch, command("t2i", inputs, tmp_path / "run", "engine.optimizer.learning_rate=1")
     )
-    assert "engine.optimizer.learning_rate" in line and "did you mean" in line
+    assert "engine.optimizer.learning_rate" in line and "did you mean 'engine.optimizer.lr'?" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -19,7 +19,6 @@ from data.plan.plan import sample_uniforms
 from data.samples.images import fit_image
 from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import Sample, ShardDataset, ShardWriter, verify, write_manifest, write_shard
-from tokenizer import rpiae
 from tokenizer.config import (
     AutoencoderConfig,
     BridgeConfig,
@@ -28,6 +27,7 @@ from tokenizer.config import (
     RepresentationConfig,
 )
 from tokenizer.encode import encode_shards
+from tokenizer.export import fingerprint
 from tokenizer.rpiae import Autoencoder
 
 CAPTIONS = ["a red apple on blue", "two dogs beside a small green house", "a cat"]
@@ -196,7 +196,7 @@ def test_statistics_are_those_of_the_stored_values(inputs: Path, encoded: Path) 
     assert latent.mean == pytest.approx(values.mean(dim=(0, 2, 3)).tolist(), rel=1e-10, abs=1e-12)
     assert latent.std == pytest.approx(values.std(dim=(0, 2, 3), unbiased=False).tolist(), rel=1e-10)
     assert latent.shape == (6, 4, 4)
-    assert latent.tokenizer_fingerprint == rpiae.fingerprint(inputs / "autoencoder")
+    assert latent.tokenizer_fingerprint == fingerprint(inputs / "autoencoder")
     assert latent.text_tokenizer_fingerprint == load_text_tokenizer(str(inputs / "text")).fingerprint
 
 

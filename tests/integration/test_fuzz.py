@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import importlib.util
 import json
 import os
 import resource
 import shutil
 import signal
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 from base.config import UserError
+from integration.scripts import fuzz_data, fuzz_models, fuzz_scores, mutate
 
 NUM_DEFAULT, NUM_SLOW = 2, 75  # of each case
 MAX_BYTES = 2 << 30
@@ -32,20 +30,7 @@ MAX_S = 20
 ROOT = Path(__file__).parents[2]
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mutate, _ = script("mutate"), script("fuzz_inputs")
-CASES: dict[str, Any] = {
-    **script("fuzz_models").CASES,
-    **script("fuzz_data").CASES,
-    **script("fuzz_scores").CASES,
-}
+CASES: dict[str, Any] = {**fuzz_models.CASES, **fuzz_data.CASES, **fuzz_scores.CASES}
 
 
 class TooLongError(BaseException):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import webdataset
 from PIL import Image
 
 from data.shards import ShardDataset
+from helpers.commands import in_process
+from helpers.trees import tree
 from launch import make_shards
 from launch.runs import entry
 from quickstart import make_data
@@ -34,14 +37,7 @@ NAMES = [f"{kind}-{split}" for kind in ("scenes", "edits", "identities") for spl
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs make_shards, or make_data, in this process; returns (exit status, stdout, stderr)."""
-
-    def run(*arguments, main=make_shards.main):
-        monkeypatch.setattr(sys, "argv", ["command.py", *map(str, arguments)])
-        status = entry.run(main)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+    return partial(in_process, monkeypatch, capsys, main=make_shards.main)
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen:
@@ -54,12 +50,6 @@ def start(out: Path, *arguments: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def tree(root: Path) -> dict[str, bytes]:
-    """Every file but the hidden temporary ones that a kill can leave, which no reader looks at."""
-    found = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 
 from data.shards import ShardDataset
 from data.sources import write
+from helpers.commands import in_process
 from launch import make_shards
 from launch.runs import entry
 
@@ -29,14 +31,7 @@ from launch.runs import entry
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs make_shards in this process; returns (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["make_shards.py", *map(str, arguments)])
-        status = entry.run(make_shards.main)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+    return partial(in_process, monkeypatch, capsys, main=make_shards.main)
 
 
 def picture(number: int, size: tuple[int, int] = (40, 30)) -> bytes:

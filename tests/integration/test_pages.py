@@ -6,14 +6,11 @@ import ast
 import copy
 import dataclasses
 import html.parser
-import importlib.util
 import itertools
 import json
 import re
-import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +19,7 @@ from base import sources
 from base.config import UserError
 from data.doctor.examine_set import diagnose
 from data.doctor.findings import Problem
+from integration.scripts import fuzz_data, fuzz_scores
 from report import benchmarks, doctor, render_report
 from report.charts import Curve, bar_chart, chart_file, curve_chart, stacked_bar
 from report.inputs import read_report_input
@@ -50,18 +48,6 @@ FILE_ATTRIBUTES = ATTRIBUTES | {"id", "type", "version", "xmlns", "xmlns:xlink",
 OF_OURS = re.compile(r"https://creativecommons\.org/|data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$")
 TAG = re.compile(rf"(?<![Pg])</?({'|'.join(TAGS | {'script', 'link', 'iframe'})})[ >/]")
 BUILDER = "report/markup.py"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script("fuzz_inputs")
-cases = script("fuzz_scores")
 
 
 class Harmless(html.parser.HTMLParser):
@@ -128,15 +114,15 @@ def changed_files(folder: Path, stride: int) -> Iterator[str]:
 
 
 PAGES: dict[str, tuple[Callable[[Path], object], Callable[[Path], str]]] = {
-    "report": (cases.scores, lambda folder: render_report(folder).read_text()),
+    "report": (fuzz_scores.scores, lambda folder: render_report(folder).read_text()),
     "scores": (
-        cases.scores,
+        fuzz_scores.scores,
         lambda folder: benchmarks.page(
             [benchmarks.read_run(folder / "evaluation"), benchmarks.read_run(folder)]
         ),
     ),
     "watch": (
-        cases.run_folder,
+        fuzz_scores.run_folder,
         lambda folder: (
             watch_page([read_run(folder)], now_s=1e9)
             + watch_page([read_run(folder, "a"), read_run(folder)], now_s=1e9)
@@ -180,7 +166,7 @@ def evil_everywhere(value: Any) -> Any:
 
 
 def test_no_text_of_a_diagnosis_becomes_an_element(tmp_path: Path) -> None:
-    script("fuzz_data").pixel_shards(tmp_path)
+    fuzz_data.pixel_shards(tmp_path)
     found = diagnose(tmp_path)
     bad = dataclasses.replace(
         found,
@@ -198,8 +184,8 @@ def test_no_text_of_a_diagnosis_becomes_an_element(tmp_path: Path) -> None:
 
 
 def test_no_name_of_a_run_or_a_machine_becomes_an_element(tmp_path: Path) -> None:
-    cases.scores(tmp_path)
-    cases.run_folder(tmp_path)
+    fuzz_scores.scores(tmp_path)
+    fuzz_scores.run_folder(tmp_path)
     scored = dataclasses.replace(benchmarks.read_run(tmp_path), name=EVIL)
     assert Harmless(benchmarks.page([scored, benchmarks.read_run(tmp_path)])).text.count("alert(1)") > 5
     logged = dataclasses.replace(read_run(tmp_path, EVIL), path=Path(EVIL))

@@ -21,7 +21,7 @@ from quickstart.class_page import LABELS
 from quickstart.config import ClassScoresConfig, JudgeConfig
 from quickstart.judge import JudgeObjective
 from quickstart.judge_network import SceneClasses
-from quickstart.pictures.source import BACKGROUND_NAMES, OBJECT_NAMES
+from quickstart.pictures.scenes import BACKGROUND_NAMES, OBJECT_NAMES
 from quickstart.standin import IdentityObjective
 from quickstart.train_standin import StandInRun
 from tokenizer.export import fingerprint

@@ -35,6 +35,7 @@ from generator.pipeline import Pipeline
 from generator.sampled_set import SampledSetConfig, draw_set
 from generator.sampling import Condition
 from generator.sampling_config import SamplingConfig
+from helpers.commands import on_ranks
 from launch import evaluate as launch_evaluate
 from launch import sample
 from launch.runs import entry
@@ -267,12 +268,7 @@ def test_a_set_without_edits_is_claimed_as_ever(inputs, tmp_path) -> None:
 
 
 def command(inputs: Path, *arguments: str, ranks: int = 1) -> list[str]:
-    words = [str(ROOT / "launch" / "sample.py"), "--run", str(inputs / "run"), *arguments]
-    if ranks == 1:
-        return [sys.executable, *words]
-    port = str(free_port())
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    return [launcher, "--num_gpus", str(ranks), "--master_port", port, *words]
+    return on_ranks("sample", "--run", str(inputs / "run"), *arguments, ranks=ranks)
 
 
 @pytest.mark.parametrize("world", [2, 3, 9])

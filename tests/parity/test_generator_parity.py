@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from base.config import UserError
@@ -66,10 +66,7 @@ def text_pack(ids: Tensor):
     )
 
 
-def test_the_understanding_path_is_qwen2(checkpoint) -> None:
-    theirs, folder = checkpoint
-    ours = Mot(OURS)
-    load_qwen(ours, str(folder))
+def assert_equal_hidden_states(ours: Mot, theirs: nn.Module) -> None:
     ids = torch.randint(64, (23,), generator=torch.Generator().manual_seed(1))
     batch = text_pack(ids)  # the image after the text is seen by no text token
     latents = torch.randn(4, 48, generator=torch.Generator().manual_seed(2))
@@ -83,6 +80,13 @@ def test_the_understanding_path_is_qwen2(checkpoint) -> None:
     torch.testing.assert_close(found[:23], expected, rtol=0, atol=1e-5)  # fp32 sums in another order
 
 
+def test_the_understanding_path_is_qwen2(checkpoint) -> None:
+    theirs, folder = checkpoint
+    ours = Mot(OURS)
+    load_qwen(ours, str(folder))
+    assert_equal_hidden_states(ours, theirs)
+
+
 def test_the_understanding_path_is_qwen3(tmp_path) -> None:
     theirs = Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16, rope_theta=1e6)).eval()
     generator = torch.Generator().manual_seed(0)
@@ -93,17 +97,7 @@ def test_the_understanding_path_is_qwen3(tmp_path) -> None:
     assert (shape.head_dim, shape.qkv_bias, shape.qk_norm) == (16, False, True)
     ours = Mot(shape)
     load_qwen(ours, str(tmp_path))
-    ids = torch.randint(64, (23,), generator=torch.Generator().manual_seed(1))
-    batch = text_pack(ids)
-    latents = torch.randn(4, 48, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        expected = theirs.model(ids[None]).last_hidden_state[0]
-        attention = planned_attention(batch.attention, "sdpa")
-        found, _ = ours(
-            ours.embed_tokens(batch.text_ids), latents, batch.rope_positions, attention, text_output=True
-        )
-    assert found is not None
-    torch.testing.assert_close(found[:23], expected, rtol=0, atol=1e-5)  # fp32 sums in another order
+    assert_equal_hidden_states(ours, theirs)
 
 
 def test_both_experts_start_as_qwen2_and_qk_norm_at_one(checkpoint) -> None:

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from base.config import ConfigError
+from helpers.weights import randomise
 from tokenizer.config import RepresentationConfig
 from tokenizer.model_names import MODELS
 from tokenizer.representation import Representation
@@ -59,13 +60,6 @@ def plain_transformers(name: str) -> Any:
     registers |= {"num_register_tokens": 4} if name == "dinov3-s" else {}
     unmasked = {"mask_ratio": 0.0} if name == "mae-b" else {}
     return cls(cls.config_class(**{**tiny_fields(name), **registers, **unmasked})).eval()
-
-
-def randomise(module: nn.Module) -> None:
-    """Random values everywhere, so that no bias, norm or scale is left at 0 or 1 and untested."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.dim() == 1))
 
 
 def copy_weights(theirs: nn.Module, ours: Representation, *, left: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from helpers.weights import randomise
 from tokenizer.bridge import Bridge
 from tokenizer.config import BridgeConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.pixel_decoder import PixelDecoder, sincos_positions
@@ -26,13 +27,6 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-def randomise(module: nn.Module) -> None:
-    """Random values everywhere, so that no bias, norm or scale is left at 0 or 1 and untested."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.dim() == 1))
 
 
 def first(state: Mapping[str, Tensor], *names: str) -> Tensor:

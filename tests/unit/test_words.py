@@ -14,9 +14,8 @@ import pytest
 from base import FOLDERS, sources
 
 ROOT = Path(__file__).parents[2]
-SWEPT = ("base", "data", "engine", "launch")
-"""Folders whose docstrings were all rewritten under the rules of `riddle`."""
 FILES = sources(ROOT, "benchmarks")
+PLACES = (*FOLDERS, "benchmarks")
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,14 @@ def riddle(words: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, "benchmarks"])
+@pytest.mark.parametrize("folder", PLACES)
 def test_every_module_with_code_says_what_it_is(folder: str) -> None:
     modules = [path for path in FILES if path.relative_to(ROOT).parts[0] == folder and path.stat().st_size]
     assert modules
     assert not [path for path in modules if ast.get_docstring(ast.parse(path.read_text())) is None]
 
 
-@pytest.mark.parametrize("folder", SWEPT)
+@pytest.mark.parametrize("folder", PLACES)
 def test_no_docstring_is_a_riddle(folder: str) -> None:
     found = [text for path in FILES if path.relative_to(ROOT).parts[0] == folder for text in texts(path)]
     assert len(found) > 100

@@ -34,7 +34,7 @@ class DiscriminatorConfig:
 
 @dataclass(frozen=True)
 class PerceptualConfig:
-    """Which perceptual distance, and the networks it needs."""
+    """The kind of perceptual distance, and the networks that it needs."""
 
     kind: Literal["lpips_vgg16", "representation", "none"] = "lpips_vgg16"
     """LPIPS (paper), distance of a frozen representation model's patch features, or no perceptual loss."""

@@ -14,16 +14,7 @@ from tokenizer.training.objectives import BridgeObjective, DecoderObjective, Joi
 from tokenizer.training.stage_config import StageConfig
 from tokenizer.training.stage_objective import StageObjective
 
-__all__ = [
-    "BridgeObjective",
-    "DecoderObjective",
-    "JointObjective",
-    "PivotObjective",
-    "StageObjective",
-    "autoencoder_config",
-    "build_stage",
-    "build_untrained",
-]
+__all__ = ["StageObjective", "autoencoder_config", "build_stage", "build_untrained"]
 
 OBJECTIVES: dict[str, type[PivotObjective | BridgeObjective | DecoderObjective]] = {
     "pivot": PivotObjective,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from fuzz_inputs import IMAGE, Case, lines, parquet_of, png, put, tar_of
 
 from base import files
 from data.doctor.examine_set import diagnose
@@ -28,6 +27,8 @@ from data.sources.prepare import Preparation
 from data.sources.tar_indexing import index_shards
 from data.sources.tar_samples import find_tars
 from data.sources.webdataset import WebDatasetSource
+from helpers.trees import tar_of
+from integration.scripts.fuzz_inputs import IMAGE, Case, lines, parquet_of, png, put
 
 
 def pixel_shards(folder: Path) -> None:
@@ -110,14 +111,14 @@ CASES: dict[str, Case] = {
     "latent shards": Case(latent_shards, read_latent_shards, sign=sign_shards),
     "doctor": Case(pixel_shards, diagnose, sign=sign_shards),
     "verify": Case(latent_shards, verify, sign=sign_shards),
-    "tars in place": Case(lambda folder: put(folder, {"a.tar": tar_of(WEBDATASET)}), read_indexed),
+    "tars in place": Case(lambda folder: put(folder, {"a.tar": tar_of(WEBDATASET.items())}), read_indexed),
     "tars": Case(
-        lambda folder: put(folder, {"a.tar": tar_of(WEBDATASET)}),
+        lambda folder: put(folder, {"a.tar": tar_of(WEBDATASET.items())}),
         lambda folder: everything(WebDatasetSource(find_tars([folder]))),
     ),
     "imagenet": Case(
         lambda folder: put(
-            folder, {f"n0000000{n}.tar": tar_of({f"n0000000{n}_1.JPEG": png(9, "JPEG")}) for n in (1, 2)}
+            folder, {f"n0000000{n}.tar": tar_of([(f"n0000000{n}_1.JPEG", png(9, "JPEG"))]) for n in (1, 2)}
         ),
         lambda folder: everything(InUnits(ImageNetSource(folder, num_classes=2), 2)),
     ),

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import yaml
-from fuzz_inputs import Case, put
 from tokenizers import Tokenizer, models
 
 from base import config, files
@@ -18,6 +15,7 @@ from base.config import UserError
 from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from engine import checkpoint_export, checkpoint_folder, checkpoint_writer
 from engine.layout import Segment
+from integration.scripts.fuzz_inputs import Case, put
 from launch.runs.configs import EncodeRun
 from launch.runs.tasks import read_run
 from quickstart.config import JudgeConfig
@@ -27,19 +25,9 @@ from quickstart.train_judge import JudgeRun
 from quickstart.train_standin import StandInRun
 from tokenizer.releases.checkpoint import read_checkpoint
 from tokenizer.weights import write_tensors
+from unit.base.test_strange_exports import EXPORTS
 
 ROOT = Path(__file__).parents[3]
-
-
-def module_at(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "tests" / path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-exports = module_at("unit/base/test_strange_exports.py")
 
 
 def checkpoint(folder: Path) -> None:
@@ -136,7 +124,7 @@ def read_configs(folder: Path) -> None:
 
 
 CASES: dict[str, Case] = {
-    **{f"export {name}": Case(save, load) for name, (save, load) in exports.EXPORTS.items()},
+    **{f"export {name}": Case(save, load) for name, (save, load) in EXPORTS.items()},
     "judge's export": Case(judge_export, Judge.load),
     "text tokenizer": Case(
         text_model, lambda folder: load_text_tokenizer(str(folder / "text")).encode("a dog")

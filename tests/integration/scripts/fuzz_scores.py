@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fuzz_inputs import IMAGE, Case, lines, parquet_of, png, put
 
 from data.image_set import ImageSet
 from evaluation.judge_instructions import ImgEditInstructions, VieInstructions
@@ -24,6 +23,7 @@ from evaluation.prompt_sets import write_gedit, write_imgedit
 from evaluation.reference import Reference
 from evaluation.store import RecordStore
 from generator.prompts import read_prompts
+from integration.scripts.fuzz_inputs import IMAGE, Case, lines, parquet_of, png, put
 from report import benchmarks, render_report
 from report.watch import page, read_run, screen
 

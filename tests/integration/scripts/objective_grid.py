@@ -24,8 +24,10 @@ from engine.spans import Spans
 from engine.step import Stepper
 from generator.class_conditional.config import ClassFlowConfig, DitConfig, WideHeadConfig
 from generator.class_conditional.objective import build_class_objective
-from generator.config import DdtHeadConfig, FlowConfig, GeneratorConfig, MotConfig
+from generator.config import DdtHeadConfig, FlowConfig, GeneratorConfig
 from generator.objective import build_objective
+from helpers.generators import BACKBONE
+from helpers.texts import Letters
 from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.training.stage_config import PerceptualConfig, StageConfig
 from tokenizer.training.stages import build_stage
@@ -35,14 +37,6 @@ LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text
 OPTIMIZER = OptimizerConfig(lr=0.1, eps=1.0, weight_decay=0.1)
 STEPS, PACKS = 2, 2
 TEXT_WEIGHT = 0.3
-
-
-class Letters:
-    """The part of a text tokenizer that training reads."""
-
-    vocab_size = 32
-    im_start_id, im_end_id, vision_start_id, vision_end_id = 26, 27, 28, 29
-    fingerprint = "text"
 
 
 def image(seed, noisy):
@@ -75,9 +69,7 @@ def flow_cases():
         if task == "t2i" and text != "none":
             continue
         config = GeneratorConfig(
-            MotConfig(
-                vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-            ),
+            BACKBONE,
             max_side=4,
             head=DdtHeadConfig(width=32, num_layers=1, num_heads=4) if head else None,
             text_output=text != "none",

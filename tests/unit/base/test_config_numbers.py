@@ -15,6 +15,8 @@ import pytest
 
 from base.bounds import MAX_COUNT, MAX_FEW, MAX_SECONDS, MAX_STEPS
 from base.config import ConfigError, UserError, from_dict, resolve, to_dict
+from helpers.run_configs import kinds
+from helpers.run_configs import sections as all_sections
 from launch.runs.configs import ClassRun, EncodeRun, GeneratorRun, TokenizerRun
 from launch.sizing import dry_run
 from quickstart.ablation import AblationRun
@@ -70,24 +72,11 @@ def sections(config: Any) -> Iterator[Any]:
             yield from sections(value)
 
 
-def kinds(hint: Any) -> set[type]:
-    """What a field's type is made of, without its ranges."""
-    return {hint} if not (inner := typing.get_args(hint)) else set().union(*map(kinds, inner))
-
-
 @functools.cache
 def numbers(cls: type) -> dict[str, set[type]]:
     """The fields of a config that hold numbers, and of which kinds."""
     hints = {name: kinds(hint) for name, hint in typing.get_type_hints(cls).items()}
     return {name: found for name, found in hints.items() if found & {int, float}}
-
-
-def classes(cls: type) -> set[type]:
-    """A config's class and those of all sections that it may have."""
-    found = {cls}
-    for hint in typing.get_type_hints(cls).values():
-        found |= {inner for kind in kinds(hint) if dataclasses.is_dataclass(kind) for inner in classes(kind)}
-    return found
 
 
 @functools.cache
@@ -129,7 +118,9 @@ def refusal(cls: type, tree: Mapping[str, Any], what: object) -> str:
 
 
 def test_every_number_of_every_config_has_an_example() -> None:
-    every = {(cls, field) for root, _, _ in RUNS.values() for cls in classes(root) for field in numbers(cls)}
+    every = {
+        (cls, field) for root, _, _ in RUNS.values() for cls in all_sections(root) for field in numbers(cls)
+    }
     assert not {key for key in every - examples().keys() if key[1] not in FREE}
 
 

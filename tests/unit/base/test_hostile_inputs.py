@@ -43,6 +43,7 @@ from evaluation.prompt_sets import write_gedit
 from evaluation.reconstruct import image_names
 from generator.pipeline import read_pixels
 from generator.prompts import read_prompts
+from helpers.trees import tar_of
 
 NUM_DEFAULT, NUM_SLOW = 120, 2000
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -409,12 +410,8 @@ def omniedit(rng: Rng, root: Path) -> Outcome:
     return everything(omniedit_source([str(root)], 2, OmniEditFilter({"o_score": 6}))), truths
 
 
-def tar_of(files: Sequence[tuple[str, bytes]], path: Path, format: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=format) as tar:
-        for member, payload in files:
-            info = tarfile.TarInfo(member)
-            info.size = len(payload)
-            tar.addfile(info, io.BytesIO(payload))
+def write_tar(files: Sequence[tuple[str, bytes]], path: Path, format: int = tarfile.PAX_FORMAT) -> Path:
+    path.write_bytes(tar_of(files, format))
     return path
 
 
@@ -447,7 +444,7 @@ def webdataset(rng: Rng, root: Path) -> Outcome:
         if rng.random() < 0.2:
             files.append((f"stray_{position}", b"x"))
             num_strays += 1
-    path = tar_of(files, root / "a.tar", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT][rng.integers(2)])
+    path = write_tar(files, root / "a.tar", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT][rng.integers(2)])
     (root / "._a.tar").write_bytes(b"mac")
     source = WebDatasetSource(find_tars([root]))
     if rng.random() < 0.15:
@@ -466,7 +463,7 @@ def indexed(rng: Rng, root: Path) -> Outcome:
     """Tars of others in place: the same samples, pictures upright."""
     pictures = [good_picture(rng) for _ in range(rng.integers(1, 4))]
     files = [(f"k{i}.{one.suffix}", one.payload) for i, one in enumerate(pictures)]
-    tar_of(files, root / "a.tar", tarfile.USTAR_FORMAT)
+    write_tar(files, root / "a.tar", tarfile.USTAR_FORMAT)
     index_shards(root)
     samples = ShardDataset.open(root).read(range(len(pictures)))
     batch = PixelPacker(PixelConfig(len(pictures), 8)).collate(
@@ -483,7 +480,7 @@ def imagenet(rng: Rng, root: Path) -> Outcome:
         files = [(f"{synset}_{i}.JPEG", one.payload) for i, one in enumerate(pictures)]
         if rng.random() < 0.3:
             files.insert(0, (f"._{synset}_0.JPEG", b"mac"))
-        tar_of(files, root / f"{synset}.tar", tarfile.GNU_FORMAT)
+        write_tar(files, root / f"{synset}.tar", tarfile.GNU_FORMAT)
         truths += [Truth(one, None, label) for one in pictures]
     return everything(InUnits(ImageNetSource(root, num_classes=2), 2)), truths
 

@@ -105,7 +105,7 @@ def test_every_function_of_the_hub_module_asks_first_and_forbids_code() -> None:
             if ast.unparse(node.func).startswith("cls."):
                 given = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 assert given["trust_remote_code"] == "False", function.name
-    assert met == ["from_pretrained", "from_config", "create_timm", "snapshot", "file"]
+    assert met == ["from_pretrained", "from_config", "create_timm", "folder", "file"]
 
 
 LOADERS: dict[str, Callable[[str], object]] = {

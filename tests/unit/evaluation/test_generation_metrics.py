@@ -14,7 +14,7 @@ from evaluation.metrics import manifold
 from evaluation.metrics.inception_score import inception_score
 from evaluation.metrics.kernel_distance import cmmd, kid, unbiased_polynomial_mmd
 from evaluation.metrics.manifold import in_manifold, radii, squared_distances
-from evaluation.metrics.rows import TensorRows
+from helpers.rows import TensorRows
 
 
 def vectors(num: int, dim: int, seed: int, shift: float = 0.0) -> Tensor:

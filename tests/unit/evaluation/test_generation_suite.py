@@ -16,10 +16,10 @@ from evaluation.features.feature_files import FeatureFiles
 from evaluation.features.inception import AdmInception
 from evaluation.metrics.frechet import gaussian_distance
 from evaluation.metrics.manifold import in_manifold, radii
-from evaluation.metrics.rows import TensorRows
 from evaluation.reference import Reference
 from evaluation.runner import evaluate
 from evaluation.suites.generation import GenerationSuite, Spaces
+from helpers.rows import TensorRows
 
 NUM_IMAGES = 40
 

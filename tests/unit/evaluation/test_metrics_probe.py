@@ -1,7 +1,9 @@
 """The trained linear probe and its suite, and DINOv2's published head on a tiny model with random weights."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +14,30 @@ from base.config import ConfigError, UserError
 from data.image_set import Item, write_image, write_manifest
 from evaluation.features.representation import RepresentationFeatures, last_tokens
 from evaluation.linear_head import HEADS, HeadClassifier, LinearHead, prepare
-from evaluation.metrics.probe import accuracy, fit
+from evaluation.metrics.probe import LinearProbe, accuracy, fit
 from evaluation.runner import evaluate
-from evaluation.suites.linear_probe import LinearProbeSuite, ProbeClassifier, ranked
+from evaluation.suites.linear_probe import LinearProbeSuite, ranked
 from tokenizer.config import RepresentationConfig
 from tokenizer.representation import Representation
 
 SIZES: dict[str, int | float | bool | str] = {"depth": 2, "embed_dim": 24, "num_heads": 2}
+
+
+class ProbeClassifier:
+    """A probe of evaluation.metrics.probe on the features it was fitted to; implements Classifier."""
+
+    def __init__(self, features: RepresentationFeatures, probe: LinearProbe) -> None:
+        self._features, self._probe = features, probe
+        self.num_classes = len(probe.bias)
+        self.fingerprints = {"encoder": features.fingerprint, "head": probe.fingerprint}
+        self.protocol: Mapping[str, Any] = {
+            "features": dict(features.protocol),
+            "head": f"multinomial logistic regression, standardised features, l2 {probe.l2}",
+        }
+
+    def __call__(self, images: Sequence[Tensor]) -> Tensor:
+        """uint8 [3, H, W] of one size -> int64 [B, R]."""
+        return ranked(self._probe.logits(self._features(torch.stack(list(images)))))
 
 
 def clusters(num: int, num_classes: int, seed: int, spread: float) -> tuple[Tensor, Tensor]:

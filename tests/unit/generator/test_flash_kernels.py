@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from base.config import UserError
 from data.packs.attention_plan import AttentionPlan, Split, build_attention_plan
-from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.packed_batch import ImageSplit, TextSplit
 from data.shards import LatentInfo
 from generator.attention import attend, choose_backend, planned_attention
 from generator.config import DdtHeadConfig, GeneratorConfig, MotConfig
@@ -29,10 +29,12 @@ from generator.flash import PACKAGES
 from generator.gather import gather_rows
 from generator.model import Generator
 from generator.prefix import PrefixCache, split_prefix
+from helpers import packs
+from helpers.packs import Splits, attend_dense, rule_mask, token_table
 
-Splits = list[TextSplit | ImageSplit]
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 CUDA = torch.device("cuda:0")
+pack = partial(packs.pack, max_side=16)
 
 
 def text(length: int) -> TextSplit:
@@ -57,37 +59,6 @@ TURNS: list[Splits] = [
     [image(2, 2), text(3), noisy(2, 2), image(2, 2), text(2), noisy(2, 2), image(2, 2), text(6), noisy(2, 3)]
 ]
 KINDS = {"t2i": T2I, "edit": EDIT, "turns": TURNS, "no text": [[noisy(2, 2)], [noisy(3, 1)]]}
-
-
-def pack(samples: list[Splits]) -> PackedBatch:
-    names = [str(number) for number in range(len(samples))]
-    return build_packed_batch(
-        samples, vision_start_id=1, vision_end_id=2, max_side=16, seed=0, sample_ids=names
-    )
-
-
-def rule_mask(samples: list[Splits]) -> Tensor:
-    """bool [T, T] by the rule, token by token, in storage order: texts, specials, latents; clean images first."""
-    texts, specials, latents = [], [], []
-    for is_target in (False, True):
-        for number, sample in enumerate(samples):
-            for order, split in enumerate(sample):
-                if isinstance(split, TextSplit):
-                    texts += [] if is_target else [(number, order, i, False) for i in range(len(split.ids))]
-                elif split.noisy == is_target:
-                    specials += [(number, order, -1, is_target)] * 2
-                    latents += [(number, order, -1, is_target)] * split.latents[0].numel()
-    sample, order, place, target = torch.tensor(texts + specials + latents).T
-    earlier = (order[None] < order[:, None]) & ~target.bool()[None]
-    own = (order[None] == order[:, None]) & ((place[:, None] < 0) | (place[None] <= place[:, None]))
-    return (sample[:, None] == sample[None]) & (earlier | own)
-
-
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    share = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-    scores = torch.einsum("qnh,knh->nqk", q, k) / math.sqrt(q.shape[-1])
-    return torch.einsum("nqk,knh->qnh", scores.masked_fill(~mask, -math.inf).softmax(-1), v)
 
 
 def by_segments(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *, causal: bool) -> Tensor:
@@ -170,7 +141,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 def plans(samples: list[Splits]) -> dict[str, tuple[AttentionPlan, Tensor]]:
     """Every plan that a pack brings, with its dense mask."""
-    batch, mask = pack(samples), rule_mask(samples)
+    batch, mask = pack(samples), rule_mask(token_table(samples))
     outputs, first = batch.attention.outputs, len(mask) - batch.num_loss_tokens
     assert outputs is not None
     image_of = batch.image_index[len(batch.latents) - batch.num_loss_tokens :]

@@ -5,20 +5,19 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from base.config import ConfigError, UserError
-from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.packed_batch import ImageSplit, TextSplit
 from data.shards import LatentInfo
-from generator.config import DdtHeadConfig, FlowConfig, GeneratorConfig, MotConfig
+from generator.config import DdtHeadConfig, FlowConfig, GeneratorConfig
 from generator.model import Generator
 from generator.objective import build_objective
 from generator.prefix import PrefixCache, split_prefix
+from helpers.generators import BACKBONE
+from helpers.packs import image, pack, times_of
+from helpers.texts import Letters
 
 SIDE, CHANNELS = 3, 4
-BACKBONE = MotConfig(
-    vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-)
 PLAIN = GeneratorConfig(backbone=BACKBONE, max_side=4)
 WITH_HEAD = dataclasses.replace(PLAIN, head=DdtHeadConfig(width=48, num_layers=2, num_heads=4))
 WITH_TEXT = dataclasses.replace(PLAIN, text_output=True)
@@ -27,34 +26,11 @@ LATENTS = LatentInfo(
 )
 
 
-class Letters:
-    """The part of a text tokenizer that training reads."""
-
-    vocab_size = 32
-    im_start_id, im_end_id, vision_start_id, vision_end_id = 26, 27, 28, 29
-    fingerprint = "text"
-
-
-def image(seed: int, *, noisy: bool) -> ImageSplit:
-    return ImageSplit(torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(seed)), noisy)
-
-
 SAMPLES: list[list[TextSplit | ImageSplit]] = [
     [TextSplit([1, 5, 6, 7, 2]), image(0, noisy=True)],
     [image(1, noisy=False), TextSplit([1, 9, 8, 2], loss=True), image(2, noisy=True)],
     [TextSplit([1, 4, 2], loss=True), image(3, noisy=True)],
 ]
-
-
-def pack(samples: list[list[TextSplit | ImageSplit]]) -> PackedBatch:
-    ids = [str(index) for index in range(len(samples))]
-    return build_packed_batch(
-        samples, vision_start_id=28, vision_end_id=29, max_side=4, seed=7, sample_ids=ids
-    )
-
-
-def times_of(batch: PackedBatch) -> Tensor:
-    return torch.where(batch.image_noisy, torch.linspace(0.2, 0.9, len(batch.image_noisy)), 0.0)
 
 
 def randomised(config: GeneratorConfig) -> Generator:

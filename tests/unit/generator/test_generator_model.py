@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from base.config import UserError
-from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.packed_batch import ImageSplit, TextSplit
 from data.shards import LatentInfo
 from generator.attention import attend, choose_backend, planned_attention
-from generator.config import GeneratorConfig, MotConfig
+from generator.config import GeneratorConfig
 from generator.flash import PACKAGES
 from generator.model import Generator
+from helpers.generators import BACKBONE
+from helpers.packs import attend_dense, image, pack, rule_mask, times_of, token_table
 
 SIDE, CHANNELS, VOCAB = 3, 4, 32
-BACKBONE = MotConfig(
-    vocab_size=VOCAB, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-)
 CONFIG = GeneratorConfig(backbone=BACKBONE, max_side=4)
 LATENTS = LatentInfo(
     "fp32", (CHANNELS, SIDE, SIDE), (0.5,) * CHANNELS, (2.0,) * CHANNELS, "autoencoder", "text"
@@ -30,10 +29,6 @@ LATENTS = LatentInfo(
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def image(seed: int, *, noisy: bool) -> ImageSplit:
-    return ImageSplit(random(CHANNELS, SIDE, SIDE, seed=seed), noisy)
 
 
 SAMPLES: list[list[TextSplit | ImageSplit]] = [
@@ -50,57 +45,12 @@ SAMPLES: list[list[TextSplit | ImageSplit]] = [
 ]
 
 
-def pack(samples: list[list[TextSplit | ImageSplit]]) -> PackedBatch:
-    ids = [str(index) for index in range(len(samples))]
-    return build_packed_batch(
-        samples, vision_start_id=3, vision_end_id=4, max_side=CONFIG.max_side, seed=7, sample_ids=ids
-    )
-
-
 def model_with_random_head(seed: int = 0) -> Generator:
     """The head of a new model is zero; velocities say something only with a random one."""
     model = Generator.create(CONFIG, LATENTS, seed)
     with torch.no_grad():
         model.latent_out.weight.copy_(random(CHANNELS, BACKBONE.width, seed=99) / math.sqrt(BACKBONE.width))
     return model
-
-
-def times_of(batch: PackedBatch) -> Tensor:
-    return torch.where(batch.image_noisy, torch.linspace(0.2, 0.9, len(batch.image_noisy)), 0.0)
-
-
-def is_noisy(token: tuple) -> bool:
-    return token[4]
-
-
-def rule_mask(samples: list[list[TextSplit | ImageSplit]]) -> Tensor:
-    """bool [T, T] straight from the rule, token by token, in storage order: clean images before noisy ones."""
-    text, special, latent = [], [], []
-    for s, sample in enumerate(samples):
-        for p, split in enumerate(sample):
-            if isinstance(split, TextSplit):
-                text += [(s, p, i, "text", False) for i in range(len(split.ids))]
-            else:
-                special += [(s, p, 0, "image", split.noisy)] * 2
-                latent += [(s, p, 0, "image", split.noisy)] * split.latents[0].numel()
-    tokens = text + sorted(special, key=is_noisy) + sorted(latent, key=is_noisy)
-
-    def sees(query: tuple, key: tuple) -> bool:
-        if query[0] != key[0] or key[1] > query[1]:
-            return False
-        if key[1] < query[1]:
-            return not key[4]
-        return query[3] == "image" or key[2] <= query[2]
-
-    return torch.tensor([[sees(query, key) for key in tokens] for query in tokens])
-
-
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Reference: the whole T x T softmax in fp32."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = torch.einsum("qnh,knh->nqk", q, k) / math.sqrt(q.shape[-1])
-    return torch.einsum("nqk,knh->qnh", scores.masked_fill(~mask, -math.inf).softmax(-1), v)
 
 
 def varlen_reference(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
@@ -145,7 +95,7 @@ def test_every_backend_follows_the_rule_and_its_gradient(backend, samples, monke
     total = batch.attention.num_tokens
     q, k, v = (random(total, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 2))
     weight = random(total, 4, 8, seed=5)
-    expected = attend_dense(q, k, v, rule_mask(samples))
+    expected = attend_dense(q, k, v, rule_mask(token_table(samples)))
     found = attend(q, k, v, batch.attention, backend)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # fp32 sums in another order
     for a, b in zip(

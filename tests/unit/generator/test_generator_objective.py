@@ -10,47 +10,35 @@ from torch import Tensor
 
 from base.config import ConfigError, UserError, from_dict, to_dict
 from base.objective import HISTORY_WINDOWS, LossOutput
-from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.packed_batch import PackedBatch, TextSplit, build_packed_batch
 from data.shards import LatentInfo
 from engine.metric_window import Window
-from generator.config import FlowConfig, GeneratorConfig, MotConfig
+from generator.config import FlowConfig, GeneratorConfig
 from generator.embeddings import grid_sinusoids, time_sinusoids
 from generator.flow import draw_times, interpolate, resolve_shift, sampling_times, shift_time, velocity_target
 from generator.model import Generator
 from generator.objective import FlowObjective, Preview, build_objective, check_latents, tile
 from generator.sampling import Condition
 from generator.sampling_config import SamplingConfig
+from helpers import packs
+from helpers.generators import BACKBONE
+from helpers.packs import image
+from helpers.texts import Letters
 
 SHAPE = (4, 2, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text")
 CONFIG = GeneratorConfig(
-    backbone=MotConfig(
-        vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-    ),
+    backbone=BACKBONE,
     max_side=4,
 )
 
 
-class Letters:
-    """The part of a text tokenizer that training reads."""
-
-    vocab_size = 32
-    im_start_id, im_end_id, vision_start_id, vision_end_id = 26, 27, 28, 29
-    fingerprint = "text"
-
-
-def image(seed: int, *, noisy: bool) -> ImageSplit:
-    return ImageSplit(torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)), noisy)
-
-
 def pack(seed: int = 7) -> PackedBatch:
     samples = [
-        [TextSplit([1, 5, 2]), image(0, noisy=True)],
-        [image(1, noisy=False), TextSplit([1, 2]), image(2, noisy=True)],
+        [TextSplit([1, 5, 2]), image(0, noisy=True, shape=SHAPE)],
+        [image(1, noisy=False, shape=SHAPE), TextSplit([1, 2]), image(2, noisy=True, shape=SHAPE)],
     ]
-    return build_packed_batch(
-        samples, vision_start_id=28, vision_end_id=29, max_side=4, seed=seed, sample_ids=["a", "b"]
-    )
+    return packs.pack(samples, seed=seed)
 
 
 def build(**options):

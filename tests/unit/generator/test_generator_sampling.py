@@ -17,7 +17,7 @@ from base.config import ConfigError, UserError
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.samples.images import fit_image
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
-from generator.config import FlowConfig, GeneratorConfig, MotConfig
+from generator.config import FlowConfig, GeneratorConfig
 from generator.flow import sampling_times
 from generator.guidance import guide
 from generator.model import Generator, normalise, unnormalise
@@ -26,31 +26,17 @@ from generator.pipeline import Pipeline, read_pixels
 from generator.prefix import split_prefix
 from generator.sampling import Condition, make_condition, pack_branches, read_conditions, sample_latents
 from generator.sampling_config import SamplingConfig
+from helpers.generators import BACKBONE
+from helpers.texts import Letters
 
 SHAPE = (4, 3, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.5, -0.5, 0.0, 1.0), (2.0, 1.0, 0.5, 1.0), "autoencoder", "text")
 CONFIG = GeneratorConfig(
-    backbone=MotConfig(
-        vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-    ),
+    backbone=BACKBONE,
     max_side=4,
 )
 SPECIAL = {"vision_start_id": 28, "vision_end_id": 29, "max_side": CONFIG.max_side}
 SAMPLING = SamplingConfig(num_steps=4, text_guidance=3.0, source_guidance=1.5, time_shift=2.0)
-
-
-class Letters:
-    """A text tokenizer of 26 letters."""
-
-    vocab_size = 32
-    im_start_id, im_end_id, vision_start_id, vision_end_id = 26, 27, 28, 29
-    fingerprint = "text"
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) - ord("a") for letter in text if letter.isalpha()]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(ord("a") + id_) for id_ in ids)
 
 
 def random(*shape: int, seed: int) -> Tensor:

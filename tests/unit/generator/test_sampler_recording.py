@@ -26,6 +26,7 @@ from generator.graphs import EAGER_CALLS, Graphed
 from generator.model import Generator
 from generator.sampling import Condition, sample_latents
 from generator.sampling_config import SamplingConfig
+from helpers.texts import Letters
 
 SHAPE = (4, 3, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.5, -0.5, 0.0, 1.0), (2.0, 1.0, 0.5, 1.0), "autoencoder", "text")
@@ -36,10 +37,6 @@ CONFIG = GeneratorConfig(
     max_side=4,
     head=DdtHeadConfig(width=32, num_layers=1, num_heads=4),
 )
-
-
-class Special:
-    vision_start_id, vision_end_id = 28, 29
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -108,9 +105,9 @@ def test_replays_draw_what_eager_calls_draw(
     request: Any,
 ) -> None:
     config = SamplingConfig(num_steps=8, time_shift=1.0, text_guidance=3.0, source_guidance=1.5, **settings)
-    eager = sample_latents(model, conditions, [1, 2], config, Special())  # type: ignore[arg-type]
+    eager = sample_latents(model, conditions, [1, 2], config, Letters())  # type: ignore[arg-type]
     replays = request.getfixturevalue("recordings")
-    found = sample_latents(model, conditions, [1, 2], config, Special())  # type: ignore[arg-type]
+    found = sample_latents(model, conditions, [1, 2], config, Letters())  # type: ignore[arg-type]
     assert torch.equal(found, eager)
     assert sorted(replays) == [count - EAGER_CALLS for count in calls]
 
@@ -195,7 +192,7 @@ def test_a_batch_leaves_no_recording_behind(
     monkeypatch.setattr(Graphed, "__init__", noted)
     gc.disable()
     try:
-        sample_latents(model, PROMPTS, [1, 2], SamplingConfig(num_steps=4), Special())  # type: ignore[arg-type]
+        sample_latents(model, PROMPTS, [1, 2], SamplingConfig(num_steps=4), Letters())  # type: ignore[arg-type]
         assert made and all(one() is None for one in made)
     finally:
         gc.enable()

@@ -1,6 +1,7 @@
 """The arithmetic of a step's work, against what PyTorch counts."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from generator.gather import gather_rows
 from generator.model import Generator
 from generator.qwen import QWEN2_5_0_5B
 from generator.sizing import PackSize, activation_bytes, forward_flops, training_flops, typical_pack
+from helpers.autograd_memory import FlashLike, saved_bytes
 
 CONFIG = GeneratorConfig(
     backbone=MotConfig(
@@ -110,20 +112,6 @@ WIDE = GeneratorConfig(
 BIG_HEAD = DdtHeadConfig(width=256, num_layers=2, num_heads=4)
 
 
-class FlashLike(torch.autograd.Function):
-    """Saves what a variable-length kernel saves: q, k, v, the output and its log-sum-exp."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.zeros_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_zeros(q.shape[:2], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *_gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros_like(saved) for saved in ctx.saved_tensors[:3])
-
-
 def flash_like(q: Tensor, k: Tensor, v: Tensor, plan: Any, _kernel: object = None) -> Tensor:
     groups = ((q[: plan.num_causal], plan.causal), (q[plan.num_causal :], plan.full))
     outputs = [
@@ -178,7 +166,9 @@ def test_memory_is_what_autograd_saves_on_a_gpu(head, precision, monkeypatch) ->
             finally:
                 torch.set_default_dtype(torch.float32)
             model.backbone.activation_checkpointing = checkpointing
-            saved[name] = saved_bytes(model, batch.to(torch.device("cuda:0")), autocast=is_half)
+            saved[name] = saved_bytes(
+                model, partial(forward, model, batch.to(torch.device("cuda:0"))), autocast=is_half
+            )
 
     def estimate(num_layers: int, *, checkpointing: bool = False) -> int:
         backbone = dataclasses.replace(config.backbone, num_layers=num_layers)
@@ -197,27 +187,6 @@ def test_memory_is_what_autograd_saves_on_a_gpu(head, precision, monkeypatch) ->
     assert estimate(3) - under_way == pytest.approx(saved["three"], rel=0.02)
     # The rotary table is held by the layers here, not saved; beside three layers' inputs that is much.
     assert estimate(3, checkpointing=True) - layer - under_way == pytest.approx(saved["kept"], rel=0.1)
-
-
-def saved_bytes(model: Generator, batch: PackedBatch, *, autocast: bool) -> int:
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack_hook(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    torch.set_autocast_enabled("cuda", autocast)  # torch.autocast would ask for a GPU
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
-            output = forward(model, batch)
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-    assert output.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.usefixtures("flash_in_the_head")

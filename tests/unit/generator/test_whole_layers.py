@@ -8,38 +8,22 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.packed_batch import PackedBatch, TextSplit
 from data.shards import LatentInfo
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator
-from generator.config import GeneratorConfig, MotConfig
+from generator.config import GeneratorConfig
 from generator.model import Generator
 from generator.wide import stacked
+from helpers.generators import BACKBONE
+from helpers.packs import image, pack, times_of
 
 TRACED = "aot_eager"  # dynamo and the joint graphs as for kernels, without a C++ compiler
 LISTENED = "eager"  # dynamo alone, in a tenth of the time
 EXACT = {"rtol": 1e-4, "atol": 1e-5}  # fp32 sums in another order: three products or one
 SIDE, CHANNELS = 3, 4
-BACKBONE = MotConfig(
-    vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-)
 CONFIG = GeneratorConfig(backbone=BACKBONE, max_side=4)
 LATENTS = LatentInfo("fp32", (CHANNELS, SIDE, SIDE), (0.0,) * CHANNELS, (1.0,) * CHANNELS, "", "")
-
-
-def image(seed: int, *, noisy: bool) -> ImageSplit:
-    generator = torch.Generator().manual_seed(seed)
-    return ImageSplit(torch.randn(CHANNELS, SIDE, SIDE, generator=generator), noisy)
-
-
-def pack(samples: list[list[TextSplit | ImageSplit]]) -> PackedBatch:
-    return build_packed_batch(
-        samples, vision_start_id=3, vision_end_id=4, max_side=4, seed=7, sample_ids=["sample"] * len(samples)
-    )
-
-
-def times_of(batch: PackedBatch) -> Tensor:
-    return torch.where(batch.image_noisy, torch.linspace(0.2, 0.9, len(batch.image_noisy)), 0.0)
 
 
 def model_with_random_head() -> Generator:

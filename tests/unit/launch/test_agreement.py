@@ -97,6 +97,8 @@ def test_an_export_of_another_size_is_refused_when_the_config_is_read(tmp_path: 
         ("engin", "engine"),
         ("steps", "engine.steps"),
         ("packing.token_per_pack", "packing.tokens_per_pack"),
+        ("engine.optimizer.learing_rate", "engine.optimizer.lr"),
+        ("engine.max_steps", "engine.steps"),
     ],
 )
 def test_a_mistyped_key_is_met_with_the_one_that_was_meant(key: str, suggestion: str) -> None:

@@ -25,26 +25,20 @@ from generator.class_conditional.config import (
 from generator.class_conditional.model import create_generator
 from generator.class_conditional.objective import build_class_objective
 from generator.class_conditional.sampling import GuidedClassVelocity
-from generator.config import DdtHeadConfig, FlowConfig, GeneratorConfig, MotConfig
+from generator.config import DdtHeadConfig, FlowConfig, GeneratorConfig
 from generator.objective import build_objective
 from generator.solvers import integrate
+from helpers.generators import BACKBONE
+from helpers.texts import Letters
 from quickstart.config import JudgeConfig
 from quickstart.judge import JudgeObjective
 from quickstart.judge_network import SceneClasses
 
 SHAPE = (4, 2, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text")
-BACKBONE = MotConfig(
-    vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-)
 PLAIN = GeneratorConfig(backbone=BACKBONE, max_side=4)
 FULL = dataclasses.replace(PLAIN, text_output=True, head=DdtHeadConfig(width=48, num_layers=1, num_heads=4))
 CUDA = torch.device("cuda:0")
-
-
-class Letters:
-    vocab_size, vision_start_id, vision_end_id = 32, 28, 29
-    fingerprint = "text"
 
 
 def pack(*, editing: bool) -> PackedBatch:

@@ -19,7 +19,7 @@ from launch.runs.configs import ClassRun, EncodeRun
 from quickstart.class_chain import LAST_OF_BASE, QuickstartClassRun, build_steps
 from quickstart.class_page import LABELS, Point, Reference, at_equal_time, at_time, charts, page, verdict
 from quickstart.judge import Verdict
-from quickstart.pictures.source import OBJECT_NAMES
+from quickstart.pictures.scenes import OBJECT_NAMES
 from quickstart.suites.class_images import EmojiClassSuite
 
 RIGHT = Estimate(0.5, 0.4, 0.6, 100)

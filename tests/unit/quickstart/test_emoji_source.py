@@ -10,21 +10,13 @@ from base import files
 from base.config import ConfigError, load
 from data.samples.images import decode_image
 from data.sources.draws import Draws
+from quickstart.pictures.art import render
 from quickstart.pictures.captions import captions, instructions, with_article
 from quickstart.pictures.config import EmojiConfig
 from quickstart.pictures.edits import PERCENT, Edit
 from quickstart.pictures.identities import identities
-from quickstart.pictures.scenes import BACKGROUNDS, KINDS, Kind, Placed, Scene
-from quickstart.pictures.source import (
-    BACKGROUND_NAMES,
-    OBJECT_NAMES,
-    RECIPE,
-    EmojiSource,
-    edit_at,
-    emoji_sources,
-    render,
-    scene_at,
-)
+from quickstart.pictures.scenes import BACKGROUND_NAMES, BACKGROUNDS, KINDS, OBJECT_NAMES, Kind, Placed, Scene
+from quickstart.pictures.source import RECIPE, EmojiSource, edit_at, emoji_sources, scene_at
 
 CONFIG = EmojiConfig()  # what the quickstart makes
 NUM_SCENES = {False: CONFIG.train_scenes, True: CONFIG.validation_scenes}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from base.config import UserError, dump
+from helpers.commands import in_process
 from launch import import_release
-from launch.runs import entry
 from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.pixel_decoder import PixelDecoder
 from tokenizer.releases.checkpoint import read_checkpoint
@@ -124,14 +123,8 @@ def command(
     """Runs import_release in this process; returns the exit status and everything printed."""
 
     def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["import_release.py", *map(str, arguments)])
-        try:
-            status = entry.run(import_release.main)
-        except SystemExit as stopped:
-            assert isinstance(stopped.code, int)
-            status = stopped.code
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
+        status, out, err = in_process(monkeypatch, capsys, *arguments, main=import_release.main)
+        return status, out + err
 
     return run
 

@@ -17,35 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.objective import LossOutput
 from data.samples.images import PixelBatch
+from helpers import stages
+from helpers.stages import BRIDGE, PLAIN, VIT
 from tokenizer import frozen
-from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
+from tokenizer.config import RepresentationConfig
 from tokenizer.representation import Representation
 from tokenizer.training import adaptive, image_loss, stage_objective
 from tokenizer.training.perceptual import LpipsVgg16
-from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
+from tokenizer.training.stage_config import PerceptualConfig
 from tokenizer.training.stage_objective import StageObjective
 from tokenizer.training.stages import build_stage, build_untrained
 
 CUDA = torch.device("cuda", 0)
-VIT = RepresentationConfig(
-    name="vit_tiny_patch16_224",
-    input_px=32,
-    weights="random",
-    overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
-)
-AUTOENCODER = AutoencoderConfig(
-    representation=VIT,
-    decoder=PixelDecoderConfig(width=64, layers=2, heads=4, mlp_width=128, patch_px=8),
-    image_px=32,
-)
-BRIDGE = BridgeConfig(latent_channels=6, decoder_layers=2, num_heads=4)
-PIVOT = StageConfig(
-    stage="pivot",
-    autoencoder=AUTOENCODER,
-    perceptual=PerceptualConfig(vgg16_weights="random"),
-    discriminator=DiscriminatorConfig(VIT, depths=(0, 2)),
-    adaptive_pivot_start_step=0,
-    gan_loss_start_step=1,
+PIVOT = dataclasses.replace(
+    stages.PIVOT, perceptual=PerceptualConfig(vgg16_weights="random"), gan_loss_start_step=1
 )
 BATCH = 4
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -163,7 +148,7 @@ STAGES = ("pivot", "joint", "frozen encoder", "bridge", "decoder")
 def objective_of(stage: str, exports: dict[str, Path], **changes: Any) -> StageObjective:
     config = dataclasses.replace(PIVOT, **changes)
     if stage == "joint":
-        joint = dataclasses.replace(AUTOENCODER, bridge=BRIDGE)
+        joint = dataclasses.replace(PLAIN, bridge=BRIDGE)
         config = dataclasses.replace(config, stage="joint", autoencoder=joint)
     elif stage == "frozen encoder":
         config = dataclasses.replace(config, train_encoder=False)

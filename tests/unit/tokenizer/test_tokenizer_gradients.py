@@ -13,51 +13,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data.samples.images import PixelBatch
+from helpers import stages
+from helpers.stages import BRIDGE, PLAIN, pixel_batch
 from tokenizer.blocks import compile_blocks, repeated
 from tokenizer.bridge import sample_latent
-from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.training import adaptive
 from tokenizer.training.adaptive_reference import plain_mean_loss
 from tokenizer.training.diffaug import augment
 from tokenizer.training.objectives import PivotObjective
 from tokenizer.training.seeds import Purpose, generator
-from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
 from tokenizer.training.stage_objective import StageObjective
 from tokenizer.training.stages import build_untrained
 
-VIT = RepresentationConfig(
-    name="vit_tiny_patch16_224",
-    input_px=32,
-    weights="random",
-    overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
-)
-PLAIN = AutoencoderConfig(
-    representation=VIT,
-    decoder=PixelDecoderConfig(width=64, layers=2, heads=4, mlp_width=128, patch_px=8),
-    image_px=32,
-)
-BRIDGE = BridgeConfig(latent_channels=6, decoder_layers=2, num_heads=4)
 WHOLE = dataclasses.replace(PLAIN, bridge=BRIDGE)
-PIVOT = StageConfig(
-    stage="pivot",
-    autoencoder=PLAIN,
-    perceptual=PerceptualConfig("representation", representation=VIT, depths=(0, 2)),
-    discriminator=DiscriminatorConfig(VIT, depths=(0, 2)),
-    adaptive_pivot_start_step=0,
-    gan_loss_start_step=1,
-)
+PIVOT = dataclasses.replace(stages.PIVOT, gan_loss_start_step=1)
 BEFORE, WITH = 0, 1  # steps: the adversarial loss is not yet in force, and is
 COUNT = 3
 CPU = torch.device("cpu")
 STAGES = ("pivot", "joint", "frozen encoder", "bridge", "decoder")
-
-
-def batch() -> PixelBatch:
-    pixels = torch.randint(
-        0, 256, (COUNT, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
-    )
-    return PixelBatch(pixels, tuple(map(str, range(COUNT))), 5, ({},) * COUNT)
 
 
 def build(stage: str, **changes: Any) -> StageObjective:
@@ -83,8 +56,8 @@ def plain_loss(objective: StageObjective, stage: str, step: int) -> Tensor:
     """The spec's loss with a graph through every network; adaptive weights by a backward pass each."""
     if stage in ("pivot", "joint"):
         assert isinstance(objective, PivotObjective)
-        return plain_mean_loss(objective, batch(), step)
-    model, config, pixels_01 = objective.model, objective.config, batch().pixels_01
+        return plain_mean_loss(objective, pixel_batch(COUNT), step)
+    model, config, pixels_01 = objective.model, objective.config, pixel_batch(COUNT).pixels_01
     f = model.encoder(pixels_01).detach()
     if stage == "bridge":
         mu, logvar = objective.bridge.encoder(f)
@@ -144,7 +117,7 @@ def test_gradients_of_every_stage_are_those_of_plain_autograd(stage: str, step: 
     objective = build(stage)
     if precision == "bf16":  # as DeepSpeed does
         objective.model.bfloat16()
-    ours = gradients(objective, precision, lambda: objective.loss(batch(), step).loss_sum / COUNT)
+    ours = gradients(objective, precision, lambda: objective.loss(pixel_batch(COUNT), step).loss_sum / COUNT)
     plain = gradients(objective, precision, lambda: plain_loss(objective, stage, step))
     if (
         precision == "fp32"
@@ -163,7 +136,7 @@ def test_the_decoder_is_passed_backward_once_before_the_adversarial_loss(step: i
     layer = repeated(objective.model.decoder)[0]
     count = []
     layer.register_full_backward_hook(lambda *_: count.append(1))  # type: ignore[arg-type]
-    objective.loss(batch(), step).loss_sum.backward()  # type: ignore[no-untyped-call]
+    objective.loss(pixel_batch(COUNT), step).loss_sum.backward()  # type: ignore[no-untyped-call]
     assert len(count) == passes
 
 
@@ -219,7 +192,7 @@ def test_a_copy_of_a_compiled_network_runs_with_its_own_weights() -> None:
 
 
 def steps_gradients(objective: StageObjective, step: int) -> dict[str, Tensor]:
-    return gradients(objective, "fp32", lambda: objective.loss(batch(), step).loss_sum)
+    return gradients(objective, "fp32", lambda: objective.loss(pixel_batch(COUNT), step).loss_sum)
 
 
 @pytest.mark.slow

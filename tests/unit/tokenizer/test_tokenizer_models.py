@@ -11,26 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from base.config import ConfigError, UserError
-from tokenizer import rpiae
+from helpers.stages import BRIDGE, PLAIN, VIT
 from tokenizer.bridge import Bridge, sample_latent
 from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
+from tokenizer.export import fingerprint
 from tokenizer.pixel_decoder import PixelDecoder
 from tokenizer.representation import Representation
 from tokenizer.rpiae import Autoencoder
 from tokenizer.weights import state_hash
 
-SMALL_VIT = RepresentationConfig(
-    name="vit_tiny_patch16_224",
-    input_px=32,
-    weights="random",
-    overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
-)
-SMALL = AutoencoderConfig(
-    representation=SMALL_VIT,
-    decoder=PixelDecoderConfig(width=64, layers=2, heads=4, mlp_width=128, patch_px=8),
-    image_px=32,
-    bridge=BridgeConfig(latent_channels=6, decoder_layers=2, num_heads=4),
-)
+SMALL = dataclasses.replace(PLAIN, bridge=BRIDGE)
 DINOV2 = "vit_base_patch14_reg4_dinov2.lvd142m"
 
 
@@ -99,7 +89,7 @@ def test_features_follow_the_image_in_row_major_order() -> None:
 
 
 def test_images_are_resized_to_the_representation_models_input() -> None:
-    config = dataclasses.replace(SMALL_VIT, input_px=24, overrides={**SMALL_VIT.overrides, "img_size": 24})
+    config = dataclasses.replace(VIT, input_px=24, overrides={**VIT.overrides, "img_size": 24})
     assert Representation(config)(pixels(px=32)).shape == (2, 48, 3, 3)
 
 
@@ -150,7 +140,7 @@ def test_latent_shape_is_what_encode_returns() -> None:
 def test_saved_autoencoder_loads_equal_without_its_first_weights(tmp_path: Path) -> None:
     first_weights = tmp_path / "first.safetensors"
     save_file(small_autoencoder().encoder.vit.state_dict(), str(first_weights))
-    representation = dataclasses.replace(SMALL_VIT, weights=str(first_weights))
+    representation = dataclasses.replace(VIT, weights=str(first_weights))
     model = small_autoencoder(dataclasses.replace(SMALL, representation=representation))
     model.save(tmp_path / "export")
     first_weights.unlink()
@@ -163,11 +153,11 @@ def test_fingerprint_follows_weights_and_shape_only(tmp_path: Path) -> None:
     model = small_autoencoder()
     model.save(tmp_path / "a")
     model.save(tmp_path / "b", provenance={"note": "another run"})
-    assert rpiae.fingerprint(tmp_path / "a") == rpiae.fingerprint(tmp_path / "b")
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
     with torch.no_grad():
         model.decoder.norm.bias[0] += 1e-3
     model.save(tmp_path / "c")
-    assert rpiae.fingerprint(tmp_path / "a") != rpiae.fingerprint(tmp_path / "c")
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "c")
 
 
 def test_wrong_weights_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -207,17 +197,17 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     [
         ({"image_px": 64}, "image_px is 64, but 4x4 tokens"),
         ({"bridge": BridgeConfig(num_heads=7)}, "num_heads 7 does not divide the feature width 48"),
-        ({"representation": dataclasses.replace(SMALL_VIT, input_px=30)}, "no multiple of the patch"),
+        ({"representation": dataclasses.replace(VIT, input_px=30)}, "no multiple of the patch"),
         (
-            {"representation": dataclasses.replace(SMALL_VIT, name="vit_huge_typo")},
+            {"representation": dataclasses.replace(VIT, name="vit_huge_typo")},
             "cannot build 'vit_huge_typo'",
         ),
         (
-            {"representation": dataclasses.replace(SMALL_VIT, name="resnet18", overrides={})},
+            {"representation": dataclasses.replace(VIT, name="resnet18", overrides={})},
             "not a plain timm",
         ),
         (
-            {"representation": dataclasses.replace(SMALL_VIT, weights="/nowhere.safetensors")},
+            {"representation": dataclasses.replace(VIT, weights="/nowhere.safetensors")},
             "no such weights file",
         ),
         ({"decoder": dataclasses.replace(SMALL.decoder, heads=5)}, "multiple of 4 and of heads 5"),

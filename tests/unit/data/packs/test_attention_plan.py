@@ -1,6 +1,8 @@
-"""Contract 4: both forms of the plan say exactly what the rule's sentence says."""
+"""Attention (docs/architecture.md, section 4): both forms of the plan say exactly what the rule's sentence says."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -8,18 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packs.packing import (
-    AttentionPlan,
-    ImageSplit,
-    PackedBatch,
-    TextSplit,
-    VarlenGroup,
-    build_packed_batch,
-)
+from data.packs.attention_plan import AttentionPlan, VarlenGroup
+from data.packs.packed_batch import ImageSplit, TextSplit, build_packed_batch
+from helpers import packs
+from helpers.packs import Splits
 
 MAX_SIDE = 8
+pack = partial(packs.pack, max_side=MAX_SIDE)
 Counts = npt.NDArray[np.int64]
-Splits = list[TextSplit | ImageSplit]
 
 
 def text(length: int) -> TextSplit:
@@ -28,13 +26,6 @@ def text(length: int) -> TextSplit:
 
 def image(height: int, width: int, noisy: bool) -> ImageSplit:
     return ImageSplit(torch.zeros(3, height, width), noisy)
-
-
-def pack(samples: list[Splits]) -> PackedBatch:
-    names = [str(number) for number in range(len(samples))]
-    return build_packed_batch(
-        samples, vision_start_id=1, vision_end_id=2, max_side=MAX_SIDE, seed=0, sample_ids=names
-    )
 
 
 def stored_tokens(samples: list[Splits]) -> list[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""Contract 3: what stands where in a packed batch, and what is refused."""
+"""Packing (docs/architecture.md, section 3): what stands where in a packed batch, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,36 +17,18 @@ from hypothesis import strategies as st
 
 from base.config import ConfigError, UserError
 from data.config import PackingConfig
-from data.packs.packing import (
-    EditPacker,
-    ImageSplit,
-    T2IPacker,
-    TextSplit,
-    build_packed_batch,
-    read_captions,
-    read_latents,
-)
+from data.packs.packed_batch import ImageSplit, TextSplit, build_packed_batch
+from data.packs.packing import EditPacker, T2IPacker
 from data.plan.plan import sample_uniforms
+from data.samples.captions import read_captions
+from data.samples.latents import read_latents
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 from generator.config import FlowConfig, GeneratorConfig, MotConfig
 from generator.objective import FlowObjective, build_objective
+from helpers.texts import Bytes
 
 C, Y, X = 3, 2, 2
 LATENT = LatentInfo("bf16", (C, Y, X), (0.5, 0.0, -1.0), (2.0, 1.0, 0.5), "autoencoder", "letters")
-
-
-class Letters:
-    """A text tokenizer of one id a letter."""
-
-    vocab_size = 300
-    im_start_id, im_end_id, vision_start_id, vision_end_id = 256, 257, 258, 259
-    fingerprint = "letters"
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode()
 
 
 def latent(seed: int) -> torch.Tensor:
@@ -109,7 +91,7 @@ def collate(packer: T2IPacker, samples: list[Sample], epoch: int = 0, step: int 
 
 
 def test_layout_of_a_text_to_image_pack() -> None:
-    batch = collate(T2IPacker(config(), LATENT, Letters()), [t2i_sample(1), t2i_sample(23)])
+    batch = collate(T2IPacker(config(), LATENT, Bytes()), [t2i_sample(1), t2i_sample(23)])
     first, second = [256, *b"n 1", 257], [256, *b"n 23", 257]
     assert batch.text_ids.tolist() == first + second + [258, 259] * 2
     assert batch.text_ids.dtype == torch.int64
@@ -127,7 +109,7 @@ def test_layout_of_a_text_to_image_pack() -> None:
 
 @pytest.mark.parametrize("pads", [False, True])
 def test_what_sdpa_needs_is_built_by_the_packer_alone_and_only_if_asked(pads) -> None:
-    batch = collate(EditPacker(config(), LATENT, Letters(), pads_attention=pads), [edit_sample(1)])
+    batch = collate(EditPacker(config(), LATENT, Bytes(), pads_attention=pads), [edit_sample(1)])
     plans = (batch.attention, batch.attention.outputs, batch.noisy_attention)
     assert [plan.has_buckets for plan in plans] == [pads] * 3
     kept = batch.to(torch.device("cpu"))  # what the loop does
@@ -135,7 +117,7 @@ def test_what_sdpa_needs_is_built_by_the_packer_alone_and_only_if_asked(pads) ->
 
 
 def test_layout_of_an_edit_pack() -> None:
-    batch = collate(EditPacker(config(), LATENT, Letters()), [edit_sample(1)])
+    batch = collate(EditPacker(config(), LATENT, Bytes()), [edit_sample(1)])
     assert batch.text_ids.tolist() == [256, *b"do 1", 257, 258, 259, 258, 259]
     # Source at 0, text from 1 on, target after it. Storage: text, specials of both images, latents of both.
     assert batch.rope_positions.tolist() == [1, 2, 3, 4, 5, 6, 0, 0, 7, 7] + [0] * 4 + [7] * 4
@@ -166,12 +148,12 @@ def test_every_stored_dtype_is_read(dtype: str) -> None:
     values = latent(0).to(torch_dtype)
     payload = values.view(torch.uint8).numpy().tobytes()
     sample = Sample("a", {"latent": payload, "json": b'{"caption": "a"}'})
-    batch = collate(T2IPacker(config(), replace(LATENT, dtype=dtype), Letters()), [sample])
+    batch = collate(T2IPacker(config(), replace(LATENT, dtype=dtype), Bytes()), [sample])
     assert torch.equal(batch.latents, normalised(values).flatten(1).T)
 
 
 def test_condition_dropout_has_the_asked_rates_and_is_keyed_by_sample_and_epoch() -> None:
-    packer = EditPacker(config(text_dropout=0.1, source_dropout=0.3), LATENT, Letters())
+    packer = EditPacker(config(text_dropout=0.1, source_dropout=0.3), LATENT, Bytes())
     samples = [edit_sample(number) for number in range(1000)]
     batch = collate(packer, samples, epoch=3)
     num_texts = len(batch.attention.causal.q_lens)
@@ -193,14 +175,14 @@ def test_condition_dropout_has_the_asked_rates_and_is_keyed_by_sample_and_epoch(
 
 
 def test_one_of_several_captions_is_chosen_by_epoch() -> None:
-    packer = T2IPacker(config(), LATENT, Letters())
+    packer = T2IPacker(config(), LATENT, Bytes())
     sample = t2i_sample(0, captions=["a", "bb", "ccc"])
     seen = {bytes(collate(packer, [sample], epoch).text_ids[1:-3].tolist()) for epoch in range(30)}
     assert seen == {b"a", b"bb", b"ccc"}
 
 
 def test_seed_of_a_pack_is_of_the_step_and_stream() -> None:
-    packer = T2IPacker(config(), LATENT, Letters())
+    packer = T2IPacker(config(), LATENT, Bytes())
     assert collate(packer, [t2i_sample(0)], step=1).seed != collate(packer, [t2i_sample(0)], step=2).seed
     assert collate(packer, [t2i_sample(0)], step=1).seed == collate(packer, [t2i_sample(5)], step=1).seed
 
@@ -211,7 +193,7 @@ KINDS = {"short": "s", "long": "ll", "tags": "ttt"}
 
 
 def weighted(weights: dict[str, float]) -> T2IPacker:
-    return T2IPacker(replace(config(), caption_weights=weights), LATENT, Letters())
+    return T2IPacker(replace(config(), caption_weights=weights), LATENT, Bytes())
 
 
 def texts(packer: T2IPacker, samples: list[Sample], epoch: int = 0) -> list[bytes]:
@@ -292,7 +274,7 @@ def views_of(packer: T2IPacker, samples: list[Sample], epoch: int) -> list[float
 
 
 def test_the_view_is_a_function_of_seed_epoch_and_key_and_every_view_is_met() -> None:
-    packer = T2IPacker(config(), VIEWS, Letters())
+    packer = T2IPacker(config(), VIEWS, Bytes())
     samples = [viewed_sample(f"v{number}") for number in range(300)]
     seen = views_of(packer, samples, epoch=1)
     # Through the statistics and back: roundings of fp32 at 20.
@@ -303,7 +285,7 @@ def test_the_view_is_a_function_of_seed_epoch_and_key_and_every_view_is_met() ->
 
 
 def test_source_and_target_of_an_edit_are_of_one_view() -> None:
-    packer = EditPacker(config(), VIEWS, Letters())
+    packer = EditPacker(config(), VIEWS, Bytes())
     parts = ("source.latent", "target.latent")
     for number in range(30):
         batch = collate(packer, [viewed_sample(f"e{number}", parts)])
@@ -327,7 +309,7 @@ def test_every_value_stands_where_it_was_stored() -> None:
 
 
 def test_drawn_latents_have_the_stored_variance_and_are_drawn_anew_each_epoch() -> None:
-    packer = T2IPacker(replace(config(), sample_latents=True), replace(VIEWS, num_views=1), Letters())
+    packer = T2IPacker(replace(config(), sample_latents=True), replace(VIEWS, num_views=1), Bytes())
     logvar = -2.0
 
     def sample(number: int) -> Sample:
@@ -344,13 +326,13 @@ def test_drawn_latents_have_the_stored_variance_and_are_drawn_anew_each_epoch() 
     alone = raw(collate(packer, samples[7:8], step=9).latents) - 7
     assert torch.equal(alone, noise[7 * Y * X : 8 * Y * X]), "the same epoch, another pack and step"
     assert not torch.equal(raw(collate(packer, samples[7:8], epoch=1).latents) - 7, alone)
-    mean = T2IPacker(config(), replace(VIEWS, num_views=1), Letters())
+    mean = T2IPacker(config(), replace(VIEWS, num_views=1), Bytes())
     torch.testing.assert_close(raw(collate(mean, samples).latents), means.expand(-1, C), rtol=1e-6, atol=1e-5)
 
 
 def test_drawing_needs_stored_variances() -> None:
     with pytest.raises(UserError, match="stored without a variance; encode with logvar: true"):
-        T2IPacker(replace(config(), sample_latents=True), LATENT, Letters())
+        T2IPacker(replace(config(), sample_latents=True), LATENT, Bytes())
 
 
 # Refusals -----------------------------------------------------------------------------------------
@@ -375,7 +357,7 @@ def test_drawing_needs_stored_variances() -> None:
 )
 def test_bad_sample_is_named(sample: Sample, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        collate(T2IPacker(config(), LATENT, Letters()), [sample])
+        collate(T2IPacker(config(), LATENT, Bytes()), [sample])
 
 
 @pytest.mark.parametrize(
@@ -390,7 +372,7 @@ def test_bad_sample_is_named(sample: Sample, message: str) -> None:
 def test_bad_edit_is_named(parts: list[str], fields: dict[str, object], message: str) -> None:
     payloads = {part: stored(latent(0)) for part in parts}
     with pytest.raises(UserError, match=message) as error:
-        collate(EditPacker(config(), LATENT, Letters()), [sample_of("a", payloads, fields)])
+        collate(EditPacker(config(), LATENT, Bytes()), [sample_of("a", payloads, fields)])
     assert str(error.value).count("sample 'a'") == 1
 
 
@@ -401,7 +383,7 @@ def test_a_count_below_one_is_refused(name: str) -> None:
 
 
 def test_pack_that_outgrows_its_budget_is_refused() -> None:
-    packer = T2IPacker(replace(config(), tokens_per_pack=12), LATENT, Letters())
+    packer = T2IPacker(replace(config(), tokens_per_pack=12), LATENT, Bytes())
     assert collate(packer, [t2i_sample(1)]).attention.num_tokens == 11
     with pytest.raises(UserError, match="sample 't23' and those packed with it: 24 tokens, more than their"):
         collate(packer, [t2i_sample(23), t2i_sample(45)])
@@ -409,7 +391,7 @@ def test_pack_that_outgrows_its_budget_is_refused() -> None:
 
 def test_latents_larger_than_the_position_table_are_refused() -> None:
     with pytest.raises(UserError, match=r"do not fit packing.max_side = 1"):
-        T2IPacker(PackingConfig(64, max_side=1), LATENT, Letters())
+        T2IPacker(PackingConfig(64, max_side=1), LATENT, Bytes())
 
 
 # Several images -----------------------------------------------------------------------------------
@@ -420,7 +402,7 @@ def image_rows(*numbers: int) -> torch.Tensor:
 
 
 def test_several_sources_come_before_the_instruction_and_several_targets_after_it() -> None:
-    batch = collate(EditPacker(config(), LATENT, Letters()), [many_edit("e", 3, 2)])
+    batch = collate(EditPacker(config(), LATENT, Bytes()), [many_edit("e", 3, 2)])
     text = [256, *b"do", 257]
     assert batch.text_ids.tolist() == text + [258, 259] * 5
     assert batch.image_noisy.tolist() == [False] * 3 + [True] * 2
@@ -432,7 +414,7 @@ def test_several_sources_come_before_the_instruction_and_several_targets_after_i
 
 
 def test_interleaved_sample_is_packed_as_its_splits_say() -> None:
-    batch = collate(EditPacker(config(), LATENT, Letters()), [story()])
+    batch = collate(EditPacker(config(), LATENT, Bytes()), [story()])
     texts = [256, *b"ab", 257, 256, *b"c", 257, 256, *b"de", 257]
     assert batch.text_ids.tolist() == texts + [258, 259] * 4
     # Clean ones first: image0 and image1 as they are seen, then as they are drawn.
@@ -447,7 +429,7 @@ def test_interleaved_sample_is_packed_as_its_splits_say() -> None:
 
 def test_samples_of_several_layouts_share_a_pack() -> None:
     samples = [edit_sample(1), many_edit("m", 2, 1), story(), edit_sample(2)]
-    packer = EditPacker(config(), LATENT, Letters())
+    packer = EditPacker(config(), LATENT, Bytes())
     together, alone = collate(packer, samples), [collate(packer, [sample]) for sample in samples]
     for is_noisy in (False, True):
         images = [batch.latents[batch.image_noisy[batch.image_index] == is_noisy] for batch in alone]
@@ -457,7 +439,7 @@ def test_samples_of_several_layouts_share_a_pack() -> None:
 
 
 def test_every_condition_is_dropped_by_a_draw_of_its_own() -> None:
-    packer = EditPacker(config(text_dropout=0.2, source_dropout=0.3), LATENT, Letters())
+    packer = EditPacker(config(text_dropout=0.2, source_dropout=0.3), LATENT, Bytes())
     kept: Counter[tuple[bool, ...]] = Counter()
     for number in range(1000):
         batch = collate(packer, [many_edit(f"k{number}", 3, 1)])
@@ -473,7 +455,7 @@ def test_every_condition_is_dropped_by_a_draw_of_its_own() -> None:
 
 def test_the_first_text_and_source_are_dropped_by_the_draws_that_edits_always_had() -> None:
     """Of one key: what an edit drops does not change when further sources join, nor with this version."""
-    packer = EditPacker(config(text_dropout=0.5, source_dropout=0.5), LATENT, Letters())
+    packer = EditPacker(config(text_dropout=0.5, source_dropout=0.5), LATENT, Bytes())
     for number in range(100):
         _, text_draw, source_draw, _ = sample_uniforms(7, 3, f"e{number}")
         one = collate(packer, [edit_sample(number)], epoch=3)
@@ -484,7 +466,7 @@ def test_the_first_text_and_source_are_dropped_by_the_draws_that_edits_always_ha
 
 
 def test_a_text_that_is_learned_is_never_dropped() -> None:
-    packer = EditPacker(config(text_dropout=0.5, source_dropout=0.5), LATENT, Letters())
+    packer = EditPacker(config(text_dropout=0.5, source_dropout=0.5), LATENT, Bytes())
     batches = [collate(packer, [story()], epoch) for epoch in range(60)]
     assert all(batch.text_loss_ids.tolist() == [*b"c", 257] for batch in batches)
     assert {len(batch.attention.causal.q_lens) for batch in batches} == {1, 2, 3}
@@ -499,7 +481,7 @@ def drawing(num_draws: int, **options: float) -> PackingConfig:
 
 
 def test_draws_share_prefix_and_position() -> None:
-    batch = collate(T2IPacker(drawing(3), LATENT, Letters()), [t2i_sample(1), t2i_sample(2)])
+    batch = collate(T2IPacker(drawing(3), LATENT, Bytes()), [t2i_sample(1), t2i_sample(2)])
     assert batch.text_ids.tolist() == [256, *b"n 1", 257, 256, *b"n 2", 257] + [258, 259] * 6
     assert (batch.num_targets, batch.num_loss_tokens) == (6, 24)
     assert torch.equal(batch.latents, image_rows(1, 1, 1, 2, 2, 2))
@@ -508,7 +490,7 @@ def test_draws_share_prefix_and_position() -> None:
 
 
 def test_further_draws_go_round_among_the_targets() -> None:
-    packer = EditPacker(drawing(4), LATENT, Letters())
+    packer = EditPacker(drawing(4), LATENT, Bytes())
     firsts = Counter()
     for number in range(300):
         batch = collate(packer, [many_edit(f"r{number}", 1, 2)])
@@ -527,7 +509,7 @@ TINY = MotConfig(
 def tiny_objective(text_loss_weight: float) -> FlowObjective:
     generator = GeneratorConfig(TINY, max_side=4, text_output=text_loss_weight > 0)
     flow = FlowConfig(text_loss_weight=text_loss_weight)
-    objective = build_objective("edit", generator, flow, LATENT, Letters(), seed=0)
+    objective = build_objective("edit", generator, flow, LATENT, Bytes(), seed=0)
     out = objective.model.latent_out
     # A new model's velocities are zero; these are of order 1.
     torch.nn.init.normal_(out.weight, std=0.2, generator=torch.Generator().manual_seed(1))
@@ -550,9 +532,9 @@ def test_several_draws_train_as_so_many_single_samples(
 ) -> None:
     """The same dropout, times and noise: same velocities, loss and gradients as K copies of every sample."""
     rates = {"text_dropout": dropout, "source_dropout": dropout}
-    shared = collate(EditPacker(drawing(num_draws, **rates), LATENT, Letters()), samples, epoch)
+    shared = collate(EditPacker(drawing(num_draws, **rates), LATENT, Bytes()), samples, epoch)
     copies = [sample for sample in samples for _ in range(num_draws)]
-    single = collate(EditPacker(drawing(1, **rates), LATENT, Letters()), copies, epoch)
+    single = collate(EditPacker(drawing(1, **rates), LATENT, Bytes()), copies, epoch)
     assert shared.seed == single.seed and shared.num_targets == single.num_targets == len(copies)
     if shared.attention.num_causal or len(shared.image_noisy) > shared.num_targets:
         assert shared.attention.num_tokens < single.attention.num_tokens
@@ -578,7 +560,7 @@ def test_draws_of_an_interleaved_sample_change_no_text() -> None:
     """Texts after a target do not see it, so its further draws leave their loss as it is."""
     sums = []
     for num_draws in (1, 4):
-        batch = collate(EditPacker(drawing(num_draws), LATENT, Letters()), [story("x")])
+        batch = collate(EditPacker(drawing(num_draws), LATENT, Bytes()), [story("x")])
         assert batch.num_targets == 2 + num_draws - 1
         output = tiny_objective(1.0).loss(batch, 0)
         sums.append(output.further["text"].loss_sum.detach())
@@ -594,11 +576,11 @@ def write(directory: Path, samples: list[Sample], info: LatentInfo | None) -> Sh
 
 def test_lengths_are_those_of_the_packed_batch(tmp_path: Path) -> None:
     t2i, edit = [t2i_sample(1), t2i_sample(23)], [edit_sample(0)]
-    packer = T2IPacker(config(), LATENT, Letters())
+    packer = T2IPacker(config(), LATENT, Bytes())
     lengths = packer.lengths(write(tmp_path / "t2i", t2i, LATENT))
     assert lengths.dtype == np.int64
     assert lengths.sum() == collate(packer, t2i).attention.num_tokens
-    edit_packer = EditPacker(config(), LATENT, Letters())
+    edit_packer = EditPacker(config(), LATENT, Bytes())
     # The index says 3 text tokens (see `write`), the instruction has 4.
     lengths = edit_packer.lengths(write(tmp_path / "edit", edit, LATENT))
     assert lengths.sum() + 1 == collate(edit_packer, edit).attention.num_tokens
@@ -614,10 +596,10 @@ def test_lengths_are_those_of_the_packed_batch(tmp_path: Path) -> None:
 )
 def test_shards_of_another_kind_are_refused(tmp_path: Path, info: LatentInfo | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        T2IPacker(config(), LATENT, Letters()).lengths(write(tmp_path, [t2i_sample(0)], info))
+        T2IPacker(config(), LATENT, Bytes()).lengths(write(tmp_path, [t2i_sample(0)], info))
 
 
 def test_text_counted_by_another_tokenizer_is_refused(tmp_path: Path) -> None:
     info = replace(LATENT, text_tokenizer_fingerprint="words")
     with pytest.raises(UserError, match="text was counted by another text tokenizer"):
-        T2IPacker(config(), info, Letters()).lengths(write(tmp_path, [t2i_sample(0)], info))
+        T2IPacker(config(), info, Bytes()).lengths(write(tmp_path, [t2i_sample(0)], info))

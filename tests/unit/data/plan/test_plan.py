@@ -1,4 +1,4 @@
-"""Contract 2: the order of an epoch is a fixed permutation, dealt to streams, the same everywhere."""
+"""The plan (docs/architecture.md, 2): an epoch's order is a fixed permutation, dealt to streams, alike everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract 2: the same packs on any number of ranks and after any resume; nothing lost, nothing repeated."""
+"""The stream (docs/architecture.md, 2): the same packs on any ranks and after any resume; nothing lost or repeated."""
 
 from __future__ import annotations
 

@@ -35,25 +35,12 @@ from data.sources.folder import FolderSource
 from data.sources.prepare import Preparation
 from data.sources.webdataset import WebDatasetSource
 from data.sources.write import write_sources
+from helpers.texts import Bytes
 from tokenizer.latent_sample import latent_sample
 from tokenizer.views import Views, read_crops
 
 PX = 4
 LATENT = LatentInfo("fp32", (3, PX, PX), (0.0,) * 3, (1.0,) * 3, "pixels", "letters")
-
-
-class Letters:
-    """A text tokenizer of one id a letter."""
-
-    vocab_size = 300
-    im_start_id, im_end_id, vision_start_id, vision_end_id = 256, 257, 258, 259
-    fingerprint = "letters"
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode()
 
 
 # Roles ----------------------------------------------------------------------------------------------
@@ -220,7 +207,7 @@ def latents(pixels: Path, tmp_path: Path) -> ShardDataset:
         for samples, crops in read_crops(dataset, [range(len(dataset))], views, num_threads=1):
             images = iter(crops[:, :, None].float())
             for sample in samples:
-                writer.write(*latent_sample(sample, images, Letters()))
+                writer.write(*latent_sample(sample, images, Bytes()))
     return ShardDataset.open(tmp_path / "latents")
 
 
@@ -261,7 +248,7 @@ def test_a_listing_carries_roles_and_splits_into_latent_shards(latents: ShardDat
 @pytest.mark.parametrize("num_draws", [1, 2, 5])
 def test_the_index_counts_what_a_pack_holds(latents: ShardDataset, num_draws: int) -> None:
     config = PackingConfig(10_000, 8, text_dropout=0, source_dropout=0, draws_per_caption=num_draws)
-    packer = EditPacker(config, LATENT, Letters())
+    packer = EditPacker(config, LATENT, Bytes())
     lengths = packer.lengths(latents)
     assert lengths.dtype == np.int64
     assert np.array_equal(lengths, packed_lengths(latents, LATENT, num_draws))
@@ -309,10 +296,10 @@ def test_tars_with_these_roles_are_copied_as_they_are(pixels: Path, tmp_path: Pa
 def test_a_bad_interleaved_sample_is_not_encoded() -> None:
     sample = Sample("k", {"image0.png": b"x", "json": json.dumps({"splits": GOOD}).encode()})
     image = torch.zeros(1, 1, 3, PX, PX)
-    encoded, num_image_tokens, num_text_tokens = latent_sample(sample, iter([image]), Letters())
+    encoded, num_image_tokens, num_text_tokens = latent_sample(sample, iter([image]), Bytes())
     assert (sorted(encoded.parts), num_image_tokens, num_text_tokens) == (["image0.latent", "json"], PX**2, 1)
     with pytest.raises(UserError, match="sample 'k': has a caption; give text_tokenizer"):
         latent_sample(sample, iter([image]), None)
     bad = Sample("k", {**sample.parts, "json": json.dumps({"splits": GOOD[1:]}).encode()})
     with pytest.raises(UserError, match="sample 'k': \"splits\" has no text"):
-        latent_sample(bad, iter([image]), Letters())
+        latent_sample(bad, iter([image]), Bytes())

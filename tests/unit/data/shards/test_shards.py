@@ -1,4 +1,4 @@
-"""Contract 1: shards are whole or absent, a killed writer continues exactly. Damage: test_verify.py."""
+"""Shards (docs/architecture.md, 1) are whole or absent; a killed writer continues exactly. Damage: test_verify.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract 1 on other storage: the same samples from any url, a bounded cache, any damage named, nothing leaked."""
+"""Shards on other storage: the same samples from any url, a bounded cache, any damage named, nothing leaked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract 1 over HTTP, against servers that are slow, that fail now and then or for good, and that know no ranges."""
+"""Shards over HTTP, against servers that are slow, that fail now and then or for good, and that know no ranges."""
 
 from __future__ import annotations
 

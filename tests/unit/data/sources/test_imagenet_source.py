@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections import Counter
@@ -16,6 +15,7 @@ from data.sources.base import BadItemError, InUnits
 from data.sources.draws import Draws, Shuffled
 from data.sources.imagenet import ImageNetSource
 from data.sources.write import Workers, write_sources
+from helpers.trees import tar_of
 
 SYNSETS = ["n01440764", "n01443537", "n02099601"]  # three of the 1000
 PER_CLASS = 7
@@ -27,13 +27,7 @@ def content(name: str) -> bytes:
 
 def pack(files: dict[str, bytes]) -> bytes:
     """A tar of these files, in GNU's format as ImageNet's are."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for name, payload in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(payload)
-            tar.addfile(info, io.BytesIO(payload))
-    return buffer.getvalue()
+    return tar_of(files.items(), tarfile.GNU_FORMAT)
 
 
 def class_tar(synset: str, count: int = PER_CLASS) -> bytes:

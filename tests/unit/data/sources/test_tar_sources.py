@@ -20,6 +20,7 @@ from data.sources.tar_file import TarReader
 from data.sources.tar_samples import find_tars
 from data.sources.webdataset import WebDatasetSource
 from data.sources.write import write_sources
+from helpers.trees import tar_of
 
 BLOCK = 512
 
@@ -32,11 +33,7 @@ def picture(number: int, kind: str = "JPEG") -> bytes:
 
 def write_tar(path: Path, files: Sequence[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as tar:
-        for name, payload in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(payload)
-            tar.addfile(info, io.BytesIO(payload))
+    path.write_bytes(tar_of(files, format))
     return path
 
 

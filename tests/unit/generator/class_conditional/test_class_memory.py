@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.packs.class_batch import ClassBatch
@@ -20,6 +19,7 @@ from generator.class_conditional.config import AlignConfig, ClassFlowConfig, Dit
 from generator.class_conditional.model import new_generator
 from generator.class_conditional.objective import ClassObjective
 from generator.class_conditional.sizing import activation_bytes
+from helpers.autograd_memory import FlashLike, saved_bytes
 
 SHAPE, NUM_IMAGES = (4, 8, 8), 6
 LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "", "")
@@ -28,46 +28,16 @@ WIDE = WideHeadConfig(256, 2, 4)
 ALIGN = AlignConfig(layer=1, width=256)
 
 
-class FlashLike(torch.autograd.Function):
-    """Saves what a fused kernel saves: q, k, v, the output and its log-sum-exp."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.zeros_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_zeros(q.shape[:3], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *_gradient: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros_like(saved) for saved in ctx.saved_tensors[:3])
-
-
-def saved_bytes(config: DitConfig, *, precision: str, checkpointing: bool) -> int:
+def bytes_on_gpu(config: DitConfig, *, precision: str, checkpointing: bool) -> int:
     """On fake tensors of a CUDA device, which dispatch and autocast as real ones do and need no GPU."""
-    kept: dict[int, torch.UntypedStorage] = {}
     with torch.device("meta"):
         model = new_generator(config, LATENTS).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda:0"):
         model.to_empty(device="cuda:0")
         model.activation_checkpointing = checkpointing
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-        def pack_hook(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage
-            return tensor
-
         x, t = torch.zeros(NUM_IMAGES, *SHAPE), torch.zeros(NUM_IMAGES)
-        torch.set_autocast_enabled("cuda", precision != "fp32")  # torch.autocast would ask for a GPU
-        torch.set_autocast_dtype("cuda", torch.bfloat16)
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
-                out = model(x, t, torch.zeros(NUM_IMAGES, dtype=torch.int64))
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-        assert out.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
+        labels = torch.zeros(NUM_IMAGES, dtype=torch.int64)
+        return saved_bytes(model, lambda: model(x, t, labels), autocast=precision != "fp32")
 
 
 def estimated_bytes(
@@ -101,7 +71,7 @@ def test_memory_of_a_block_is_what_autograd_saves(
         return estimated_bytes(config, precision=precision, checkpointing=checkpointing)
 
     def saved(config: DitConfig, *, checkpointing: bool = False) -> int:
-        return saved_bytes(config, precision=precision, checkpointing=checkpointing)
+        return bytes_on_gpu(config, precision=precision, checkpointing=checkpointing)
 
     # Exact but for what each image (not token) keeps, the modulations of LightningDiT: 64 tokens share them.
     block, expected = estimate(more) - estimate(few), saved(more) - saved(few)

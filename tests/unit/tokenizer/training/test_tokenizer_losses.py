@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from base.config import ConfigError, UserError
-from tokenizer.config import RepresentationConfig
+from helpers.stages import VIT
 from tokenizer.moments import Moments
 from tokenizer.training import losses
 from tokenizer.training.diffaug import augment, translate
@@ -19,13 +19,6 @@ from tokenizer.training.perceptual import LpipsVgg16, RepresentationDistance, bu
 from tokenizer.training.seeds import Purpose, generator
 from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig
 from tokenizer.weights import state_hash
-
-VIT = RepresentationConfig(
-    name="vit_tiny_patch16_224",
-    input_px=32,
-    weights="random",
-    overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
-)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

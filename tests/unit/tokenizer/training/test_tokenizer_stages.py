@@ -15,48 +15,23 @@ from torch.nn import functional as F
 from base.config import ConfigError, UserError, dump, load
 from base.objective import Objective
 from data.samples.images import PixelBatch
+from helpers.stages import BRIDGE, PIVOT, PLAIN, VIT, pixel_batch
 from launch.runs.configs import TokenizerRun
 from quickstart.config import StandInConfig
 from quickstart.standin import IdentityObjective
-from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
+from tokenizer.config import RepresentationConfig
 from tokenizer.rpiae import Autoencoder
 from tokenizer.training.adaptive_reference import plain_mean_loss
 from tokenizer.training.objectives import PivotObjective
-from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
+from tokenizer.training.stage_config import PerceptualConfig, StageConfig
 from tokenizer.training.stage_objective import StageObjective
 from tokenizer.training.stages import build_stage, build_untrained
 from tokenizer.weights import state_hash
 
-VIT = RepresentationConfig(
-    name="vit_tiny_patch16_224",
-    input_px=32,
-    weights="random",
-    overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
-)
-BRIDGE = BridgeConfig(latent_channels=6, decoder_layers=2, num_heads=4)
-PLAIN = AutoencoderConfig(
-    representation=VIT,
-    decoder=PixelDecoderConfig(width=64, layers=2, heads=4, mlp_width=128, patch_px=8),
-    image_px=32,
-)
-PIVOT = StageConfig(
-    stage="pivot",
-    autoencoder=PLAIN,
-    perceptual=PerceptualConfig("representation", representation=VIT, depths=(0, 2)),
-    discriminator=DiscriminatorConfig(VIT, depths=(0, 2)),
-    adaptive_pivot_start_step=0,
-)
 JOINT = dataclasses.replace(PIVOT, stage="joint", autoencoder=dataclasses.replace(PLAIN, bridge=BRIDGE))
 VALIDATION = torch.randint(
     0, 256, (10, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(9)
 )
-
-
-def batch(count: int = 3, seed: int = 5) -> PixelBatch:
-    pixels = torch.randint(
-        0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
-    return PixelBatch(pixels, tuple(map(str, range(count))), seed, tuple({} for _ in range(count)))
 
 
 def moved(objective: StageObjective) -> StageObjective:
@@ -80,11 +55,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def test_gradients_equal_those_of_the_plain_backward_passes(config: StageConfig) -> None:
     objective = moved(build_stage(config))
     assert isinstance(objective, PivotObjective)
-    out = objective.loss(batch(), step=0)
+    out = objective.loss(pixel_batch(), step=0)
     (out.loss_sum / 3).backward()  # type: ignore[no-untyped-call]
     ours = gradients(objective.model)
     objective.model.zero_grad()
-    plain = plain_mean_loss(objective, batch(), step=0)
+    plain = plain_mean_loss(objective, pixel_batch(), step=0)
     plain.backward()  # type: ignore[no-untyped-call]
     expected = gradients(objective.model)
     assert ours.keys() == expected.keys()
@@ -114,7 +89,7 @@ def test_activation_checkpointing_changes_no_gradient(library: str, kind: str) -
         config = dataclasses.replace(JOINT, autoencoder=autoencoder, activation_checkpointing=checkpointing)
         objective = moved(build_stage(config))
         objective.model.train()
-        objective.loss(batch(), step=0).loss_sum.backward()  # type: ignore[no-untyped-call]
+        objective.loss(pixel_batch(), step=0).loss_sum.backward()  # type: ignore[no-untyped-call]
         found.append(gradients(objective.model))
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():  # the same operations on the same numbers
@@ -126,7 +101,7 @@ def test_bf16_autocast_keeps_the_direction_of_the_gradient() -> None:
     for enabled in (False, True):
         objective = moved(build_stage(JOINT))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = objective.loss(batch(), step=0)
+            out = objective.loss(pixel_batch(), step=0)
             adversary = objective.adversary_loss(out.adversary_batch, step=0)
         (out.loss_sum + adversary.loss_sum).backward()  # type: ignore[no-untyped-call]
         assert out.loss_sum.dtype == adversary.loss_sum.dtype == torch.float32
@@ -137,14 +112,14 @@ def test_bf16_autocast_keeps_the_direction_of_the_gradient() -> None:
 
 def test_discriminator_takes_no_gradient_from_the_decoders_loss() -> None:
     objective = moved(build_stage(PIVOT))
-    objective.loss(batch(), step=0).loss_sum.backward()  # type: ignore[no-untyped-call]
+    objective.loss(pixel_batch(), step=0).loss_sum.backward()  # type: ignore[no-untyped-call]
     assert objective.adversary is not None
     assert all(parameter.grad is None for parameter in objective.adversary.parameters())
 
 
 def test_discriminator_update_leaves_the_autoencoder_alone() -> None:
     objective = moved(build_stage(PIVOT))
-    handed_over = objective.loss(batch(), step=0).adversary_batch
+    handed_over = objective.loss(pixel_batch(), step=0).adversary_batch
     out = objective.adversary_loss(handed_over, step=0)
     out.loss_sum.backward()  # type: ignore[no-untyped-call]
     assert objective.adversary is not None
@@ -159,17 +134,17 @@ def test_adversarial_loss_enters_at_its_step() -> None:
     config = dataclasses.replace(PIVOT, gan_update_start_step=2, gan_loss_start_step=3)
     objective = build_stage(config)
     assert [objective.adversary_active(step) for step in range(4)] == [False, False, True, True]
-    outs = [objective.loss(batch(), step) for step in range(4)]
+    outs = [objective.loss(pixel_batch(), step) for step in range(4)]
     assert ["gan" in out.metrics for out in outs] == [False, False, False, True]
     assert [out.adversary_batch is not None for out in outs] == [False, False, True, True]
 
 
 def test_pivot_weight_is_one_before_its_step_and_pivot_loss_starts_at_zero() -> None:
     objective = build_stage(dataclasses.replace(PIVOT, adaptive_pivot_start_step=2, discriminator=None))
-    first = objective.loss(batch(), step=1)
+    first = objective.loss(pixel_batch(), step=1)
     assert float(first.metrics["pivot"]) == 0.0
     assert float(first.metrics["lambda_pivot"]) == 3.0  # 1, summed over three images
-    assert float(moved(objective).loss(batch(), step=2).metrics["lambda_pivot"]) != 3.0
+    assert float(moved(objective).loss(pixel_batch(), step=2).metrics["lambda_pivot"]) != 3.0
 
 
 def test_replica_stays_when_the_encoder_is_loaded_from_a_checkpoint() -> None:
@@ -179,7 +154,7 @@ def test_replica_stays_when_the_encoder_is_loaded_from_a_checkpoint() -> None:
     trained = moved(build_stage(PIVOT)).model.state_dict()
     objective.model.load_state_dict(trained)
     assert state_hash(objective.replica) == initial == state_hash(build_stage(PIVOT).model.encoder)
-    assert float(objective.loss(batch(), step=0).metrics["pivot"]) > 0
+    assert float(objective.loss(pixel_batch(), step=0).metrics["pivot"]) > 0
 
 
 def test_fingerprints_name_the_initial_weights() -> None:
@@ -195,7 +170,7 @@ def test_nothing_depends_on_the_global_random_state() -> None:
         torch.manual_seed(seed)
         before = torch.get_rng_state()
         objective = moved(build_stage(PIVOT))
-        out = objective.loss(batch(), step=0)
+        out = objective.loss(pixel_batch(), step=0)
         out.loss_sum.backward()  # type: ignore[no-untyped-call]
         adversary = objective.adversary_loss(out.adversary_batch, step=0)
         assert torch.equal(torch.get_rng_state(), before)
@@ -206,8 +181,8 @@ def test_nothing_depends_on_the_global_random_state() -> None:
 
 def test_another_batch_seed_draws_other_noise() -> None:
     objective = build_stage(dataclasses.replace(PIVOT, discriminator=None))
-    same_pixels = dataclasses.replace(batch(), seed=6)
-    assert float(objective.loss(batch(), 0).loss_sum.detach()) != float(
+    same_pixels = dataclasses.replace(pixel_batch(), seed=6)
+    assert float(objective.loss(pixel_batch(), 0).loss_sum.detach()) != float(
         objective.loss(same_pixels, 0).loss_sum.detach()
     )
 
@@ -239,7 +214,7 @@ def test_a_stage_trains_its_parts_and_no_other(
     exports: dict[str, Path], stage: str, trained: set[str]
 ) -> None:
     objective: Objective = build_stage(PIVOT if stage == "pivot" else stage_from(exports, stage))
-    objective.loss(batch(), step=0).loss_sum.backward()  # type: ignore[no-untyped-call]
+    objective.loss(pixel_batch(), step=0).loss_sum.backward()  # type: ignore[no-untyped-call]
     for name, parameter in objective.model.named_parameters():
         wanted = name.split(".")[0] in trained
         assert parameter.requires_grad == wanted, name
@@ -265,7 +240,7 @@ def test_twenty_steps_lower_the_loss(exports: dict[str, Path], stage: str) -> No
 
 def test_a_frozen_encoder_leaves_the_decoder_alone_to_learn() -> None:
     objective = moved(build_stage(dataclasses.replace(PIVOT, train_encoder=False)))
-    out = objective.loss(batch(), step=0)
+    out = objective.loss(pixel_batch(), step=0)
     out.loss_sum.backward()  # type: ignore[no-untyped-call]
     assert {name.split(".")[0] for name in gradients(objective.model)} == {"decoder"}
     assert "lambda_gan" in out.metrics and "pivot" not in out.metrics
@@ -274,7 +249,7 @@ def test_a_frozen_encoder_leaves_the_decoder_alone_to_learn() -> None:
 def test_bridge_stage_without_pixels_leaves_the_decoder_out(exports: dict[str, Path]) -> None:
     objective = build_stage(stage_from(exports, "bridge", rec_weight=0.0))
     objective.model.decoder.forward = None  # type: ignore[assignment]
-    out = objective.loss(batch(), step=0)
+    out = objective.loss(pixel_batch(), step=0)
     assert set(out.metrics) == {"feature", "kl"}
     expected = out.metrics["feature"] + 1e-3 * out.metrics["kl"]
     torch.testing.assert_close(out.loss_sum.detach(), expected)
@@ -375,7 +350,7 @@ def test_stand_in_learns_and_its_export_becomes_a_representation_model(tmp_path:
 @pytest.mark.parametrize("label", [None, 3, -1, "1"])
 def test_stand_in_refuses_a_wrong_label(label: Any) -> None:
     objective = IdentityObjective(StandInConfig(VIT, num_classes=3))
-    wrong = dataclasses.replace(batch(1), meta=({"label": label},))
+    wrong = dataclasses.replace(pixel_batch(1), meta=({"label": label},))
     with pytest.raises(UserError, match=r"sample '0': json needs \"label\""):
         objective.loss(wrong, 0)
 
