@@ -26,10 +26,10 @@ from engine.memory import TensorBytes
 from evaluation.environment import machine, versions
 from tokenizer.config import AutoencoderConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.training.adaptive_reference import plain_mean_loss
+from tokenizer.training.build_stage import build_stage
 from tokenizer.training.objectives import PivotObjective
 from tokenizer.training.perceptual import LpipsVgg16
 from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
-from tokenizer.training.stages import build_stage
 
 DECODERS = {
     "b": PixelDecoderConfig(width=768, layers=12, heads=12, mlp_width=3072, patch_px=16),

@@ -38,7 +38,7 @@ class Way:
 
 WAYS = (
     Way("ZeRO-1, BF16_Optimizer", 1, {}),
-    Way("ZeRO-1, engine/exchange.py", 1, {}, ours=True),
+    Way("ZeRO-1, engine/gradient_exchange.py", 1, {}, ours=True),
     Way("ZeRO-2, buckets all-reduced", 2, {"use_multi_rank_bucket_allreduce": True}),
     Way("ZeRO-2, reduced to their owners", 2, {}),
     Way("ZeRO-3", 3, {}),
@@ -101,12 +101,12 @@ def build(way: Way, num_packs: int) -> Any:
     import deepspeed
 
     from base.objective import LossOutput
-    from engine import deepspeed_engine, exchange
+    from engine import deepspeed_engine, gradient_exchange
     from engine.engine_config import OptimizerConfig
 
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
-    initialize, take_over = deepspeed.initialize, exchange.ShardedSums.take_over
+    initialize, take_over = deepspeed.initialize, gradient_exchange.ShardedSums.take_over
 
     def with_settings(**arguments: Any) -> Any:
         arguments["config"]["zero_optimization"].update(way.zero)
@@ -116,7 +116,7 @@ def build(way: Way, num_packs: int) -> Any:
     try:
         deepspeed.initialize = with_settings
         if not way.ours:
-            exchange.ShardedSums.take_over = lambda optimizer: None  # type: ignore[method-assign]
+            gradient_exchange.ShardedSums.take_over = lambda optimizer: None  # type: ignore[method-assign]
         return deepspeed_engine.build_engine(
             deepspeed_engine.Forward(
                 model, lambda x, step: LossOutput(model(x).float().square().sum()), "bf16"
@@ -127,7 +127,7 @@ def build(way: Way, num_packs: int) -> Any:
             accumulation_steps=num_packs,
         )
     finally:
-        deepspeed.initialize, exchange.ShardedSums.take_over = initialize, take_over  # type: ignore[method-assign]
+        deepspeed.initialize, gradient_exchange.ShardedSums.take_over = initialize, take_over  # type: ignore[method-assign]
 
 
 def measure(way: Way, num_packs: int) -> tuple[float, float, int]:

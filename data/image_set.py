@@ -21,7 +21,7 @@ from base import files
 from base.config import UserError
 from data.samples.captions import read_object
 from data.samples.images import read_rgb_file
-from data.sources.folders import images_below, tell_passed_over
+from data.sources.folder_walk import images_below, tell_passed_over
 from data.sources.text_files import read_text, split_lines
 
 MANIFEST_NAME = "manifest.jsonl"

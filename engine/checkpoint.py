@@ -22,10 +22,10 @@ import torch
 from base import files
 from base.config import UserError
 from engine import checkpoint_folder, checkpoint_writer, deepspeed_engine
-from engine.changes import Change, named, refuse
 from engine.checkpoint_folder import FORMAT, Sum, file_name
 from engine.checkpoint_reader import Saved
 from engine.checkpoint_writer import Flat, Job, Staging
+from engine.config_changes import Change, named, refuse
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.layout import Segment

@@ -97,7 +97,7 @@ def build_engine(
         },
     )
     if zero_stage == 1 and precision == "bf16":
-        from engine.exchange import ShardedSums
+        from engine.gradient_exchange import ShardedSums
 
         ShardedSums.take_over(engine.optimizer)
     return engine

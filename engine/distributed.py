@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from base import threads
-from engine import endings, peers
+from engine import job_endings, peers
 
 DEFAULT_TIMEOUT_S = 3600
 """Timeout of the process groups. The watchdog, which names the rank, should act first: engine.hang_timeout_s."""
@@ -125,10 +125,10 @@ def is_started() -> bool:
 def stop() -> None:
     """Leaves the process group; without this some ranks abort at interpreter exit."""
     if dist.is_initialized():
-        endings.leave()
+        job_endings.leave()
         dist.barrier()
         dist.destroy_process_group()
-        endings.close()
+        job_endings.close()
 
 
 def free_port() -> int:

@@ -17,11 +17,11 @@ from base.objective import Batch, BatchSource, Evaluation, Objective
 from base.redaction import redact, redacted
 from base.terminal import say
 from base.tf32 import allow_tf32
-from engine import communication, endings, run_lock
+from engine import communication, job_endings, run_lock
 from engine.averages import Averages
-from engine.changes import changes
 from engine.checkpoint import Checkpoints
 from engine.checkpoint_folder import CHECKPOINTS, EXPORT
+from engine.config_changes import changes
 from engine.distributed import Ranks
 from engine.ema import Ema
 from engine.engine_config import EngineConfig
@@ -61,7 +61,7 @@ def train(
             return run.train()
         except BaseException as error:  # written to events.jsonl, then raised again
             if run.log:
-                run.log.ended_by(endings.cause(error), run.step)
+                run.log.ended_by(job_endings.cause(error), run.step)
             raise
 
 
@@ -107,7 +107,7 @@ class _Run:
             self.log = RunLog(run_dir, objective.name, resolved, self.step, config.wandb)
             for event in self._early:
                 self.log.event(*event)
-            endings.witness(self._write_down)
+            job_endings.witness(self._write_down)
         self._stop_requested = self._is_interrupted = False
         self._watchdog: Watchdog | None = None
         self._window = Window(ranks, peak_flops(ranks.device))

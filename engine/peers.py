@@ -18,9 +18,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from base.terminal import say
-from engine import endings
-from engine.endings import LOST_CONTACT, End, EndedError, LostContactError
-from engine.listening import is_one_host, open_store
+from engine import job_endings
+from engine.job_endings import LOST_CONTACT, End, EndedError, LostContactError
+from engine.network_access import is_one_host, open_store
 
 MEETING_S = 600
 """How long ranks wait for each other at the start: many nodes importing from one file system take minutes."""
@@ -49,7 +49,7 @@ class Verdict:
 
 
 def meet(timeout_s: float) -> None:
-    """Waits until every rank has reached the first rank; from then on each learns of another's end (engine/endings.py).
+    """Waits until every rank has reached the first rank; then each learns of another's end (engine/job_endings.py).
 
     Raises LostContactError: ranks did not come (the first rank names them), or the first rank cannot be reached (the
     message names the address). Raises EndedError: another rank could not take part, or ended the job.
@@ -67,7 +67,7 @@ def meet(timeout_s: float) -> None:
         raise LostContactError(f"{_where()} is the port of another job; give another --master_port")
     _has_met = True
     if world > 1:
-        endings.open_board(store, f"end/{verdict.present[0]}", rank, world)
+        job_endings.open_board(store, f"end/{verdict.present[0]}", rank, world)
 
 
 def end(own: End, world: int, tell: Callable[[], None]) -> int:
@@ -76,8 +76,8 @@ def end(own: End, world: int, tell: Callable[[], None]) -> int:
     `own`: how this process would end. `tell` prints that; it is called if no other rank was faster. A rank that ends
     before the ranks meet tells the others, too.
     """
-    if endings.is_open():
-        return endings.end(own, tell)
+    if job_endings.is_open():
+        return job_endings.end(own, tell)
     has_told, store, verdict = False, None, Verdict(None)
     if world > 1 and not _has_met and own.status != LOST_CONTACT:
         with contextlib.suppress(LostContactError, RuntimeError):  # no other rank can be reached
@@ -137,8 +137,8 @@ def _part(store: dist.TCPStore, rank: int, verdict: Verdict) -> None:
     """Waits until the others have read how the job ends."""
     store.add(f"{ROLL_CALL}/read", 1)
     # Ranks of other hosts may still be building their models; this host's launcher ends the ranks of this host.
-    within_s = endings.LINGER_S if is_one_host() else MEETING_S
-    endings.part(store, ROLL_CALL, rank, verdict.num_readers, within_s)
+    within_s = job_endings.LINGER_S if is_one_host() else MEETING_S
+    job_endings.part(store, ROLL_CALL, rank, verdict.num_readers, within_s)
 
 
 def _call_the_roll(store: dist.TCPStore, world: int, timeout_s: float) -> Verdict:

@@ -29,9 +29,9 @@ import torch.distributed as dist
 
 from base.terminal import say
 from engine.distributed import Ranks
-from engine.endings import LOST_CONTACT
-from engine.listening import open_store
+from engine.job_endings import LOST_CONTACT
 from engine.logs import seconds_text
+from engine.network_access import open_store
 from engine.spans import Place
 
 BEATS_PER_TIMEOUT = 8

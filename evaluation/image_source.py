@@ -25,7 +25,7 @@ from base import files, limits
 from base.config import UserError
 from data.image_set import ImageSet, Item, write_image, write_manifest
 from data.samples.images import IMAGE_PARTS, read_rgb_file
-from data.sources.folders import images_below
+from data.sources.folder_walk import images_below
 
 ARRAY_NAME = "arr_0"
 NPZ_NAME = "npz.json"

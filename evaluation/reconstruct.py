@@ -30,7 +30,7 @@ from base.team import ALONE, Team
 from base.terminal import say
 from data.image_set import MANIFEST_NAME, ImageSet, Item, write_image, write_manifest
 from data.samples.images import IMAGE_PARTS, fit_image, open_image_file, to_rgb
-from data.sources.folders import images_below
+from data.sources.folder_walk import images_below
 from evaluation.metrics.reconstruction import psnr_db, to_uint8
 from evaluation.store import share
 from tokenizer.autoencoders import load_autoencoder

@@ -21,10 +21,10 @@ from base.files import write_json
 from data.shards import LatentInfo
 from generator.config import GeneratorConfig
 from generator.embeddings import grid_sinusoids
-from generator.imported import ImportedGenerator
+from generator.import_result import ImportedGenerator
 from generator.model import Generator
 from generator.qwen import qwen_shape
-from tokenizer.releases.imported import shapes
+from tokenizer.releases.import_result import shapes
 from tokenizer.releases.renaming import Translation, check
 from tokenizer.weights import read_tensors, save, shapes_only
 

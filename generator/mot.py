@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from generator.attention import JointAttention
 from generator.compiling import Compiler, backend_for, whole
 from generator.config import MotConfig
-from generator.wide import stacked
+from generator.joined_products import stacked
 from tokenizer.norms import RmsNorm
 
 EMBEDDING_STD = 0.02
@@ -121,7 +121,7 @@ class MotLayer(nn.Module):
     """One layer: both experts around one joint attention.
 
     The work before the attention and the work after it are whole functions. `backend`, if set, compiles them; weights
-    with one input are then one matrix (generator/wide.py).
+    with one input are then one matrix (generator/joined_products.py).
     """
 
     def __init__(self, config: MotConfig, index: int) -> None:

@@ -16,9 +16,9 @@ from tokenizer.config import AutoencoderConfig
 if TYPE_CHECKING:
     from data.shards import LatentInfo
     from generator.class_conditional.model import ClassGenerator
-    from generator.imported import ImportedGenerator
+    from generator.import_result import ImportedGenerator
     from generator.model import Generator
-    from tokenizer.releases.imported import Imported
+    from tokenizer.releases.import_result import Imported
 
     AnyImport = Imported | ImportedGenerator[Generator] | ImportedGenerator[ClassGenerator]
 

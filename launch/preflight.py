@@ -48,7 +48,7 @@ def main() -> None:
         say(report(preflight, num_gpus=gpus, gpu_gib=arguments.gpu_memory, mfu=arguments.mfu))
         sys.stdout.flush()
     if arguments.execute:
-        from launch.sizing.rehearsal import execute
+        from launch.sizing.measured_step import execute
 
         execute(preflight, gpu_gib=arguments.gpu_memory)
 

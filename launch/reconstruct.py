@@ -27,7 +27,7 @@ def main() -> None:
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; give at least 1")
     entry.use_torch()
-    from data.sources.folders import images_below
+    from data.sources.folder_walk import images_below
     from engine import distributed
     from evaluation.reconstruct import ReconstructConfig, image_names, reconstruct
     from launch.runs.team import meet

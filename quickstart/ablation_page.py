@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluation.metrics.interval import Estimate
-from report.order import OVERLAP_TEXT, SAME_TEXT, has_less, has_more
+from quickstart.score_order import OVERLAP_TEXT, SAME_TEXT, has_less, has_more
 
 LABELS = {
     "pivot": "stage I: raw L2, adaptive, w_piv 0.25",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.metrics.interval import Estimate
+from quickstart.score_order import OVERLAP_TEXT, SAME_TEXT, has_less, has_more
 from report.charts import Axis, Curve, chart_file
-from report.order import OVERLAP_TEXT, SAME_TEXT, has_less, has_more
 
 LABELS = {"rpiae": "RPiAE", "rae": "RAE", "vae": "VAE"}
 """Names of the latents, in the paper's order of generation, best first."""

@@ -19,7 +19,7 @@ from quickstart.class_page import LABELS, Point, Reference, at_equal_time, chart
 from quickstart.config import ClassScoresConfig
 from quickstart.judge import Judge
 from quickstart.suites.class_images import EmojiClassSuite
-from report.inputs import read_training
+from report.run_contents import read_training
 from tokenizer.autoencoders import load_autoencoder
 
 

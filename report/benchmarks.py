@@ -13,9 +13,9 @@ from data.image_set import Item
 from evaluation.runner import SCORES_NAME
 from report.comparison import paired
 from report.gallery import grid, strip
-from report.inputs import Evaluation, read_evaluation
 from report.markup import Html, absent, document, facts, fill, section, together
 from report.paper_tables import TABLES, Column, PaperTable
+from report.run_contents import Evaluation, read_evaluation
 from report.style import CSS
 
 MAX_FAILED = 60  # failed items shown of each suite and run, the first in manifest order

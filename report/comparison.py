@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from report.inputs import Evaluation
+from report.run_contents import Evaluation
 
 
 @dataclass(frozen=True)

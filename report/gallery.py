@@ -12,8 +12,8 @@ from PIL import Image
 from base import files
 from data.image_set import Item
 from data.samples.images import read_rgb_file
-from report.inputs import Evaluation
 from report.markup import Html, fill, together
+from report.run_contents import Evaluation
 
 MAX_SMALL_PX = 128  # images up to this side are shown larger, pixel by pixel
 MAX_PX = 256  # larger images are shown smaller

@@ -10,8 +10,8 @@ from typing import Any
 from base import files
 from report.charts import bar_chart, line_chart, short
 from report.gallery import edits, grid, reconstructions, text_to_image
-from report.inputs import Evaluation, ReportInput, Training, read_report_input
 from report.markup import Html, absent, document, facts, fill, section, together
+from report.run_contents import Evaluation, ReportInput, Training, read_report_input
 from report.style import CSS
 from report.verdicts import TARGETS, Outcome, outcomes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from report.inputs import ReportInput
+from report.run_contents import ReportInput
 
 
 @dataclass(frozen=True)

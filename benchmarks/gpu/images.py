@@ -29,7 +29,7 @@ from launch.sizing.estimate import PAPER_LATENTS, untrained_latents
 from launch.sizing.stage_size import FIRST_STEP, in_phases, phase_names
 from tokenizer.config import CONFIG_NAME, FORMAT_VERSION, AutoencoderConfig, without_download
 from tokenizer.rpiae import Autoencoder
-from tokenizer.training.stages import autoencoder_config, build_untrained
+from tokenizer.training.build_stage import autoencoder_config, build_untrained
 
 CONFIGS = CONFIG.parents[1]
 RING = 8

@@ -25,7 +25,7 @@ from data.samples.images import IMAGE_PARTS
 from data.shards import Sample
 from data.shards.index import KEY_PATTERN
 from data.sources.base import BadItemError
-from data.sources.folders import is_hidden, tell_passed_over
+from data.sources.folder_walk import is_hidden, tell_passed_over
 from data.sources.tar_file import Member, TarReader
 from data.sources.text_files import read_text
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from base import limits
 from base.config import UserError
 from base.redaction import redact
-from data.sources.folders import below, is_hidden, tell_passed_over
+from data.sources.folder_walk import below, is_hidden, tell_passed_over
 from data.sources.parquet_reading import Row, open_table, row_batches
 
 ROWS_AT_ONCE = 16  # rows in memory, with their images

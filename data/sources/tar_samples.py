@@ -10,7 +10,7 @@ from pathlib import Path
 
 from base.config import UserError
 from data.sources.base import BadItemError
-from data.sources.folders import below, tell_passed_over
+from data.sources.folder_walk import below, tell_passed_over
 from data.sources.tar_file import Member, TarReader
 
 # The key ends at the first dot of the path's last component, as in WebDataset.
@@ -61,7 +61,7 @@ def groups(tar: TarReader) -> Iterator[Group | BadItemError]:
 def find_tars(paths: Sequence[Path]) -> list[Path]:
     """The tars in `paths`, in order; a folder stands for every *.tar below it, in the order of paths.
 
-    data/sources/folders.py defines which files count; other files are reported. Raises UserError: no such file or
+    data/sources/folder_walk.py defines which files count; other files are reported. Raises UserError: no such file or
     folder, no tar at all, or a tar given twice or reached by two links.
     """
     found: list[Path] = []

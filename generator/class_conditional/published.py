@@ -20,9 +20,9 @@ from data.shards import LatentInfo
 from generator.class_conditional.config import DitConfig, WideHeadConfig
 from generator.class_conditional.layers import position_table, rope_2d
 from generator.class_conditional.model import ClassGenerator, new_generator, uninitialised
-from generator.imported import ImportedGenerator
+from generator.import_result import ImportedGenerator
 from tokenizer.releases.checkpoint import read_checkpoint
-from tokenizer.releases.imported import shapes
+from tokenizer.releases.import_result import shapes
 from tokenizer.releases.renaming import Translation, check
 from tokenizer.weights import shapes_only
 

@@ -16,7 +16,7 @@ from base import FOLDERS, files, terminal, threads
 from base.config import ConfigError, StoppedError, UserError, dump, load
 from base.redaction import redact
 from base.terminal import say
-from engine.endings import LOST_CONTACT, End, EndedError, LostContactError
+from engine.job_endings import LOST_CONTACT, End, EndedError, LostContactError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STOPPED = 75

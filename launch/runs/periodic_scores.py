@@ -39,7 +39,7 @@ from launch.runs.periodic_config import EvaluationConfig
 from launch.runs.suites import GenerationOptions, build
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.config import read_tree
-from tokenizer.training.stage_objective import StageObjective
+from tokenizer.training.objective_base import StageObjective
 
 FOLDER = "evaluation"
 WAIT_S = 6 * 3600

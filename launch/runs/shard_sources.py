@@ -172,7 +172,7 @@ def build(options: SourceOptions) -> tuple[Source, str]:
     from data.sources.base import InUnits
     from data.sources.caption_table import CaptionTable, build_caption_table
     from data.sources.draws import Shuffled
-    from data.sources.folder import FolderSource
+    from data.sources.image_folder import FolderSource
     from data.sources.imagenet import ImageNetSource
     from data.sources.omniedit import OmniEditFilter, omniedit_source
     from data.sources.parquet import ParquetColumns, ParquetSource

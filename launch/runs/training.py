@@ -28,7 +28,7 @@ from engine import checkpoint_folder, distributed, logs, loop, run_lock
 from engine.checkpoint_folder import CHECKPOINTS, EXPORT
 from engine.determinism import make_deterministic
 from engine.distributed import Ranks
-from engine.endings import LostContactError
+from engine.job_endings import LostContactError
 from generator.attention import choose_backend
 from generator.class_conditional.objective import (
     ClassPreview,
@@ -41,7 +41,7 @@ from launch.runs import input_fingerprints, nodes, periodic_scores
 from launch.runs.configs import ClassRun, GeneratorRun, PixelRun, Run, TokenizerRun
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.export import fingerprint
-from tokenizer.training.stages import build_stage
+from tokenizer.training.build_stage import build_stage
 
 COMMAND = "train"
 OTHER_START_S = 20.0

@@ -14,9 +14,7 @@ from engine.memory import StateBytes
 from generator.class_conditional import sizing as class_sizing
 from generator.class_conditional.alignment import AlignedGenerator
 from generator.class_conditional.model import new_generator
-from generator.model import Generator
-from generator.sizing import activation_bytes, attention_flops, training_flops, typical_pack
-from generator.traffic import (
+from generator.memory_traffic import (
     END_LAUNCHES,
     LAYER_LAUNCHES,
     MOVED_PER_KEPT,
@@ -24,6 +22,8 @@ from generator.traffic import (
     moved_bytes,
     num_launches,
 )
+from generator.model import Generator
+from generator.sizing import activation_bytes, attention_flops, training_flops, typical_pack
 from launch.runs.configs import ClassRun, GeneratorRun, Run, TokenizerRun
 from launch.sizing.step_time import H100, StepTime, Work, step_time
 from tokenizer.weights import shapes_only

@@ -20,12 +20,12 @@ from data.samples.images import PixelBatch
 from engine.deepspeed_engine import autocast
 from engine.engine_config import Precision
 from engine.memory import TensorBytes
-from generator.traffic import MOVED_PER_KEPT
+from generator.memory_traffic import MOVED_PER_KEPT
 from launch.runs.configs import TokenizerRun
 from launch.sizing.estimate import PhaseSize, Plan, count_parameters, num_parameters
 from launch.sizing.step_time import Work
+from tokenizer.training.build_stage import StageObjective, build_untrained
 from tokenizer.training.stage_config import StageConfig
-from tokenizer.training.stages import StageObjective, build_untrained
 from tokenizer.weights import shapes_only
 
 PHASES = ("losses", "+ discriminator's update", "+ its loss for the decoder")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from engine.engine_config import EngineConfig
 from engine.spans import PEAK_FLOPS
-from generator.traffic import ValueBytes
+from generator.memory_traffic import ValueBytes
 
 NODE_GPUS = 8
 MASTER_BYTES = 4  # sums, masters and each moment are fp32
@@ -66,7 +66,7 @@ class Work:
     attention: float
     """FLOP of the query-key pairs that the mask allows."""
     moved: float
-    """Bytes that all other kernels read and write (generator/traffic.py)."""
+    """Bytes that all other kernels read and write (generator/memory_traffic.py)."""
     launches: int
 
     def times(self, share: float) -> Work:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from base import files
 from base.config import UserError
-from report.inputs import METRICS_NAME, Training, logged, read_lines
+from report.run_contents import METRICS_NAME, Training, logged, read_lines
 
 METRICS, SCORES, EVENTS, CONFIG = METRICS_NAME, "scores.jsonl", "events.jsonl", "config.json"
 RECENT_LINES = 20

@@ -20,10 +20,10 @@ from engine.deepspeed_engine import autocast
 from engine.engine_config import Precision
 from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
 from tokenizer.frozen import products
+from tokenizer.training.build_stage import build_untrained
+from tokenizer.training.objective_base import StageObjective
 from tokenizer.training.perceptual import LpipsVgg16
 from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
-from tokenizer.training.stage_objective import StageObjective
-from tokenizer.training.stages import build_untrained
 
 pytestmark = [
     pytest.mark.gpu,

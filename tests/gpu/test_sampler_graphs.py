@@ -14,13 +14,13 @@ from data.packs.class_batch import ClassBatch
 from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
 from data.packs.transfer import pinned
 from data.shards import LatentInfo
-from generator import graphs
+from generator import cuda_graphs
 from generator.class_conditional.config import ClassFlowConfig, ClassSamplingConfig, DitConfig
 from generator.class_conditional.model import create_generator
 from generator.class_conditional.objective import build_class_objective
 from generator.class_conditional.sampling import sample_class_latents
 from generator.config import DdtHeadConfig, FlowConfig, GeneratorConfig, MotConfig
-from generator.graphs import Graphed
+from generator.cuda_graphs import Graphed
 from generator.model import Generator
 from generator.objective import build_objective
 from generator.sampling import Condition, GuidedVelocity, sample_latents
@@ -70,13 +70,13 @@ CONDITIONS = [Condition((26, *range(length), 27), (image(noisy=False).latents,))
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One item for each graph."""
     made: list[int] = []
-    record = graphs.record
+    record = cuda_graphs.record
 
     def noted(*arguments: Any) -> Any:
         made.append(1)
         return record(*arguments)
 
-    monkeypatch.setattr(graphs, "record", noted)
+    monkeypatch.setattr(cuda_graphs, "record", noted)
     monkeypatch.setattr(Graphed, "_has_failed", False)
     return made
 
@@ -97,7 +97,7 @@ def test_graphs_draw_what_eager_calls_draw(
     with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
         found = [sample_latents(model, CONDITIONS, [1, 2, 3], config, Special()) for _ in range(2)]  # type: ignore[arg-type]
         num_graphs = len(recorded)
-        monkeypatch.setattr(graphs, "can_record", lambda *_: False)
+        monkeypatch.setattr(cuda_graphs, "can_record", lambda *_: False)
         eager = sample_latents(model, CONDITIONS, [1, 2, 3], config, Special())  # type: ignore[arg-type]
     assert num_graphs == (4 if "guidance_interval" in settings else 2) and len(recorded) == num_graphs
     assert not Graphed._has_failed
@@ -112,7 +112,7 @@ def test_graphs_draw_the_classes_that_eager_calls_draw(bf16: bool, recorded: Any
     with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
         found = sample_class_latents(model, [0, 3, 4], [1, 2, 3], config, weak)
         assert len(recorded) == 2 and not Graphed._has_failed
-        monkeypatch.setattr(graphs, "can_record", lambda *_: False)
+        monkeypatch.setattr(cuda_graphs, "can_record", lambda *_: False)
         eager = sample_class_latents(model, [0, 3, 4], [1, 2, 3], config, weak)
     assert_alike(found, eager, bf16)
 

@@ -21,7 +21,7 @@ from launch.sizing import synthetic
 from launch.sizing.estimate import generator_plan, untrained_latents
 from launch.sizing.stage_size import FIRST_STEP, in_phases, phase_names
 from launch.sizing.synthetic import SyntheticText
-from tokenizer.training.stages import build_untrained
+from tokenizer.training.build_stage import build_untrained
 
 LATENTS = (64, 16, 16)
 NUM_STEPS = 30

@@ -9,9 +9,9 @@ from tokenizer.bridge import BridgeConfig
 from tokenizer.pixel_decoder import PixelDecoderConfig
 from tokenizer.representation import RepresentationConfig
 from tokenizer.rpiae import AutoencoderConfig
+from tokenizer.training.build_stage import StageConfig
 from tokenizer.training.discriminator import DiscriminatorConfig
 from tokenizer.training.perceptual import PerceptualConfig
-from tokenizer.training.stages import StageConfig
 
 VIT = RepresentationConfig(
     name="vit_tiny_patch16_224",

@@ -22,8 +22,8 @@ from data.doctor.findings import Problem
 from integration.scripts import fuzz_data, fuzz_scores
 from report import benchmarks, doctor, render_report
 from report.charts import Curve, bar_chart, chart_file, curve_chart, stacked_bar
-from report.inputs import read_report_input
 from report.page import page as report_page
+from report.run_contents import read_report_input
 from report.verdicts import outcomes
 from report.watch import page as watch_page
 from report.watch import read_run

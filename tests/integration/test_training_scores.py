@@ -33,7 +33,7 @@ from launch.runs.periodic_scores import _of_prompts, _of_stage, check
 from quickstart.emoji_images import read_samples, real_renders, reconstructions
 from tokenizer.export import fingerprint
 from tokenizer.rpiae import Autoencoder
-from tokenizer.training.stage_objective import StageObjective
+from tokenizer.training.objective_base import StageObjective
 
 SAMPLING = SamplingConfig(num_steps=2, text_guidance=2.0, time_shift=3.0, batch_images=2)
 

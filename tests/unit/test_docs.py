@@ -198,7 +198,13 @@ def test_the_pages_hold_commands_of_every_kind() -> None:
     assert {
         *("launch.make_shards", "launch.train_tokenizer", "launch.encode_latents", "launch.train_t2i"),
         *("launch.train_edit", "launch.sample", "launch.evaluate", "launch.preflight", "launch.train_class"),
-        *("launch.export", "launch.watch", "quickstart.make_data", "quickstart.picture", "benchmarks.data"),
+        *(
+            "launch.export",
+            "launch.watch",
+            "quickstart.make_data",
+            "quickstart.readme_picture",
+            "benchmarks.data",
+        ),
     } <= modules
     assert sum(command.words[0] in PROGRAMS for command in all_commands()) > 80
 

@@ -10,7 +10,7 @@ from base import files, hub
 from base.config import UserError, describing, from_dict
 from tokenizer.kl import KlAutoencoder, KlConfig
 from tokenizer.releases.checkpoint import Checkpoint, read_checkpoint
-from tokenizer.releases.imported import Imported, shapes
+from tokenizer.releases.import_result import Imported, shapes
 from tokenizer.releases.renaming import Rule, check, modules, translate
 from tokenizer.weights import load_exact, shapes_only
 

@@ -24,7 +24,7 @@ from tokenizer.config import (
 )
 from tokenizer.pixel_decoder import PixelDecoder, sincos_positions
 from tokenizer.releases.checkpoint import read_checkpoint
-from tokenizer.releases.imported import Imported, shapes
+from tokenizer.releases.import_result import Imported, shapes
 from tokenizer.releases.renaming import Rule, Shapes, check, modules, translate
 from tokenizer.rpiae import Autoencoder
 from tokenizer.weights import load_exact, shapes_only

@@ -20,8 +20,8 @@ from tokenizer import frozen
 from tokenizer.bridge import Bridge
 from tokenizer.rpiae import Autoencoder
 from tokenizer.training import adaptive, losses
+from tokenizer.training.objective_base import StageObjective, stage_output
 from tokenizer.training.stage_config import StageConfig
-from tokenizer.training.stage_objective import StageObjective, stage_output
 
 PIVOT_EPS, PIVOT_CEILING = 1e-4, 1e5  # eps and ceiling of lambda_piv (docs/method.md)
 

@@ -19,7 +19,7 @@ from data.shards.quarantine import read_quarantine
 from data.shards.verification import verify
 from data.sources.base import BadItemError, InUnits, Source
 from data.sources.caption_table import CaptionTable, build_caption_table
-from data.sources.folder import FolderSource
+from data.sources.image_folder import FolderSource
 from data.sources.imagenet import ImageNetSource
 from data.sources.omniedit import OmniEditFilter, omniedit_source
 from data.sources.parquet import ParquetColumns, ParquetSource

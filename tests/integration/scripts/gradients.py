@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.objective import LossOutput, Term
-from engine import deepspeed_engine, distributed, exchange
+from engine import deepspeed_engine, distributed, gradient_exchange
 from engine.engine_config import EngineConfig, OptimizerConfig
 from engine.metric_window import Window
 from engine.spans import Spans
@@ -146,7 +146,7 @@ class Case:
     def __init__(self, name, ranks):
         self.precision, zero, streams, bucket = name.split(":")
         self.zero, self.num_streams, self.ranks = int(zero), int(streams), ranks
-        deepspeed_engine.BUCKET_ELEMENTS = exchange.BUCKET_ELEMENTS = int(bucket)
+        deepspeed_engine.BUCKET_ELEMENTS = gradient_exchange.BUCKET_ELEMENTS = int(bucket)
         objective = Toy(adversarial=self.zero < 3)
         objective.model.to(ranks.device)
         objective.critic.to(ranks.device)

@@ -29,8 +29,8 @@ from generator.objective import build_objective
 from helpers.generators import BACKBONE
 from helpers.texts import Letters
 from tokenizer.config import AutoencoderConfig, BridgeConfig, PixelDecoderConfig, RepresentationConfig
+from tokenizer.training.build_stage import build_stage
 from tokenizer.training.stage_config import PerceptualConfig, StageConfig
-from tokenizer.training.stages import build_stage
 
 SHAPE = (4, 2, 3)
 LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text")

@@ -21,8 +21,8 @@ from torch import nn
 from base.config import UserError, to_dict
 from base.objective import LossOutput, Term
 from engine import distributed, peers
-from engine.endings import LOST_CONTACT
 from engine.engine_config import EngineConfig, OptimizerConfig
+from engine.job_endings import LOST_CONTACT
 from engine.loop import train
 
 WIDTH = 6

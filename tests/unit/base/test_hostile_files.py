@@ -32,10 +32,10 @@ from data.samples.text import load_text_tokenizer
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 from data.shards.index import MANIFEST_NAME
 from data.shards.quarantine import read_quarantine
-from data.sources import folders
+from data.sources import folder_walk
 from data.sources.base import BadItemError
 from data.sources.caption_files import batches
-from data.sources.folder import FolderSource
+from data.sources.image_folder import FolderSource
 from data.sources.imagenet import ImageNetSource
 from data.sources.parquet import ParquetColumns, ParquetSource
 from data.sources.parquet_reading import open_table, row_batches
@@ -53,7 +53,7 @@ from evaluation.reference import Reference
 from generator.class_conditional.model import DitConfig, create_generator, load_generator
 from generator.pipeline import read_pixels
 from generator.prompts import read_prompts
-from report.inputs import read_evaluation, read_lines
+from report.run_contents import read_evaluation, read_lines
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.kl import KlAutoencoder, KlConfig
 from tokenizer.releases.checkpoint import read_checkpoint
@@ -224,7 +224,7 @@ def test_links_that_double_are_counted(tmp_path: Path) -> None:
         within(MAX_S),
         pytest.raises(UserError, match=r"/f\d+/.*/[ab]: links lead .* more than 16 ways"),
     ):
-        folders.below(tmp_path / "f0")
+        folder_walk.below(tmp_path / "f0")
 
 
 def test_two_links_to_one_folder_are_two_classes(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_two_links_to_one_folder_are_two_classes(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for name in "ab":
         (tmp_path / "set" / name).symlink_to(tmp_path / "there")
-    assert folders.images_below(tmp_path / "set").names == ("a/a.png", "b/a.png")
+    assert folder_walk.images_below(tmp_path / "set").names == ("a/a.png", "b/a.png")
 
 
 def test_weights_that_hold_themselves_end(tmp_path: Path) -> None:

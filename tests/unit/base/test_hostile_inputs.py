@@ -29,7 +29,7 @@ from data.image_set import ImageSet, write_class_folders
 from data.samples.images import PixelPacker, decode_image, image_parts
 from data.shards import Sample, ShardDataset
 from data.sources.base import BadItemError, InUnits, Source
-from data.sources.folder import FolderSource
+from data.sources.image_folder import FolderSource
 from data.sources.imagenet import ImageNetSource
 from data.sources.omniedit import OmniEditFilter, omniedit_source
 from data.sources.parquet import ParquetColumns, ParquetSource

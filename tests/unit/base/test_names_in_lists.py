@@ -15,7 +15,7 @@ from base.config import UserError
 from data.image_set import ImageSet, Item, write_class_folders, write_manifest
 from data.shards import ShardDataset
 from data.sources.base import InUnits
-from data.sources.folder import FolderSource
+from data.sources.image_folder import FolderSource
 from data.sources.write import write_sources
 from evaluation.image_source import FileImages
 from evaluation.prompt_sets import write_imgedit

@@ -20,7 +20,7 @@ from benchmarks.gpu.steps import PlainEngine
 from benchmarks.throughput import LONGEST, Shape, packs
 from engine.deepspeed_engine import Forward
 from engine.engine_config import OptimizerConfig
-from tokenizer.training.stages import autoencoder_config
+from tokenizer.training.build_stage import autoencoder_config
 
 
 def entries(path: Path) -> list[dict]:

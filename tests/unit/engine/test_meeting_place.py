@@ -7,18 +7,23 @@ import socket
 
 import pytest
 
-from engine import listening
+from engine import network_access
 
 
 def meeting_place(monkeypatch: pytest.MonkeyPatch, **environment: str) -> tuple[str, str | None, str | None]:
     """The address, and gloo's and NCCL's interfaces, that these variables lead to."""
-    for name in (*listening._INTERFACES, "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
+    for name in (
+        *network_access._INTERFACES,
+        "LOCAL_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "TORCHELASTIC_USE_AGENT_STORE",
+    ):
         monkeypatch.setenv(name, "")  # so that what is set here is taken back afterwards
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    listening.keep_to_host()
-    gloo, nccl = (os.environ.get(name) for name in listening._INTERFACES)
+    network_access.keep_to_host()
+    gloo, nccl = (os.environ.get(name) for name in network_access._INTERFACES)
     return os.environ["MASTER_ADDR"], gloo, nccl
 
 
@@ -56,8 +61,8 @@ def test_a_store_that_torchrun_serves_stays_where_it_is(monkeypatch) -> None:
 
 def test_a_store_on_the_loopback_cannot_be_reached_at_another_address(monkeypatch) -> None:
     meeting_place(monkeypatch, WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    store = listening.open_store(0, serves=True, timeout_s=5.0)
-    client = listening.open_store(store.port, serves=False, timeout_s=5.0)
+    store = network_access.open_store(0, serves=True, timeout_s=5.0)
+    client = network_access.open_store(store.port, serves=False, timeout_s=5.0)
     client.set("key", "value")
     assert store.get("key") == b"value"
     with pytest.raises(ConnectionRefusedError):

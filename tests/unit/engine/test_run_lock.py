@@ -20,7 +20,7 @@ import pytest
 
 from base.config import UserError
 from engine import distributed, run_lock
-from engine.endings import LostContactError
+from engine.job_endings import LostContactError
 from engine.run_lock import Owner, RunLock
 from launch.runs import training
 

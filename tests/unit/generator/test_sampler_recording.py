@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from data.shards import LatentInfo
-from generator import graphs
+from generator import cuda_graphs
 from generator.class_conditional.config import ClassSamplingConfig, DitConfig, WideHeadConfig
 from generator.class_conditional.model import ClassGenerator, create_generator
 from generator.class_conditional.sampling import sample_class_latents
 from generator.config import DdtHeadConfig, GeneratorConfig, MotConfig
-from generator.graphs import EAGER_CALLS, Graphed
+from generator.cuda_graphs import EAGER_CALLS, Graphed
 from generator.model import Generator
 from generator.sampling import Condition, sample_latents
 from generator.sampling_config import SamplingConfig
@@ -62,7 +62,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every velocity is replayed from its third call on; the number of replays of each recording."""
     replays: list[int] = []
 
-    def record(function: graphs.TensorFunction, inputs: Sequence[Tensor]) -> graphs.TensorFunction:
+    def record(function: cuda_graphs.TensorFunction, inputs: Sequence[Tensor]) -> cuda_graphs.TensorFunction:
         program = make_fx(function)(*(x.clone() for x in inputs))
         number = len(replays)
         replays.append(0)
@@ -74,8 +74,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return replay
 
-    monkeypatch.setattr(graphs, "can_record", lambda device, modules: not torch.is_grad_enabled())
-    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(cuda_graphs, "can_record", lambda device, modules: not torch.is_grad_enabled())
+    monkeypatch.setattr(cuda_graphs, "record", record)
     return replays
 
 
@@ -149,8 +149,8 @@ def test_a_failed_recording_is_told_once_and_every_call_still_answers(
         tried.append(1)
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(graphs, "can_record", lambda *_: True)
-    monkeypatch.setattr(graphs, "record", refuse)
+    monkeypatch.setattr(cuda_graphs, "can_record", lambda *_: True)
+    monkeypatch.setattr(cuda_graphs, "record", refuse)
     monkeypatch.setattr(Graphed, "_has_failed", False)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -166,13 +166,13 @@ def test_a_failed_recording_is_told_once_and_every_call_still_answers(
 def test_only_work_on_a_gpu_without_gradients_and_hooks_is_recorded() -> None:
     cuda, module = torch.device("cuda:0"), nn.Sequential(nn.Linear(2, 2))
     with torch.no_grad():
-        assert graphs.can_record(cuda, [module])
-        assert not graphs.can_record(torch.device("cpu"), [module])
+        assert cuda_graphs.can_record(cuda, [module])
+        assert not cuda_graphs.can_record(torch.device("cpu"), [module])
         hook = module[0].register_forward_pre_hook(lambda *_: None)  # as ZeRO-3 has them
-        assert not graphs.can_record(cuda, [module])
+        assert not cuda_graphs.can_record(cuda, [module])
         hook.remove()
-        assert graphs.can_record(cuda, [module])
-    assert not graphs.can_record(cuda, [module])
+        assert cuda_graphs.can_record(cuda, [module])
+    assert not cuda_graphs.can_record(cuda, [module])
 
 
 def test_a_batch_leaves_no_recording_behind(

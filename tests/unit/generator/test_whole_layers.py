@@ -13,8 +13,8 @@ from data.shards import LatentInfo
 from generator.class_conditional.config import DitConfig
 from generator.class_conditional.model import create_generator
 from generator.config import GeneratorConfig
+from generator.joined_products import stacked
 from generator.model import Generator
-from generator.wide import stacked
 from helpers.generators import BACKBONE
 from helpers.packs import image, pack, times_of
 

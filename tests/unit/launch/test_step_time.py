@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from generator import traffic
+from generator import memory_traffic
 from generator.config import GeneratorConfig
+from generator.memory_traffic import ValueBytes, moved_bytes, num_launches
 from generator.mot import MotLayer, RmsNorm, rope_table
 from generator.qwen import QWEN2_5_0_5B
 from generator.sizing import PackSize, attention_flops, training_flops, typical_pack
-from generator.traffic import ValueBytes, moved_bytes, num_launches
 from launch import recipes
 from launch.runs.tasks import read_run
 from launch.sizing import dry_run
@@ -127,7 +127,7 @@ def test_eager_traffic_follows_the_layer_that_is_trained(
 ) -> None:
     """A layer on tensors without values, its norms left out (on a CPU they are many kernels, on a GPU one)."""
     monkeypatch.setattr(RmsNorm, "forward", lambda _self, x: x)
-    monkeypatch.setattr(traffic, "_norm", lambda _entering, _leaving: 0)
+    monkeypatch.setattr(memory_traffic, "_norm", lambda _entering, _leaving: 0)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     num_text, num_latents = 3000, 9000
     device = torch.device("meta")
@@ -141,7 +141,7 @@ def test_eager_traffic_follows_the_layer_that_is_trained(
     with _Moved() as moved:
         out = layer(text, latents, rope, lambda _index, q, k, v: _NoAttention.apply(q, k, v))
         torch.autograd.backward(out, [torch.empty_like(part) for part in out])
-    keys, rest = traffic._eager(QWEN2_5_0_5B, ValueBytes.of(precision))
+    keys, rest = memory_traffic._eager(QWEN2_5_0_5B, ValueBytes.of(precision))
     expected = (num_text + num_latents) * (keys + rest)
     # A quarter: the layer has the small copies and sums of its own way to split, join and project.
     assert expected == pytest.approx(moved.total, rel=0.25)

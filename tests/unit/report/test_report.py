@@ -13,7 +13,7 @@ from base import files
 from data.image_set import Item, write_image, write_manifest
 from report import render_report
 from report.charts import bar_chart, line_chart, short
-from report.inputs import Training, read_training
+from report.run_contents import Training, read_training
 
 
 def estimate(value: float, n: int = 40) -> dict[str, Any]:

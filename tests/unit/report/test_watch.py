@@ -16,7 +16,7 @@ from engine.logs import RunLog
 from launch import watch
 from launch.runs import entry
 from report.charts import smoothed, thinned
-from report.inputs import Training
+from report.run_contents import Training
 from report.watch import page, read_run, screen
 from report.watch.run import unit_of
 from report.watch.terminal import picture

@@ -23,8 +23,8 @@ from tokenizer.export import fingerprint
 from tokenizer.kl import KlAutoencoder, KlConfig
 from tokenizer.releases.kl import import_diffusers
 from tokenizer.rpiae import Autoencoder
+from tokenizer.training.build_stage import build_stage
 from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
-from tokenizer.training.stages import build_stage
 from tokenizer.weights import state_hash
 
 VIT = RepresentationConfig(

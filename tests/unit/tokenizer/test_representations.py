@@ -23,10 +23,10 @@ from tokenizer.config import AutoencoderConfig, PixelDecoderConfig, Representati
 from tokenizer.model_names import MODELS
 from tokenizer.representation import Representation
 from tokenizer.rpiae import Autoencoder
+from tokenizer.training.build_stage import build_stage
 from tokenizer.training.discriminator import FrozenFeatures
 from tokenizer.training.objectives import PivotObjective
 from tokenizer.training.stage_config import DiscriminatorConfig, PerceptualConfig, StageConfig
-from tokenizer.training.stages import build_stage
 from tokenizer.weights import state_hash
 
 LIBRARIES = ["timm", "transformers"]

@@ -22,11 +22,11 @@ from helpers.stages import BRIDGE, PLAIN, VIT
 from tokenizer import frozen
 from tokenizer.config import RepresentationConfig
 from tokenizer.representation import Representation
-from tokenizer.training import adaptive, image_loss, stage_objective
+from tokenizer.training import adaptive, image_loss
+from tokenizer.training.build_stage import build_stage, build_untrained
+from tokenizer.training.objective_base import StageObjective
 from tokenizer.training.perceptual import LpipsVgg16
 from tokenizer.training.stage_config import PerceptualConfig
-from tokenizer.training.stage_objective import StageObjective
-from tokenizer.training.stages import build_stage, build_untrained
 
 CUDA = torch.device("cuda", 0)
 PIVOT = dataclasses.replace(
@@ -170,7 +170,7 @@ def test_no_loss_makes_the_host_wait_for_the_device(
     """On the meta device: tensors elsewhere than on the CPU, whose values nobody can read."""
     with torch.device("meta"):
         objective = objective_of(stage, exports)
-    for module in (image_loss, stage_objective):  # there are no generators of this device
+    for module in (image_loss, objective_base):  # there are no generators of this device
         monkeypatch.setattr(module, "generator", lambda seed, purpose, device: None)
     pixels = batch("meta")
     with Recorder() as recorder, FromLists() as from_lists:

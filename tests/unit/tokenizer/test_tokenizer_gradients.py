@@ -19,11 +19,11 @@ from tokenizer.blocks import compile_blocks, repeated
 from tokenizer.bridge import sample_latent
 from tokenizer.training import adaptive
 from tokenizer.training.adaptive_reference import plain_mean_loss
+from tokenizer.training.build_stage import build_untrained
 from tokenizer.training.diffaug import augment
+from tokenizer.training.objective_base import StageObjective
 from tokenizer.training.objectives import PivotObjective
 from tokenizer.training.seeds import Purpose, generator
-from tokenizer.training.stage_objective import StageObjective
-from tokenizer.training.stages import build_untrained
 
 WHOLE = dataclasses.replace(PLAIN, bridge=BRIDGE)
 PIVOT = dataclasses.replace(stages.PIVOT, gan_loss_start_step=1)

@@ -31,7 +31,7 @@ from data.samples.layouts import (
 )
 from data.shards import LatentInfo, Sample, ShardDataset, ShardWriter
 from data.sources.base import InUnits
-from data.sources.folder import FolderSource
+from data.sources.image_folder import FolderSource
 from data.sources.prepare import Preparation
 from data.sources.webdataset import WebDatasetSource
 from data.sources.write import write_sources

@@ -25,7 +25,7 @@ from data.samples.captions import read_label
 from data.samples.images import PixelPacker, decode_image, fit_square, to_rgb
 from data.shards import Sample, ShardDataset
 from data.sources.base import InUnits
-from data.sources.folder import FolderSource
+from data.sources.image_folder import FolderSource
 from data.sources.parquet import ParquetColumns, ParquetSource
 from data.sources.prepare import Preparation
 from data.sources.tar_file import TarReader

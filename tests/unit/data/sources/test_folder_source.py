@@ -14,7 +14,7 @@ from PIL import Image
 from base.config import UserError
 from data.shards import ShardDataset
 from data.sources.base import BadItemError, InUnits
-from data.sources.folder import FolderSource
+from data.sources.image_folder import FolderSource
 from data.sources.prepare import Preparation
 from data.sources.write import write_sources
 

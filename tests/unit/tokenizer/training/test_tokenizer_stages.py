@@ -22,10 +22,10 @@ from quickstart.standin import IdentityObjective
 from tokenizer.config import RepresentationConfig
 from tokenizer.rpiae import Autoencoder
 from tokenizer.training.adaptive_reference import plain_mean_loss
+from tokenizer.training.build_stage import build_stage, build_untrained
+from tokenizer.training.objective_base import StageObjective
 from tokenizer.training.objectives import PivotObjective
 from tokenizer.training.stage_config import PerceptualConfig, StageConfig
-from tokenizer.training.stage_objective import StageObjective
-from tokenizer.training.stages import build_stage, build_untrained
 from tokenizer.weights import state_hash
 
 JOINT = dataclasses.replace(PIVOT, stage="joint", autoencoder=dataclasses.replace(PLAIN, bridge=BRIDGE))

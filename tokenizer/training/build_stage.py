@@ -10,9 +10,9 @@ from torch import Tensor
 from base.config import ConfigError, UserError, describing
 from tokenizer.config import AutoencoderConfig, read_config, without_download, without_weights
 from tokenizer.rpiae import Autoencoder
+from tokenizer.training.objective_base import StageObjective
 from tokenizer.training.objectives import BridgeObjective, DecoderObjective, JointObjective, PivotObjective
 from tokenizer.training.stage_config import StageConfig
-from tokenizer.training.stage_objective import StageObjective
 
 __all__ = ["StageObjective", "autoencoder_config", "build_stage", "build_untrained"]
 

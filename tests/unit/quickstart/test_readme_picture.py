@@ -8,14 +8,14 @@ from PIL import Image
 
 from base.config import UserError
 from data.image_set import Item, write_manifest
-from quickstart import picture
+from quickstart import readme_picture
 
 ROLES = {"reconstruction": ("original", "result"), "t2i": ("result",), "edit": ("source", "result")}
 
 
 def make_set(root: Path, name: str, metas: list[dict[str, str]]) -> list[Path]:
     """An image set in which every image has a colour of its own; the files in order."""
-    folder, items, made = root / picture.IMAGES / name, [], []
+    folder, items, made = root / readme_picture.IMAGES / name, [], []
     folder.mkdir(parents=True)
     for number, meta in enumerate(metas):
         images = {role: f"{number}.{role}.png" for role in ROLES[name]}
@@ -44,12 +44,12 @@ def colours(image: Image.Image) -> set[tuple[int, ...]]:
 
 
 def colour_of(root: Path, name: str, number: int, role: str) -> tuple[int, ...]:
-    with Image.open(root / picture.IMAGES / name / f"{number}.{role}.png") as image:
+    with Image.open(root / readme_picture.IMAGES / name / f"{number}.{role}.png") as image:
         return image.getpixel((0, 0))
 
 
 def test_the_first_images_of_every_set_are_shown_and_no_others(root) -> None:
-    found = colours(picture.draw(root))
+    found = colours(readme_picture.draw(root))
     for role in ROLES["reconstruction"]:
         shown = [colour_of(root, "reconstruction", n, role) in found for n in range(8)]
         assert shown == [True] * 6 + [False] * 2
@@ -57,7 +57,7 @@ def test_the_first_images_of_every_set_are_shown_and_no_others(root) -> None:
 
 
 def test_every_kind_of_edit_is_shown_before_any_comes_twice(root) -> None:
-    found = colours(picture.draw(root))
+    found = colours(readme_picture.draw(root))
     for role in ROLES["edit"]:
         shown = [colour_of(root, "edit", n, role) in found for n in range(7)]
         assert shown == [True, True, False, True, True, True, True], "the second `add` is the sixth edit"
@@ -66,17 +66,17 @@ def test_every_kind_of_edit_is_shown_before_any_comes_twice(root) -> None:
 def test_the_command_replaces_its_own_picture_only(root, tmp_path, monkeypatch, capsys) -> None:
     out = tmp_path / "pictures" / "quickstart.png"
     monkeypatch.setattr(sys, "argv", ["picture.py", "--root", str(root), "--out", str(out)])
-    picture.main()
+    readme_picture.main()
     first = out.read_bytes()
-    picture.main()
+    readme_picture.main()
     assert out.read_bytes() == first and len(first) < 100_000
     assert str(out) in capsys.readouterr().out
     Image.new("RGB", (8, 8)).save(out)
     with pytest.raises(UserError, match="no command of this project wrote it"):
-        picture.main()
+        readme_picture.main()
 
 
 def test_a_run_that_is_not_finished_is_one_line(tmp_path, root) -> None:
-    (root / picture.IMAGES / "edit" / "manifest.jsonl").unlink()
+    (root / readme_picture.IMAGES / "edit" / "manifest.jsonl").unlink()
     with pytest.raises(UserError, match=r"edit: no images there yet; finish the quickstart first"):
-        picture.draw(root)
+        readme_picture.draw(root)

@@ -29,7 +29,7 @@ from launch.sizing.report import Preflight, remedies
 from launch.sizing.stage_size import in_phases
 from tokenizer.autoencoders import load_autoencoder
 from tokenizer.config import CONFIG_NAME
-from tokenizer.training.stages import build_untrained
+from tokenizer.training.build_stage import build_untrained
 
 MAX_PACKS = 2
 """Packs of a rank in a step: two packs accumulate gradients, and more packs need no more memory."""

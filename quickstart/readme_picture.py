@@ -1,4 +1,4 @@
-"""One picture of what the quickstart has learned: python -m quickstart.picture [--root DIR] [--out FILE.png]
+"""One picture of what the quickstart has learned: python -m quickstart.readme_picture [--root DIR] [--out FILE.png]
 
 The first images of the sets that the quickstart's last step has judged; none is chosen by hand.
 """
@@ -23,7 +23,7 @@ from launch.runs import entry
 if TYPE_CHECKING:
     from data.image_set import ImageSet, Item
 
-SIGN = "RPiAE quickstart/picture.py"
+SIGN = "RPiAE quickstart/readme_picture.py"
 """EXIF's Software in the picture; the command may replace a file with it."""
 IMAGES = Path("evaluation/images")
 """Folder of the image sets `reconstruction`, `t2i` and `edit` below the quickstart's root (chain_scores.py)."""

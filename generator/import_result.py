@@ -1,6 +1,6 @@
 """The result of importing a generator: a report, and the model if every tensor fits.
 
-For autoencoders: tokenizer/releases/imported.py.
+For autoencoders: tokenizer/releases/import_result.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from data.samples.images import IMAGE_PARTS, image_suffix, part_name
 from data.samples.layouts import check_roles, is_interleaved, number_roles, read_splits
 from data.shards import Sample
 from data.sources.base import BadItemError
-from data.sources.folders import first_of, images_below
+from data.sources.folder_walk import first_of, images_below
 from data.sources.prepare import clean_splits, select_texts
 from data.sources.text_files import decode_text, without_mark
 
@@ -35,7 +35,7 @@ class FolderSource:
       fields of a listing, or NAME.txt.
 
     Images are files named *.png, *.jpg, *.jpeg or *.webp. Without a listing, other files except captions of images come
-    after the images and are rejected; data/sources/folders.py defines which files count at all.
+    after the images and are rejected; data/sources/folder_walk.py defines which files count at all.
     """
 
     def __init__(

@@ -27,19 +27,19 @@ class Operators(TorchDispatchMode):
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> Any:
     """sums(sizes of the parameters, ranks, bucket): an optimizer of one group, as far as the exchange looks at it."""
-    from engine import exchange
+    from engine import gradient_exchange
 
     def build(sizes: list[int], world: int, bucket_elements: int, device: str = "cpu") -> Any:
-        monkeypatch.setattr(exchange, "BUCKET_ELEMENTS", bucket_elements)
-        monkeypatch.setattr(exchange.comm, "get_world_size", lambda group: world)
+        monkeypatch.setattr(gradient_exchange, "BUCKET_ELEMENTS", bucket_elements)
+        monkeypatch.setattr(gradient_exchange.comm, "get_world_size", lambda group: world)
         sent: list[tuple[int, int]] = []
 
         def reduce(values: torch.Tensor, owner: int, **_: Any) -> Any:
             sent.append((owner, int(values.storage_offset())))
             return SimpleNamespace(wait=lambda: None)
 
-        monkeypatch.setattr(exchange.comm, "reduce", reduce)
-        optimizer = object.__new__(exchange.ShardedSums)
+        monkeypatch.setattr(gradient_exchange.comm, "reduce", reduce)
+        optimizer = object.__new__(gradient_exchange.ShardedSums)
         flat = torch.zeros(-(-sum(sizes) // world) * world, device=device)
         shard = len(flat) // world
         parameters = [torch.nn.Parameter(torch.zeros(n, dtype=torch.bfloat16, device=device)) for n in sizes]
