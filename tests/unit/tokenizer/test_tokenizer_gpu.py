@@ -22,7 +22,7 @@ from helpers.stages import BRIDGE, PLAIN, VIT
 from tokenizer import frozen
 from tokenizer.config import RepresentationConfig
 from tokenizer.representation import Representation
-from tokenizer.training import adaptive, image_loss
+from tokenizer.training import adaptive, image_loss, objective_base
 from tokenizer.training.build_stage import build_stage, build_untrained
 from tokenizer.training.objective_base import StageObjective
 from tokenizer.training.perceptual import LpipsVgg16
