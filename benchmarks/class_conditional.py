@@ -28,8 +28,7 @@ from generator.class_conditional.model import ClassGenerator, create_generator
 from generator.class_conditional.objective import ClassObjective
 from generator.class_conditional.sampling import sample_class_latents
 from generator.class_conditional.sizing import training_flops
-from generator.drawing import draw_noise
-from generator.flow import resolve_shift, sampling_times
+from generator.flow import draw_noise, resolve_shift, sampling_times
 from generator.sampling_config import Solver
 from generator.solvers import integrate
 

@@ -19,7 +19,7 @@ from data.image_set import Item, write_image
 from data.samples.images import PixelPacker
 from data.shards import ShardDataset
 from evaluation.metrics.reconstruction import to_uint8
-from generator.drawn_set import draw_on_ranks
+from generator.draw_on_ranks import draw_on_ranks
 from tokenizer.rpiae import Autoencoder
 
 ROLES = ("original", "result")

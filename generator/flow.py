@@ -62,3 +62,10 @@ def sampling_times(num_steps: int, shift: float) -> list[float]:
     """The shifted grid from 1 (noise) to 0 (data): num_steps + 1 values, equally spaced before the shift."""
     grid = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
     return [float(value) for value in shift_time(grid, shift)]
+
+
+def draw_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Draws one image of standard normal noise from each seed, fp32 [len(seeds), *shape] on the CPU."""
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )

@@ -11,13 +11,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from generator.drawing import is_guided
 from generator.sampling_config import GuidanceConfig
 
 Branch = Literal["none", "source", "full"]
 """What a velocity is conditioned on: nothing, the source images, or sources and text."""
 
 EPSILON = 1e-8  # added to a norm that may be 0
+
+
+def is_guided(t: float, interval: tuple[float, float]) -> bool:
+    """Whether `t` lies above the first and up to the second time of the interval (Kynkäänniemi et al. 2024)."""
+    low, high = interval
+    return low < min(t, 1.0) <= high  # rounding may lift a shifted 1 above 1
 
 
 def branch_weights(config: GuidanceConfig, t: float, *, editing: bool) -> dict[Branch, float]:

@@ -24,8 +24,7 @@ from data.samples.text import TextTokenizer
 from data.shards import ShardDataset
 from generator.attention import JointAttention
 from generator.cuda_graphs import Graphed
-from generator.drawing import draw_noise
-from generator.flow import resolve_shift, sampling_times
+from generator.flow import draw_noise, resolve_shift, sampling_times
 from generator.guidance import Branch, branch_weights, guide
 from generator.model import Generator, normalise, unnormalise
 from generator.prefix import PrefixCache, split_prefix

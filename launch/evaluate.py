@@ -134,7 +134,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
 def _draw(options: ImageSetOptions, arguments: argparse.Namespace, team: Team, device: str) -> None:
     """Draws the set with the models of --run, if it is given. Raises UserError: other options for drawing are alone."""
-    from generator.sampled_set import SampledSetConfig, draw_set
+    from generator.prompt_set import SampledSetConfig, draw_set
     from launch.runs.drawable import prompt_models
 
     if options.run is None:
@@ -184,7 +184,7 @@ def _prepare(options: ImageSetOptions, team: Team, *, in_classes: bool) -> tuple
 
 def _seed(images: Path) -> int:
     """The seed with which launch/sample.py drew an image set; 0 for other sets."""
-    from generator.drawn_set import SETTINGS_NAME
+    from generator.draw_on_ranks import SETTINGS_NAME
 
     path = images / SETTINGS_NAME
     return int(read_json(path)["seed"]) if path.is_file() else 0

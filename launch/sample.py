@@ -95,8 +95,8 @@ def _draw_file(
     arguments: argparse.Namespace, models: tuple[Path, str, str], sampling: SamplingConfig
 ) -> None:
     from engine import distributed
+    from generator.prompt_set import SampledSetConfig, draw_set
     from generator.prompts import read_prompts
-    from generator.sampled_set import SampledSetConfig, draw_set
     from launch.runs.team import meet
 
     prompts = Path(arguments.prompts)

@@ -19,7 +19,7 @@ from base.team import ALONE, Team
 from data.image_set import Item, write_image
 from generator.class_conditional.config import ClassSamplingConfig
 from generator.class_conditional.pipeline import ClassPipeline
-from generator.drawn_set import announce, draw_on_ranks, export_digest, sampling_settings
+from generator.draw_on_ranks import announce, draw_on_ranks, export_digest, sampling_settings
 
 SEED_DIGITS = 15  # digits of a hexadecimal digest: 60 bits
 
@@ -76,7 +76,7 @@ class ClassDrawing:
 
 
 def draw_class_set(config: ClassSetConfig, team: Team = ALONE) -> int:
-    """Draws with exported models (generator/drawn_set.py says how). Returns the set's size.
+    """Draws with exported models (generator/draw_on_ranks.py says how). Returns the set's size.
 
     Raises UserError: as ClassPipeline.load; a set in `out` that was drawn with other settings.
     """

@@ -15,8 +15,8 @@ from data.packs.transfer import to_device
 from generator.class_conditional.config import ClassSamplingConfig
 from generator.class_conditional.model import ClassGenerator
 from generator.cuda_graphs import Graphed
-from generator.drawing import draw_noise, is_guided
-from generator.flow import resolve_shift, sampling_times
+from generator.flow import draw_noise, resolve_shift, sampling_times
+from generator.guidance import is_guided
 from generator.model import unnormalise
 from generator.solvers import integrate
 

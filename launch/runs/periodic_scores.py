@@ -31,8 +31,8 @@ from generator.class_conditional.objective import ClassObjective
 from generator.class_conditional.pipeline import ClassPipeline
 from generator.objective import FlowObjective
 from generator.pipeline import Pipeline
+from generator.prompt_set import draw_prompts
 from generator.prompts import read_prompts
-from generator.sampled_set import draw_prompts
 from generator.sampling_config import DrawingConfig
 from launch.runs.configs import ClassRun, GeneratorRun, PixelRun, TokenizerRun
 from launch.runs.periodic_config import EvaluationConfig

@@ -127,7 +127,7 @@ COMMANDS = [
     *(command for module in ("chain", "class_chain", "ablation") for command in chain(module)),
 ]  # fmt: skip
 IMAGE_SETS = {"sample_class"}
-"""They write by generator.drawn_set.draw_on_ranks: tests/unit/base/test_own_files.py."""
+"""They write by generator.draw_on_ranks.draw_on_ranks: tests/unit/base/test_own_files.py."""
 FOLDER_OF = {
     path.stem: path.parent.name
     for folder in ("launch", "quickstart")

@@ -29,10 +29,10 @@ from data.image_set import ImageSet, write_image
 from data.samples.text import load_text_tokenizer, train_text_tokenizer
 from data.shards import LatentInfo
 from engine.distributed import free_port
-from generator import sampled_set
+from generator import prompt_set
 from generator.model import Generator
 from generator.pipeline import Pipeline
-from generator.sampled_set import SampledSetConfig, draw_set
+from generator.prompt_set import SampledSetConfig, draw_set
 from generator.sampling import Condition
 from generator.sampling_config import SamplingConfig
 from helpers.commands import on_ranks
@@ -212,7 +212,7 @@ def test_a_set_that_is_killed_and_run_again_has_the_bytes_of_an_undisturbed_one(
         time.sleep(0.02)
         write_image(path, pixels)
 
-    monkeypatch.setattr(sampled_set, "write_image", slowly)  # the forked processes inherit it
+    monkeypatch.setattr(prompt_set, "write_image", slowly)  # the forked processes inherit it
     out = tmp_path / "set"
     for num_images in (1, 2, 5, 6, 9):
         kill_with_images(inputs, out, num_images)

@@ -25,7 +25,7 @@ from evaluation.stage_set import ROLES
 from generator.config import FlowConfig, GeneratorConfig, MotConfig
 from generator.model import Generator
 from generator.objective import FlowObjective
-from generator.sampled_set import SampledSetConfig, draw_set
+from generator.prompt_set import SampledSetConfig, draw_set
 from generator.sampling_config import SamplingConfig
 from launch.runs.configs import GeneratorRun, TokenizerRun
 from launch.runs.periodic_config import PromptEvaluationConfig, StageEvaluationConfig

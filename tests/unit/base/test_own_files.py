@@ -16,7 +16,7 @@ from base.team import ALONE
 from data.adm_npz import write_npz
 from data.image_set import ImageSet, Item, write_image
 from data.shards import Sample, ShardWriter
-from generator.drawn_set import draw_on_ranks
+from generator.draw_on_ranks import draw_on_ranks
 from launch import sample
 from launch.runs import training
 

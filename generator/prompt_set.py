@@ -1,7 +1,7 @@
 """Draws images of a file of prompts and edits as an image set that suites score; several ranks; resumable.
 
 The set holds result/KEY.png, the sources of edits as the model sees them (source/KEY.png, or source0/KEY.png,
-source1/KEY.png, ...), manifest.jsonl, and sampling.json. generator/drawn_set.py shares blocks of images among ranks.
+source1/KEY.png, ...), manifest.jsonl, and sampling.json. generator/draw_on_ranks.py shares the images among ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from base.config import UserError
 from base.team import ALONE, Team
 from data.image_set import Item, write_image
 from data.samples.layouts import number_roles
-from generator.drawn_set import announce, draw_on_ranks, export_digest, sampling_settings
+from generator.draw_on_ranks import announce, draw_on_ranks, export_digest, sampling_settings
 from generator.pipeline import Pipeline
 from generator.prompts import Prompt, read_prompts
 from generator.sampling_config import SamplingConfig
@@ -80,7 +80,7 @@ class _Drawing:
 
 
 def draw_set(config: SampledSetConfig, team: Team = ALONE) -> int:
-    """Draws with exported models (generator/drawn_set.py says how). Returns the set's size.
+    """Draws with exported models (generator/draw_on_ranks.py says how). Returns the set's size.
 
     Raises UserError: as read_prompts and Pipeline.load; an image that cannot be read; a set in `out` that was drawn
     with other settings.
