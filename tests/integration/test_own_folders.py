@@ -118,7 +118,7 @@ COMMANDS = [
     Command("evaluate", lambda i, out: ["report", i / "scores", "--out", out], ("scores",), is_file=".html"),
     Command("watch", lambda i, out: [i / "run", "--once", "--html", out], ("run",), is_file=".html"),
     Command("sample", lambda i, out: ["--run", i, "--prompt", "a", "--out", out], victims=("",), is_file=".png"),
-    Command("picture", lambda i, out: ["--root", i, "--out", out], victims=("",), is_file=".png"),
+    Command("readme_picture", lambda i, out: ["--root", i, "--out", out], victims=("",), is_file=".png"),
     Command("export", lambda i, out: ["--run", i, "--out", out], victims=("config.json",)),
     Command("export_bagel", lambda i, out: ["--generator", i, "--out", out], victims=("ema.safetensors",)),
     Command("import_release", lambda i, out: ["rae", "--source", i, "--out", out], victims=("config.json",)),
