@@ -121,7 +121,8 @@ def plain_augment(pixels_01: Tensor, purpose: int) -> Tensor:
 def plain_features(network: Representation, pixels_01: Tensor) -> list[Tensor]:
     """What the discriminator reads: patch tokens plus the class token, [B, D, N] of each depth."""
     return [
-        (patches + prefix[:, :1]).transpose(1, 2) for patches, prefix in network.intermediates(pixels_01, DEPTHS)
+        (patches + prefix[:, :1]).transpose(1, 2)
+        for patches, prefix in network.intermediates(pixels_01, DEPTHS)
     ]
 
 
@@ -167,7 +168,9 @@ def plain_logits(objective: StageObjective, pixels_01: Tensor) -> Tensor:
 def plain_distance(network: Representation, a: Tensor, b: Tensor) -> Tensor:
     """Mean over images, depths and tokens of the squared distance of unit-length patch tokens."""
     levels = []
-    for (x, _), (y, _) in zip(network.intermediates(a, DEPTHS), network.intermediates(b, DEPTHS), strict=True):
+    for (x, _), (y, _) in zip(
+        network.intermediates(a, DEPTHS), network.intermediates(b, DEPTHS), strict=True
+    ):
         x, y = (tokens / tokens.square().sum(2, keepdim=True).sqrt() for tokens in (x, y))
         levels.append((x - y).square().sum(2).mean())
     return sum(levels[1:], levels[0]) / len(levels)
@@ -197,7 +200,9 @@ def gradient_norm(loss: Tensor, weight: Tensor) -> Tensor:
 def plain_loss(objective: StageObjective, step: int) -> Tensor:
     """The mean loss of docs/method.md with a graph through every network; a backward pass for each adaptive weight."""
     config, model, x = objective.config, objective.model, batch().pixels_01
-    tau = {"pivot": 0.8, "joint": 0.8}.get(config.stage, 0.0) if config.noise_tau is None else config.noise_tau
+    tau = (
+        {"pivot": 0.8, "joint": 0.8}.get(config.stage, 0.0) if config.noise_tau is None else config.noise_tau
+    )
     trains_encoder = config.stage in ("pivot", "joint") and config.train_encoder
     f = model.encoder(x) if trains_encoder else model.encoder(x).detach()
     extra = torch.zeros(())
@@ -268,7 +273,9 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "changes"), SETTINGS, ids=[f"{stage} {changes}" for stage, changes in SETTINGS])
+@pytest.mark.parametrize(
+    ("stage", "changes"), SETTINGS, ids=[f"{stage} {changes}" for stage, changes in SETTINGS]
+)
 def test_every_stage_minimises_its_formula(stage: str, changes: dict[str, Any]) -> None:
     objective = build(stage, **changes)
     for step in (1, 2, 3):  # before lambda_piv, with it, with L_GAN
@@ -295,7 +302,9 @@ def test_adaptive_weights_stop_at_their_ceilings() -> None:
 def test_augmentation_is_diffaugments() -> None:
     pixels_01 = torch.rand(8, 3, 32, 48, generator=torch.Generator().manual_seed(1))
     found = augment(pixels_01, stream(AUGMENT_REAL))
-    torch.testing.assert_close(found, plain_augment(pixels_01, AUGMENT_REAL), rtol=1e-5, atol=1e-6)  # fp32 sums
+    torch.testing.assert_close(
+        found, plain_augment(pixels_01, AUGMENT_REAL), rtol=1e-5, atol=1e-6
+    )  # fp32 sums
 
 
 def test_translations_reach_an_eighth_of_either_side_both_ways() -> None:
@@ -319,7 +328,9 @@ def test_the_discriminator_reads_originals_and_reconstructions_augmented_each_by
         for part, purpose in zip(images, (AUGMENT_REAL, AUGMENT_FAKE), strict=True)
     )
     hinge = 0.5 * ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean())
-    torch.testing.assert_close(output.loss_sum / COUNT, hinge, rtol=1e-4, atol=1e-5)  # fp32 sums of 48 x 5 terms
+    torch.testing.assert_close(
+        output.loss_sum / COUNT, hinge, rtol=1e-4, atol=1e-5
+    )  # fp32 sums of 48 x 5 terms
     shares = {"accuracy_real": (real > 0), "accuracy_fake": (fake < 0)}
     for name, share in shares.items():
         assert 0 < float(share.float().mean()) < 1
@@ -355,5 +366,8 @@ def test_a_bridges_hidden_widths_follow_their_ratios(part: str) -> None:
     ratio = {f"{part}_mlp_ratio": 0.5}
     bridge = Bridge(dataclasses.replace(BRIDGE, **ratio), 48)  # type: ignore[arg-type]
     mlps: Sequence[Any] = [layer.mlp for layer in bridge.decoder.layers]
-    found = {"encoder": {bridge.encoder.mlp.up.out_features}, "decoder": {mlp.up.out_features for mlp in mlps}}
+    found = {
+        "encoder": {bridge.encoder.mlp.up.out_features},
+        "decoder": {mlp.up.out_features for mlp in mlps},
+    }
     assert found == {"encoder": {48}, "decoder": {192}} | {part: {24}}
