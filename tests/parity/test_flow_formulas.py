@@ -9,27 +9,32 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.packs.class_batch import ClassBatch
-from data.packs.packed_batch import ImageSplit, PackedBatch, TextSplit, build_packed_batch
+from data.packs.packed_batch import TextSplit
 from data.shards import LatentInfo
-from generator.class_conditional.alignment import AlignConfig
-from generator.class_conditional.config import DitConfig, WideHeadConfig
+from generator.class_conditional.config import (
+    AlignConfig,
+    ClassFlowConfig,
+    ClassSamplingConfig,
+    DitConfig,
+    WideHeadConfig,
+)
 from generator.class_conditional.model import ClassGenerator, create_generator
-from generator.class_conditional.objective import ClassFlowConfig, build_class_objective
-from generator.class_conditional.sampling import ClassSamplingConfig, sample_class_latents
-from generator.heads import DdtHeadConfig
-from generator.model import Generator, GeneratorConfig
-from generator.mot import MotConfig
-from generator.objective import FlowConfig, build_objective
+from generator.class_conditional.objective import build_class_objective
+from generator.class_conditional.sampling import sample_class_latents
+from generator.config import DdtHeadConfig, FlowConfig, GeneratorConfig
+from generator.model import Generator
+from generator.objective import build_objective
+from helpers.generators import BACKBONE
+from helpers.packs import Splits, image, pack
+from helpers.texts import Letters
+from helpers.weights import shake
 
 SHAPE = (4, 2, 3)
 MEAN, STD = (0.5, -1.0, 0.0, 2.0), (2.0, 1.0, 0.5, 3.0)
 LATENTS = LatentInfo("fp32", SHAPE, MEAN, STD, "autoencoder", "text")
-BACKBONE = MotConfig(
-    vocab_size=32, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=48
-)
 CONFIG = GeneratorConfig(BACKBONE, max_side=4)
 HEAD = DdtHeadConfig(width=48, num_layers=2, num_heads=4)
 CLASSES = DitConfig(num_classes=5, width=32, num_layers=2, num_heads=4)
@@ -37,37 +42,14 @@ AUTO_SHIFT = math.sqrt(4 * 2 * 3 / 4096)  # RAE: sqrt(values of a latent / 4096)
 SHIFTS = [("auto", AUTO_SHIFT), (6.0, 6.0)]
 
 
-class Letters:
-    """The part of a text tokenizer that training reads."""
-
-    vocab_size = 32
-    im_start_id, im_end_id, vision_start_id, vision_end_id = 26, 27, 28, 29
-    fingerprint = "text"
-
-
-def shaken(model: nn.Module, seed: int, std: float = 0.1) -> None:
-    """Nothing at zero: a new model says v = 0 whatever it is given."""
-    noise = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += std * torch.randn(parameter.shape, generator=noise)
-
-
 def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pack(*, learns_text: bool = False) -> PackedBatch:
-    images = [
-        ImageSplit(random(*SHAPE, seed=seed), noisy=noisy) for seed, noisy in enumerate((True, False, True))
-    ]
-    samples: list[list[TextSplit | ImageSplit]] = [
-        [TextSplit([1, 5, 2], loss=learns_text), images[0]],
-        [images[1], TextSplit([1, 2]), images[2]],
-    ]
-    return build_packed_batch(
-        samples, vision_start_id=28, vision_end_id=29, max_side=4, seed=7, sample_ids=["a", "b"]
-    )
+def samples(*, learns_text: bool = False) -> list[Splits]:
+    """A noisy image after a text; a clean image, a text and a noisy image."""
+    first, clean, last = (image(seed, noisy=seed != 1, shape=SHAPE) for seed in range(3))
+    return [[TextSplit([1, 5, 2], loss=learns_text), first], [clean, TextSplit([1, 2]), last]]
 
 
 def class_batch() -> ClassBatch:
@@ -87,8 +69,8 @@ def test_a_packs_loss_is_the_squared_error_of_the_velocity_on_the_noisy_path(tim
     """x_t = (1 - t) z + t eps, v = eps - z, mean over channels, sum over noisy tokens; clean images stand at t = 0."""
     config = dataclasses.replace(CONFIG, head=head)
     objective = build_objective("t2i", config, FlowConfig(time_shift), LATENTS, Letters(), seed=0)
-    shaken(objective.model, 1)
-    batch = pack()
+    shake(objective.model, 1, 0.1)
+    batch = pack(samples())
     t, noise = times_and_noise(shift, 2, (12, 4))
     t_T = t.repeat_interleave(6)[:, None]
     clean, z = batch.latents[:6], batch.latents[6:]
@@ -109,7 +91,7 @@ def test_a_batchs_loss_is_the_squared_error_of_the_velocity_on_the_noisy_path(
     """As above, with the mean over an image's values and the sum over images; `align` takes away its cosines."""
     config = dataclasses.replace(CLASSES, head=head)
     objective = build_class_objective(config, ClassFlowConfig(time_shift, align=align), LATENTS, seed=0)
-    shaken(objective.model, 1)
+    shake(objective.model, 1, 0.1)
     batch = class_batch()
     t, noise = times_and_noise(shift, 3, (3, *SHAPE))
     t_B = t[:, None, None, None]
@@ -126,8 +108,8 @@ def test_a_text_loss_enters_with_its_weight() -> None:
     config = dataclasses.replace(CONFIG, text_output=True)
     flow = FlowConfig(text_loss_weight=0.25)
     objective = build_objective("edit", config, flow, LATENTS, Letters(), seed=0)
-    shaken(objective.model, 1)
-    batch = pack(learns_text=True)
+    shake(objective.model, 1, 0.1)
+    batch = pack(samples(learns_text=True))
     output = objective.loss(batch, 0)
     assert set(output.further) == {"text"} and objective.further_counts(batch) == {"text": 2}
     assert output.further["text"].weight == 0.25
@@ -194,8 +176,8 @@ def plain_head(
 def test_the_ddt_head_is_its_formula() -> None:
     """Through the whole generator, whose last Linear gives the velocities."""
     model = Generator.create(dataclasses.replace(CONFIG, head=HEAD), LATENTS, 0)
-    shaken(model, 1)
-    batch, t = pack(), torch.tensor([0.0, 0.3, 0.9])
+    shake(model, 1, 0.1)
+    batch, t = pack(samples()), torch.tensor([0.0, 0.3, 0.9])
     seen: list[Tensor] = []
     assert model.head is not None
     model.head.condition.register_forward_hook(lambda _layer, inputs, _out: seen.append(inputs[0]))
@@ -223,7 +205,7 @@ def models() -> tuple[ClassGenerator, ClassGenerator]:
         create_generator(dataclasses.replace(CLASSES, width=16), LATENTS, 1),
     )
     for seed, model in enumerate(pair):
-        shaken(model, seed)
+        shake(model, seed, 0.1)
     return pair
 
 

@@ -15,31 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from data.samples.images import PixelBatch
-from tokenizer.bridge import Bridge, BridgeConfig, sample_latent
-from tokenizer.pixel_decoder import PixelDecoderConfig
-from tokenizer.representation import Representation, RepresentationConfig
-from tokenizer.rpiae import AutoencoderConfig
+from helpers.stages import BRIDGE, PLAIN, VIT, pixel_batch
+from helpers.weights import shake
+from tokenizer.bridge import Bridge, sample_latent
+from tokenizer.representation import Representation
+from tokenizer.training.build_stage import build_untrained
 from tokenizer.training.diffaug import augment
 from tokenizer.training.discriminator import DiscriminatorConfig, Head
 from tokenizer.training.image_loss import AdversaryBatch
+from tokenizer.training.objective_base import StageObjective
 from tokenizer.training.objectives import PivotObjective
 from tokenizer.training.perceptual import PerceptualConfig
-from tokenizer.training.stage_objective import StageObjective
-from tokenizer.training.stages import StageConfig, build_untrained
+from tokenizer.training.stage_config import StageConfig
 
-VIT = RepresentationConfig(
-    name="vit_tiny_patch16_224",
-    input_px=32,
-    weights="random",
-    overrides={"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
-)
 DEPTHS = (0, 2)
-PLAIN = AutoencoderConfig(VIT, PixelDecoderConfig(64, 2, 4, 128, patch_px=8), image_px=32)
-BRIDGE = BridgeConfig(latent_channels=6, decoder_layers=2, num_heads=4)
 WHOLE = dataclasses.replace(PLAIN, bridge=BRIDGE)
 PIVOT = StageConfig(
     stage="pivot",
@@ -50,8 +42,7 @@ PIVOT = StageConfig(
     gan_update_start_step=1,
     gan_loss_start_step=3,
 )
-COUNT, SEED = 3, 5
-CPU = torch.device("cpu")
+COUNT, SEED = 3, 5  # pixel_batch's
 # The numbers of tokenizer/training/seeds.py, which are part of every run's results.
 FEATURE_NOISE, LATENT, AUGMENT_GENERATOR, AUGMENT_REAL, AUGMENT_FAKE = range(5)
 
@@ -60,20 +51,6 @@ def stream(purpose: int) -> torch.Generator:
     """The stream of the batch's seed for one purpose: 63 bits of numpy's mixture of the two."""
     (mixed,) = np.random.SeedSequence((SEED, purpose)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(mixed) // 2)
-
-
-def batch() -> PixelBatch:
-    pixels = torch.randint(
-        0, 256, (COUNT, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(SEED)
-    )
-    return PixelBatch(pixels, tuple(map(str, range(COUNT))), SEED, ({},) * COUNT)
-
-
-def shaken(module: nn.Module, seed: int, std: float = 0.02) -> None:
-    noise = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += std * torch.randn(parameter.shape, generator=noise)
 
 
 def build(stage: str, *, moved: float = 0.02, **changes: Any) -> StageObjective:
@@ -86,9 +63,9 @@ def build(stage: str, *, moved: float = 0.02, **changes: Any) -> StageObjective:
         bridge = BRIDGE if stage == "bridge" else None
         config = dataclasses.replace(config, stage=stage, autoencoder=None, init_from="none", bridge=bridge)
     objective = build_untrained(config, starts_from=shapes)
-    shaken(objective.model, 3, moved)
+    shake(objective.model, 3, moved)
     if objective.adversary is not None:
-        shaken(objective.adversary, 4)
+        shake(objective.adversary, 4, 0.02)
     return objective
 
 
@@ -199,7 +176,7 @@ def gradient_norm(loss: Tensor, weight: Tensor) -> Tensor:
 
 def plain_loss(objective: StageObjective, step: int) -> Tensor:
     """The mean loss of docs/method.md with a graph through every network; a backward pass for each adaptive weight."""
-    config, model, x = objective.config, objective.model, batch().pixels_01
+    config, model, x = objective.config, objective.model, pixel_batch().pixels_01
     tau = (
         {"pivot": 0.8, "joint": 0.8}.get(config.stage, 0.0) if config.noise_tau is None else config.noise_tau
     )
@@ -279,7 +256,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 def test_every_stage_minimises_its_formula(stage: str, changes: dict[str, Any]) -> None:
     objective = build(stage, **changes)
     for step in (1, 2, 3):  # before lambda_piv, with it, with L_GAN
-        output = objective.loss(batch(), step)
+        output = objective.loss(pixel_batch(), step)
         found = gradients(objective, output.loss_sum / COUNT)
         plain = plain_loss(objective, step)
         expected = gradients(objective, plain)
@@ -294,7 +271,7 @@ def test_every_stage_minimises_its_formula(stage: str, changes: dict[str, Any]) 
 def test_adaptive_weights_stop_at_their_ceilings() -> None:
     """A main loss a billion times as large: 1e5 and 1e4 (docs/method.md), and the log says that they are reached."""
     objective = build("pivot", w_lpips=1e9)
-    metrics = {name: float(value) / COUNT for name, value in objective.loss(batch(), 3).metrics.items()}
+    metrics = {name: float(value) / COUNT for name, value in objective.loss(pixel_batch(), 3).metrics.items()}
     assert metrics["lambda_pivot"] == 1e5 and metrics["lambda_gan"] == 1e4
     assert metrics["lambda_pivot_saturated"] == metrics["lambda_gan_saturated"] == 1
 
@@ -339,7 +316,7 @@ def test_the_discriminator_reads_originals_and_reconstructions_augmented_each_by
 
 def test_log_variances_are_kept_within_their_bounds_and_pass_inside_them() -> None:
     bridge = Bridge(BRIDGE, 48)
-    shaken(bridge, 6, std=0.3)
+    shake(bridge, 6, 0.3)
     means_and_logs = torch.linspace(-60, 60, 12)
     with torch.no_grad():
         bridge.encoder.to_moments.weight.zero_()

@@ -112,7 +112,9 @@ def test_augmentation_keeps_most_of_the_image_and_passes_gradients() -> None:
 
 def test_spectral_convolution_has_norm_one() -> None:
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # other weights may have two singular values so close that more iterations are needed
+        torch.manual_seed(
+            0
+        )  # other weights may have two singular values so close that more iterations are needed
         convolution = SpectralConv1d(12, 8, 3)
     for _ in range(200):
         convolution.step_power_iteration()
