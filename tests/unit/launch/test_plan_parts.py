@@ -183,6 +183,14 @@ def test_states_that_last_are_weights_masters_moments_and_averages(
     assert state.peak(HUGE) == pytest.approx(state.lasting + ends + HUGE)
 
 
+@pytest.mark.parametrize(("activations", "peak"), [(6, 1 + 2 + 3 + 100), (95, 1 + 2 + 3 + 4 + 5 + 95)])
+def test_the_fullest_moment_is_the_optimizers_step_or_the_end_of_the_backward_pass(
+    activations: int, peak: int
+) -> None:
+    state = StateBytes(weights=1, optimizer=2, ema=3, gradients=4, buffers=5, stepping=100)
+    assert state.peak(activations) == peak
+
+
 @EACH
 @given(engines.filter(lambda config: config.zero_stage < 3), gpus, st.integers(1, 100))
 def test_a_discriminator_adds_what_it_holds_while_the_model_learns_and_its_own_pass(
