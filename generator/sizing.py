@@ -65,12 +65,21 @@ class PackSize:
 
 
 def typical_pack(
-    num_tokens: int, text_tokens: int, grid: tuple[int, int], *, num_sources: int, num_draws: int = 1
+    num_tokens: int,
+    text_tokens: int,
+    grid: tuple[int, int],
+    *,
+    num_sources: int,
+    num_draws: int = 1,
+    has_text_loss: bool = False,
 ) -> PackSize:
-    """`num_tokens` of equal samples: `num_sources` clean images of `grid`, a text, `num_draws` noisy images each."""
+    """`num_tokens` of equal samples: `num_sources` clean images of `grid`, a text, `num_draws` noisy images each.
+
+    `has_text_loss`: whether every text is marked for a loss.
+    """
     clean, noisy = (ImageSplit(torch.zeros(1, *grid), is_noisy) for is_noisy in (False, True))
     sample = build_packed_batch(
-        [[*[clean] * num_sources, TextSplit([0] * text_tokens), *[noisy] * num_draws]],
+        [[*[clean] * num_sources, TextSplit([0] * text_tokens, has_text_loss), *[noisy] * num_draws]],
         vision_start_id=0,
         vision_end_id=0,
         max_side=max(grid),

@@ -232,6 +232,7 @@ def generator_plan(run: GeneratorRun, shape: tuple[int, int, int]) -> Plan:
         (grid[0], grid[1]),
         num_sources=int(is_edit),
         num_draws=run.packing.draws_per_caption,
+        has_text_loss=run.flow.text_loss_weight > 0,
     )
     pack = step.times(1 / streams)
     activations = activation_bytes(

@@ -51,9 +51,13 @@ class StageSize:
 def tokenizer_plan(run: TokenizerRun) -> Plan:
     """Plan of a tokenizer stage, from `stage_size`.
 
-    It assumes that the host keeps up with the GPU. Attention counts among the products.
+    It assumes that the host keeps up with the GPU. Attention counts among the products. The bytes moved are in
+    proportion to a pack's activations without checkpointing, and to how often its products are computed.
     """
-    size = stage_size(run.stage, run.pixels, run.engine.precision)
+    size = kept = stage_size(run.stage, run.pixels, run.engine.precision)
+    if run.stage.activation_checkpointing:
+        plain = dataclasses.replace(run.stage, activation_checkpointing=False)
+        kept = stage_size(plain, run.pixels, run.engine.precision)
     steps, starts = run.engine.steps, [0]
     if len(size.phases) > 1:
         last = min(max(run.stage.gan_loss_start_step, 0), steps)
@@ -67,8 +71,13 @@ def tokenizer_plan(run: TokenizerRun) -> Plan:
         phases=size.phases,
         phase_steps=tuple(end - start for start, end in zip(starts, [*starts[1:], steps], strict=True)),
         works=tuple(
-            Work(phase.flops, 0.0, phase.activations * MOVED_PER_KEPT[False], launches=0)
-            for phase in size.phases
+            Work(
+                phase.flops,
+                0.0,
+                whole.activations * MOVED_PER_KEPT[False] * phase.flops / whole.flops,
+                launches=0,
+            )
+            for phase, whole in zip(size.phases, kept.phases, strict=True)
         ),
         num_tokens=images * size.latent_shape[1] * size.latent_shape[2],
         num_images=images,

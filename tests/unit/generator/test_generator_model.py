@@ -277,6 +277,33 @@ def test_planned_attention_is_the_batch_default() -> None:
     )
 
 
+def test_a_mimetic_start_pulls_keys_and_queries_to_the_values_and_adds_those_unchanged() -> None:
+    """W_v = B, with orthonormal rows; W_q and W_k are 3/10 of a random start's and 7/10 of B; W_o gains B^T / 2, shared
+    by a key's queries (Trockman and Kolter 2023). Text keeps its random start."""
+    random_start, start = (
+        Generator.create(dataclasses.replace(CONFIG, init=init), LATENTS, seed=3).backbone.layers
+        for init in ("random", "mimetic")
+    )
+    for before, layer in zip(random_start, start, strict=True):
+        for old, new in zip(before.understanding.parameters(), layer.understanding.parameters(), strict=True):
+            assert torch.equal(old, new)
+        old, new = (
+            {name: w.detach() for name, w in x.generation.named_parameters()} for x in (before, layer)
+        )
+        basis = new["v_proj.weight"].view(2, 8, 32)
+        torch.testing.assert_close(
+            basis @ basis.mT, torch.eye(8).expand(2, 8, 8), rtol=0, atol=1e-5
+        )  # fp32 QR
+        per_query = basis.repeat_interleave(2, dim=0).flatten(0, 1)  # two query heads share a key head
+        expected = {
+            "k_proj.weight": 0.3 * old["k_proj.weight"] + 0.7 * basis.flatten(0, 1),
+            "q_proj.weight": 0.3 * old["q_proj.weight"] + 0.7 * per_query,
+            "o_proj.weight": old["o_proj.weight"] + 0.5 / 2 * per_query.T,
+        }
+        for name in old.keys() - {"v_proj.weight"}:
+            torch.testing.assert_close(new[name], expected.get(name, old[name]))
+
+
 def test_a_mimetic_start_looks_at_the_same_place_of_the_source_image() -> None:
     """From the first step on, as far as the first layer's attention of an untrained model can (chance: 1/9)."""
     source = image(1, noisy=False)

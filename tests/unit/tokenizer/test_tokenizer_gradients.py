@@ -14,78 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from helpers import stages
-from helpers.stages import BRIDGE, PLAIN, pixel_batch
+from helpers.stage_formulas import plain_loss
+from helpers.stages import built, pixel_batch
 from tokenizer.blocks import compile_blocks, repeated
-from tokenizer.bridge import sample_latent
 from tokenizer.training import adaptive
-from tokenizer.training.adaptive_reference import plain_mean_loss
-from tokenizer.training.build_stage import build_untrained
-from tokenizer.training.diffaug import augment
 from tokenizer.training.objective_base import StageObjective
-from tokenizer.training.objectives import PivotObjective
-from tokenizer.training.seeds import Purpose, generator
 
-WHOLE = dataclasses.replace(PLAIN, bridge=BRIDGE)
 PIVOT = dataclasses.replace(stages.PIVOT, gan_loss_start_step=1)
 BEFORE, WITH = 0, 1  # steps: the adversarial loss is not yet in force, and is
 COUNT = 3
-CPU = torch.device("cpu")
 STAGES = ("pivot", "joint", "frozen encoder", "bridge", "decoder")
 
 
 def build(stage: str, **changes: Any) -> StageObjective:
-    """A stage as after some training: E has left its replica."""
-    config, shapes = dataclasses.replace(PIVOT, **changes), None
-    if stage == "joint":
-        config = dataclasses.replace(config, stage="joint", autoencoder=WHOLE)
-    elif stage == "frozen encoder":
-        config = dataclasses.replace(config, train_encoder=False)
-    elif stage in ("bridge", "decoder"):
-        shapes = PLAIN if stage == "bridge" else WHOLE
-        bridge = BRIDGE if stage == "bridge" else None
-        config = dataclasses.replace(config, stage=stage, autoencoder=None, init_from="none", bridge=bridge)
-    objective = build_untrained(config, starts_from=shapes)
-    noise = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in objective.model.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=noise)
-    return objective
-
-
-def plain_loss(objective: StageObjective, stage: str, step: int) -> Tensor:
-    """The spec's loss with a graph through every network; adaptive weights by a backward pass each."""
-    if stage in ("pivot", "joint"):
-        assert isinstance(objective, PivotObjective)
-        return plain_mean_loss(objective, pixel_batch(COUNT), step)
-    model, config, pixels_01 = objective.model, objective.config, pixel_batch(COUNT).pixels_01
-    f = model.encoder(pixels_01).detach()
-    if stage == "bridge":
-        mu, logvar = objective.bridge.encoder(f)
-        f_hat = objective.bridge.decoder(sample_latent(mu, logvar, generator(5, Purpose.LATENT, CPU)))
-        kl = (mu.square() + logvar.exp() - 1 - logvar).mean()
-        rec = (model.decoder(f_hat) - pixels_01).abs().mean()
-        return (f_hat - f).square().mean() + config.kl_weight * kl + config.rec_weight * rec
-    if stage == "decoder":
-        f = objective.bridge.decoder(objective.bridge.encoder(f)[0]).detach()
-    else:
-        noise = generator(5, Purpose.FEATURE_NOISE, CPU)
-        sigma = 0.8 * torch.randn(COUNT, 1, 1, 1, generator=noise).abs()
-        f = f + sigma * torch.randn(f.shape, generator=noise)
-    pixels_hat = model.decoder(f)
-    loss = objective.image_loss
-    assert loss.perceptual is not None and loss.heads is not None and loss.features is not None
-    distance = loss.perceptual(pixels_hat, loss.perceptual.reference(pixels_01)).mean()
-    base = (pixels_hat - pixels_01).abs().mean() + config.w_lpips * distance
-    if step == BEFORE:
-        return base
-    loss.heads.begin_step(step)
-    fakes = augment(pixels_hat, generator(5, Purpose.AUGMENT_GENERATOR, CPU))
-    gan = -loss.heads(loss.features(fakes)).mean()
-    norms = [
-        torch.autograd.grad(part, model.decoder.last_weight, retain_graph=True)[0].norm()
-        for part in (base, gan)
-    ]
-    return base + config.w_gan * (norms[0] / (norms[1] + 1e-6)) * gan
+    if stage == "frozen encoder":
+        return built("pivot", PIVOT, train_encoder=False, **changes)
+    return built(stage, PIVOT, **changes)
 
 
 def gradients(
@@ -118,7 +62,7 @@ def test_gradients_of_every_stage_are_those_of_plain_autograd(stage: str, step: 
     if precision == "bf16":  # as DeepSpeed does
         objective.model.bfloat16()
     ours = gradients(objective, precision, lambda: objective.loss(pixel_batch(COUNT), step).loss_sum / COUNT)
-    plain = gradients(objective, precision, lambda: plain_loss(objective, stage, step))
+    plain = gradients(objective, precision, lambda: plain_loss(objective, step))
     if (
         precision == "fp32"
     ):  # the same sums in another order; entries far below the largest carry its rounding

@@ -111,7 +111,11 @@ def test_augmentation_keeps_most_of_the_image_and_passes_gradients() -> None:
 
 
 def test_spectral_convolution_has_norm_one() -> None:
-    convolution = SpectralConv1d(12, 8, 3)
+    with torch.random.fork_rng():
+        torch.manual_seed(
+            0
+        )  # other weights may have two singular values so close that more iterations are needed
+        convolution = SpectralConv1d(12, 8, 3)
     for _ in range(200):
         convolution.step_power_iteration()
     norm = torch.linalg.matrix_norm(convolution.weight.flatten(1), ord=2)
