@@ -18,8 +18,24 @@ CHANGE_OFF = 1e-4
 FURTHER_METRICS = {
     "edit": ["text_loss"],
     "class": ["alignment"],
-    "pivot": ["adversary_accuracy_fake", "adversary_loss", "gan", "lambda_gan", "lambda_pivot", "pivot", "rec"],
-    "joint": ["adversary_accuracy_fake", "adversary_loss", "gan", "lambda_gan", "lambda_pivot", "pivot", "kl"],
+    "pivot": [
+        "adversary_accuracy_fake",
+        "adversary_loss",
+        "gan",
+        "lambda_gan",
+        "lambda_pivot",
+        "pivot",
+        "rec",
+    ],
+    "joint": [
+        "adversary_accuracy_fake",
+        "adversary_loss",
+        "gan",
+        "lambda_gan",
+        "lambda_pivot",
+        "pivot",
+        "kl",
+    ],
     "bridge": ["feature", "kl", "rec"],
     "decoder": ["adversary_accuracy_fake", "adversary_loss", "gan", "lambda_gan", "rec"],
     "t2i": [],
@@ -35,7 +51,9 @@ ONE_OF_EACH = (
 WEIGHTED_AND_ADVERSARIAL = ("edit text=own checkpointing=True head=True", "decoder")
 
 
-def lines_of(start_ranks: Any, output: Path, optimizer: str, *cases: str, ranks: int = 1) -> list[dict[str, Any]]:
+def lines_of(
+    start_ranks: Any, output: Path, optimizer: str, *cases: str, ranks: int = 1
+) -> list[dict[str, Any]]:
     processes = start_ranks("objective_grid.py", [optimizer, *cases], ranks, output)
     for process in processes:
         process.join(600)
@@ -76,9 +94,7 @@ def test_every_objective_takes_the_sgd_steps_of_plain_pytorch(start_ranks: Any, 
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_sgd_steps_do_not_depend_on_the_number_of_ranks(
-    start_ranks: Any, tmp_path: Path, ranks: int
-) -> None:
+def test_sgd_steps_do_not_depend_on_the_number_of_ranks(start_ranks: Any, tmp_path: Path, ranks: int) -> None:
     """Three packs one after another, or each on a rank of its own, of which one has no text to predict."""
     lines = lines_of(start_ranks, tmp_path / "log", "sgd", *WEIGHTED_AND_ADVERSARIAL, ranks=ranks)
     check_sgd(lines)

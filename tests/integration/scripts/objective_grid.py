@@ -303,7 +303,10 @@ class Plain:
 
 def adamw(trained, config):
     groups = [
-        {"params": [p for p in trained if (p.ndim >= 2) == decays], "weight_decay": config.weight_decay * decays}
+        {
+            "params": [p for p in trained if (p.ndim >= 2) == decays],
+            "weight_decay": config.weight_decay * decays,
+        }
         for decays in (True, False)
     ]
     groups = [group for group in groups if group["params"]]
@@ -368,9 +371,7 @@ def compare(start, plain, found, configs):
     )
     still = max([float(off[key].norm()) for key in start if float(away[key].norm()) == 0], default=0.0)
     pairs = [
-        (a, b)
-        for name in plain.norms
-        for a, b in zip(plain.norms[name], found.norms[name], strict=True)
+        (a, b) for name in plain.norms for a, b in zip(plain.norms[name], found.norms[name], strict=True)
     ]
     return {
         "moved": max(float(change.abs().max()) for change in away.values()),
@@ -395,7 +396,9 @@ def is_refused_under_3(objective, name):
 def main():
     uses_sgd, asked = sys.argv[1] == "sgd", sys.argv[2:]  # parts of the cases' names; none: all cases
     ranks = distributed.start()
-    losses.quantise = lambda pixels: pixels.clamp(0, 1)  # to 8 bits, one rounding of fp32 would be another pixel
+    losses.quantise = lambda pixels: pixels.clamp(
+        0, 1
+    )  # to 8 bits, one rounding of fp32 would be another pixel
     if uses_sgd:
         deepspeed_engine.build_optimizer = lambda config, module: torch.optim.SGD(
             [p for p in module.parameters() if p.requires_grad], lr=config.lr
