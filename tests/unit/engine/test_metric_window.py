@@ -36,7 +36,7 @@ def follow(ranks: Any, steps: list[list[Any]]) -> list[dict[str, float]]:
     found = []
     for _ in range(2):
         for number, step in enumerate(steps):
-            for units, _, loss, further, flops in step[ranks.rank :: ranks.world]:
+            for _, _, loss, further, flops in step[ranks.rank :: ranks.world]:
                 metrics = {"rec": torch.tensor(2.0 * loss)}
                 window.add("", LossOutput(torch.tensor(float(loss)), metrics, flops=flops), 1.0)
                 window.add("text_", LossOutput(torch.tensor(float(further))), 1.0)

@@ -5,6 +5,7 @@ last block and the end of an epoch, and a resume exactly there.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -188,7 +189,7 @@ def test_as_many_samples_as_streams_feed_each_one_and_one_less_is_refused(num_st
             for stream in range(num_streams)
         ]
         assert sorted(map(len, streams)) == [1] * (num_streams - extra) + [2] * extra
-        assert sorted(sum(streams, [])) == list(range(num_streams + extra))
+        assert sorted(itertools.chain.from_iterable(streams)) == list(range(num_streams + extra))
     for stream in range(num_streams):
         packs = next_packs(cursor_of([40] * num_streams, num_streams, stream), 3)
         assert [[epoch for epoch, _ in pack] for pack in packs] == [[0, 1], [2, 3], [4, 5]]
