@@ -172,6 +172,16 @@ def test_each_sample_taken_out_of_order_moves_the_lookahead_on_by_one() -> None:
         assert rest == [(0, order[6])] + ([(0, order[1 + place])] if is_found else [])
 
 
+def test_the_last_token_of_a_pack_is_filled_and_none_after_it() -> None:
+    """Room for one token: a sample of one fits, a sample of two does not."""
+    order = epoch_order(1000, FINGERPRINT, 3, 0, 1, 0).tolist()
+    for filler in (1, 2):
+        lengths = [41] * 1000
+        lengths[order[0]], lengths[order[1 + 7]] = BUDGET - 1, filler
+        (pack,) = next_packs(cursor_of(lengths), 1)
+        assert pack == [(0, order[0])] + [(0, order[8])] * (filler == 1)
+
+
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_samples_around_the_size_of_a_chunk_of_draws(extra: int) -> None:
     """An epoch that ends with the chunk, one draw before it, and one after it."""
@@ -238,6 +248,16 @@ def test_every_sample_is_announced_once_before_it_is_taken(extra: int) -> None:
     again: Any = resumed._mixture.members[0].dataset
     next_packs(resumed, 1)
     assert again.announced[:size] == first[size : 2 * size]
+
+
+def test_no_window_is_announced_before_a_sample_of_it_is_drawn() -> None:
+    """A chunk of draws ends exactly with the first of three windows."""
+    window = WINDOW_BLOCKS * BLOCK_SAMPLES
+    assert window == CHUNK_DRAWS
+    cursor = cursor_of([BUDGET] * 3 * window)
+    next_packs(cursor, 1)
+    dataset: Any = cursor._mixture.members[0].dataset
+    assert len(dataset.announced) == window
 
 
 def test_a_resume_exactly_at_the_end_of_an_epoch_begins_the_next_one() -> None:
