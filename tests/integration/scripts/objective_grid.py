@@ -51,11 +51,11 @@ LATENTS = LatentInfo("fp32", SHAPE, (0.0,) * 4, (1.0,) * 4, "autoencoder", "text
 OPTIMIZER = OptimizerConfig(lr=0.1, eps=1.0, weight_decay=0.1, warmup_steps=2)
 ADVERSARY_OPTIMIZER = dataclasses.replace(OPTIMIZER, lr=0.04)
 STEPS, PACKS = 3, 3
-WINDOW_ENDS = (1, 2)
-"""Steps after which the log is written: in the first window the discriminator is trained in the second step only."""
+WINDOW_ENDS = (0, 2)
+"""Steps after which the log is written."""
 NOT_COMPARED = {"step_s", "tflops_per_s"}
-ADVERSARY_START = 1
-"""The step from which the discriminator is trained and is part of the loss."""
+ADVERSARY_START = 2
+"""The step, inside a window, from which the discriminator is trained and is part of the loss."""
 TEXT_WEIGHT, ALIGN_WEIGHT = 0.3, 0.6
 
 
@@ -353,8 +353,8 @@ def with_the_engine(objective, steps, stage, ranks, configs):
 
 
 def clips(norms):
-    """Limits by engine, from the norms of two steps that nothing clips: one of the main engine's exceeds its limit and
-    the other one does not; the adversary's first does."""
+    """Limits by engine, from the norms of steps that nothing clips: one of the main engine's first two exceeds its
+    limit and the other one does not; the adversary's only one does."""
     limits = {"main": math.sqrt(norms["main"][0] * norms["main"][1])}
     return limits | {name: 0.9 * values[0] for name, values in norms.items() if name != "main"}
 
@@ -414,7 +414,7 @@ def main():
         start = weights(objective)
         configs = {"main": OPTIMIZER, "adversary": ADVERSARY_OPTIMIZER}
         if uses_sgd:
-            free = Plain(copy.deepcopy(objective), configs, uses_sgd).take(steps[:2])
+            free = Plain(copy.deepcopy(objective), configs, uses_sgd).take(steps)
             for engine, clip in clips(free.norms).items():
                 configs[engine] = dataclasses.replace(configs[engine], grad_clip=clip)
         plain = Plain(copy.deepcopy(objective), configs, uses_sgd).take(steps)
