@@ -92,6 +92,18 @@ def next_packs(cursor: StreamCursor, number: int) -> list[list[tuple[int, int]]]
     return found
 
 
+def stream_of(lengths: list[int], num_streams: int, rank: int = 0, world: int = 1) -> PackStream:
+    packer: Any = SimpleNamespace(
+        budget=BUDGET,
+        budget_key="the budget",
+        lengths=lambda dataset: dataset.num_image_tokens,
+        collate=lambda samples, **_: [sample.key for sample in samples],
+    )
+    return PackStream(
+        mixture_of(lengths), packer, num_streams=num_streams, seed=3, rank=rank, world=world, prefetch_steps=1
+    )
+
+
 lengths_of_samples = st.lists(
     st.one_of(st.sampled_from([BUDGET, BUDGET - 4, 4, BUDGET // 2]), st.integers(4, BUDGET)),
     min_size=10,
@@ -114,6 +126,7 @@ def test_any_lengths_are_packed_by_the_rule_and_go_on_after_a_resume_anywhere(
         taken = sum(map(len, found))
         assert state["num_samples"] == taken and state["num_packs"] == stop
         assert state["num_draws"] == taken + len(state["pending"])
+        assert cursor.num_pending == len(state["pending"])
         resumed = cursor_of(lengths, num_streams, stream)
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
@@ -123,28 +136,13 @@ def test_any_lengths_are_packed_by_the_rule_and_go_on_after_a_resume_anywhere(
 
 @pytest.mark.parametrize("streams", [1, 3])
 def test_a_sample_as_long_as_the_pack_has_one_to_itself_and_one_longer_is_refused(streams: int) -> None:
-    packer = SimpleNamespace(
-        budget=BUDGET, budget_key="the budget", lengths=lambda dataset: dataset.num_image_tokens
-    )
-
-    def open_stream(lengths: list[int]) -> PackStream:
-        return PackStream(
-            mixture_of(lengths),
-            packer,  # type: ignore[arg-type]
-            num_streams=streams,
-            seed=3,
-            rank=0,
-            world=1,
-            prefetch_steps=1,
-        )
-
     full = [BUDGET] * 6
-    stream = open_stream(full)
+    stream = stream_of(full, streams)
     for number in range(streams):
         packs = next_packs(stream._cursor(number), 4)
         assert packs == [[item] for item in planned(full, streams, number, 4)[:4]]
     with pytest.raises(UserError, match=r"sample '4': length 101 is over .* 100 \(1 such samples\)"):
-        open_stream([BUDGET] * 4 + [BUDGET + 1, BUDGET])
+        stream_of([BUDGET] * 4 + [BUDGET + 1, BUDGET], streams)
 
 
 def plan_with_a_filler_at(place: int) -> tuple[list[int], list[int]]:
@@ -280,6 +278,28 @@ def test_the_steps_of_n_epochs_end_exactly_where_a_sample_would_come_again() -> 
         cursor = cursor_of([BUDGET] * 5, only_counts=True)
         assert _num_packs(cursor, max_epochs) == 5 * max_epochs
     assert _num_packs(cursor_of([50] * 5, only_counts=True), 1) == 2  # the third pack would begin epoch 1
+
+
+def test_a_run_of_exactly_one_step_is_one_and_of_none_is_refused() -> None:
+    for num_streams in (1, 3):
+        assert stream_of([BUDGET] * num_streams, num_streams).num_steps(1) == 1
+        with pytest.raises(UserError, match="too small for one pack of 100"):
+            stream_of([BUDGET // 2] * num_streams, num_streams).num_steps(1)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_ledger_is_of_this_rank_s_streams_alone(world: int) -> None:
+    """Full packs fill each rank's streams wholly; as many ranks as streams is the most."""
+    for rank in range(world):
+        stream = stream_of([BUDGET // 2] * 60, 3, rank, world)
+        mine = len(range(rank, 3, world))
+        for step in (1, 2):
+            assert len(stream.next_step()) == mine
+            ledger = stream.metrics()
+            assert ledger["fill"] == 1.0 and ledger["tokens"] == BUDGET * mine
+            assert ledger["samples"] == 2 * mine and ledger["samples_seen"] == 2 * mine * step
+            assert ledger["samples_pending"] == 0
+        stream.close()
 
 
 def test_draws_of_sets_do_not_depend_on_where_they_begin() -> None:
