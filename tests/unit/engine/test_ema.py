@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine import deepspeed_engine
@@ -23,6 +23,8 @@ def engine_of(values: list[float]) -> SimpleNamespace:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(-4, 4, width=16), min_size=1, max_size=12), st.integers(0, 100_000))
+@example([2.0, -3.0, 4.0], 0)
+@example([2.0, -3.0, 4.0], 80)
 def test_each_average_follows_its_own_recursion(weights: list[float], first_step: int) -> None:
     """d = min(decay, (1 + step) / (10 + step)): 1/10 at the first step."""
     engine = engine_of([1.5, 0.25])
