@@ -258,6 +258,22 @@ def test_no_window_is_announced_before_a_sample_of_it_is_drawn() -> None:
     assert len(dataset.announced) == window
 
 
+def test_each_set_of_a_mixture_announces_its_own_samples() -> None:
+    """Addresses number the samples of all sets; a data set knows its own numbers, with those that are left out."""
+    kept = np.arange(1, 200, 2)
+    members: list[Any] = [
+        Member("all", Announced([50] * 300), fingerprint="a"),
+        Member("odd", Announced([50] * 200), kept=kept, fingerprint="b"),
+    ]
+    mixture = Mixture(members)
+    cursor = StreamCursor(mixture, np.full(400, 50), budget=BUDGET, seed=3, num_streams=1, stream=0)
+    taken = {address for pack in next_packs(cursor, 60) for _, address in pack}
+    of_all = {address for address in taken if address < 300}
+    of_odd = {int(kept[address - 300]) for address in taken if address >= 300}
+    assert of_all and of_all <= set(members[0].dataset.announced) <= set(range(300))
+    assert of_odd and of_odd <= set(members[1].dataset.announced) <= set(kept.tolist())
+
+
 def test_a_resume_exactly_at_the_end_of_an_epoch_begins_the_next_one() -> None:
     """The position `end of epoch 0` and `begin of epoch 1` are one."""
     lengths = [BUDGET] * 5
