@@ -94,6 +94,7 @@ def test_spikes_end_the_run_only_when_they_come_in_a_row(tmp_path: Path) -> None
 def test_as_many_roll_backs_as_allowed_and_no_more(tmp_path: Path) -> None:
     watching = make(tmp_path, alarms=["it grew"], on_alarm="roll_back", max_roll_backs=2)
     for number in (1, 2):
+        watching.is_spike(1.0)
         watching.nonfinite(5, batches())
         watching.look(5, {"loss": 1.0})
         assert watching.alarm == "it grew"
