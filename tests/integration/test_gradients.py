@@ -101,6 +101,7 @@ def assert_case(case, found, on_cpu=True):
             continue
         assert row["is_taken"], where
         expected, sizes, logged = oracle(row["before"], gradients.packs(step, int(streams)))
+        assert row["means"] == [pytest.approx(logged["loss"], rel=TOLERANCE[precision])], where
         for name, value in logged.items():
             if name != "adversary_loss" or "adversary" in replays:
                 assert row["logged"][name] == pytest.approx(value, rel=TOLERANCE[precision]), (*where, name)
