@@ -95,7 +95,7 @@ class StreamCursor:
     @property
     def num_pending(self) -> int:
         """Number of samples that were passed over and come first in the next pack."""
-        return len(self._pending())
+        return int(self._pending().shape[1])
 
     @property
     def epochs(self) -> list[int]:

@@ -3,6 +3,7 @@
 The oracle is plain PyTorch: autograd in fp64 on the union of the packs, and one AdamW on whole tensors.
 """
 
+import collections
 import importlib.util
 from pathlib import Path
 
@@ -99,7 +100,11 @@ def assert_case(case, found, on_cpu=True):
             assert not row["is_taken"] and not row["seen"], where
             continue
         assert row["is_taken"], where
-        expected, sizes = oracle(row["before"], gradients.packs(step, int(streams)))
+        expected, sizes, logged = oracle(row["before"], gradients.packs(step, int(streams)))
+        assert row["means"] == [pytest.approx(logged["loss"], rel=TOLERANCE[precision])], where
+        for name, value in logged.items():
+            if name != "adversary_loss" or "adversary" in replays:
+                assert row["logged"][name] == pytest.approx(value, rel=TOLERANCE[precision]), (*where, name)
         for name, replay in replays.items():
             norm = torch.stack([g.norm() for g in expected[name].values()]).norm().item()
             slack = TOLERANCE[precision] * torch.stack(list(sizes[name].values())).norm().item()
@@ -124,7 +129,9 @@ def assert_case(case, found, on_cpu=True):
 
 
 def oracle(before, packs):
-    """Gradients of both losses by parameter, and the sum of the norms of what each pack contributes to them."""
+    """Gradients of both losses by parameter, the sum of the norms of what each pack contributes to them, and the means
+    that the log shows.
+    """
     net = gradients.Net().double()
     critic = torch.nn.Linear(gradients.WIDTH, 1).double()
     load(net, before["main"])
@@ -132,18 +139,23 @@ def oracle(before, packs):
     rows = sum(len(pack.x) for pack in packs)
     few = max(sum(pack.num_text for pack in packs), 1)
     gradients_of, sizes = {"main": {}, "adversary": {}}, {"main": {}, "adversary": {}}
+    logged = collections.Counter()
     for pack in packs:
         rec, further, y = gradients.loss_sums(net, pack.to(torch.float64))
         losses = {
             "main": (net, rec / rows + 0.25 * further / few),
             "adversary": (critic, gradients.critic_sum(critic, y.detach()) / rows),
         }
+        logged["loss"] += float(rec.detach()) / rows
+        logged["rec"] += float(rec.detach()) / rows
+        logged["text_loss"] += float(further.detach()) / few
+        logged["adversary_loss"] += float(losses["adversary"][1].detach())
         for name, (module, loss) in losses.items():
             trained = {key: value for key, value in module.named_parameters() if value.requires_grad}
             for key, part in zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True):
                 gradients_of[name][key] = gradients_of[name].get(key, 0) + part
                 sizes[name][key] = sizes[name].get(key, 0) + part.norm()
-    return gradients_of, sizes
+    return gradients_of, sizes, logged
 
 
 @torch.no_grad()

@@ -180,12 +180,19 @@ class Case:
             mine = packs(step, self.num_streams)[self.ranks.rank :: self.ranks.world]
             batches = [pack.to(self.ranks.device) for pack in mine]
             window = Window(self.ranks)
+            means = []
             with Waits() as waits:
-                outcome = self.stepper.take(batches, step, window, lambda _, kind=kind: kind == "spike")
+                outcome = self.stepper.take(
+                    batches,
+                    step,
+                    window,
+                    lambda mean, kind=kind, means=means: means.append(mean) or kind == "spike",
+                )
             rows.append(
                 {
                     "kind": kind,
                     "is_taken": outcome.is_taken,
+                    "means": means,
                     "before": before,
                     "seen": {name: self.gradients(name) for name in self.engines if self.seen[name]},
                     "norms": {name: float(e.get_global_grad_norm()) for name, e in self.engines.items()},

@@ -586,6 +586,32 @@ def test_lengths_are_those_of_the_packed_batch(tmp_path: Path) -> None:
     assert lengths.sum() + 1 == collate(edit_packer, edit).attention.num_tokens
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.sampled_from([-1, 0, 1]))
+def test_a_pack_is_full_at_exactly_its_budget(lengths: list[int], extra: int) -> None:
+    """One token less than the samples need is refused, even if their index said that they fit."""
+    samples = [t2i_sample(number, caption="c" * length) for number, length in enumerate(lengths, start=1)]
+    tokens = sum(2 + length + 2 + Y * X for length in lengths)  # text and image, each with start and end
+    packer = T2IPacker(PackingConfig(tokens + extra, max_side=4, text_dropout=0.0), LATENT, Bytes())
+    if extra >= 0:
+        assert collate(packer, samples).attention.num_tokens == tokens
+    else:
+        with pytest.raises(
+            UserError, match=rf"{tokens} tokens, more than their index says \(budget {tokens - 1}\)"
+        ):
+            collate(packer, samples)
+
+
+def test_latents_as_large_as_the_position_table_are_the_largest() -> None:
+    for side, fits in ((2, True), (3, True), (4, False)):
+        wide = replace(LATENT, shape=(C, 1, side))
+        if fits:
+            T2IPacker(PackingConfig(100, max_side=3), wide, Bytes())
+        else:
+            with pytest.raises(UserError, match=r"do not fit packing\.max_side = 3"):
+                T2IPacker(PackingConfig(100, max_side=3), wide, Bytes())
+
+
 @pytest.mark.parametrize(
     ("info", "message"),
     [

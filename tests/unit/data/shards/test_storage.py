@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -359,6 +360,38 @@ def test_transient_trouble_is_tried_again_a_bounded_number_of_times(
     assert str(error.value) == (
         f"{URL}/shard-000002.tar: cannot be read (reset by peer) after 3 attempts; check the storage or the mount"
     )
+
+
+class StatusError(Exception):
+    """An error of a client library: the HTTP status stands in `attribute`, or in its response's."""
+
+    def __init__(self, attribute: str, status: int) -> None:
+        super().__init__(f"status {status}")
+        if attribute == "response":
+            self.response = SimpleNamespace(status_code=status)
+        else:
+            setattr(self, attribute, status)
+
+
+@pytest.mark.parametrize("attribute", ["status", "code", "response"])
+def test_every_status_of_a_busy_or_broken_server_is_tried_again_and_no_other_one(attribute: str) -> None:
+    """RFC 9110 and 6585: 408, 425, 429 and 5xx are of the moment; 404 and 410 say that there is no file."""
+    for status in range(400, 600):
+        asked = []
+
+        def ask(status: int = status, asked: list[int] = asked) -> bytes:
+            asked.append(status)
+            if len(asked) < 3:
+                raise StatusError(attribute, status)
+            return b"content"
+
+        if status >= 500 or status in (408, 425, 429):
+            assert retrying(ask, "there", 3, 0.0) == b"content", status
+        else:
+            with pytest.raises(UserError) as error:
+                retrying(ask, "there", 3, 0.0)
+            assert isinstance(error.value, storage.MissingFileError) == (status in (404, 410)), status
+            assert len(asked) == 1, status
 
 
 def test_short_answers_are_tried_again(requests: Requests, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_announced_blocks_are_there_before_they_are_read(server: Server, tmp_pat
     assert tar_requests(server) == asked
 
 
-@pytest.mark.parametrize("trouble", ["503", "cut"])
+@pytest.mark.parametrize("trouble", ["503", "429", "cut"])
 def test_transient_trouble_of_every_file_is_survived(server: Server, tmp_path: Path, trouble: str) -> None:
     """Every request fails twice: of sizes, manifest, indices and blocks."""
     seen: collections.Counter[tuple[str, str, str]] = collections.Counter()
@@ -209,8 +209,8 @@ def test_transient_trouble_of_every_file_is_survived(server: Server, tmp_path: P
             is_early = seen[handler.command, name, span] <= 2
         if not is_early or (handler.command == "HEAD" and trouble == "cut"):
             return False
-        if trouble == "503":
-            handler.send_error(503)
+        if trouble != "cut":
+            handler.send_error(int(trouble))
         else:
             handler.send((server.folder / name).read_bytes(), span, cut=1)
             handler.close_connection = True
