@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from base.config import StoppedError, UserError
-from engine import distributed, peers
+from engine import distributed, job_endings, peers
 from engine.job_endings import LOST_CONTACT
 from launch.runs import entry
 
@@ -19,8 +19,8 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """`as_rank(rank, world, port)`: this process is that rank; short waits."""
     monkeypatch.setattr(peers, "ABSENCE_S", 0.5)
     monkeypatch.setattr(peers, "MEETING_S", 0.5)
-    monkeypatch.setattr(peers.endings, "LINGER_S", 0.2)
-    monkeypatch.setattr(peers.endings, "PARTING_S", 0.2)
+    monkeypatch.setattr(job_endings, "LINGER_S", 0.2)
+    monkeypatch.setattr(job_endings, "PARTING_S", 0.2)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(peers, "_has_met", False)
 
