@@ -86,6 +86,17 @@ def test_a_folder_is_the_old_or_the_new_or_absent(before, tmp_path) -> None:
     )
 
 
+def test_an_old_folder_goes_back_if_its_successor_cannot_take_its_place(tmp_path) -> None:
+    write_folder(tmp_path / "out", OLD)
+    disk = RecordedDisk(tmp_path)
+    with disk.recording():
+        write_folder(tmp_path / "out", OLD)
+    (last,) = [n for n, operation in enumerate(disk.operations) if operation == "rename out to out"]
+    with RecordedDisk(tmp_path, fail_at=last).recording(), pytest.raises(OSError, match="Input/output"):
+        write_folder(tmp_path / "out", NEW)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and read_folder(tmp_path / "out") == "old"
+
+
 def test_a_replaced_folder_leaves_nothing_beside_it(tmp_path) -> None:
     for text in (OLD, NEW):
         write_folder(tmp_path / "out", text)
