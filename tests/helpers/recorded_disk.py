@@ -54,9 +54,9 @@ _Naming = tuple[_Node, str, _Node | None]  # directory, name, what the name lead
 class RecordedDisk:
     """The operations below `root` while `recording`, and every state in which a crash may leave the folder."""
 
-    def __init__(self, root: Path, *, fail_at: int | None = None, lasting: bool = False, flip_at: int | None = None):
-        """`fail_at`: the number of an operation that raises EIO, `lasting`: and all after it; `flip_at`: the number of
-        a write that stores one wrong bit and reports success.
+    def __init__(self, root: Path, *, fail_at: int | None = None, lasting: bool = False, flip_at: tuple[int, int] | None = None):
+        """`fail_at`: the number of an operation that raises EIO, `lasting`: and all after it; `flip_at`: the number
+        of a write that reports success, and the byte of it of which one bit is stored wrong.
         """
         self.operations: list[str] = []
         self.crashes: dict[frozenset[tuple[str, bytes | None]], str] = {}
@@ -152,8 +152,9 @@ class RecordedDisk:
             node.written = before + part + node.written[position + len(part) :]
 
         with self._lock:
-            if len(self.operations) == self._flip_at and payload:
-                payload = payload[:-1] + bytes([payload[-1] ^ 1])
+            if self._flip_at is not None and len(self.operations) == self._flip_at[0]:
+                byte = self._flip_at[1]
+                payload = payload[:byte] + bytes([payload[byte] ^ 1]) + payload[byte + 1 :]
             with self._operation("write", f"{len(payload)} bytes", lambda: store(payload[: len(payload) // 2])):
                 store(payload)
         return len(payload)
