@@ -327,6 +327,24 @@ def check_order_of_writing(
     """
     root = folder / "disk"
     root.mkdir()
+    judged: set[frozenset[tuple[str, bytes | None]]] = set()
+    checked: set[frozenset[tuple[str, bytes | None]]] = set()
+
+    def check(tree: frozenset[tuple[str, bytes | None]], when: str, *, again: bool = False) -> None:
+        """Judges a tree; `again`: and writes once more. Each tree once."""
+        if tree in checked or (tree in judged and not again):
+            return
+        (checked if again else judged).add(tree)
+        found = _judged(judge, rebuild(dict(tree), root), when)
+        assert found in allowed, f"{when}: {found}"
+        if again:
+            try:
+                write(root)
+            except (OSError, UserError) as error:
+                raise AssertionError(f"{when}: cannot be written again: {error}") from error
+            found = _judged(judge, root, when)
+            assert found == "new", f"{when}, written again: {found}"
+
     with mock.patch.object(os, "fsync", lambda descriptor: None):
         prepare(root)
         before = read_tree(root)
@@ -334,35 +352,21 @@ def check_order_of_writing(
         with disk.recording():
             write(root)
         assert judge(root) == "new"
-        for crash, when in disk.after_the_end().items():
-            found = _judged(judge, rebuild(dict(crash), root), when)
+        for tree, when in disk.after_the_end().items():
+            found = _judged(judge, rebuild(dict(tree), root), when)
             assert found == "new", f"{when}: {found}"
-        for crash, when in disk.crashes.items():
-            _check(rebuild(dict(crash), root), write, judge, allowed, f"power lost {when}")
+        for tree, when in disk.crashes.items():
+            check(tree, f"power lost {when}", again=True)
         for number, operation in enumerate(disk.operations):
             for lasting in (False, True):
                 when = f"operation {number}, {operation}, fails{' and all after it' * lasting}"
                 failing = RecordedDisk(rebuild(before, root), fail_at=number, lasting=lasting)
                 with failing.recording(), contextlib.suppress(OSError, UserError):
                     write(root)
-                for crash, later in failing.after_the_end().items():
-                    found = _judged(judge, rebuild(dict(crash), folder / "later"), f"{when}; {later}")
-                    assert found in allowed, f"{when}; {later}: {found}"
-                _check(root, write, judge, allowed, when)
+                check(frozenset(read_tree(root).items()), when, again=True)
+                for tree, later in failing.after_the_end().items():
+                    check(tree, f"{when}; power lost {later}")
     return disk.operations
-
-
-def _check(
-    root: Path, write: Callable[[Path], object], judge: Callable[[Path], str], allowed: tuple[str, ...], when: str
-) -> None:
-    found = _judged(judge, root, when)
-    assert found in allowed, f"{when}: {found}"
-    try:
-        write(root)
-    except (OSError, UserError) as error:
-        raise AssertionError(f"{when}: cannot be written again: {error}") from error
-    found = _judged(judge, root, when)
-    assert found == "new", f"{when}, written again: {found}"
 
 
 def _judged(judge: Callable[[Path], str], root: Path, when: str) -> str:
