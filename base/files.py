@@ -135,7 +135,7 @@ def directory(path: str | Path, is_own: Callable[[Path], bool] | None = None) ->
 
 
 def _clear(holder: Path, path: Path) -> None:
-    """Removes the folder in which `directory` works, its marker last. A replaced folder without a successor goes back."""
+    """Removes the folder in which `directory` works, its marker last. Puts a folder without a successor back."""
     if not holder.is_dir():
         return
     if (holder / REPLACED).is_dir() and not path.exists():

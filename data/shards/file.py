@@ -133,7 +133,9 @@ def write_index(path: Path, records: Records) -> ShardEntry:
         num_bytes=path.stat().st_size,
         num_samples=len(records),
         sha256=files.sha256(path),
-        index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),  # as it was meant, not as the disk gives it back
+        index_sha256=hashlib.sha256(
+            buffer.getvalue()
+        ).hexdigest(),  # as it was meant, not as the disk gives it back
     )
 
 

@@ -48,13 +48,22 @@ class _Node:
     names: dict[str, _Node] = field(default_factory=dict)  # of a directory, as its last fsync left them
 
 
-_Naming = tuple[_Node, str, _Node | None]  # directory, name, what the name leads to from now on (None: nothing)
+_Naming = tuple[
+    _Node, str, _Node | None
+]  # directory, name, what the name leads to from now on (None: nothing)
 
 
 class RecordedDisk:
     """The operations below `root` while `recording`, and every state in which a crash may leave the folder."""
 
-    def __init__(self, root: Path, *, fail_at: int | None = None, lasting: bool = False, flip_at: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        root: Path,
+        *,
+        fail_at: int | None = None,
+        lasting: bool = False,
+        flip_at: tuple[int, int] | None = None,
+    ):
         """`fail_at`: the number of an operation that raises EIO, `lasting`: and all after it; `flip_at`: the number
         of a write that reports success, and the byte of it of which one bit is stored wrong.
         """
@@ -99,7 +108,9 @@ class RecordedDisk:
             patch(os, "link", self._link)
             yield self
 
-    def _io_open(self, real: Any, file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
+    def _io_open(
+        self, real: Any, file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any
+    ) -> Any:
         named = dict(zip(("encoding", "errors", "newline"), args, strict=False)) | kwargs
         is_path = not isinstance(file, int)
         if not (is_path and set(mode) & set("wax+")) or self._directory(os.fspath(file)) is None:
@@ -112,22 +123,26 @@ class RecordedDisk:
         buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         return buffered if "b" in mode else io.TextIOWrapper(buffered, **named)
 
-    def _os_open(self, real: Any, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+    def _os_open(
+        self, real: Any, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None
+    ) -> int:
         if not flags & (os.O_CREAT | os.O_TRUNC) or self._directory(path, dir_fd) is None:
             return real(path, flags, mode, dir_fd=dir_fd)
-        return self._opened(path, dir_fd, bool(flags & os.O_TRUNC), lambda: real(path, flags, mode, dir_fd=dir_fd))
+        return self._opened(
+            path, dir_fd, bool(flags & os.O_TRUNC), lambda: real(path, flags, mode, dir_fd=dir_fd)
+        )
 
     def _opened(self, path: Any, dir_fd: int | None, cuts: bool, action: Callable[[], Any]) -> Any:
         """Opens a file for writing, which creates it, or cuts it to nothing, or leaves it as it is."""
         with self._lock:
-            parent, name = self._directory(path, dir_fd), os.path.basename(path)
+            parent, name = self._directory(path, dir_fd), _name(path)
             try:
                 known = self._nodes.get(_key(os.stat(path, dir_fd=dir_fd)))
             except FileNotFoundError:
                 known = None
             if known is not None and not cuts:
                 return action()
-            with self._operation("cut" if known else "create", path):
+            with self._operation("cut" if known else "create", name):
                 opened = action()
                 if known is None:
                     node = self._nodes[_key(os.stat(path, dir_fd=dir_fd))] = _Node(False)
@@ -140,7 +155,9 @@ class RecordedDisk:
         node = self._nodes.get(_key(os.fstat(descriptor)))
         if node is None:
             return real(descriptor, data)
-        return self.write(node, os.lseek(descriptor, 0, os.SEEK_CUR), data, lambda part: real(descriptor, part))
+        return self.write(
+            node, os.lseek(descriptor, 0, os.SEEK_CUR), data, lambda part: real(descriptor, part)
+        )
 
     def write(self, node: _Node, position: int, data: Any, action: Callable[[bytes], int]) -> int:
         """Writes `data` by `action`. A write that fails has written half of it."""
@@ -155,7 +172,9 @@ class RecordedDisk:
             if self._flip_at is not None and len(self.operations) == self._flip_at[0]:
                 byte = self._flip_at[1]
                 payload = payload[:byte] + bytes([payload[byte] ^ 1]) + payload[byte + 1 :]
-            with self._operation("write", f"{len(payload)} bytes", lambda: store(payload[: len(payload) // 2])):
+            with self._operation(
+                "write", f"{len(payload)} bytes", lambda: store(payload[: len(payload) // 2])
+            ):
                 store(payload)
         return len(payload)
 
@@ -173,7 +192,9 @@ class RecordedDisk:
                     namings[:] = [naming for naming in namings if naming[0] is not node]
                 self._changes = [change for change in self._changes if change[1]]
 
-    def _rename(self, real: Any, source: Any, target: Any, *, src_dir_fd: Any = None, dst_dir_fd: Any = None) -> None:
+    def _rename(
+        self, real: Any, source: Any, target: Any, *, src_dir_fd: Any = None, dst_dir_fd: Any = None
+    ) -> None:
         with self._lock:
             origin, goal = self._directory(source, src_dir_fd), self._directory(target, dst_dir_fd)
             if origin is None or goal is None:
@@ -181,9 +202,9 @@ class RecordedDisk:
             node = self._nodes[_key(os.stat(source, dir_fd=src_dir_fd))]
             if _is_there(target, dst_dir_fd):  # its number may be given to another one
                 self._nodes.pop(_key(os.stat(target, dir_fd=dst_dir_fd)))
-            with self._operation("rename", f"{os.path.basename(source)} to {os.path.basename(target)}") as change:
+            with self._operation("rename", f"{_name(source)} to {_name(target)}") as change:
                 real(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
-                namings = [(origin, os.path.basename(source), None), (goal, os.path.basename(target), node)]
+                namings = [(origin, _name(source), None), (goal, _name(target), node)]
                 self._changes.append((change, namings))
         return None
 
@@ -192,13 +213,13 @@ class RecordedDisk:
             parent = self._directory(path, dir_fd)
             if parent is None or not _is_there(path, dir_fd):
                 return real(path, dir_fd=dir_fd)
-            with self._operation("remove", path) as change:
+            with self._operation("remove", _name(path)) as change:
                 key = _key(os.stat(path, dir_fd=dir_fd, follow_symlinks=False))
                 is_directory = self._nodes[key].is_directory
                 real(path, dir_fd=dir_fd)
                 if is_directory:  # its number may be given to another one
                     del self._nodes[key]
-                self._changes.append((change, [(parent, os.path.basename(path), None)]))
+                self._changes.append((change, [(parent, _name(path), None)]))
         return None
 
     def _mkdir(self, real: Any, path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
@@ -206,29 +227,31 @@ class RecordedDisk:
             parent = self._directory(path, dir_fd)
             if parent is None or _is_there(path, dir_fd):
                 return real(path, mode, dir_fd=dir_fd)
-            with self._operation("mkdir", path) as change:
+            with self._operation("mkdir", _name(path)) as change:
                 real(path, mode, dir_fd=dir_fd)
                 node = self._nodes[_key(os.stat(path, dir_fd=dir_fd))] = _Node(True)
-                self._changes.append((change, [(parent, os.path.basename(path), node)]))
+                self._changes.append((change, [(parent, _name(path), node)]))
         return None
 
     def _link(self, real: Any, source: Any, target: Any, **kwargs: Any) -> None:
         with self._lock:
-            parent, node = self._directory(target), self._nodes.get(_key(os.stat(source)))
+            parent, node = self._directory(target), self._nodes.get(_key(Path(source).stat()))
             if parent is None or node is None:
                 return real(source, target, **kwargs)
-            with self._operation("link", target) as change:
+            with self._operation("link", _name(target)) as change:
                 real(source, target, **kwargs)
-                self._changes.append((change, [(parent, os.path.basename(target), node)]))
+                self._changes.append((change, [(parent, _name(target), node)]))
         return None
 
     @contextlib.contextmanager
-    def _operation(self, what: str, where: Any, half: Callable[[], None] = lambda: None) -> Iterator[str]:
+    def _operation(self, what: str, where: str, half: Callable[[], None] = lambda: None) -> Iterator[str]:
         """Numbers an operation, lets it fail (after doing `half` of it), and looks at what a crash after it leaves."""
         number = len(self.operations)
-        text = f"{what} {os.path.basename(where)}"
+        text = f"{what} {where}"
         self.operations.append(text)
-        if self._fail_at is not None and (number == self._fail_at or (self._lasting and number > self._fail_at)):
+        if self._fail_at is not None and (
+            number == self._fail_at or (self._lasting and number > self._fail_at)
+        ):
             half()
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         yield text
@@ -257,7 +280,7 @@ class RecordedDisk:
 
     def _directory(self, path: Any, dir_fd: int | None = None) -> _Node | None:
         """The directory that holds the name `path`; None: it lies elsewhere."""
-        parent = os.path.dirname(os.fsdecode(path)) or "."
+        parent = Path(os.fsdecode(path)).parent
         try:
             return self._nodes.get(_key(os.stat(parent, dir_fd=dir_fd)))
         except OSError:
@@ -397,6 +420,10 @@ def _assign(names: dict[str, _Node], name: str, target: _Node | None) -> None:
         names.pop(name, None)
     else:
         names[name] = target
+
+
+def _name(path: Any) -> str:
+    return Path(os.fsdecode(path)).name
 
 
 def _is_there(path: Any, dir_fd: int | None) -> bool:

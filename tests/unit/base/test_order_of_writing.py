@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.recorded_disk import CONTENTS, RecordedDisk, check_order_of_writing
 
 from base import files
 from base.files import MADE_BY, PAGE_SIGN, write_bytes
+from helpers.recorded_disk import CONTENTS, RecordedDisk, check_order_of_writing
 
 OLD, NEW = "old " * 3000, "new" * 3000  # more than Python's buffer of 8 KiB: several writes
 WRITERS = {

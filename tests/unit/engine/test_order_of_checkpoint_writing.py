@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.recorded_disk import check_order_of_writing
 
 from base.config import UserError
 from engine import checkpoint_export, checkpoint_folder, checkpoint_writer
@@ -14,6 +13,7 @@ from engine.checkpoint import Checkpoints
 from engine.checkpoint_reader import Saved
 from engine.checkpoint_writer import Flat
 from engine.layout import Segment
+from helpers.recorded_disk import check_order_of_writing
 
 NUM_VALUES = 5000  # more than Python's buffer of 8 KiB: several writes
 

@@ -1,4 +1,4 @@
-"""A shard and a data set are whole or unfinished, whatever operation of their writer fails or is the last of a crash."""
+"""A shard and a data set are whole or unfinished, whatever operation of their writer fails or is the last one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.recorded_disk import RecordedDisk, check_order_of_writing
 
 from base import files
 from base.config import UserError
 from data.shards import Sample, ShardDataset, ShardWriter, finished_shard, write_manifest, write_shard
 from data.shards.index import MANIFEST_NAME, index_name
 from data.shards.verification import verify
+from helpers.recorded_disk import RecordedDisk, check_order_of_writing
 
 SOURCE, NAME = "test", "shard-000000.tar"
 OLD, NEW = b"o" * 900, b"n" * 900  # of one size: the two tars and indices differ in nothing but their bytes
@@ -23,7 +23,9 @@ def samples_of(payload: bytes, numbers: range = range(3)) -> list[Sample]:
 
 
 def write(root: Path, payload: bytes) -> None:
-    write_shard(root / "set" / NAME, samples_of(payload), [(1, 2)] * 3, source=SOURCE, rejected=(("bad", "small"),))
+    write_shard(
+        root / "set" / NAME, samples_of(payload), [(1, 2)] * 3, source=SOURCE, rejected=(("bad", "small"),)
+    )
 
 
 def write_set(root: Path, payload: bytes) -> None:
