@@ -127,15 +127,14 @@ def write_index(path: Path, records: Records) -> ShardEntry:
     """Writes the index of the tar at `path`, and returns the shard's entry."""
     buffer = io.BytesIO()
     np.save(buffer, records)
-    files.write_bytes(path.with_name(index_name(path.name)), buffer.getvalue())
+    content = buffer.getvalue()
+    files.write_bytes(path.with_name(index_name(path.name)), content)
     return ShardEntry(
         name=path.name,
         num_bytes=path.stat().st_size,
         num_samples=len(records),
         sha256=files.sha256(path),
-        index_sha256=hashlib.sha256(
-            buffer.getvalue()
-        ).hexdigest(),  # as it was meant, not as the disk gives it back
+        index_sha256=hashlib.sha256(content).hexdigest(),  # as it was meant, not as the disk gives it back
     )
 
 
@@ -179,10 +178,10 @@ def _rescan(path: Path, records: Records) -> None:
 
 
 def _damaged(tar: tarfile.TarFile, records: Records) -> str:
-    """The first of the tar that differs from its records, in words; "": nothing does."""
+    """The first part of the tar that differs from its records, in words; "": none does."""
     members = tar.getmembers()
     if len(members) != np.count_nonzero(records["part_bytes"]):  # a reader ends at a damaged header
-        return f"what follows '{members[-1].name}'"
+        return f"the tar after {len(members)} parts"
     position = 0
     for record, end in zip(records, records["offset"].astype(np.int64) + extents(records), strict=True):
         parts: dict[str, bytes] = {}
