@@ -30,12 +30,14 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a full disk, an exhausted quota and the shell's file-size limit."""
 MADE_BY = ".made-by-"
 """Name of the marker file, before the command's name, in a folder that the command may write to."""
+REPLACED = ".replaced"
+"""Name of the old folder, in a temporary one, while its successor takes its place."""
 
 
 def write_bytes(path: str | Path, payload: bytes) -> None:
     """Writes `payload` so that a killed process leaves the old file or the new one, never a part. Raises OSError."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -102,29 +104,47 @@ def inside(folder: str | Path, name: str, *, follow_links: bool = False) -> Path
 
 @contextmanager
 def directory(path: str | Path, is_own: Callable[[Path], bool] | None = None) -> Iterator[Path]:
-    """Yields a temporary directory beside `path`; on success it is renamed to `path`.
+    """Yields a temporary directory; on success it is renamed to `path`.
 
-    A folder already at `path` is replaced if it is empty or `is_own` accepts it. Raises UserError: it is neither.
+    A folder already at `path` is replaced if it is empty or `is_own` accepts it. POSIX cannot exchange two folders: a
+    process that is killed between the two renames leaves nothing at `path`, and the next call puts the old folder back
+    before it does anything else. Raises UserError: the folder is neither empty nor accepted.
     """
     path = Path(path)
     check_new(path, is_own)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    check_new(temporary, lambda left: (left / MADE_BY).is_file() or (is_own is not None and is_own(left)))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    (temporary / MADE_BY).touch()  # marks it, so that the next command may remove it after a kill
+    make_directory(path.parent)
+    holder = path.with_name(f".{path.name}.tmp")
+    check_new(holder, lambda left: (left / MADE_BY).is_file() or (is_own is not None and is_own(left)))
+    _clear(holder, path)
+    holder.mkdir()
+    (holder / MADE_BY).touch()  # marks it, so that the next command may remove it after a kill
+    fsync_directory(holder)
+    new = holder / path.name
     try:
-        yield temporary
-        (temporary / MADE_BY).unlink()
-        fsync_tree(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    check_new(path, is_own)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.replace(path)
-    fsync_directory(path.parent)
+        new.mkdir()
+        yield new
+        fsync_tree(new)
+        check_new(path, is_own)
+        if path.is_dir() and any(path.iterdir()):  # a rename replaces an empty one
+            path.rename(holder / REPLACED)
+        new.replace(path)
+        fsync_directory(path.parent)
+    finally:
+        with suppress(OSError):  # the next call removes what is left
+            _clear(holder, path)
+
+
+def _clear(holder: Path, path: Path) -> None:
+    """Removes the folder in which `directory` works, its marker last. Puts a folder without a successor back."""
+    if not holder.is_dir():
+        return
+    if (holder / REPLACED).is_dir() and not path.exists():
+        (holder / REPLACED).rename(path)
+        fsync_directory(path.parent)
+    for part in (holder / path.name, holder / REPLACED):
+        shutil.rmtree(part, ignore_errors=True)
+    fsync_directory(holder)
+    shutil.rmtree(holder, ignore_errors=True)
 
 
 def check_new(path: str | Path, is_own: Callable[[Path], bool] | None = None) -> None:
@@ -169,8 +189,9 @@ def claim(
     """
     check_claim(folder, command, names, is_own)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
         (Path(folder) / f"{MADE_BY}{command}").touch()  # several ranks may do this at one time
+        fsync_directory(folder)  # before the files that it marks
     except OSError as error:
         raise UserError(f"{folder}: no folder to write to ({error.strerror}); choose another") from None
 
@@ -203,6 +224,15 @@ def write_page(path: str | Path, page: str) -> None:
     """Writes HTML with a sign, and replaces signed files only. Raises UserError: a file without the sign is there."""
     check_signed(path, PAGE_SIGN)
     write_bytes(path, f"{page}{PAGE_SIGN}\n".encode(errors="replace"))  # captions may hold lone surrogates
+
+
+def make_directory(path: str | Path) -> None:
+    """Makes the directory `path` and its missing parents, and flushes each new name to disk. Raises OSError."""
+    path = Path(path)
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
 
 
 def fsync_tree(root: str | Path) -> None:

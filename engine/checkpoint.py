@@ -80,7 +80,8 @@ class Checkpoints:
         if self._ranks.is_first:
             try:
                 shutil.rmtree(self._temporary(state["step"]), ignore_errors=True)
-                self._temporary(state["step"]).mkdir(parents=True)
+                files.make_directory(self._root)
+                self._temporary(state["step"]).mkdir()
             except OSError as failure:
                 error = files.reason(failure)
         if error := self._ranks.gather(error)[0]:
@@ -165,9 +166,10 @@ class Checkpoints:
         """After a roll-back to `directory`: writes `state` there, then removes the newer checkpoints. Collective."""
         if self._ranks.is_first:
             checkpoint_folder.write_state(directory, state)
-            for newer in [path for path in checkpoint_folder.all_in(self._root) if path > directory]:
-                shutil.rmtree(checkpoint_folder.hide(newer))
             files.write_text(self._root / "latest", directory.name + "\n")
+            newer = [path for path in checkpoint_folder.all_in(self._root) if path > directory]
+            for hidden in checkpoint_folder.hide(newer):
+                shutil.rmtree(hidden)
         self._ranks.barrier()
 
     def _flats(self) -> list[Flat]:
@@ -293,11 +295,11 @@ class Checkpoints:
         decays = list(self._ema.shadows) if self._ema else []
         state = {**self._state, "format": FORMAT, "num_ranks": len(totals), "files": written}
         checkpoint_folder.write_state(temporary, {**state, "ema_decays": decays})
-        old = [checkpoint_folder.hide(final)] if final.exists() else []
+        old = checkpoint_folder.hide([final] if final.exists() else [])
         temporary.rename(final)
         files.fsync_directory(self._root)
         files.write_text(self._root / "latest", final.name + "\n")
-        old += [checkpoint_folder.hide(path) for path in checkpoint_folder.all_in(self._root)[: -self._keep]]
+        old += checkpoint_folder.hide(checkpoint_folder.all_in(self._root)[: -self._keep])
         self._removal = threading.Thread(target=_remove, args=(old,), daemon=True)  # gigabytes take a while
         self._removal.start()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,11 +69,15 @@ def step_of(directory: Path) -> int:
     return int(directory.name.removeprefix("step_"))
 
 
-def hide(directory: Path) -> Path:
-    """Renames a checkpoint before its removal, so that a killed process leaves nothing that looks complete."""
-    hidden = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
-    directory.rename(hidden)
+def hide(directories: Sequence[Path]) -> list[Path]:
+    """Renames checkpoints before their removal, so that a kill or a power loss leaves nothing that looks complete."""
+    hidden = []
+    for directory in directories:
+        hidden.append(directory.with_name(f".{directory.name}.old"))
+        shutil.rmtree(hidden[-1], ignore_errors=True)
+        directory.rename(hidden[-1])
+    if directories:
+        files.fsync_directory(directories[0].parent)
     return hidden
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import os
 import socket
@@ -114,7 +115,10 @@ class OpenShard:
         self._file.close()
         _rescan(self._temporary, records)
         # An old side file would fit the new tar: tars are padded to 10 KiB, so their sizes may agree.
-        self.path.with_name(progress_name(self.path.name)).unlink(missing_ok=True)
+        side = self.path.with_name(progress_name(self.path.name))
+        if side.exists():
+            side.unlink()
+            files.fsync_directory(side.parent)  # a crash must not keep it beside the new tar
         self._temporary.replace(self.path)
         return write_index(self.path, records)
 
@@ -123,14 +127,14 @@ def write_index(path: Path, records: Records) -> ShardEntry:
     """Writes the index of the tar at `path`, and returns the shard's entry."""
     buffer = io.BytesIO()
     np.save(buffer, records)
-    index = path.with_name(index_name(path.name))
-    files.write_bytes(index, buffer.getvalue())
+    content = buffer.getvalue()
+    files.write_bytes(path.with_name(index_name(path.name)), content)
     return ShardEntry(
         name=path.name,
         num_bytes=path.stat().st_size,
         num_samples=len(records),
         sha256=files.sha256(path),
-        index_sha256=files.sha256(index),
+        index_sha256=hashlib.sha256(content).hexdigest(),  # as it was meant, not as the disk gives it back
     )
 
 
@@ -164,22 +168,32 @@ def _check(sample: Sample, keys: set[str]) -> None:
 
 def _rescan(path: Path, records: Records) -> None:
     """Compares the tar, read with the standard library's reader, with its index records. Raises UserError."""
-    with tarfile.open(path, "r:") as tar:
-        members = tar.getmembers()
-        position = 0
-        for record, end in zip(records, records["offset"].astype(np.int64) + extents(records), strict=True):
-            parts: dict[str, bytes] = {}
-            for num_bytes in record["part_bytes"][record["part_bytes"] > 0]:
-                member = members[position]
-                content = tar.extractfile(member)
-                assert content is not None
-                key, _, part = member.name.partition(".")
-                parts[part] = content.read()
-                assert len(parts[part]) == num_bytes
-                position += 1
-            assert member.offset_data + -(-member.size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES == end
-            if sample_crc32(key, parts) != record["crc32"]:
-                raise UserError(
-                    f"{path}: sample '{key}' does not read back as written; check the disk, run again"
-                )
-        assert position == len(members)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            damaged = _damaged(tar, records)
+    except tarfile.TarError:  # the first header
+        damaged = "the tar"
+    if damaged:
+        raise UserError(f"{path}: {damaged} does not read back as written; check the disk, run again")
+
+
+def _damaged(tar: tarfile.TarFile, records: Records) -> str:
+    """The first part of the tar that differs from its records, in words; "": none does."""
+    members = tar.getmembers()
+    if len(members) != np.count_nonzero(records["part_bytes"]):  # a reader ends at a damaged header
+        return f"the tar after {len(members)} parts"
+    position = 0
+    for record, end in zip(records, records["offset"].astype(np.int64) + extents(records), strict=True):
+        parts: dict[str, bytes] = {}
+        for num_bytes in record["part_bytes"][record["part_bytes"] > 0]:
+            member = members[position]
+            content = tar.extractfile(member)
+            assert content is not None
+            key, _, part = member.name.partition(".")
+            parts[part] = content.read()
+            assert len(parts[part]) == num_bytes
+            position += 1
+        assert member.offset_data + -(-member.size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES == end
+        if sample_crc32(key, parts) != record["crc32"]:
+            return f"sample '{key}'"
+    return ""

@@ -163,7 +163,7 @@ def write_shard(
     not written. The caller numbers the shards (`shard_name`) and finally calls `write_manifest` with an equal `source`.
     Returns None if there is no sample; then no tar is written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_directory(path.parent)
     shard = OpenShard(path)
     try:
         for sample, (num_image_tokens, num_text_tokens) in zip(samples, token_counts, strict=True):
