@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,16 @@ def judged(
     one = Item(item, {role: f"{names}{role}.png" for role in pictures}, {})
     asks: Any = SimpleNamespace(fingerprint=judge)
     return question(asks, ImageSet(folder, (one,)), one, asked).key
+
+
+def judge(
+    folder: Path, weight: float, template: str, max_px: int, name: str, source: str, **decoding: Any
+) -> str:
+    pictures = SimpleNamespace(to_json_string=lambda: json.dumps({"max_pixels": max_px}))
+    processor = SimpleNamespace(chat_template=template, image_processor=pictures)
+    return TransformersJudge(
+        name, Numbers(weight), processor, Decoding(**decoding), source=source
+    ).fingerprint
 
 
 def in_folder(folder: Path, content: dict[str, bytes]) -> FileImages:
@@ -325,17 +336,9 @@ EVALUATION: tuple[Identity, ...] = (
     ),
     Identity(
         "evaluation.judges.vision_language.TransformersJudge.fingerprint",
-        lambda folder, weight, template, name, source, **decoding: (
-            TransformersJudge(
-                name,
-                Numbers(weight),
-                SimpleNamespace(chat_template=template),
-                Decoding(**decoding),
-                source=source,
-            ).fingerprint
-        ),
-        {"weight": 1.0, "template": "t", "name": "x", "source": "here", **vars(Decoding())},
-        {"weight": 2.0, "template": "u", **DECODED},
+        judge,
+        {"weight": 1.0, "template": "t", "max_px": 64, "name": "x", "source": "here", **vars(Decoding())},
+        {"weight": 2.0, "template": "u", "max_px": 32, **DECODED},
         {"the name": {"name": "y"}, "where the weights come from": {"source": "there"}},
         through=["evaluation.judges.vision_language.TransformersJudge.__init__"],
     ),
