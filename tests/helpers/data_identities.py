@@ -99,10 +99,11 @@ def encoded(colour: int, size: int = 16) -> bytes:
     return buffer.getvalue()
 
 
-def hashed(folder: Path, key: str, source: int, target: int, instructions: str, swap: bool = False) -> object:
+def hashed(folder: Path, key: str, source: int, target: int, instructions: str) -> object:
+    """What two samples are compared by: hashes of target, source and instructions."""
     meta = json.dumps({"instructions": [instructions]}).encode()
     parts = {"source.png": encoded(source), "target.png": encoded(target), "json": meta}
-    return deduplicate._hash_sample(Sample(key, dict(reversed(parts.items())) if swap else parts))
+    return deduplicate._hash_sample(Sample(key, parts))[2:]
 
 
 def table(
@@ -273,6 +274,14 @@ DATA: tuple[Identity, ...] = (
         {"payloads": {**A, "e": b"5"}, "left_out": {"A": [("shard", "shard-000001.tar", "lost")]}},
     ),
     Identity(
+        "data.plan.mixture.Mixture.fingerprint",
+        lambda folder, shard: mixture(
+            folder, {"A": A}, {"A": 1.0}, {"A": [("shard", f"shard-00000{shard}.tar", "lost")]}
+        ),
+        {"shard": 0},
+        {"shard": 1},
+    ),
+    Identity(
         "data.plan.mixture.Mixture.key_hashes",
         lambda folder, keys: Mixture(
             [Member("", ShardDataset.open(shards(folder, keys)))]
@@ -334,6 +343,12 @@ DATA: tuple[Identity, ...] = (
         lambda folder, key: shard_index.key_hash(key),
         {"key": "a"},
         {"key": "A"},
+    ),
+    Identity(
+        "data.shards.index.key_hash",
+        lambda folder, key: shard_index.key_hash(key) >> 32,  # the upper half differs, too
+        {"key": "a"},
+        {"key": "b"},
     ),
     Identity(
         "data.shards.index.sample_crc32",
@@ -436,6 +451,13 @@ DATA: tuple[Identity, ...] = (
         through=["data.sources.image_folder.FolderSource.__init__"],
     ),
     Identity(
+        "data.sources.image_folder.FolderSource.description",
+        image_folder,
+        {"content": {"x/1.png": b""}, "listing": "{}\n", "labels": False, "above": "."},
+        {"listing": "{} \n"},
+        {"other images": {"content": {"x/2.png": b""}}},
+    ),
+    Identity(
         "data.sources.imagenet.ImageNetSource.description",
         imagenet,
         {"members": {"1.JPEG": b"a", "2.JPEG": b"b"}, "labels": "0\n1\n"},
@@ -502,7 +524,8 @@ DATA: tuple[Identity, ...] = (
         "data.sources.deduplicate._hash_sample",
         hashed,
         {"key": "a", "source": 1, "target": 2, "instructions": "swap"},
-        {"key": "b", "source": 3, "target": 4, "instructions": "add"},
+        {"source": 3, "target": 4, "instructions": "add"},
+        {"the key": {"key": "b"}},
     ),
     Identity(
         "data.sources.base.InUnits.description",

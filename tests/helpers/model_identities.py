@@ -42,7 +42,7 @@ PIXELS = {"a": encoded(1, 32)}
 
 
 class Module(nn.Module):
-    """One parameter and one buffer, in either order."""
+    """Two parameters and a buffer, in either order."""
 
     def __init__(
         self, name: str, dtype: torch.dtype, shape: Any, value: float, buffer: float, first: bool
@@ -50,6 +50,7 @@ class Module(nn.Module):
         super().__init__()
         adds = [
             lambda: self.register_parameter(name, nn.Parameter(torch.full(shape, value, dtype=dtype))),
+            lambda: self.register_parameter("a", nn.Parameter(torch.zeros(2))),
             lambda: self.register_buffer("z", torch.tensor([0.0, buffer])),
         ]
         for add in adds if first else reversed(adds):
@@ -108,7 +109,7 @@ ENCODED: dict[str, Any] = {
 }
 
 
-def stage(folder: Path, seed: int, perceptual: Any, discriminator: Any, learning: float) -> object:
+def stage(folder: Path, seed: int, perceptual: Any, discriminator: Any, learning: float) -> dict[str, str]:
     config = dataclasses.replace(
         PIVOT,
         seed=seed,
@@ -238,6 +239,12 @@ MODELS: tuple[Identity, ...] = (
         {"seed": 1, "perceptual": NARROW, "discriminator": NARROW},
         {"a weight of the loss": {"learning": 2.0}},
         through=["tokenizer.training.objective_base.StageObjective.__init__"],
+    ),
+    Identity(
+        "tokenizer.training.objective_base.StageObjective.fingerprints",
+        lambda folder, seed: stage(folder, seed, VIT, None, 1.0)["initial_weights"],
+        {"seed": 0},
+        {"seed": 1},
     ),
     Identity(
         "tokenizer.training.image_loss.ImageLoss.fingerprints",
