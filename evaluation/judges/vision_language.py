@@ -49,8 +49,11 @@ class TransformersJudge:
             "decoding": vars(decoding),
             "dtype": str(model.dtype),
         }
-        template = getattr(processor, "chat_template", None)
-        self.fingerprint = files.digest([state_hash(model), vars(decoding), template])
+        template, pictures = (getattr(processor, name, None) for name in ("chat_template", "image_processor"))
+        prepared = (
+            None if pictures is None else pictures.to_json_string()
+        )  # the size that the model sees, among others
+        self.fingerprint = files.digest([state_hash(model), vars(decoding), template, prepared])
 
     @classmethod
     def load(
