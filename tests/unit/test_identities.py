@@ -79,6 +79,7 @@ HASHES = {"config_hash", "digest", "sha1", "state_hash"}
 NOT_IN_THE_TABLE = {
     "base.objective.Objective.fingerprints": "an interface",
     "data.packs.packing._Choices.latent_seed": "hands on data.samples.latents.latent_seed",
+    "data.shards.file.write_index": "the sha256 of the bytes that it writes",
     "data.shards.index.Manifest.read": "compares",
     "data.shards.reader.open_shard": "compares an index with the manifest",
     "data.shards.remote_folder.fetch_indices.fetch": "compares an index with the manifest",
