@@ -223,10 +223,13 @@ def told(ledgers: Mapping[Path, Ledger]) -> list[str]:
 
 
 def _inputs(options: SourceOptions) -> list[Path]:
-    """The local files that are read, without folders of images: the output may lie in those."""
+    """The files that are read, without folders of images: the output may lie in those."""
     values = [value for name, value in vars(options).items() if name not in ("out", "images")]
     listed = [path for value in values for path in (value if isinstance(value, tuple) else (value,))]
-    return [path for path in listed if isinstance(path, Path)]
+    named = (
+        options.files if isinstance(options, (ParquetOptions, OmniEditOptions)) else ()
+    )  # texts: also urls
+    return [*(path for path in listed if isinstance(path, Path)), *map(Path, named)]
 
 
 def _find_tars(tars: tuple[Path, ...], out: Path) -> list[Path]:
