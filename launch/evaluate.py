@@ -138,7 +138,7 @@ def _draw(options: ImageSetOptions, arguments: argparse.Namespace, team: Team, d
     from launch.runs.drawable import prompt_models
 
     if options.run is None:
-        given = ["prompts"] * (options.prompts is not None) + list(given_options(SamplingConfig, arguments))
+        given = ["--prompts"] * (options.prompts is not None) + list(given_options(SamplingConfig, arguments))
         if given:
             raise UserError(f"{', '.join(given)}: for drawing; give --run with it")
         return
