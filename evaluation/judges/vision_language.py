@@ -50,9 +50,8 @@ class TransformersJudge:
             "dtype": str(model.dtype),
         }
         template, pictures = (getattr(processor, name, None) for name in ("chat_template", "image_processor"))
-        prepared = (
-            None if pictures is None else pictures.to_json_string()
-        )  # the size that the model sees, among others
+        # The image processor decides, among others, the size that the model sees.
+        prepared = None if pictures is None else pictures.to_json_string()
         self.fingerprint = files.digest([state_hash(model), vars(decoding), template, prepared])
 
     @classmethod
